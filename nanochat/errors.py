@@ -1,0 +1,45 @@
+"""What a person sees when something they gave us is wrong: one line, and exit code 2."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+
+
+class UserError(ValueError):
+    """A mistake in what the user gave: a flag, a file, a name.
+
+    The message names the file or flag, the value, what was expected and what to do about it.
+    """
+
+
+def cli(main: Callable[[], None]) -> Callable[[], None]:
+    """Wrap a script's `main`: a `UserError` or an error of the operating system becomes one line and exit code 2.
+
+    Everything else is our mistake and keeps its traceback.
+    """
+
+    @functools.wraps(main)
+    def wrapped() -> None:
+        try:
+            main()
+        except UserError as error:
+            _leave(str(error))
+        except (BrokenPipeError, KeyboardInterrupt):
+            sys.exit(130)
+        except OSError as error:
+            _leave(describe_os_error(error))
+
+    return wrapped
+
+
+def describe_os_error(error: OSError) -> str:
+    """Say what the operating system refused, and on which file."""
+    where = f"{error.filename}: " if error.filename else ""
+    return f"{where}{error.strerror or error}. Check the path, its permissions and the free space, then run again."
+
+
+def _leave(message: str) -> None:
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    sys.exit(2)

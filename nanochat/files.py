@@ -1,0 +1,270 @@
+"""Every byte that meets the disk: where things live, and how they are written so that a kill leaves no half of one.
+
+A file or folder is written under a temporary name beside its place, flushed to the disk, and renamed: at its own name it
+is whole or it is not there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import stat
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from nanochat.errors import UserError
+
+COPY_BYTES = 1 << 20
+
+
+def base_dir() -> Path:
+    """The folder that holds everything: `NANOCHAT_BASE_DIR`, by default `~/.cache/nanochat`. Not created here."""
+    return Path(os.environ.get("NANOCHAT_BASE_DIR") or Path.home() / ".cache" / "nanochat")
+
+
+def _named(folder: str, name: str) -> Path:
+    if not name or name.startswith(".") or Path(name).name != name:
+        raise UserError(
+            f"{name!r} is not a usable name. Use letters, digits, '-', '_' and '.', without slashes."
+        )
+    return base_dir() / folder / name
+
+
+def data_dir(corpus: str) -> Path:
+    """Folder of a corpus: manifest.json and its shards."""
+    return _named("data", corpus)
+
+
+def tokenizer_dir(name: str) -> Path:
+    """Folder of a tokenizer: tokenizer.json."""
+    return _named("tokenizers", name)
+
+
+def run_dir(run: str) -> Path:
+    """Folder of a training run: config.json, metrics.jsonl, checkpoints, scores, report."""
+    return _named("runs", run)
+
+
+def checkpoints_dir(run: str) -> Path:
+    """Folder that holds the step_NNNNNN folders of a run."""
+    return run_dir(run) / "checkpoints"
+
+
+def eval_bundle_dir() -> Path:
+    """Folder of the unpacked CORE tasks."""
+    return base_dir() / "eval_bundle"
+
+
+def compile_cache_dir() -> Path:
+    """Folder where compiled kernels are kept between runs."""
+    return base_dir() / "compile_cache"
+
+
+def use_compile_cache() -> None:
+    """Point TorchInductor's cache at ours, unless the user has already pointed it elsewhere."""
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(compile_cache_dir()))
+
+
+def fsync_dir(path: Path) -> None:
+    """Make the names in a folder durable, where the platform can open a folder at all."""
+    if os.name == "nt":
+        return
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def fsync_file(path: Path) -> None:
+    """Make a file's bytes durable."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".tmp-{path.name}.{os.getpid()}")
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yield a temporary sibling of `path` to write to; on success it is made durable and takes the name `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _temporary(path)
+    try:
+        yield temporary
+        fsync_file(temporary)
+        temporary.replace(path)
+        fsync_dir(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_dir(path: Path) -> Iterator[Path]:
+    """Yield a temporary sibling folder; on success its files are made durable and it replaces `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _temporary(path)
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir()
+        yield temporary
+        for file in sorted(temporary.rglob("*")):
+            if file.is_file():
+                fsync_file(file)
+            else:
+                fsync_dir(file)
+        fsync_dir(temporary)
+        if path.exists():
+            _move_aside(path)
+        temporary.rename(path)
+        fsync_dir(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _move_aside(path: Path) -> None:
+    """Take a folder away in one step, so that its name never shows a half of it."""
+    doomed = path.with_name(f".old-{path.name}.{os.getpid()}")
+    shutil.rmtree(doomed, ignore_errors=True)
+    path.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def remove_dir(path: Path) -> None:
+    """Delete a folder; a kill midway leaves a name that nothing reads."""
+    _move_aside(path)
+
+
+def sweep_temporaries(folder: Path) -> None:
+    """Delete what killed writers left in `folder`; a temporary whose process still lives is kept."""
+    if not folder.is_dir():
+        return
+    for path in [*folder.glob(".tmp-*"), *folder.glob(".old-*")]:
+        pid = path.name.rpartition(".")[2]
+        if pid.isdigit() and not _alive(int(pid)):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def atomic_write(path: Path, data: bytes | str) -> None:
+    """Write a whole file: readers see the old one or the new one, never a part."""
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(data.encode("utf-8") if isinstance(data, str) else data)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON, atomically. NaN and infinity are refused: they are not JSON."""
+    atomic_write(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        UserError: the file is absent, or not JSON.
+    """
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file.") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise UserError(f"{path}: not a JSON file ({error}). It is damaged; make it again.") from None
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file's bytes."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(COPY_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def free_bytes(path: Path) -> int:
+    """Free space on the disk that holds `path`, or would hold it: its nearest existing parent is asked."""
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free
+
+
+def require_writable(folder: Path) -> None:
+    """Create `folder` and prove that a file can be written there, before hours are spent.
+
+    Raises:
+        UserError: the folder is read-only, on a full disk, or its path is taken by a file.
+    """
+    probe = folder / f".tmp-probe.{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"\0" * 4096)
+        fsync_file(probe)
+    except OSError as error:
+        raise UserError(
+            f"{folder}: cannot write there ({error.strerror}). Free some space, or set NANOCHAT_BASE_DIR to another folder."
+        ) from None
+    finally:
+        with contextlib.suppress(OSError):
+            probe.unlink(missing_ok=True)
+
+
+def safe_unzip(archive: Path, folder: Path, max_bytes: int) -> None:
+    """Unpack a zip into `folder`, which appears whole or not at all.
+
+    Args:
+        archive: the zip file.
+        folder: where its contents go; replaced if it exists.
+        max_bytes: the most that may come out, counted while inflating: a header can lie.
+
+    Raises:
+        UserError: not a zip, a member that would land outside, a link, or more bytes than allowed.
+    """
+    try:
+        with zipfile.ZipFile(archive) as zipped, atomic_dir(folder) as temporary:
+            left = max_bytes
+            for member in zipped.infolist():
+                left -= _unzip_member(zipped, member, temporary, left, archive)
+    except (zipfile.BadZipFile, zipfile.LargeZipFile, EOFError, RuntimeError, NotImplementedError) as error:
+        raise UserError(f"{archive}: not a usable zip file ({error}). Fetch it again.") from None
+
+
+def _unzip_member(
+    zipped: zipfile.ZipFile, member: zipfile.ZipInfo, folder: Path, left: int, archive: Path
+) -> int:
+    """Write one member below `folder`; returns its bytes."""
+    name = member.filename.replace("\\", "/")
+    unsafe = name.startswith("/") or ".." in name.split("/") or ":" in name.split("/")[0]
+    if unsafe or stat.S_ISLNK(member.external_attr >> 16):
+        raise UserError(
+            f"{archive}: member {member.filename!r} would land outside the folder. Do not use this file."
+        )
+    target = folder / name
+    if member.is_dir():
+        target.mkdir(parents=True, exist_ok=True)
+        return 0
+    target.parent.mkdir(parents=True, exist_ok=True)
+    written = 0
+    with zipped.open(member) as source, target.open("xb") as sink:
+        while block := source.read(COPY_BYTES):
+            written += len(block)
+            if written > left:
+                raise UserError(f"{archive}: it unpacks to more bytes than allowed. Do not use this file.")
+            sink.write(block)
+    return written

@@ -1,0 +1,164 @@
+"""What the machine can do: the device, the dtype it multiplies best, how fast it could be. Chosen once, then passed on."""
+
+from __future__ import annotations
+
+import platform
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nanochat.errors import UserError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+# Dense bf16 peak in FLOP/s, by a part of the name that the driver reports; the first match counts, so H200 stands before
+# H100 and L40S before L40. Sources: the makers' data sheets (without sparsity).
+PEAK_BF16_FLOPS_PER_S = {
+    "gb200": 2.5e15,
+    "b200": 2.25e15,
+    "h200": 989e12,
+    "h100 nvl": 835e12,
+    "h100 pcie": 756e12,
+    "h100": 989e12,
+    "h20": 148e12,
+    "h800": 989e12,
+    "a100": 312e12,
+    "a800": 312e12,
+    "l40s": 362e12,
+    "l4": 121e12,
+    "a10": 125e12,
+    "a6000": 155e12,
+    "rtx 5090": 209.5e12,
+    "rtx 4090": 165.2e12,
+    "rtx 3090": 71e12,
+    "mi300x": 1307e12,
+}
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How numbers travel through the model.
+
+    Attributes:
+        compute_dtype: dtype of activations and matrix products; master weights stay fp32.
+        attention: name of the attention backend (`nanochat.attention`).
+    """
+
+    compute_dtype: torch.dtype
+    attention: str
+
+
+def detect_device(device_type: str = "auto", local_rank: int = 0) -> torch.device:
+    """The device of this rank.
+
+    Raises:
+        UserError: the device asked for is not there.
+    """
+    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if device_type == "auto":
+        device_type = next(kind for kind, there in present.items() if there)
+    if not present.get(device_type, False):
+        there = ", ".join(kind for kind, is_there in present.items() if is_there)
+        raise UserError(f"--device-type={device_type}: not available on this machine, which has: {there}.")
+    if device_type == "cuda":
+        return torch.device("cuda", local_rank)
+    return torch.device(device_type)
+
+
+def cpu_multiplies_bf16() -> bool:
+    """True where the CPU has bf16 matrix instructions (AVX512-BF16 or AMX); elsewhere bf16 is slower than fp32."""
+    if platform.system() != "Linux":
+        return False
+    info = Path("/proc/cpuinfo")
+    flags = set(info.read_text("utf-8", errors="replace").split()) if info.exists() else set()
+    return bool(flags & {"avx512_bf16", "amx_bf16"})
+
+
+def choose_dtype(device: torch.device, requested: str = "auto") -> tuple[torch.dtype, str]:
+    """The compute dtype and why: bf16 where the hardware multiplies it natively, else fp32.
+
+    Raises:
+        UserError: a dtype that we do not know.
+    """
+    if requested != "auto":
+        if requested not in DTYPES:
+            raise UserError(f"--dtype={requested}: expected auto, {' or '.join(DTYPES)}.")
+        return DTYPES[requested], "asked for"
+    if device.type == "cuda":
+        native = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        native = device.type == "cpu" and cpu_multiplies_bf16()
+    if native:
+        return torch.bfloat16, f"this {device.type} multiplies bf16 natively"
+    return torch.float32, f"this {device.type} does not multiply bf16 natively"
+
+
+def device_name(device: torch.device) -> str:
+    """What the maker calls it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type == "cpu" and Path("/proc/cpuinfo").exists():
+        for line in Path("/proc/cpuinfo").read_text("utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or device.type
+
+
+def measured_flops_per_s(
+    device: torch.device, dtype: torch.dtype, size: int = 2048, seconds: float = 0.3
+) -> float:
+    """Rate of a square matrix product, in FLOP/s: the best of several short runs.
+
+    Args:
+        device: where to measure.
+        dtype: of both factors.
+        size: rows and columns of both factors; 8192 or so on a GPU.
+        seconds: how long to measure.
+    """
+    a = torch.randn(size, size, device=device, dtype=torch.float32).to(dtype)
+    best, stop = float("inf"), time.perf_counter() + seconds
+    (a @ a).sum().item()
+    while time.perf_counter() < stop:
+        start = time.perf_counter()
+        (a @ a)[0, 0].item()  # the read waits for the device
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
+    """Peak in FLOP/s and where the number is from: "table" for known GPUs, else "measured" by a short matrix product."""
+    if device.type == "cuda" and dtype == torch.bfloat16:
+        name = torch.cuda.get_device_name(device).lower()
+        for part, peak in PEAK_BF16_FLOPS_PER_S.items():
+            if part in name:
+                return peak, "table"
+    size = 8192 if device.type == "cuda" else 2048
+    return measured_flops_per_s(device, dtype, size), "measured"
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory held so far: of the GPU where there is one, else of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if platform.system() == "Darwin" else peak * 1024
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """The machine, for config.json and the report."""
+    return {
+        "device": device_name(device),
+        "device_type": device.type,
+        "cpu_threads": torch.get_num_threads(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda if device.type == "cuda" else None,
+    }

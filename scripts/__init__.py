@@ -1,0 +1,1 @@
+"""Entry points. Each parses its arguments, makes a plan and calls the library; nothing imports them."""
