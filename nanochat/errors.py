@@ -15,7 +15,7 @@ class UserError(ValueError):
 
 
 def cli(main: Callable[[], None]) -> Callable[[], None]:
-    """Wrap a script's `main`: a `UserError` or an error of the operating system becomes one line and exit code 2.
+    """Wrap a script's `main`: a user's mistake or an error of the system becomes one line and exit code 2.
 
     Everything else is our mistake and keeps its traceback.
     """
@@ -37,7 +37,8 @@ def cli(main: Callable[[], None]) -> Callable[[], None]:
 def describe_os_error(error: OSError) -> str:
     """Say what the operating system refused, and on which file."""
     where = f"{error.filename}: " if error.filename else ""
-    return f"{where}{error.strerror or error}. Check the path, its permissions and the free space, then run again."
+    reason = error.strerror or str(error)
+    return f"{where}{reason}. Check the path, its permissions and the free space, then run again."
 
 
 def _leave(message: str) -> None:

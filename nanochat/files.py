@@ -1,7 +1,7 @@
-"""Every byte that meets the disk: where things live, and how they are written so that a kill leaves no half of one.
+"""Every byte that meets the disk: where things live, and how they are written so that a kill leaves no half.
 
-A file or folder is written under a temporary name beside its place, flushed to the disk, and renamed: at its own name it
-is whole or it is not there.
+A file or folder is written under a temporary name beside its place, flushed to the disk, and renamed: at its
+own name it is whole or it is not there.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ COPY_BYTES = 1 << 20
 
 
 def base_dir() -> Path:
-    """The folder that holds everything: `NANOCHAT_BASE_DIR`, by default `~/.cache/nanochat`. Not created here."""
+    """The folder of everything: `NANOCHAT_BASE_DIR`, by default `~/.cache/nanochat`. Not created here."""
     return Path(os.environ.get("NANOCHAT_BASE_DIR") or Path.home() / ".cache" / "nanochat")
 
 
@@ -93,7 +93,7 @@ def _temporary(path: Path) -> Path:
 
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a temporary sibling of `path` to write to; on success it is made durable and takes the name `path`."""
+    """Yield a temporary sibling of `path` to write to; on success it is made durable and takes the name."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(path)
     try:
@@ -218,7 +218,8 @@ def require_writable(folder: Path) -> None:
         fsync_file(probe)
     except OSError as error:
         raise UserError(
-            f"{folder}: cannot write there ({error.strerror}). Free some space, or set NANOCHAT_BASE_DIR to another folder."
+            f"{folder}: cannot write there ({error.strerror}). "
+            "Free some space, or set NANOCHAT_BASE_DIR to another folder."
         ) from None
     finally:
         with contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""What the machine can do: the device, the dtype it multiplies best, how fast it could be. Chosen once, then passed on."""
+"""What the machine can do: its device, its best dtype, its peak. Chosen once, then passed on."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from nanochat.errors import UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
-# Dense bf16 peak in FLOP/s, by a part of the name that the driver reports; the first match counts, so H200 stands before
-# H100 and L40S before L40. Sources: the makers' data sheets (without sparsity).
+# Dense bf16 peak in FLOP/s, by a part of the name that the driver reports; the first match counts, so that
+# "h100 pcie" stands before "h100". Sources: the makers' data sheets (without sparsity).
 PEAK_BF16_FLOPS_PER_S = {
     "gb200": 2.5e15,
     "b200": 2.25e15,
@@ -69,7 +69,7 @@ def detect_device(device_type: str = "auto", local_rank: int = 0) -> torch.devic
 
 
 def cpu_multiplies_bf16() -> bool:
-    """True where the CPU has bf16 matrix instructions (AVX512-BF16 or AMX); elsewhere bf16 is slower than fp32."""
+    """True where the CPU has bf16 matrix instructions (AVX512-BF16 or AMX); elsewhere fp32 is faster."""
     if platform.system() != "Linux":
         return False
     info = Path("/proc/cpuinfo")
@@ -129,7 +129,7 @@ def measured_flops_per_s(
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
-    """Peak in FLOP/s and where the number is from: "table" for known GPUs, else "measured" by a short matrix product."""
+    """Peak in FLOP/s, and its source: "table" for known GPUs, else "measured" by a short matrix product."""
     if device.type == "cuda" and dtype == torch.bfloat16:
         name = torch.cuda.get_device_name(device).lower()
         for part, peak in PEAK_BF16_FLOPS_PER_S.items():

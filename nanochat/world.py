@@ -1,6 +1,7 @@
 """The ranks of a run: who we are, what we agree on, and the only door to torch.distributed.
 
-World size 1 is the ordinary case: every collective degrades to the identity, so that callers never ask how many we are.
+World size 1 is the ordinary case: every collective degrades to the identity, and callers never ask how many
+we are.
 """
 
 from __future__ import annotations

@@ -1,0 +1,208 @@
+"""What a person may ask: one frozen dataclass a command; its fields are flags, their metadata the help."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from nanochat.errors import UserError
+
+Args = TypeVar("Args")
+
+
+def flag(default: Any, help: str, **metadata: Any) -> Any:
+    """A field with a default and a line of help; `metadata` may hold `choices`, `short`, `positional`."""
+    return field(default=default, metadata={"help": help, **metadata})
+
+
+@dataclass(frozen=True)
+class TrainArgs:
+    """Train a model. Everything that is not given follows from --depth."""
+
+    depth: int = flag(
+        12, "number of layers; decides width, heads, batch, learning rates, horizon, weight decay"
+    )
+    run: str = flag("", "name of the run and of its folder; by default d<depth>")
+    # Data
+    corpus: str = flag("fineweb-edu", "what to train on: stdlib, local, fineweb-edu, climbmix")
+    tokenizer: str = flag("", "name of the tokenizer; by default the corpus's name")
+    keep_tails: bool = flag(False, "keep what is cropped from long documents as documents of their own")
+    # Model
+    max_seq_len: int = flag(2048, "context length T in tokens")
+    window_pattern: str = flag("SSSL", "attention window of each layer, tiled: S is a quarter of T, L is T")
+    aspect_ratio: int = flag(64, "width = depth * aspect ratio, raised to a whole number of heads")
+    head_dim: int = flag(128, "width of an attention head")
+    # Horizon: the first that is given counts
+    num_iterations: int | None = flag(None, "number of optimizer steps")
+    target_flops: float | None = flag(None, "train for this many floating-point operations")
+    target_param_data_ratio: float | None = flag(
+        None, "tokens per scaling parameter; by default the recipe's"
+    )
+    # Optimization
+    recipe: str = flag("july", "set of constants (nanochat/recipe.py)", choices=("july", "january"))
+    total_batch_size: int | None = flag(None, "tokens in a global batch; by default from the horizon")
+    device_batch_size: int | None = flag(None, "rows in a micro-batch of one rank; by default from depth")
+    matrix_lr: float | None = flag(None, "base learning rate of the block matrices (Muon)")
+    embedding_lr: float | None = flag(None, "base learning rate of the token embedding (AdamW)")
+    unembedding_lr: float | None = flag(None, "base learning rate of the output head (AdamW)")
+    weight_decay: float | None = flag(None, "base weight decay of the block matrices, before scaling")
+    warmup_steps: int | None = flag(None, "steps of linear learning-rate warmup")
+    warmdown_ratio: float | None = flag(None, "last share of the run in which the learning rate falls")
+    final_lr_frac: float | None = flag(None, "share of the learning rate left at the end")
+    seed: int = flag(0, "seed of the initial weights, the order of the data and the samples")
+    # Machine
+    device_type: str = flag("auto", "where to compute", choices=("auto", "cuda", "cpu", "mps"))
+    dtype: str = flag("auto", "dtype of activations", choices=("auto", "bfloat16", "float32"))
+    attention: str = flag("auto", "attention backend", choices=("auto", "fa3", "fa2", "flex", "sdpa"))
+    dist_timeout: float = flag(600.0, "seconds that a rank waits for another before it gives up")
+    # Evaluation, samples, checkpoints: 0 means only at the end
+    eval_every: int = flag(250, "steps between validations")
+    eval_tokens: int = flag(10_485_760, "validation tokens of each evaluation")
+    core_metric_every: int | None = flag(
+        None, "steps between CORE evaluations; by default none while training"
+    )
+    core_metric_max_per_task: int = flag(500, "examples of each CORE task while training")
+    sample_every: int = flag(2000, "steps between samples")
+    save_every: int = flag(1000, "steps between checkpoints")
+    keep_last: int = flag(2, "checkpoints to keep")
+    resume: str = flag("", "go on from a checkpoint: auto (the newest valid one, if any) or a step")
+    # Logging
+    wandb: str = flag("off", "also log to Weights & Biases", choices=("off", "online", "offline"))
+    dry_run: bool = flag(False, "print the plan and stop")
+
+    @property
+    def run_name(self) -> str:
+        """The run's name, given or from depth."""
+        return self.run or f"d{self.depth}"
+
+    @property
+    def tokenizer_name(self) -> str:
+        """The tokenizer's name, given or the corpus's."""
+        return self.tokenizer or self.corpus
+
+
+@dataclass(frozen=True)
+class EvalArgs:
+    """Score a trained model: CORE, bits per byte, samples."""
+
+    run: str = flag("", "name of the run")
+    step: int | None = flag(None, "checkpoint to score; by default the newest")
+    eval: str = flag("core,bpb,sample", "what to do, separated by commas")
+    eval_bundle: str = flag("", "CORE tasks: a folder, a zip, or mini for the small suite made on the spot")
+    core_metric_max_per_task: int = flag(0, "examples of each task; 0 means all")
+    eval_tokens: int = flag(10_485_760, "tokens for bits per byte, of each split")
+    device_batch_size: int = flag(16, "rows of a batch")
+    max_new_tokens: int = flag(64, "tokens of each sample")
+    device_type: str = flag("auto", "where to compute", choices=("auto", "cuda", "cpu", "mps"))
+    dtype: str = flag("auto", "dtype of activations", choices=("auto", "bfloat16", "float32"))
+    attention: str = flag("auto", "attention backend", choices=("auto", "fa3", "fa2", "flex", "sdpa"))
+    dist_timeout: float = flag(1800.0, "seconds that a rank waits for another before it gives up")
+
+
+@dataclass(frozen=True)
+class TokTrainArgs:
+    """Train a tokenizer on a corpus."""
+
+    corpus: str = flag("fineweb-edu", "what to train on: stdlib, local, fineweb-edu, climbmix")
+    name: str = flag("", "name of the tokenizer; by default the corpus's name")
+    vocab_size: int = flag(32768, "entries of the vocabulary, special tokens included")
+    max_chars: int = flag(2_000_000_000, "characters to train on")
+    doc_cap: int = flag(10_000, "characters taken of each document")
+    overwrite: bool = flag(False, "train again although the tokenizer exists")
+
+
+@dataclass(frozen=True)
+class DatasetArgs:
+    """Fetch or make a corpus."""
+
+    corpus: str = flag("fineweb-edu", "which corpus: stdlib, local, fineweb-edu, climbmix")
+    num_shards: int | None = flag(None, "training shards to have; by default all", short="-n")
+    files: tuple[str, ...] = flag((), "parquet, jsonl or txt files or folders (corpus local)")
+    val_file: str = flag("", "the file among them that is for validation (corpus local)")
+    name: str = flag("", "name of the corpus folder; by default the corpus's name")
+    verify: bool = flag(False, "hash every shard again and list what is wrong")
+    list: bool = flag(False, "list the corpora that are there")
+
+
+@dataclass(frozen=True)
+class GenerateArgs:
+    """Continue a prompt."""
+
+    prompt: tuple[str, ...] = flag((), "text to continue; several prompts are done together", positional=True)
+    run: str = flag("", "name of the run")
+    step: int | None = flag(None, "checkpoint to use; by default the newest")
+    max_new_tokens: int = flag(256, "most tokens to add")
+    temperature: float = flag(0.8, "0 takes the likeliest token")
+    top_k: int = flag(50, "sample among this many likeliest tokens; 0 means all")
+    num_samples: int = flag(1, "continuations of each prompt")
+    seed: int = flag(0, "seed of the samples")
+    device_type: str = flag("auto", "where to compute", choices=("auto", "cuda", "cpu", "mps"))
+    dtype: str = flag("auto", "dtype of activations", choices=("auto", "bfloat16", "float32"))
+    attention: str = flag("auto", "attention backend", choices=("auto", "fa3", "fa2", "flex", "sdpa"))
+
+
+@dataclass(frozen=True)
+class ReportArgs:
+    """Make report.html from the files of a run."""
+
+    run: str = flag("", "name of the run")
+
+
+def parse(cls: type[Args], argv: list[str] | None = None) -> Args:
+    """Read a command line into an instance of a dataclass of this module.
+
+    Args:
+        cls: one of the dataclasses above.
+        argv: the arguments; by default those of the process.
+
+    Raises:
+        SystemExit: with code 2 for an unknown flag or a value that does not parse, code 0 after --help.
+    """
+    parser = argparse.ArgumentParser(
+        description=cls.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
+    )
+    hints = typing.get_type_hints(cls)
+    for item in dataclasses.fields(cls):  # type: ignore[arg-type]
+        _add_flag(parser, item, hints[item.name])
+    values = vars(parser.parse_args(argv))
+    return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+
+
+def _add_flag(parser: argparse.ArgumentParser, item: dataclasses.Field[Any], hint: Any) -> None:
+    """Turn one field into one flag: bool gives --x and --no-x, tuple takes many, X | None takes an X."""
+    options: dict[str, Any] = {"help": item.metadata["help"], "default": item.default}
+    if isinstance(hint, types.UnionType):
+        hint = next(kind for kind in typing.get_args(hint) if kind is not type(None))
+    if "choices" in item.metadata:
+        options["choices"] = item.metadata["choices"]
+    if typing.get_origin(hint) is tuple:
+        options.update(nargs="*", type=str)
+    elif hint is bool:
+        options["action"] = argparse.BooleanOptionalAction
+    else:
+        options["type"] = hint
+    if item.metadata.get("positional"):
+        parser.add_argument(item.name, **options)
+        return
+    names = [f"--{item.name.replace('_', '-')}"]
+    if "short" in item.metadata:
+        names.insert(0, item.metadata["short"])
+    parser.add_argument(*names, dest=item.name, **options)
+
+
+def from_dict(cls: type[Args], values: dict[str, Any]) -> Args:
+    """An instance from what config.json holds.
+
+    Raises:
+        UserError: a field that this version does not know.
+    """
+    known = {item.name for item in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    if unknown := sorted(set(values) - known):
+        raise UserError(
+            f"{cls.__name__}: unknown fields {unknown}. The file is of another version of nanochat."
+        )
+    return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})

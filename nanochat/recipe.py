@@ -1,0 +1,116 @@
+"""Every constant of training, in two sets: RECIPE part 2 (July 2026, the default) and part 1 (January 2026).
+
+What is structure rather than a constant (smear, backout, row equilibration, the Frobenius rescaling) is the
+same in both.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+REFERENCE_DEPTH = 12
+REFERENCE_WIDTH = 768
+REFERENCE_BATCH_TOKENS = 2**19
+
+
+@dataclass(frozen=True)
+class GroupRecipe:
+    """Base hyperparameters of a kind of parameter, tuned at depth 12.
+
+    Attributes:
+        lr: learning rate at width 768 and batches of 2^19 tokens.
+        beta1: decay of the first moment.
+        beta2: decay of the second moment.
+        weight_decay: decoupled, multiplied by the learning rate.
+        scales_with_width: lr is multiplied by (width / 768)^-1/2.
+        scales_with_batch: lr is multiplied by (batch / 2^19)^1/2.
+    """
+
+    lr: float
+    beta1: float = 0.8
+    beta2: float = 0.95
+    weight_decay: float = 0.0
+    scales_with_width: bool = False
+    scales_with_batch: bool = True
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A complete set of constants. Defaults are July's."""
+
+    # Horizon and batch (RECIPE 2.2)
+    target_param_data_ratio: float = 12.0
+    batch_exponent: float = 0.383  # Power Lines, arXiv 2505.13738
+    weight_decay_follows: str = "horizon"  # or "depth": 0.2 (12 / n)^2
+    # Groups (RECIPE 2.4); Muon's beta1 is its momentum, which the schedule moves
+    matrix: GroupRecipe = GroupRecipe(lr=0.02, beta1=0.97, beta2=0.90, weight_decay=0.28)
+    unembedding: GroupRecipe = GroupRecipe(lr=0.008, beta2=0.96, weight_decay=0.01, scales_with_width=True)
+    embedding: GroupRecipe = GroupRecipe(lr=0.3, beta2=0.995, weight_decay=0.001, scales_with_width=True)
+    value_embedding: GroupRecipe = GroupRecipe(
+        lr=0.15, beta2=0.995, weight_decay=0.01, scales_with_width=True
+    )
+    resid: GroupRecipe = GroupRecipe(lr=0.005, weight_decay=0.05)
+    x0: GroupRecipe = GroupRecipe(lr=0.5, beta1=0.96)
+    smear: GroupRecipe = GroupRecipe(lr=0.2, scales_with_batch=False)
+    # Muon
+    polar_norm_factor: float = 1.01
+    # Schedules
+    warmup_steps: int = 40
+    warmdown_ratio: float = 0.65
+    final_lr_frac: float = 0.05
+    momentum_start: float = 0.85
+    momentum_peak: float = 0.97
+    momentum_warmup_steps: int = 400
+    momentum_final: float = 0.90
+    weight_decay_shape: str = "cosine"  # or "linear"
+    # Model
+    rope_base: float = 100_000.0
+    softcap: float = 15.0
+    qk_scale: float = 1.2
+    short_window_divisor: int = 4
+    value_gate_channels: int = 12
+    value_gate_scale: float = 3.0
+    value_gate_init: float = 0.02  # uniform from 0 to this
+    # Initial weights
+    embedding_std: float = 0.8
+    mlp_in_scale: float = 0.4
+    resid_first: float = 1.15
+    resid_last: float = 1.05
+    x0_first: float = 0.20
+    x0_last: float = 0.05
+
+
+JULY = Recipe()
+
+JANUARY = Recipe(
+    target_param_data_ratio=10.5,
+    batch_exponent=0.0,
+    weight_decay_follows="depth",
+    matrix=GroupRecipe(lr=0.02, beta1=0.95, beta2=0.95, weight_decay=0.2),
+    unembedding=GroupRecipe(lr=0.004, scales_with_width=True),
+    embedding=GroupRecipe(lr=0.3, scales_with_width=True),
+    value_embedding=GroupRecipe(lr=0.3, scales_with_width=True),
+    resid=GroupRecipe(lr=0.005),
+    polar_norm_factor=1.02,
+    warmup_steps=0,
+    warmdown_ratio=0.5,
+    final_lr_frac=0.0,
+    momentum_peak=0.95,
+    momentum_warmup_steps=300,
+    momentum_final=0.95,
+    weight_decay_shape="linear",
+    rope_base=10_000.0,
+    qk_scale=1.0,
+    short_window_divisor=2,
+    value_gate_channels=32,
+    value_gate_scale=2.0,
+    value_gate_init=0.0,
+    embedding_std=1.0,
+    mlp_in_scale=1.0,
+    resid_first=1.0,
+    resid_last=1.0,
+    x0_first=0.1,
+    x0_last=0.1,
+)
+
+RECIPES = {"july": JULY, "january": JANUARY}
