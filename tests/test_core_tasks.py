@@ -1,0 +1,235 @@
+import ast
+import json
+import random
+import re
+import zipfile
+
+import pytest
+
+from nanochat import core_tasks
+from nanochat.core_tasks import Bundle, Example, Task
+from nanochat.errors import UserError
+
+MC = Task("mc", "multiple_choice", 1, "\nAnswer: ", "eval_data/mc.jsonl", 25.0)
+SCHEMA = Task("schema", "schema", 1, " ", "eval_data/schema.jsonl", 50.0)
+LM = Task("lm", "language_modeling", 1, " ", "eval_data/lm.jsonl", 0.0)
+
+CORE_YAML = """icl_tasks:
+-
+  label: mc
+  dataset_uri: mc.jsonl
+  num_fewshot: [2]
+  icl_task_type: multiple_choice
+  continuation_delimiter: "\\nAnswer: "
+-
+  label: lm
+  dataset_uri: lm.jsonl
+  num_fewshot: [0]
+  icl_task_type: language_modeling
+  has_categories: true
+"""
+META = 'Eval Task,Task Category,Random baseline,Description\nmc,x,25,"a, b"\nlm,x,0,\nother,x,9.1,\n'
+TEXTS = {
+    "core.yaml": CORE_YAML,
+    "eval_meta_data.csv": META,
+    "eval_data/mc.jsonl": '{"query": "q", "choices": ["a", "b"], "gold": 1}\n',
+    "eval_data/lm.jsonl": '{"context": "c", "continuation": "d"}\n',
+}
+
+
+def bundle_of(**changes):
+    names = {"core": "core.yaml", "meta": "eval_meta_data.csv", "mc": "eval_data/mc.jsonl"}
+    return Bundle.from_texts("b", {**TEXTS, **{names[key]: text for key, text in changes.items()}})
+
+
+def write_zip(path, root="", texts=TEXTS):
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, text in texts.items():
+            archive.writestr(root + name, text)
+    return path
+
+
+def test_a_folder_a_zip_and_a_zip_with_a_top_folder_read_the_same(tmp_path):
+    folder = tmp_path / "bundle"
+    for name, text in TEXTS.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text, encoding="utf-8")
+    places = [folder, write_zip(tmp_path / "flat.zip"), write_zip(tmp_path / "deep.zip", "eval_bundle/")]
+    for place in places:
+        bundle = core_tasks.open_bundle(place)
+        tasks = core_tasks.load_tasks(bundle)
+        assert tasks == [
+            Task("mc", "multiple_choice", 2, "\nAnswer: ", "eval_data/mc.jsonl", 25.0),
+            Task("lm", "language_modeling", 0, " ", "eval_data/lm.jsonl", 0.0),
+        ]
+        assert core_tasks.load_examples(bundle, tasks[0]) == [Example(("q",), ("a", "b"), 1, 1)]
+        assert core_tasks.load_examples(bundle, tasks[1]) == [Example(("c",), ("d",), 0, 1)]
+
+
+def test_a_missing_bundle_a_cut_zip_and_paths_out_of_it_are_refused(tmp_path):
+    good = write_zip(tmp_path / "good.zip").read_bytes()
+    (tmp_path / "cut.zip").write_bytes(good[: len(good) // 2])
+    write_zip(tmp_path / "evil.zip", texts={**TEXTS, "../outside.txt": "x"})
+    write_zip(tmp_path / "none.zip", texts={"a.txt": "x"})
+    (tmp_path / "empty").mkdir()
+    expected = {
+        "absent.zip": "no such eval bundle",
+        "cut.zip": "not a complete zip",
+        "evil.zip": "leads out of it",
+        "none.zip": "expected one core.yaml",
+        "empty": "no core.yaml",
+    }
+    for name, message in expected.items():
+        with pytest.raises(UserError, match=f"{name}.*{message}"):
+            core_tasks.open_bundle(tmp_path / name)
+
+
+def test_a_damaged_member_of_a_zip_is_named(tmp_path):
+    path = tmp_path / "bundle.zip"
+    with zipfile.ZipFile(path, "w") as archive:  # stored, so that the text can be found and changed
+        for name, text in TEXTS.items():
+            archive.writestr(name, text)
+    path.write_bytes(path.read_bytes().replace(b'"gold": 1', b'"gold": 0'))
+    bundle = core_tasks.open_bundle(path)
+    with pytest.raises(UserError, match=r"bundle.zip/eval_data/mc.jsonl: damaged"):
+        core_tasks.load_examples(bundle, core_tasks.load_tasks(bundle)[0])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"core": "a: [1"}, r"b/core.yaml: not valid YAML"),
+        ({"core": "tasks: 1"}, r"b/core.yaml: expected a list of tasks"),
+        ({"core": CORE_YAML.replace("label: lm", "label: mc")}, r"'mc' stands there twice"),
+        ({"core": CORE_YAML.replace("language_modeling", "poetry")}, r"task 'lm': icl_task_type is 'poetry'"),
+        ({"core": CORE_YAML.replace("mc.jsonl", "../mc.jsonl")}, r"task 'mc': dataset_uri"),
+        ({"core": CORE_YAML.replace("[2]", "[-1]")}, r"task 'mc': num_fewshot is -1"),
+        ({"core": CORE_YAML.replace("label: lm", "label: new")}, r"task 'new': .* no random baseline"),
+        ({"core": CORE_YAML.replace("label: lm", "lable: lm")}, r"task 2 has no label"),
+        ({"meta": META.replace("x,25", "x,guess")}, r"eval_meta_data.csv:2: .*'mc' is 'guess'"),
+        ({"meta": META.replace("x,9.1", "x,100")}, r"eval_meta_data.csv:4: .*'other' is '100'"),
+    ],
+)
+def test_a_faulty_task_list_is_one_clear_error(change, message):
+    with pytest.raises(UserError, match=message):
+        core_tasks.load_tasks(bundle_of(**change))
+
+
+GOOD_LINE = TEXTS["eval_data/mc.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"query": "q", "choices": ["a"', "not valid JSON"),
+        ("[1]", "expected an object, found list"),
+        ('{"choices": ["a"], "gold": 0}', "'query' is None"),
+        ('{"query": "q", "choices": [], "gold": 0}', "'choices' is .*not empty"),
+        ('{"query": "q", "choices": ["a", ""], "gold": 0}', "entry 1 of 'choices'"),
+        ('{"query": "q", "choices": ["a", "b"], "gold": 2}', "'gold' is 2, expected a number from 0 to 1"),
+        ('{"query": "q", "choices": ["a", "b"], "gold": true}', "'gold' is True"),
+    ],
+)
+def test_a_faulty_example_is_named_by_file_and_line(line, message):
+    bundle = bundle_of(mc=GOOD_LINE + "\n" + line + "\n")
+    with pytest.raises(UserError, match=f"b/eval_data/mc.jsonl:3: .*{message}"):
+        core_tasks.load_examples(bundle, MC)
+
+
+def test_other_faults_of_task_files_are_named():
+    with pytest.raises(UserError, match=r"b/eval_data/schema.jsonl: the file is missing"):
+        core_tasks.load_examples(bundle_of(), SCHEMA)
+    with pytest.raises(UserError, match=r"b/eval_data/mc.jsonl: holds no examples"):
+        core_tasks.load_examples(bundle_of(mc="\n"), MC)
+    with pytest.raises(UserError, match="continuation is empty"):
+        core_tasks._parse_example("f:1", "schema", {"continuation": " ", "context_options": ["a"]}, 1)
+    with pytest.raises(UserError, match="byte 1 is not UTF-8"):
+        Bundle("b", lambda _: b"a\xff").text("eval_data/mc.jsonl")
+
+
+def test_texts_are_kept_exactly_and_only_newlines_end_a_line():
+    query = " a\u2028b\x0cc\n "
+    bundle = bundle_of(
+        mc=json.dumps({"query": query, "choices": [" x", "y "], "gold": 0}, ensure_ascii=False)
+    )
+    assert core_tasks.load_examples(bundle, MC) == [Example((query,), (" x", "y "), 0, 1)]
+
+
+def test_multiple_choice_prompts_keep_the_query_as_it_is():
+    shot, item = Example(("2+2? ",), ("3", "4"), 1, 1), Example((" 1+1? ",), ("2", "5"), 0, 2)
+    prompt = core_tasks.render(MC, item, [shot])
+    head = "2+2? \nAnswer: 4\n\n 1+1? \nAnswer: "
+    assert prompt.rows == (head + "2", head + "5")
+    assert prompt.stem is None
+
+
+def test_schema_prompts_vary_the_context_and_share_the_continuation():
+    shot = Example(("The cat", "The dog"), ("barked.",), 1, 1)
+    item = Example(("It rained, so", "It shone, so"), ("we got wet.",), 0, 2)
+    prompt = core_tasks.render(SCHEMA, item, [shot])
+    assert prompt.rows == (
+        "The dog barked.\n\nIt rained, so we got wet.",
+        "The dog barked.\n\nIt shone, so we got wet.",
+    )
+
+
+def test_language_modeling_prompts_strip_contexts_but_not_continuations():
+    shot, item = Example(("\none two ",), (" three ",), 0, 1), Example(("four ",), ("five ",), 0, 2)
+    prompt = core_tasks.render(LM, item, [shot])
+    assert prompt.rows == ("one two  three \n\nfour five ",)
+    assert prompt.stem == "one two  three \n\nfour"
+
+
+def test_shots_are_those_of_sampling_the_list_without_the_example():
+    for total, shots, index in [(5, 2, 0), (30, 10, 29), (30, 10, 7), (200, 10, 199), (20321, 10, 12345)]:
+        others = [place for place in range(total) if place != index]
+        expected = random.Random(1234 + index).sample(others, shots)
+        assert core_tasks.draw_shots(index, total, shots) == expected
+
+
+def test_shots_are_clamped_to_the_other_examples():
+    assert sorted(core_tasks.draw_shots(1, 4, 10)) == [0, 2, 3]
+    assert core_tasks.draw_shots(0, 1, 10) == []
+
+
+def test_a_cut_list_is_the_beginning_of_the_shuffled_one():
+    examples = [Example((str(n),), ("x",), 0, n) for n in range(50)]
+    expected = list(range(50))
+    random.Random(1337).shuffle(expected)
+    assert [example.line for example in core_tasks.arrange(examples, 0)] == expected
+    assert [example.line for example in core_tasks.arrange(examples, 8)] == expected[:8]
+    assert [example.line for example in examples] == list(range(50))
+
+
+@pytest.mark.slow  # reads all 50 MB
+def test_the_real_bundle_has_22_tasks_and_91037_examples(shared_data):
+    bundle = core_tasks.open_bundle(shared_data / "eval_bundle.zip")
+    tasks = core_tasks.load_tasks(bundle)
+    assert len(tasks) == 22
+    assert sum(len(core_tasks.load_examples(bundle, task)) for task in tasks) == 91_037
+    assert {task.label: task.baseline_percent for task in tasks}["boolq"] == 62
+
+
+def test_prompts_of_the_real_bundle_equal_nanochats(shared_data):
+    """The first example of each task after the second, where it has shots; long ones are abridged."""
+    bundle = core_tasks.open_bundle(shared_data / "eval_bundle.zip")
+    tasks = {task.label: task for task in core_tasks.load_tasks(bundle)}
+    text = (shared_data / "core_rendered_examples.txt").read_text(encoding="utf-8")
+    blocks = re.findall(
+        r"^##### (\S+) .*\n +nanochat\[0\]: (.*)\n +nanochat\[1\]: (.*)\n", text, re.MULTILINE
+    )
+    assert len(blocks) == 22
+    for label, first, second in blocks:
+        task = tasks[label]
+        lines = bundle.text(task.member).split("\n", 2)[:2]
+        item, shot = (core_tasks._parse_example("f", task.kind, json.loads(line), 1) for line in lines)
+        prompt = core_tasks.render(task, item, [shot] if task.shots else [])
+        texts = list(prompt.rows) if prompt.stem is None else [prompt.stem, *prompt.rows]
+        # A Python literal each; the second is the end of the text only, and " ... " may stand for a middle.
+        first, second = ast.literal_eval(first), ast.literal_eval(second)
+        begin, _, end = first.partition(" ... ")
+        assert texts[0].startswith(begin), label
+        assert texts[0].endswith(end), label
+        assert texts[1].endswith(second), label
+        if " ... " not in first:
+            assert texts[0] == first, label
