@@ -66,6 +66,7 @@ class TrainArgs:
         None, "steps between CORE evaluations; by default none while training"
     )
     core_metric_max_per_task: int = flag(500, "examples of each CORE task while training")
+    eval_bundle: str = flag("", "CORE tasks: a folder, a zip, or mini; by default the base directory's")
     sample_every: int = flag(2000, "steps between samples")
     save_every: int = flag(1000, "steps between checkpoints")
     keep_last: int = flag(2, "checkpoints to keep")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import time
 from dataclasses import dataclass
@@ -149,6 +150,15 @@ def peak_memory_bytes(device: torch.device) -> int:
         return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if platform.system() == "Darwin" else peak * 1024
+
+
+def process_age_seconds() -> float | None:
+    """Seconds since this process was started, imports included; None where the system does not tell."""
+    stat, uptime = Path("/proc/self/stat"), Path("/proc/uptime")
+    if not stat.exists() or not uptime.exists():
+        return None
+    started_ticks = int(stat.read_text("utf-8").rpartition(")")[2].split()[19])
+    return float(uptime.read_text("utf-8").split()[0]) - started_ticks / os.sysconf("SC_CLK_TCK")
 
 
 def describe(device: torch.device) -> dict[str, Any]:

@@ -357,3 +357,20 @@ def _schedule(args: TrainArgs, recipe: Recipe, steps: int, matrix_weight_decay: 
         matrix_weight_decay=matrix_weight_decay,
         weight_decay_shape=recipe.weight_decay_shape,
     )
+
+
+def describe(p: Plan) -> list[str]:
+    """The plan in a few lines, for the console."""
+    m = p.model
+    return [
+        f"model: depth {m.n_layer}, width {m.n_embd}, {m.n_head} heads of {m.head_dim}, "
+        f"context {m.sequence_len}, vocabulary {m.vocab_size:,}; {p.params.total / 1e6:,.1f} M parameters, "
+        f"{p.params.scaling / 1e6:,.1f} M of them scaling",
+        f"batch: {p.batch_tokens:,} tokens = {p.device_batch_size} rows x {m.sequence_len} tokens x "
+        f"{p.grad_accum_steps} micro-batches x {p.world_size} ranks, {p.lanes} lanes",
+        f"horizon: {p.steps:,} steps, {p.tokens:,} tokens ({p.tokens / p.params.scaling:.1f} a scaling "
+        f"parameter), {p.tokens * p.flops_per_token:.2e} FLOPs",
+        "learning rates: "
+        + ", ".join(f"{kind} {group.lr:.4g}" for kind, group in p.groups.items())
+        + f"; weight decay of the matrices {p.schedule.matrix_weight_decay:.4g}",
+    ]

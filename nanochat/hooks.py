@@ -1,0 +1,115 @@
+"""What happens between steps: save, validate, score, sample. Each knows its own cadence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from nanochat import checkpoint, core_eval
+from nanochat.checkpoint import TrainState
+from nanochat.dataloader import val_batches
+from nanochat.dataset import Corpus
+from nanochat.engine import sample_texts
+from nanochat.loss_eval import evaluate_bpb
+from nanochat.runlog import RunLog
+from nanochat.scaling import Plan
+from nanochat.tokenizer import Tokenizer
+from nanochat.world import World
+
+
+@dataclass(frozen=True)
+class Hook:
+    """Something done every so many steps, at the end, and perhaps at step 0.
+
+    Attributes:
+        action: what is done; it may read the state and set its validation figures.
+        every: steps between two times; 0 means only at the end.
+        at_start: also before the first step.
+    """
+
+    action: Callable[[TrainState], None]
+    every: int
+    at_start: bool = False
+
+    def due(self, step: int, last: int) -> bool:
+        """Whether it is time, when `step` of `last` steps are done."""
+        if step == last:
+            return True
+        if step == 0:
+            return self.at_start
+        return self.every > 0 and step % self.every == 0
+
+
+def default_hooks(
+    plan: Plan, corpus: Corpus, tokenizer: Tokenizer, fingerprints: dict[str, str], world: World, log: RunLog
+) -> list[Hook]:
+    """The hooks of base_train. Saving comes first, so that nothing after it can lose the weights."""
+    args = plan.args
+    hooks = [
+        Hook(_saver(plan, fingerprints, world, log), args.save_every),
+        Hook(_validator(plan, corpus, tokenizer, world, log), args.eval_every, at_start=True),
+        Hook(_sampler(tokenizer, world, log), args.sample_every),
+    ]
+    if args.core_metric_every is not None:
+        hooks.append(Hook(_scorer(plan, tokenizer, world, log), args.core_metric_every))
+    return hooks
+
+
+def _saver(
+    plan: Plan, fingerprints: dict[str, str], world: World, log: RunLog
+) -> Callable[[TrainState], None]:
+    def save(state: TrainState) -> None:
+        if state.step in checkpoint.steps_of(plan.args.run_name):
+            return  # the one this run has just gone on from
+        log.say(f"saved {checkpoint.save(state, plan, fingerprints, world)}")
+
+    return save
+
+
+def _validator(
+    plan: Plan, corpus: Corpus, tokenizer: Tokenizer, world: World, log: RunLog
+) -> Callable[[TrainState], None]:
+    token_bytes = tokenizer.token_bytes()
+
+    def validate(state: TrainState) -> None:
+        batches = val_batches(
+            corpus,
+            tokenizer,
+            sequence_len=plan.model.sequence_len,
+            rows=plan.device_batch_size,
+            world=world,
+            max_tokens=plan.args.eval_tokens,
+        )
+        bpb = evaluate_bpb(state.model, batches, token_bytes, world)
+        state.val_bpb = bpb
+        state.min_val_bpb = bpb if state.min_val_bpb is None else min(bpb, state.min_val_bpb)
+        log.write("eval", state.step, val_bpb=bpb, train_seconds=state.train_seconds)
+        log.say(f"step {state.step:5d}/{plan.steps} | validation {bpb:.4f} bits per byte")
+
+    return validate
+
+
+def _scorer(plan: Plan, tokenizer: Tokenizer, world: World, log: RunLog) -> Callable[[TrainState], None]:
+    bundle = core_eval.find_bundle(plan.args.eval_bundle)
+
+    def score(state: TrainState) -> None:
+        result = core_eval.evaluate(
+            state.model, tokenizer, bundle, max_per_task=plan.args.core_metric_max_per_task, world=world
+        )
+        log.write("core", state.step, core_metric=result.core_metric, core_stderr=result.core_stderr)
+        log.say(
+            f"step {state.step:5d}/{plan.steps} | CORE {result.core_metric:.4f} +- {result.core_stderr:.4f}"
+        )
+
+    return score
+
+
+def _sampler(tokenizer: Tokenizer, world: World, log: RunLog) -> Callable[[TrainState], None]:
+    def sample(state: TrainState) -> None:
+        if not world.is_main:
+            return
+        for text in sample_texts(state.model, tokenizer):
+            log.write("sample", state.step, text=text)
+            log.say(f"  {text!r}")
+
+    return sample

@@ -1,0 +1,176 @@
+"""The trainer: one step, one loop, and what surrounds them from the first file to the last."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nanochat import checkpoint, files, hardware
+from nanochat.checkpoint import TrainState
+from nanochat.dataloader import TrainLoader
+from nanochat.dataset import Corpus
+from nanochat.errors import UserError
+from nanochat.gpt import GPT
+from nanochat.hardware import Precision
+from nanochat.hooks import Hook, default_hooks
+from nanochat.optim import MuonAdamW
+from nanochat.reporter import StepReporter, StepResult, summarize
+from nanochat.runlog import RunLog
+from nanochat.scaling import Plan
+from nanochat.schedule import lr_multiplier, muon_momentum, muon_weight_decay
+from nanochat.tokenizer import Tokenizer
+from nanochat.world import World
+
+
+def create_state(
+    plan: Plan, corpus: Corpus, tokenizer: Tokenizer, precision: Precision, world: World
+) -> TrainState:
+    """A run at step 0: initial weights from the seed, empty moments, the beginning of the data."""
+    with torch.device("meta"):
+        model = GPT(plan.model, precision)
+    model.to_empty(device=world.device)
+    model.init_weights(plan.args.seed)
+    optimizer = MuonAdamW(
+        dict(model.named_parameters()), model.parameter_kinds(), plan.groups, world, precision.compute_dtype
+    )
+    loader = TrainLoader(
+        corpus,
+        tokenizer,
+        sequence_len=plan.model.sequence_len,
+        rows_per_batch=plan.batch_rows,
+        lanes=plan.lanes,
+        seed=plan.args.seed,
+        world=world,
+        device_batch_size=plan.device_batch_size,
+        keep_tails=plan.args.keep_tails,
+    )
+    return TrainState(step=0, model=model, optimizer=optimizer, loader=loader)
+
+
+def train_step(plan: Plan, state: TrainState, world: World) -> StepResult:
+    """Forward and backward over the micro-batches of this rank, then one update. Waits for nothing."""
+    micro_batches = state.loader.next_batch()
+    loss = torch.zeros((), device=world.device)
+    for inputs, targets in micro_batches:
+        inputs = inputs.to(world.device, non_blocking=True)
+        targets = targets.to(world.device, non_blocking=True)
+        micro_loss = state.model.loss(inputs, targets) / len(micro_batches)
+        micro_loss.backward()
+        loss += micro_loss.detach()
+    lr_mult = lr_multiplier(state.step, plan.schedule)
+    grad_norm = state.optimizer.step(
+        lr_mult,
+        muon_momentum(state.step, plan.schedule),
+        muon_weight_decay(state.step, plan.schedule),
+    )
+    return StepResult(world.all_reduce_sum(loss) / world.size, grad_norm, lr_mult)
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[Callable[[], bool]]:
+    """Within, a first SIGINT or SIGTERM only raises the flag that is yielded; a second one acts at once."""
+    received: list[int] = []
+    previous: dict[int, Any] = {}
+
+    def note(number: int, _frame: object) -> None:
+        received.append(number)
+        signal.signal(number, previous[number])
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        previous[number] = signal.signal(number, note)
+    try:
+        yield lambda: bool(received)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def train(plan: Plan, state: TrainState, world: World, reporter: StepReporter, hooks: list[Hook]) -> str:
+    """Step until the plan's end, or until a signal asks to stop; the last state is saved either way.
+
+    Hooks run between steps, in their order. A run that goes on from a checkpoint runs again those that are
+    due at its step, so that its metrics are those of a run that never stopped.
+
+    Returns:
+        "finished" or "stopped".
+    """
+    with stop_signals() as stop_requested:
+        while True:
+            due = [hook for hook in hooks if hook.due(state.step, plan.steps)]
+            if due:
+                reporter.flush(state)
+                for hook in due:
+                    hook.action(state)
+                reporter.restart_clock()
+            if state.step >= plan.steps:
+                return "finished"
+            result = train_step(plan, state, world)
+            state.step += 1
+            reporter.add(state, result)
+            if state.step % reporter.every == 0 and world.agree(stop_requested()):
+                reporter.flush(state)
+                return "stopped"
+
+
+def run(
+    plan: Plan, corpus: Corpus, tokenizer: Tokenizer, precision: Precision, world: World
+) -> dict[str, Any]:
+    """Train a plan from its start or its checkpoint to its end, and leave the files of a run behind.
+
+    Returns:
+        What summary.json holds.
+
+    Raises:
+        UserError: the base directory cannot be written, or the checkpoint to go on from is of another run.
+    """
+    folder = files.run_dir(plan.args.run_name)
+    fingerprints = {"corpus": corpus.fingerprint, "tokenizer": tokenizer.fingerprint}
+    if world.is_main:
+        files.require_writable(folder)
+    state = create_state(plan, corpus, tokenizer, precision, world)
+    start = _starting_point(plan, world)
+    if start is not None:
+        checkpoint.load(state, start, plan, fingerprints)
+        world.print0(f"going on from {start}")
+    peak, source = hardware.peak_flops(world.device, precision.compute_dtype)
+    machine = {
+        **hardware.describe(world.device),
+        **world.describe(),
+        "peak_flops": peak,
+        "peak_source": source,
+    }
+    config = {**plan.to_dict(), "fingerprints": fingerprints, "machine": machine}
+    if world.is_main:
+        files.write_json(folder / "config.json", config)
+    with RunLog(folder, enabled=world.is_main, total_steps=plan.steps, first_step=state.step) as log:
+        log.start_tracker(plan.args.wandb, plan.args.run_name, config, folder)
+        reporter = StepReporter(plan, world, log, peak)
+        hooks = default_hooks(plan, corpus, tokenizer, fingerprints, world, log)
+        status = train(plan, state, world, reporter, hooks)
+        if status == "stopped":
+            log.say(f"stopped by a signal; saved {checkpoint.save(state, plan, fingerprints, world)}")
+        summary = summarize(plan, state, reporter, world, status)
+        if world.is_main:
+            files.write_json(folder / "summary.json", summary)
+    return summary
+
+
+def _starting_point(plan: Plan, world: World) -> Path | None:
+    """The checkpoint that --resume asks for; for a run started anew, proof that it overwrites nothing."""
+    args = plan.args
+    if args.resume and args.resume != "auto" and not args.resume.isdigit():
+        raise UserError(f"--resume={args.resume}: expected auto or the step of a checkpoint.")
+    if args.resume:
+        step = None if args.resume == "auto" else int(args.resume)
+        return checkpoint.find(args.run_name, step, say=world.print0)
+    if present := checkpoint.steps_of(args.run_name):
+        raise UserError(
+            f"run {args.run_name!r} has checkpoints already (steps {', '.join(map(str, present))}). "
+            "Go on with --resume=auto, name another with --run, or delete its folder."
+        )
+    return None

@@ -1,0 +1,39 @@
+"""Train a model: `torchrun --nproc_per_node=8 scripts/base_train.py --depth=12`, or alone with python."""
+
+from __future__ import annotations
+
+import json
+
+from nanochat.dataset import Corpus
+from nanochat.report import write_report
+from nanochat.tokenizer import Tokenizer
+
+from nanochat import attention, config, errors, files, hardware, scaling, train, world
+from nanochat.config import TrainArgs
+from nanochat.hardware import Precision
+
+
+@errors.cli
+def main() -> None:
+    """Parse, plan, train."""
+    args = config.parse(TrainArgs)
+    with world.join(args.device_type, args.dist_timeout) as ranks:
+        tokenizer = Tokenizer.load(files.tokenizer_dir(args.tokenizer_name))
+        plan = scaling.plan(args, tokenizer.vocab_size, ranks.size)
+        if args.dry_run:
+            ranks.print0(json.dumps(plan.to_dict(), indent=2))
+            return
+        corpus = Corpus.open(args.corpus)
+        dtype, dtype_reason = hardware.choose_dtype(ranks.device, args.dtype)
+        backend, backend_reason = attention.choose_backend(ranks.device, args.attention)
+        ranks.print0(f"dtype {dtype} ({dtype_reason}); attention {backend} ({backend_reason})")
+        for line in (*scaling.describe(plan), *plan.notices):
+            ranks.print0(line)
+        summary = train.run(plan, corpus, tokenizer, Precision(dtype, backend), ranks)
+        if ranks.is_main:
+            print(f"{summary['status']} after {summary['steps']} steps, validation bpb {summary['val_bpb']}")
+            print(f"report: {write_report(args.run_name)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""Command lines become frozen arguments, and nothing else."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shlex
+
+import pytest
+
+from nanochat import config
+from nanochat.config import DatasetArgs, EvalArgs, GenerateArgs, ReportArgs, TokTrainArgs, TrainArgs
+from nanochat.errors import UserError
+
+ALL = [TrainArgs, EvalArgs, TokTrainArgs, DatasetArgs, GenerateArgs, ReportArgs]
+
+
+@pytest.mark.parametrize("cls", ALL)
+def test_no_arguments_give_the_defaults(cls: type) -> None:
+    assert config.parse(cls, []) == cls()
+
+
+def test_flags_of_every_kind() -> None:
+    line = "--depth 4 --target-flops=1e18 --keep-tails --window-pattern L --num-iterations 20 --resume auto"
+    args = config.parse(TrainArgs, shlex.split(line))
+    assert (args.depth, args.target_flops, args.keep_tails) == (4, 1e18, True)
+    assert (args.window_pattern, args.num_iterations, args.resume) == ("L", 20, "auto")
+    assert config.parse(DatasetArgs, ["-n", "8", "--files", "a", "b"]) == DatasetArgs(
+        num_shards=8, files=("a", "b")
+    )
+    assert config.parse(GenerateArgs, ["one", "two", "--run", "d4"]).prompt == ("one", "two")
+
+
+@pytest.mark.parametrize("argv", [["--dept", "4"], ["--depth", "four"], ["--recipe", "march"], ["stray"]])
+def test_unknown_flags_and_values_exit_with_2(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as leaving:
+        config.parse(TrainArgs, argv)
+    assert leaving.value.code == 2
+    assert argv[0] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("cls", ALL)
+def test_help_names_every_flag(cls: type, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as leaving:
+        config.parse(cls, ["--help"])
+    assert leaving.value.code == 0
+    text = capsys.readouterr().out
+    for item in dataclasses.fields(cls):
+        assert item.name.replace("_", "-") in text
+
+
+@pytest.mark.parametrize("cls", ALL)
+def test_arguments_survive_json(cls: type) -> None:
+    stored = json.loads(json.dumps(dataclasses.asdict(cls())))
+    assert config.from_dict(cls, stored) == cls()
+    with pytest.raises(UserError, match="'colour'"):
+        config.from_dict(cls, {**stored, "colour": "red"})
+
+
+def test_names_that_follow_from_others() -> None:
+    assert TrainArgs(depth=20).run_name == "d20"
+    assert TrainArgs(run="mine").run_name == "mine"
+    assert TrainArgs(corpus="stdlib").tokenizer_name == "stdlib"

@@ -1,0 +1,163 @@
+"""What is at its own name is whole: atomic writes, hashes, archives that try to escape."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import stat
+import subprocess
+import sys
+import textwrap
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from nanochat import files
+from nanochat.errors import UserError
+
+
+def test_base_dir_follows_the_environment(base_dir: Path) -> None:
+    assert files.base_dir() == base_dir
+    assert files.checkpoints_dir("d4") == base_dir / "runs" / "d4" / "checkpoints"
+    assert not base_dir.exists()
+
+
+@pytest.mark.parametrize("name", ["", "..", "a/b", ".hidden", "/etc"])
+def test_names_that_would_leave_the_base_directory_are_refused(name: str) -> None:
+    with pytest.raises(UserError, match="not a usable name"):
+        files.run_dir(name)
+
+
+def test_atomic_write_replaces_and_leaves_no_temporary(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "a.txt"
+    files.atomic_write(path, "one")
+    files.atomic_write(path, b"two")
+    assert path.read_bytes() == b"two"
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    files.atomic_write(path, "old")
+    with pytest.raises(RuntimeError), files.atomic_path(path) as temporary:
+        temporary.write_text("half of the new one")
+        raise RuntimeError
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_failed_folder_keeps_the_old_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "f"
+    with files.atomic_dir(folder) as temporary:
+        (temporary / "a").write_text("old")
+    with pytest.raises(RuntimeError), files.atomic_dir(folder) as temporary:
+        (temporary / "a").write_text("new")
+        raise RuntimeError
+    assert (folder / "a").read_text() == "old"
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_sweep_takes_what_dead_writers_left_and_nothing_else(tmp_path: Path) -> None:
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    (tmp_path / f".tmp-step_000005.{dead.pid}").mkdir()
+    (tmp_path / f".tmp-file.{dead.pid}").write_text("x")
+    alive = tmp_path / f".tmp-step_000006.{os.getpid()}"
+    alive.mkdir()
+    (tmp_path / "step_000001").mkdir()
+    files.sweep_temporaries(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [alive.name, "step_000001"]
+
+
+def test_full_disk_while_writing_leaves_the_old_file(tmp_path: Path) -> None:
+    files.atomic_write(tmp_path / "a", "old")
+    script = """
+        import resource, signal, sys
+        from pathlib import Path
+        from nanochat import files
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+        try:
+            files.atomic_write(Path(sys.argv[1]), b"x" * 5000)
+        except OSError as error:
+            sys.exit(7)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script), str(tmp_path / "a")]
+    assert subprocess.run(command).returncode == 7
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    assert (tmp_path / "a").read_text() == "old"
+
+
+def test_json_round_trip_and_refusals(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    files.write_json(path, {"a": [1, 2.5, "ü"]})
+    assert files.read_json(path) == {"a": [1, 2.5, "ü"]}
+    with pytest.raises(ValueError, match="Out of range"):
+        files.write_json(path, {"a": float("nan")})
+    assert json.loads(path.read_text("utf-8"))["a"][0] == 1
+    with pytest.raises(UserError, match=r"absent\.json"):
+        files.read_json(tmp_path / "absent.json")
+    path.write_text('{"a": 1')
+    with pytest.raises(UserError, match=r"x\.json: not a JSON file"):
+        files.read_json(path)
+
+
+def test_sha256_of_a_file_over_one_block(tmp_path: Path) -> None:
+    data = os.urandom(files.COPY_BYTES + 17)
+    (tmp_path / "a").write_bytes(data)
+    assert files.sha256(tmp_path / "a") == hashlib.sha256(data).hexdigest()
+
+
+def test_require_writable_names_the_folder(tmp_path: Path) -> None:
+    taken = tmp_path / "file"
+    taken.write_text("x")
+    with pytest.raises(UserError, match="file"):
+        files.require_writable(taken / "below")
+    files.require_writable(tmp_path / "new")
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+def make_zip(path: Path, members: dict[str, bytes]) -> Path:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as zipped:
+        for name, data in members.items():
+            zipped.writestr(name, data)
+    return path
+
+
+def test_unzip_gives_the_members(tmp_path: Path) -> None:
+    archive = make_zip(tmp_path / "a.zip", {"x/a.txt": b"A", "b.txt": b"B"})
+    files.safe_unzip(archive, tmp_path / "out", max_bytes=2)
+    assert (tmp_path / "out" / "x" / "a.txt").read_bytes() == b"A"
+    assert (tmp_path / "out" / "b.txt").read_bytes() == b"B"
+
+
+@pytest.mark.parametrize("name", ["../evil", "/evil", "a/../../evil", "C:/evil", "..\\evil"])
+def test_unzip_refuses_members_that_escape(tmp_path: Path, name: str) -> None:
+    archive = make_zip(tmp_path / "a.zip", {"good": b"x", name: b"x"})
+    with pytest.raises(UserError, match="would land outside"):
+        files.safe_unzip(archive, tmp_path / "in" / "out", max_bytes=100)
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["a.zip", "in"]
+
+
+def test_unzip_refuses_links(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as zipped:
+        link = zipfile.ZipInfo("link")
+        link.external_attr = (stat.S_IFLNK | 0o777) << 16
+        zipped.writestr(link, "/etc/passwd")
+    with pytest.raises(UserError, match="would land outside"):
+        files.safe_unzip(tmp_path / "a.zip", tmp_path / "out", max_bytes=100)
+
+
+def test_unzip_stops_at_the_limit_and_leaves_nothing(tmp_path: Path) -> None:
+    archive = make_zip(tmp_path / "bomb.zip", {"zeros": bytes(10_000_000)})
+    with pytest.raises(UserError, match="more bytes than allowed"):
+        files.safe_unzip(archive, tmp_path / "out", max_bytes=1_000_000)
+    assert [p.name for p in tmp_path.iterdir()] == ["bomb.zip"]
+
+
+def test_unzip_of_something_else_names_the_file(tmp_path: Path) -> None:
+    (tmp_path / "a.zip").write_bytes(b"not a zip")
+    with pytest.raises(UserError, match=r"a\.zip: not a usable zip"):
+        files.safe_unzip(tmp_path / "a.zip", tmp_path / "out", max_bytes=100)
