@@ -1,0 +1,302 @@
+"""Where documents come from without a network: Python's own sources and help, and the user's files."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import io
+import json
+import random
+import re
+import sys
+import sysconfig
+import tokenize
+from collections import deque
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from types import BuiltinFunctionType, ModuleType
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from nanochat import shards
+from nanochat.errors import UserError
+
+PIECE_CHARS = 4_000  # texts of files are cut to pieces of this size: about 1,000 tokens, as web text has
+MAX_DOCUMENT_CHARS = 1_000_000  # documents of parquet and jsonl are taken as they are up to here
+BREAKS = ("\n\n\n", "\n\n", "\n", " ")  # where a text is cut, best first: top level of code, paragraph, line
+
+STDLIB_VAL_SHARE = 25  # one source file in 25 is held out
+STDLIB_SKIPPED = ("site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__")
+STDLIB_SUFFIXES = (".py", ".txt", ".rst")
+# Modules in C have no sources to read; the text of their docstrings is documentation all the same.
+C_MODULES = ("_datetime", "_decimal", "array", "cmath", "math", "select", "unicodedata", "zlib")
+
+LOCAL_SUFFIXES = (".parquet", ".jsonl", ".txt")
+VAL_SHARE = 100  # one document in 100, at the end, is validation unless the user names a file
+MAX_VAL_DOCUMENTS = 10_000
+SHUFFLE_CHARS = 512 << 20  # text held to shuffle; a corpus below it is shuffled perfectly
+
+
+def split_text(text: str, limit: int) -> Iterator[str]:
+    """Cut a text into pieces of at most `limit` characters, at the best break in their last three quarters.
+
+    Joined, the pieces are the text again.
+    """
+    start = 0
+    while len(text) - start > limit:
+        end = start + limit
+        for mark in BREAKS:
+            at = text.rfind(mark, start + limit // 4, end)
+            if at >= 0:
+                end = at + len(mark)
+                break
+        yield text[start:end]
+        start = end
+    yield text[start:]
+
+
+def _pieces(text: str) -> Iterator[str]:
+    return (piece.strip("\n") for piece in split_text(text, PIECE_CHARS))
+
+
+# -----------------------------------------------------------------------------
+# stdlib
+
+
+def stdlib_documents() -> tuple[list[str], list[str]]:
+    """Training and validation documents from this Python installation; the same each time on one.
+
+    Tests and the tables of character sets are left out: they are long, repetitive, and teach a small model
+    little. Validation is whole files. Exact duplicates are dropped.
+
+    Raises:
+        UserError: the installation has no sources on the disk.
+    """
+    root = Path(sysconfig.get_path("stdlib"))
+    units = [*_source_texts(root), *_help_topics(), *_c_documentation()]
+    if not any(name.endswith(".py") for name, _ in units):
+        raise UserError(
+            f"{root}: no Python sources there. Use a Python that has its standard library on the disk."
+        )
+    seen: set[str] = set()
+    train: list[str] = []
+    val: list[str] = []
+    for name, text in sorted(units):
+        held_out = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") % STDLIB_VAL_SHARE == 0
+        for piece in _pieces(text.replace("\r\n", "\n")):
+            if piece and piece not in seen:
+                seen.add(piece)
+                (val if held_out else train).append(piece)
+    random.Random(0).shuffle(train)  # noqa: S311 - an order, not a secret
+    random.Random(1).shuffle(val)  # noqa: S311
+    return train, val
+
+
+def _source_texts(root: Path) -> Iterator[tuple[str, str]]:
+    for path in sorted(root.rglob("*")):
+        name = path.relative_to(root)
+        if path.suffix not in STDLIB_SUFFIXES or any(part in STDLIB_SKIPPED for part in name.parts):
+            continue
+        # _sysconfigdata is how this machine built Python; the topics come below, as text.
+        if name.name.startswith("_sysconfigdata") or name.parts[0] == "pydoc_data":
+            continue
+        try:
+            encoding, _ = tokenize.detect_encoding(io.BytesIO(path.read_bytes()).readline)
+            text = path.read_text(encoding)
+        except (OSError, SyntaxError, UnicodeDecodeError):
+            continue  # lib2to3 ships sources of other encodings on purpose
+        if name.parts[0] == "encodings" and ("decoding_table" in text or "decoding_map" in text):
+            continue
+        yield name.as_posix(), text
+
+
+def _help_topics() -> Iterator[tuple[str, str]]:
+    """The language reference, as `help("topic")` prints it; some distributions leave it out."""
+    try:
+        topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
+    except ImportError:
+        return
+    for name, text in topics.items():
+        yield f"topics/{name}", text
+
+
+def _c_documentation() -> Iterator[tuple[str, str]]:
+    for name in sorted({*sys.builtin_module_names, *C_MODULES}):
+        try:
+            module = importlib.import_module(name)
+        except ImportError:
+            continue
+        yield f"help/{name}", "\n\n".join(_docstrings(module))
+
+
+def _docstrings(module: ModuleType) -> Iterator[str]:
+    """The docstrings of a module, its classes and functions, under their names."""
+    yield f"{module.__name__}: {module.__doc__}"
+    for name, thing in sorted(vars(module).items()):
+        # Hooks are replaced by debuggers and test runners: the corpus must not depend on who makes it.
+        if (
+            not isinstance(thing, (BuiltinFunctionType, type))
+            or name.startswith("_")
+            or name.endswith("hook")
+        ):
+            continue
+        yield f"{module.__name__}.{name}{_signature(thing)}\n{thing.__doc__}"
+        for inner, member in sorted(vars(thing).items()) if isinstance(thing, type) else ():
+            documentation = getattr(member, "__doc__", None)
+            if not inner.startswith("_") and isinstance(documentation, str):
+                yield f"{name}.{inner}{_signature(member)}\n{documentation}"
+
+
+def _signature(thing: object) -> str:
+    """Arguments as C code declares them, without the `$self` or `$module` that only the parser needs."""
+    try:
+        text = getattr(thing, "__text_signature__", None) or ""
+    except ValueError:
+        return ""
+    return re.sub(r"\$\w+(, /)?(, )?", "", text)
+
+
+# -----------------------------------------------------------------------------
+# local
+
+
+def find_files(named: Iterable[str], val_file: str) -> tuple[list[Path], Path | None]:
+    """The files a user names, folders opened, and the one for validation taken out.
+
+    Args:
+        named: files and folders.
+        val_file: a path, or the name of one of the files found; "" for none.
+
+    Raises:
+        UserError: something is absent, of another kind, or there is nothing.
+    """
+    found: list[Path] = []
+    for item in named:
+        path = Path(item)
+        if path.is_dir():
+            inside = sorted(p for p in path.rglob("*") if p.suffix in LOCAL_SUFFIXES and p.is_file())
+            if not inside:
+                raise UserError(f"{path}: no {', '.join(LOCAL_SUFFIXES)} file in this folder.")
+            found += inside
+        elif not path.is_file():
+            raise UserError(f"{path}: no such file or folder.")
+        elif path.suffix not in LOCAL_SUFFIXES:
+            raise UserError(f"{path}: expected a file that ends in {', '.join(LOCAL_SUFFIXES)}.")
+        else:
+            found.append(path)
+    found = list({path.resolve(): path for path in found}.values())
+    if not val_file:
+        return found, None
+    held_out = [path for path in found if path.name == val_file or path.resolve() == Path(val_file).resolve()]
+    if not held_out and Path(val_file).is_file() and Path(val_file).suffix in LOCAL_SUFFIXES:
+        held_out = [Path(val_file)]
+    if len(held_out) != 1:
+        raise UserError(
+            f"--val-file {val_file}: found {len(held_out)} such files, expected one. "
+            "Name a parquet, jsonl or txt file by its path."
+        )
+    return [path for path in found if path != held_out[0]], held_out[0]
+
+
+def local_documents(paths: Iterable[Path]) -> Iterator[str]:
+    """The documents of parquet (column `text`), jsonl (key `text`) and txt files, in order; none is empty.
+
+    Raises:
+        UserError: a file is damaged, not UTF-8, or without text; says which and where.
+    """
+    readers = {".parquet": _parquet_documents, ".jsonl": _jsonl_documents, ".txt": _txt_documents}
+    for path in paths:
+        for document in readers[path.suffix](path):
+            if document.strip():
+                yield document
+
+
+def _parquet_documents(path: Path) -> Iterator[str]:
+    shards.describe(path, "train", sha256="not needed")  # checks the schema
+    try:
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=256, columns=[shards.TEXT_COLUMN]):
+                for text in batch.column(0).to_pylist():
+                    if text:
+                        yield from split_text(text, MAX_DOCUMENT_CHARS)
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error}). Fetch or write it again.") from None
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Numbered lines, decoded, with their line end as a newline."""
+    offset = 0
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                text = line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise UserError(
+                    f"{path}: byte {offset + error.start} is not UTF-8. Convert the file, "
+                    f"for example: iconv -f LATIN1 -t UTF-8 {path.name} > new.txt"
+                ) from None
+            offset += len(line)
+            if number == 1:
+                text = text.removeprefix("\ufeff")
+            yield number, text[:-2] + "\n" if text.endswith("\r\n") else text
+
+
+def _jsonl_documents(path: Path) -> Iterator[str]:
+    for number, line in _lines(path):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise UserError(f"{path}: line {number} is not JSON ({error}).") from None
+        text = value.get(shards.TEXT_COLUMN) if isinstance(value, dict) else None
+        if not isinstance(text, str):
+            raise UserError(f'{path}: line {number}: expected {{"text": "..."}}, found {line.strip()[:60]}')
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:
+            raise UserError(f"{path}: line {number}: the text holds half a surrogate pair.") from None
+        yield from split_text(text, MAX_DOCUMENT_CHARS)
+
+
+def _txt_documents(path: Path) -> Iterator[str]:
+    """Pieces of a text file; a short file is one document. Holds a few pieces and a line at a time."""
+    held: list[str] = []
+    chars = 0
+    for _, line in _lines(path):
+        held.append(line)
+        chars += len(line)
+        if chars > 8 * PIECE_CHARS:
+            *ready, rest = split_text("".join(held), PIECE_CHARS)
+            yield from (piece.strip("\n") for piece in ready)
+            held, chars = [rest], len(rest)
+    yield from _pieces("".join(held))
+
+
+def hold_out_end(documents: Iterable[str], held: deque[str]) -> Iterator[str]:
+    """Pass documents on, but leave the last hundredth of them, at least one, in `held`: it is validation.
+
+    What is at the end stays together, so pieces of one text are on both sides of one border at most.
+    """
+    for seen, document in enumerate(documents, 1):
+        held.append(document)
+        if len(held) > min(max(1, seen // VAL_SHARE), MAX_VAL_DOCUMENTS):
+            yield held.popleft()
+
+
+def shuffled(documents: Iterable[str], seed: int) -> Iterator[str]:
+    """Shuffle within bounded memory: each document changes places with a random one of those held."""
+    rng = random.Random(seed)  # noqa: S311
+    held: list[str] = []
+    chars = 0
+    for document in documents:
+        held.append(document)
+        chars += len(document)
+        if chars > SHUFFLE_CHARS:
+            at = rng.randrange(len(held))
+            held[at], held[-1] = held[-1], held[at]
+            chars -= len(held[-1])
+            yield held.pop()
+    rng.shuffle(held)
+    yield from held

@@ -1,0 +1,140 @@
+"""Documents of one block -> full rows. Pure: the same documents give the same rows, on any machine.
+
+Every row has T + 1 slots and starts with BOS; every document in it starts with BOS. Documents are placed
+best-fit: the largest that fits the space left in the row. Where none fits, one is cropped to fill the row;
+its rest is discarded, or with `keep_tails` goes back as a document of its own.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Packed:
+    """The rows of one block.
+
+    Attributes:
+        rows: (n, T + 1) int32 token ids.
+        offered: tokens of the block's documents, without BOS.
+        cropped: how many of them are in no row; 0 with `keep_tails`.
+        filled: slots at the end of the last row that repeat the block's beginning, because the documents ran
+            out (only with `keep_tails`).
+    """
+
+    rows: NDArray[np.int32]
+    offered: int
+    cropped: int
+    filled: int
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Where the tokens of the rows come from: segment i is BOS, then `tokens[i]` tokens of a document.
+
+    Attributes:
+        documents: (n,) index of the document.
+        starts: (n,) first token taken of it.
+        tokens: (n,) how many are taken; 0 is a lone BOS in the last slot of a row.
+        filled: slots missing from the last row.
+    """
+
+    documents: list[int]
+    starts: list[int]
+    tokens: list[int]
+    filled: int
+
+
+def plan_rows(lengths: NDArray[np.int64], row_slots: int, *, keep_tails: bool) -> Segments:
+    """Place documents best-fit; O(n log n) comparisons for n documents, whatever their number of tokens.
+
+    Args:
+        lengths: (n,) tokens of each document, without BOS.
+        row_slots: T + 1.
+        keep_tails: put the rest of a cropped document back. Then the longest is cropped, as it has to be
+            split anyway; without, the shortest, as it loses least.
+    """
+    order = np.argsort(lengths, kind="stable")
+    sizes: list[int] = (lengths[order] + 1).tolist()  # in slots, with BOS; ascending throughout
+    places: list[tuple[int, int]] = [(document, 0) for document in order.tolist()]
+    plan = Segments([], [], [], filled=0)
+    while sizes:
+        space = row_slots
+        row_start = len(plan.tokens)
+        while space and sizes:
+            at = bisect_right(sizes, space) - 1
+            if at < 0 and space == 1:
+                _append(plan, 0, 0, 0)  # a lone BOS consumes no document
+                break
+            if at < 0:
+                at = len(sizes) - 1 if keep_tails else 0
+            size = sizes.pop(at)
+            document, start = places.pop(at)
+            taken = min(size, space)
+            _append(plan, document, start, taken - 1)
+            space -= taken
+            if size > taken and keep_tails:
+                rest = size - taken + 1  # its tokens, and a BOS of its own
+                at = bisect_right(sizes, rest)
+                sizes.insert(at, rest)
+                places.insert(at, (document, start + taken - 1))
+        else:
+            if space and keep_tails:
+                return Segments(plan.documents, plan.starts, plan.tokens, filled=space)
+            if space:  # the last row cannot be filled
+                del plan.documents[row_start:], plan.starts[row_start:], plan.tokens[row_start:]
+    return plan
+
+
+def _append(plan: Segments, document: int, start: int, tokens: int) -> None:
+    plan.documents.append(document)
+    plan.starts.append(start)
+    plan.tokens.append(tokens)
+
+
+def pack(
+    ids: NDArray[np.uint32],
+    offsets: NDArray[np.int64],
+    *,
+    bos_id: int,
+    row_slots: int,
+    keep_tails: bool,
+) -> Packed:
+    """Pack the documents of a block.
+
+    Args:
+        ids: (N,) tokens of all documents, one after another, without BOS.
+        offsets: (n + 1,) document i is ids[offsets[i] : offsets[i + 1]].
+        bos_id: the id that starts rows and documents.
+        row_slots: T + 1.
+        keep_tails: discard no token.
+    """
+    plan = plan_rows(np.diff(offsets), row_slots, keep_tails=keep_tails)
+    if not plan.tokens:
+        return Packed(np.empty((0, row_slots), np.int32), len(ids), len(ids), filled=0)
+    documents, starts, tokens = (np.asarray(x, np.int64) for x in (plan.documents, plan.starts, plan.tokens))
+    slots = tokens + 1
+    ends = np.cumsum(slots)
+    begins = ends - slots
+    # Slot s of a segment that begins at b holds token first + (s - b - 1); the slot of its BOS, s = b, is
+    # overwritten below, so what it reads (clipped to the array) does not matter.
+    shift = offsets[documents] + starts - 1 - begins
+    source = np.arange(ends[-1], dtype=np.int64) + np.repeat(shift, slots)
+    stream = ids.astype(np.int32).take(source, mode="clip") if len(ids) else np.empty(ends[-1], np.int32)
+    stream[begins] = bos_id
+    n_rows = -(-len(stream) // row_slots)
+    rows = np.resize(stream, (n_rows, row_slots))  # repeats the beginning where the last row is short
+    cropped = len(ids) - int(tokens.sum())
+    return Packed(rows, len(ids), cropped, plan.filled)
+
+
+def shuffled(n: int, *key: int) -> NDArray[np.int64]:
+    """A permutation of 0 .. n-1 that depends on the key alone.
+
+    The raw stream of PCG64 is fixed by NumPy's compatibility policy (NEP 19); `Generator.permutation` is not.
+    """
+    return np.random.PCG64(list(key)).random_raw(n).argsort(kind="stable")
