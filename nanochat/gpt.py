@@ -1,0 +1,335 @@
+"""The model: a decoder-only transformer with per-layer residual scalars, value embeddings, smear and backout.
+
+Only mathematics (RECIPE 1.1, 1.2, 2.4). Legend: B rows, T positions, C model width, H query heads, Hkv
+key/value heads, D head width, V vocabulary. Master weights are fp32; activations and matrix products have the
+compute dtype.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nanochat.attention import attention
+from nanochat.hardware import Precision
+from nanochat.loss import Reduction, softcapped_cross_entropy, token_losses
+from nanochat.scaling import GPTConfig
+
+# The framework's default where it computes in fp32; named, so that all dtypes, devices and versions agree.
+NORM_EPS = torch.finfo(torch.float32).eps
+HEAD_STD = 0.001
+BACKOUT_INIT = 0.2
+SMEAR_GATE_INIT = 0.02
+
+
+class DecodeCache(Protocol):
+    """What GPT.forward asks of a cache of earlier positions; engine.py owns the only implementation.
+
+    A forward pass over T new positions reads `length`, calls `shift` once, `append` once a layer in order,
+    and `advance(T)` at its end. All rows have the same length.
+    """
+
+    @property
+    def length(self) -> int:
+        """Positions stored by the passes that have ended."""
+        ...
+
+    def shift(self, x: Tensor) -> Tensor:
+        """What precedes each position of x: (B, T, C), zeros before the very first one; keeps x[:, -1].
+
+        Args:
+            x: (B, T, C) normed embeddings of the new positions.
+        """
+        ...
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store (B, T, Hkv, D) keys and values; return all so far, (B, length + T, Hkv, D)."""
+        ...
+
+    def advance(self, count: int) -> None:
+        """Count the new positions as stored."""
+        ...
+
+
+class Linear(nn.Module):
+    """A matrix without bias: (..., in) -> (..., out). The fp32 master is cast to the dtype of the input."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        """Leave the weight (out, in) uninitialised: GPT.init_weights or a checkpoint fills it."""
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+class Embedding(nn.Module):
+    """A table of one row a token, looked up in fp32 and cast to the compute dtype."""
+
+    def __init__(self, rows: int, width: int, dtype: torch.dtype) -> None:
+        """Leave the table (rows, width) uninitialised."""
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(rows, width))
+        self.dtype = dtype
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """(B, T) int64 -> (B, T, width)."""
+        return F.embedding(ids, self.weight).to(self.dtype)
+
+
+def norm(x: Tensor) -> Tensor:
+    """RMS norm over the last dimension, without parameters."""
+    return F.rms_norm(x, (x.size(-1),), eps=NORM_EPS)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions on x (B, T, H, D): channel i turns with channel i + D/2, by minus the angle."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
+
+
+class Attention(nn.Module):
+    """Causal attention with rotary positions, normed queries and keys, and gated value embeddings."""
+
+    def __init__(self, config: GPTConfig, layer: int, backend: str) -> None:
+        """Build layer `layer` (from 0)."""
+        super().__init__()
+        self.layer = layer
+        self.backend = backend
+        self.window = config.windows[layer]
+        self.heads, self.kv_heads, self.head_dim = config.n_head, config.n_kv_head, config.head_dim
+        # Queries and keys are both multiplied by qk_scale after their norm: its square goes on the scores.
+        self.scale = config.constants.qk_scale**2 * config.head_dim**-0.5
+        self.gate_channels, self.gate_scale = config.value_gate_channels, config.constants.value_gate_scale
+        q_width, kv_width = config.n_head * config.head_dim, config.n_kv_head * config.head_dim
+        self.q = Linear(config.n_embd, q_width)
+        self.k = Linear(config.n_embd, kv_width)
+        self.v = Linear(config.n_embd, kv_width)
+        self.out = Linear(q_width, config.n_embd)
+        has_gate = config.has_value_embedding(layer)
+        self.value_gate = Linear(self.gate_channels, config.n_kv_head) if has_gate else None
+
+    def forward(
+        self, x: Tensor, value: Tensor | None, cos: Tensor, sin: Tensor, cache: DecodeCache | None
+    ) -> Tensor:
+        """(B, T, C) normed stream, (B, T, Hkv * D) value embedding or None -> (B, T, C)."""
+        q = self.q(x).unflatten(-1, (self.heads, self.head_dim))
+        k = self.k(x).unflatten(-1, (self.kv_heads, self.head_dim))
+        v = self.v(x).unflatten(-1, (self.kv_heads, self.head_dim))
+        if self.value_gate is not None and value is not None:
+            gate = self.gate_scale * torch.sigmoid(self.value_gate(x[..., : self.gate_channels]))
+            v = v + gate[..., None] * value.view_as(v)
+        q, k = norm(rotate(q, cos, sin)), norm(rotate(k, cos, sin))
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)
+        y = attention(q, k, v, window=self.window, backend=self.backend, scale=self.scale)
+        out: Tensor = self.out(y.flatten(-2))
+        return out
+
+
+class MLP(nn.Module):
+    """C -> 4 C -> C with relu squared between."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        """Build both matrices."""
+        super().__init__()
+        self.up = Linear(config.n_embd, 4 * config.n_embd)
+        self.down = Linear(4 * config.n_embd, config.n_embd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, C) -> (B, T, C)."""
+        out: Tensor = self.down(F.relu(self.up(x)).square())
+        return out
+
+
+class Block(nn.Module):
+    """Attention and MLP, each added to the stream after its norm."""
+
+    def __init__(self, config: GPTConfig, layer: int, backend: str) -> None:
+        """Build layer `layer` (from 0)."""
+        super().__init__()
+        self.attn = Attention(config, layer, backend)
+        self.mlp = MLP(config)
+
+    def forward(
+        self, x: Tensor, value: Tensor | None, cos: Tensor, sin: Tensor, cache: DecodeCache | None
+    ) -> Tensor:
+        """(B, T, C) -> (B, T, C)."""
+        x = x + self.attn(norm(x), value, cos, sin, cache)
+        mlp: Tensor = self.mlp(norm(x))
+        return x + mlp
+
+
+class GPT(nn.Module):
+    """The whole model. Its parameters hold nothing until init_weights or a checkpoint fills them."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, config: GPTConfig, precision: Precision) -> None:
+        """Build the shape of a model, on the meta device too.
+
+        Args:
+            config: shape and constants.
+            precision: compute dtype and the name of the attention backend.
+        """
+        super().__init__()
+        self.config = config
+        self.dtype = precision.compute_dtype
+        rows, kv_width = config.padded_vocab_size, config.n_kv_head * config.head_dim
+        self.embed = Embedding(rows, config.n_embd, self.dtype)
+        self.smear_gate = Linear(config.smear_gate_channels, 1)
+        self.smear_scale = nn.Parameter(torch.empty(()))
+        self.backout_scale = nn.Parameter(torch.empty(()))
+        self.resid_scale = nn.Parameter(torch.empty(config.n_layer))
+        self.x0_scale = nn.Parameter(torch.empty(config.n_layer))
+        layers = range(config.n_layer)
+        self.blocks = nn.ModuleList(Block(config, layer, precision.attention) for layer in layers)
+        self.value_embeds = nn.ModuleDict(
+            {str(i): Embedding(rows, kv_width, self.dtype) for i in layers if config.has_value_embedding(i)}
+        )
+        self.head = Linear(config.n_embd, rows)
+        self.reserve_positions(config.sequence_len)
+
+    def reserve_positions(self, count: int) -> None:
+        """Make the rotary tables for `count` positions, (count, 1, D/2); a cache may need more than T."""
+        half = self.config.head_dim // 2
+        device = self.embed.weight.device
+        frequency = torch.arange(half, dtype=torch.float32, device=device).div_(-half)
+        frequency = self.config.constants.rope_base**frequency
+        position = torch.arange(count, dtype=torch.float32, device=device)
+        angle = torch.outer(position, frequency)[:, None, :]
+        self.register_buffer("cos", angle.cos().to(self.dtype), persistent=False)
+        self.register_buffer("sin", angle.sin().to(self.dtype), persistent=False)
+
+    def init_weights(self, seed: int) -> None:
+        """Fill every parameter (RECIPE 1.2, 2.4) and table.
+
+        Each parameter has a generator of its own, seeded by (seed, name): its values depend on its name, its
+        shape and the kind of device, not on the order, the other parameters or the number of ranks.
+        """
+        for name, p in self.named_parameters():
+            digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+            generator = torch.Generator(p.device).manual_seed(int.from_bytes(digest[:8], "little"))
+            _init_parameter(name, p, self.config, generator)
+        self.reserve_positions(self.cos.size(0))
+
+    def forward(self, ids: Tensor, cache: DecodeCache | None = None) -> Tensor:
+        """(B, T) int64 token ids -> (B, T, C) hidden states after the final norm.
+
+        Args:
+            ids: token ids below vocab_size.
+            cache: earlier positions, if any; the new ones are added to it.
+        """
+        count, start = ids.size(1), 0 if cache is None else cache.length
+        assert start + count <= self.cos.size(0), "reserve_positions was not called for this length"
+        cos, sin = self.cos[start : start + count], self.sin[start : start + count]
+        x = norm(self.embed(ids))
+        before = F.pad(x[:, :-1], (0, 0, 1, 0)) if cache is None else cache.shift(x)
+        gate = torch.sigmoid(self.smear_gate(x[..., : self.config.smear_gate_channels]))
+        x = x0 = x + self.smear_scale * gate * before
+        middle = x
+        for i, block in enumerate(self.blocks):
+            value = self.value_embeds[str(i)](ids) if str(i) in self.value_embeds else None
+            x = block(self.resid_scale[i] * x + self.x0_scale[i] * x0, value, cos, sin, cache)
+            if i == self.config.n_layer // 2:
+                middle = x
+        if cache is not None:
+            cache.advance(count)
+        return norm(x - self.backout_scale * middle)
+
+    def loss(self, ids: Tensor, targets: Tensor, reduction: Reduction = "mean") -> Tensor:
+        """Cross-entropy in nats.
+
+        Args:
+            ids: (B, T) int64.
+            targets: (B, T) int64, -1 where it does not count.
+            reduction: "mean" over the targets that count, "sum", or "none" for (B, T) losses without
+                gradient.
+
+        Returns:
+            fp32 scalar, or (B, T) fp32.
+        """
+        hidden = self(ids).flatten(0, 1)
+        softcap, vocab_size = self.config.constants.softcap, self.config.vocab_size
+        loss = softcapped_cross_entropy(
+            hidden, self.head.weight, targets.flatten(), softcap, vocab_size=vocab_size, reduction=reduction
+        )
+        return loss.view_as(targets) if reduction == "none" else loss
+
+    @torch.no_grad()
+    def token_losses(self, ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, T) losses in nats, 0 where the target is -1; (B, T) bool, target is the likeliest token."""
+        hidden, softcap = self(ids).flatten(0, 1), self.config.constants.softcap
+        losses, is_argmax = token_losses(
+            hidden, self.head.weight, targets.flatten(), softcap, self.config.vocab_size
+        )
+        return losses.view_as(targets), is_argmax.view_as(targets)
+
+    def logits(self, ids: Tensor, cache: DecodeCache | None = None, last_only: bool = False) -> Tensor:
+        """Softcapped logits, (B, T, V) fp32, or (B, 1, V) with last_only; V without padding rows."""
+        hidden = self(ids, cache)
+        if last_only:
+            hidden = hidden[:, -1:]
+        softcap = self.config.constants.softcap
+        z = F.linear(hidden, self.head.weight[: self.config.vocab_size].to(hidden.dtype)).float()
+        return softcap * torch.tanh(z / softcap)
+
+    def parameter_kinds(self) -> dict[str, str]:
+        """Which group of the plan each parameter belongs to."""
+        return {name: _kind(name) for name, _ in self.named_parameters()}
+
+
+@torch.no_grad()
+def _init_parameter(name: str, p: Tensor, config: GPTConfig, generator: torch.Generator) -> None:
+    """Fill one parameter; a name that is not known here is our mistake."""
+    recipe = config.constants
+    bound = math.sqrt(3 / config.n_embd)  # uniform with standard deviation C ** -0.5
+    uniform = {
+        "q": (-bound, bound),
+        "k": (-bound, bound),
+        "v": (-bound, bound),
+        "out": (0.0, 0.0),
+        "up": (-bound * recipe.mlp_in_scale, bound * recipe.mlp_in_scale),
+        "down": (0.0, 0.0),
+        "value_gate": (0.0, recipe.value_gate_init),
+        "smear_gate": (0.0, SMEAR_GATE_INIT),
+    }
+    linear = {
+        "resid_scale": (recipe.resid_first, recipe.resid_last),
+        "x0_scale": (recipe.x0_first, recipe.x0_last),
+    }
+    constant = {"smear_scale": 0.0, "backout_scale": BACKOUT_INIT}
+    normal = {"embed.weight": recipe.embedding_std, "head.weight": HEAD_STD}
+    if name in constant:
+        p.fill_(constant[name])
+    elif name in linear:
+        p.copy_(torch.linspace(*linear[name], config.n_layer))
+    elif name in normal:
+        p.normal_(0, normal[name], generator=generator)
+    elif name.startswith("value_embeds."):
+        p.uniform_(-bound, bound, generator=generator)
+    else:
+        p.uniform_(*uniform[name.split(".")[-2]], generator=generator)
+
+
+def _kind(name: str) -> str:
+    top = name.split(".")[0]
+    kinds = {
+        "embed": "embedding",
+        "value_embeds": "value_embedding",
+        "head": "unembedding",
+        "resid_scale": "resid",
+        "x0_scale": "x0",
+        "smear_gate": "smear",
+        "smear_scale": "smear",
+        "backout_scale": "smear",
+        "blocks": "matrix",
+    }
+    return kinds[top]

@@ -1,0 +1,200 @@
+"""Linear head, softcap and cross-entropy in one: a batch's logits never exist together, in either direction.
+
+Legend: N tokens, C model width, V vocabulary (V' >= V with padding rows), R rows of a chunk.
+
+The softcap and its derivative are written with a sigmoid. With s = sigmoid(2 z / cap),
+
+    cap tanh(z / cap) = 2 cap s - cap        and        d/dz cap tanh(z / cap) = 4 s (1 - s),
+
+and the softmax ignores the constant, so softmax(2 cap s) are the probabilities. On a CPU (2 cores, AVX512,
+per 8,192 tokens of V = 32,768) a sigmoid takes 0.055 s where tanh takes 0.34 s, and the fused softmax 0.08 s
+where exp and sum take 0.17 s; that is why it is written this way. A probability is never below exp(-2 cap) /
+V, so -log(p) is safe.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+Reduction = Literal["mean", "sum", "none"]
+
+# Elements of logits held at a time: in the compute dtype for the matrix products (a chunk), and in fp32 for
+# the elementwise part (a tile of the chunk). On a CPU tiles of 2^20 stay in cache, which halves the
+# elementwise time.
+CHUNK_ELEMENTS = {"cpu": 1 << 25, "cuda": 1 << 27}
+TILE_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 25}
+
+
+def softcapped_cross_entropy(
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    softcap: float,
+    *,
+    vocab_size: int | None = None,
+    reduction: Reduction = "mean",
+    ignore_index: int = -1,
+    chunk_rows: int | None = None,
+) -> Tensor:
+    """Cross-entropy in nats of softcap * tanh(x @ weight.T / softcap) against the targets.
+
+    Where gradients are wanted they are computed in the same pass over the chunks: products in the dtype of x,
+    softcap and softmax in fp32, the gradient of the weight summed in fp32.
+
+    Args:
+        x: (N, C) hidden states in the compute dtype.
+        weight: (V', C) master weight of the head; cast to the dtype of x here.
+        targets: (N,) int64 token ids below vocab_size, or ignore_index.
+        softcap: bound of the logits.
+        vocab_size: V; rows of the weight from V on are padding and take no part. By default V'.
+        reduction: "mean" over the targets that count (0 if there are none), "sum", or "none", which gives
+            (N,) losses, zero where ignored, and no gradient.
+        ignore_index: the target that does not count.
+        chunk_rows: rows whose logits are held at a time; by default chosen for the device.
+
+    Returns:
+        fp32 scalar, or (N,) fp32 for reduction "none".
+    """
+    wants_grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    vocab_size = weight.size(0) if vocab_size is None else vocab_size
+    constants = (softcap, vocab_size, ignore_index, chunk_rows)
+    if wants_grad:
+        assert reduction != "none", "per-token losses carry no gradient: call under torch.no_grad()"
+        total: Tensor = _summed_loss(x, weight, targets, *constants)
+    else:
+        losses, _ = token_losses(x, weight, targets, *constants, with_argmax=False)
+        if reduction == "none":
+            return losses
+        total = losses.sum()
+    if reduction == "sum":
+        return total
+    return total / (targets != ignore_index).sum().clamp(min=1)
+
+
+@torch.no_grad()
+def token_losses(
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    softcap: float,
+    vocab_size: int | None = None,
+    ignore_index: int = -1,
+    chunk_rows: int | None = None,
+    with_argmax: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """Losses token by token and whether each target is the most likely token; no gradients.
+
+    Arguments as in softcapped_cross_entropy. Of equal logits the first is the most likely one.
+
+    Returns:
+        (N,) fp32 losses in nats, zero where ignored; (N,) bool, False where ignored, or everywhere without
+        with_argmax.
+    """
+    vocab_size = weight.size(0) if vocab_size is None else vocab_size
+    losses, valid = _new_losses(x), targets != ignore_index
+    is_argmax = torch.zeros_like(valid)
+    head = weight[:vocab_size].to(x.dtype)
+    safe = targets.clamp(0, vocab_size - 1)
+    for rows in _spans(x.size(0), chunk_rows or _default_rows(CHUNK_ELEMENTS, x, vocab_size)):
+        z = x[rows] @ head.t()
+        if with_argmax:
+            is_argmax[rows] = z.argmax(dim=-1) == safe[rows]
+        _losses_of_chunk(z, safe[rows], softcap, losses[rows], with_grad=False)
+    return losses * valid, is_argmax & valid
+
+
+# A compiler would unroll the loop over the chunks.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _summed_loss(x: Tensor, weight: Tensor, targets: Tensor, *constants: float | int | None) -> Tensor:
+    total: Tensor = _SummedLoss.apply(x, weight, targets, *constants)
+    return total
+
+
+class _SummedLoss(torch.autograd.Function):
+    """The sum of the losses; its gradients are ready when the forward pass ends."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        softcap: float,
+        vocab_size: int,
+        ignore_index: int,
+        chunk_rows: int | None,
+    ) -> Tensor:
+        want_x, want_weight = ctx.needs_input_grad[:2]
+        losses, valid = _new_losses(x), (targets != ignore_index)[:, None]
+        safe = targets.clamp(0, vocab_size - 1)
+        head = weight[:vocab_size].to(x.dtype)
+        counted = (
+            x * valid if want_weight else x
+        )  # a row that is ignored adds nothing to the weight's gradient
+        grad_x = torch.empty_like(x) if want_x else None
+        grad_weight = torch.zeros_like(weight) if want_weight else None
+        product = torch.empty_like(head) if want_weight and weight.dtype != x.dtype else None
+        chunk = chunk_rows or _default_rows(CHUNK_ELEMENTS, x, vocab_size)
+        z_buffer = x.new_empty(min(chunk, x.size(0)), vocab_size)
+        for rows in _spans(x.size(0), chunk):
+            z = torch.mm(x[rows], head.t(), out=z_buffer[: rows.stop - rows.start])
+            _losses_of_chunk(z, safe[rows], softcap, losses[rows], with_grad=want_x or want_weight)
+            if grad_x is not None:
+                torch.mm(z, head, out=grad_x[rows])
+            if product is not None and grad_weight is not None:
+                grad_weight[:vocab_size] += torch.mm(z.t(), counted[rows], out=product)
+            elif grad_weight is not None:
+                grad_weight[:vocab_size].addmm_(z.t(), counted[rows])
+        ctx.grads = (None if grad_x is None else grad_x.mul_(valid), grad_weight)
+        return (losses * valid[:, 0]).sum()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        assert ctx.grads is not None, (
+            "the gradients of this loss were given out already (backward called twice)"
+        )
+        (grad_x, grad_weight), ctx.grads = ctx.grads, None
+        factor = 4 * grad  # the 4 of 4 s (1 - s), left out of the pass over the logits
+        return (
+            None if grad_x is None else grad_x.mul_(factor),
+            None if grad_weight is None else grad_weight.mul_(factor),
+            *(None,) * 5,
+        )
+
+
+def _losses_of_chunk(z: Tensor, targets: Tensor, softcap: float, losses: Tensor, with_grad: bool) -> None:
+    """Fill the losses (R,) of the logits z (R, V), which are before the softcap.
+
+    with_grad, z turns into (d loss / d z) / 4 in place.
+    """
+    tile = _default_rows(TILE_ELEMENTS, z, z.size(1))
+    wide = torch.promote_types(z.dtype, torch.float32)
+    s_buffer = z.new_empty(min(tile, z.size(0)), z.size(1), dtype=wide)
+    p_buffer = torch.empty_like(s_buffer)
+    for rows in _spans(z.size(0), tile):
+        s, p = s_buffer[: rows.stop - rows.start], p_buffer[: rows.stop - rows.start]
+        s.copy_(z[rows]).mul_(2 / softcap).sigmoid_()
+        torch.mul(s, 2 * softcap, out=p)
+        torch.softmax(p, dim=-1, out=p)
+        target = targets[rows, None]
+        torch.neg(p.gather(1, target).log_()[:, 0], out=losses[rows])
+        if with_grad:
+            p.scatter_add_(1, target, p.new_full(target.shape, -1.0))
+            torch.ops.aten.sigmoid_backward.grad_input(p, s, grad_input=p)  # p s (1 - s) in one pass
+            z[rows] = p
+
+
+def _new_losses(x: Tensor) -> Tensor:
+    return x.new_empty(x.size(0), dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+def _default_rows(elements: dict[str, int], like: Tensor, columns: int) -> int:
+    """Rows of `columns` elements that fit the budget of the device of `like`."""
+    return max(1, elements.get(like.device.type, elements["cuda"]) // columns)
+
+
+def _spans(n: int, step: int) -> list[slice]:
+    return [slice(start, min(n, start + step)) for start in range(0, n, step)]

@@ -1,0 +1,51 @@
+"""Every backend that this GPU has against the reference: forward, backward, window, cache."""
+
+import pytest
+import torch
+
+from nanochat.attention import BACKENDS, attention, attention_reference, available_backends
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"),
+]
+
+
+def backend_or_skip(name):
+    reason = available_backends(torch.device("cuda"))[name]
+    if reason:
+        pytest.skip(f"{name}: {reason}")
+    return name
+
+
+def qkv(tq, tk):
+    g = torch.Generator("cuda").manual_seed(0)
+    shapes = (2, tq, 4, 64), (2, tk, 2, 64), (2, tk, 2, 64)
+    return [torch.randn(s, generator=g, device="cuda", dtype=torch.bfloat16).requires_grad_() for s in shapes]
+
+
+@pytest.mark.parametrize("window", [0, 100, 128, 5000])
+@pytest.mark.parametrize("t", [128, 384, 1000])
+@pytest.mark.parametrize("name", BACKENDS)
+def test_forward_and_backward_equal_the_reference(name, t, window):
+    q, k, v = qkv(t, t)
+    out = attention(q, k, v, window=window, backend=backend_or_skip(name))
+    weights = torch.randn_like(out)
+    grads = torch.autograd.grad((out * weights).sum(), (q, k, v))
+    exact = [x.detach().float().requires_grad_() for x in (q, k, v)]
+    want = attention_reference(*exact, window=window)
+    want_grads = torch.autograd.grad((want * weights).sum(), exact)
+    torch.testing.assert_close(out.float(), want, rtol=0.03, atol=0.03)
+    for got, expected in zip(grads, want_grads, strict=True):
+        error = (got.float() - expected).norm() / expected.norm()
+        assert error < 0.02
+
+
+@pytest.mark.parametrize("window", [0, 64, 5000])
+@pytest.mark.parametrize("tq", [1, 7, 130])
+@pytest.mark.parametrize("name", BACKENDS)
+def test_behind_a_cache_each_backend_sees_the_last_positions(name, tq, window):
+    q, k, v = (x.detach() for x in qkv(tq, 300))
+    out = attention(q, k, v, window=window, backend=backend_or_skip(name))
+    want = attention_reference(q.float(), k.float(), v.float(), window=window)
+    torch.testing.assert_close(out.float(), want, rtol=0.03, atol=0.03)

@@ -1,0 +1,134 @@
+"""attention against a softmax in float64 with an explicit mask."""
+
+import math
+
+import pytest
+import torch
+
+from nanochat.attention import (
+    BACKENDS,
+    attention,
+    attention_reference,
+    available_backends,
+    choose_backend,
+)
+from nanochat.errors import UserError
+
+
+def naive(q, k, v, window):
+    """One query, one head at a time, in float64: the sentence of the docstring, literally."""
+    (b, tq, h, d), tk = q.shape, k.size(1)
+    out = torch.zeros(b, tq, h, d, dtype=torch.float64)
+    for row in range(b):
+        for head in range(h):
+            kv = head // (h // k.size(2))
+            for i in range(tq):
+                p = tk - tq + i
+                seen = range(max(0, p - window), p + 1)
+                scores = torch.stack([q[row, i, head] @ k[row, j, kv] / math.sqrt(d) for j in seen])
+                values = torch.stack([v[row, j, kv] for j in seen])
+                out[row, i, head] = scores.softmax(0) @ values
+    return out
+
+
+def random_qkv(tq, tk, h=4, hkv=2, d=8, b=2, dtype=torch.float64, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    shapes = (b, tq, h, d), (b, tk, hkv, d), (b, tk, hkv, d)
+    return [torch.randn(s, generator=g, dtype=torch.float64).to(dtype).requires_grad_() for s in shapes]
+
+
+@pytest.mark.parametrize("window", [0, 1, 3, 6, 7, 100])
+@pytest.mark.parametrize(("tq", "tk"), [(8, 8), (1, 8), (3, 8), (1, 1)])
+def test_the_reference_is_the_sentence_of_its_docstring(tq, tk, window):
+    q, k, v = random_qkv(tq, tk)
+    torch.testing.assert_close(
+        attention_reference(q, k, v, window=window), naive(q, k, v, window), rtol=1e-12, atol=1e-12
+    )
+
+
+# T = 1, below a block, a whole number of blocks, and not; windows of nothing, of less and more than a block.
+@pytest.mark.parametrize("window", [0, 5, 63, 64, 100, 199, 200, 10_000])
+@pytest.mark.parametrize("t", [1, 40, 192, 200])
+def test_sdpa_equals_the_reference_forward_and_backward(t, window):
+    q, k, v = random_qkv(t, t, dtype=torch.float32)
+    out = attention(q, k, v, window=window, backend="sdpa")
+    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+    grads = torch.autograd.grad((out * weights).sum(), (q, k, v))
+    exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    want = attention_reference(*exact, window=window)
+    want_grads = torch.autograd.grad((want * weights).sum(), exact)
+    torch.testing.assert_close(out.double(), want, rtol=1e-5, atol=1e-5)
+    for got, expected in zip(grads, want_grads, strict=True):
+        torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("window", [0, 7, 50, 300])
+@pytest.mark.parametrize(("tq", "tk"), [(1, 90), (5, 90), (89, 90), (30, 31)])
+def test_sdpa_behind_a_cache_equals_the_tail_of_the_full_pass(tq, tk, window):
+    q, k, v = random_qkv(tk, tk, dtype=torch.float32)
+    full = attention_reference(q, k, v, window=window)[:, tk - tq :]
+    cached = attention(q[:, tk - tq :], k, v, window=window, backend="sdpa")
+    torch.testing.assert_close(cached, full, rtol=1e-5, atol=1e-5)
+
+
+def test_many_new_positions_behind_a_cache_go_by_blocks():
+    q, k, v = random_qkv(700, 720, h=1, hkv=1, d=4, b=1, dtype=torch.float32)
+    want = attention_reference(q, k, v, window=33)
+    torch.testing.assert_close(attention(q, k, v, window=33, backend="sdpa"), want, rtol=1e-5, atol=1e-5)
+
+
+def test_the_scale_replaces_the_default():
+    q, k, v = random_qkv(9, 9)
+    got = attention(q, k, v, window=4, backend="sdpa", scale=0.5)
+    torch.testing.assert_close(got, attention_reference(q, k, v, window=4, scale=0.5))
+    torch.testing.assert_close(got, naive(q * 0.5 * math.sqrt(8), k, v, 4))
+
+
+def test_bf16_is_within_its_rounding():
+    q, k, v = random_qkv(150, 150, dtype=torch.bfloat16)
+    out = attention(q, k, v, window=40, backend="sdpa")
+    want = attention_reference(*(x.double() for x in (q, k, v)), window=40)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.double(), want, rtol=0.02, atol=0.02)
+
+
+def test_a_mask_first_met_while_generating_serves_a_later_backward():
+    q, k, v = random_qkv(77, 77, dtype=torch.float32)
+    with torch.inference_mode():
+        attention(q.detach(), k.detach(), v.detach(), window=11, backend="sdpa")
+    attention(q, k, v, window=11, backend="sdpa").sum().backward()
+    assert torch.isfinite(q.grad).all()
+
+
+def test_memory_of_a_window_follows_the_window():
+    """No saved or intermediate tensor of the windowed pass has T x T elements."""
+    t = 1024
+    q, k, v = random_qkv(t, t, h=1, hkv=1, d=4, b=1, dtype=torch.float32)
+    largest = 0
+
+    def record(x):
+        nonlocal largest
+        largest = max(largest, x.untyped_storage().nbytes() // x.element_size())
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(record, lambda x: x):
+        attention(q, k, v, window=64, backend="sdpa").sum()
+    assert 0 < largest <= t * 2 * 64
+
+
+def test_on_a_cpu_only_sdpa_runs_and_the_reasons_are_given():
+    reasons = available_backends(torch.device("cpu"))
+    assert list(reasons) == list(BACKENDS)
+    assert reasons["sdpa"] == ""
+    assert all("CUDA" in reasons[name] for name in ("fa3", "fa2", "flex"))
+    name, why = choose_backend(torch.device("cpu"), "auto")
+    assert name == "sdpa"
+    assert "CUDA" in why
+
+
+def test_an_explicit_choice_that_is_not_available_is_an_error():
+    assert choose_backend(torch.device("cpu"), "sdpa")[0] == "sdpa"
+    with pytest.raises(UserError, match="--attention=fa3.*CUDA"):
+        choose_backend(torch.device("cpu"), "fa3")
+    with pytest.raises(UserError, match="--attention=fa4.*no such"):
+        choose_backend(torch.device("cpu"), "fa4")
