@@ -12,7 +12,7 @@ from nanochat.config import TrainArgs
 from nanochat.errors import UserError
 from nanochat.scaling import count_params, flops_per_token, model_config, plan
 
-# RECIPE 2.3: n, N (millions), log2 B, LR multiplier, weight decay, steps, tokens (billions), GFLOP a token, FLOPs
+# RECIPE 2.3: n, N (M), log2 B, LR multiplier, weight decay, steps, tokens (billions), GFLOP a token, FLOPs
 JULY_TABLE = [
     (4, 11.53, 18, 0.707, 1.89, 528, 0.138, 0.0802, 1.11e16),
     (6, 23.20, 18, 0.707, 0.940, 1062, 0.278, 0.1675, 4.66e16),
@@ -30,7 +30,7 @@ JULY_TABLE = [
     (32, 1677.7, 21, 2, 0.0368, 9600, 20.133, 10.771, 2.17e20),
 ]
 
-# RECIPE 1.7: n, width, heads, blocks, N, all (millions), GFLOP a token, steps, tokens (billions), FLOPs, decay
+# RECIPE 1.7: n, width, heads, blocks, N, all (M), GFLOP a token, steps, tokens (billions), FLOPs, decay
 JANUARY_TABLE = [
     (4, 256, 2, 3.15, 11.53, 36.7, 0.0849, 231, 0.121, 1.03e16, 1.80),
     (6, 384, 3, 10.62, 23.20, 73.5, 0.1769, 464, 0.243, 4.31e16, 0.80),

@@ -1,0 +1,53 @@
+"""A run small enough for a test: a corpus made here, its tokenizer, arguments of a model that steps in milliseconds."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from pathlib import Path
+
+from nanochat import files
+from nanochat.config import TrainArgs
+from nanochat.tokenizer import Tokenizer
+
+WORDS = "the cat sat on a mat and saw two dogs near their red house while rain fell over green hills".split()
+
+TINY = TrainArgs(
+    depth=2,
+    run="tiny",
+    corpus="local",
+    max_seq_len=32,
+    aspect_ratio=16,
+    head_dim=16,
+    total_batch_size=256,
+    device_batch_size=4,
+    num_iterations=12,
+    eval_every=5,
+    eval_tokens=512,
+    sample_every=0,
+    save_every=4,
+    device_type="cpu",
+    dtype="float32",
+)
+
+
+def write_text(folder: Path, documents: int = 400, seed: int = 0) -> Path:
+    """A jsonl file of sentences that a small model can learn."""
+    rng = random.Random(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "text.jsonl"
+    lines = (" ".join(rng.choices(WORDS, k=rng.randint(5, 60))) for _ in range(documents))
+    path.write_text("".join(f'{{"text": "{line}."}}\n' for line in lines), "utf-8")
+    return path
+
+
+def tokenizer_named(name: str) -> Tokenizer:
+    """Train and save a small tokenizer."""
+    tokenizer = Tokenizer.train([" ".join(WORDS) + "."], 300)
+    tokenizer.save(files.tokenizer_dir(name))
+    return tokenizer
+
+
+def tiny_args(**changes: object) -> TrainArgs:
+    """TINY with some fields changed."""
+    return dataclasses.replace(TINY, **changes)  # type: ignore[arg-type]
