@@ -1,0 +1,17 @@
+//! Byte-level BPE: a parallel trainer and an encoder whose ids equal tiktoken's.
+//!
+//! By stage: [`split`] cuts text into pieces, [`count`] counts them, [`train`] finds the merges, [`vocab`] holds what
+//! came of it, [`merge`] and [`encode`] turn text into ids. `python` is the only file that knows Python.
+
+mod classes;
+pub mod count;
+pub mod encode;
+pub mod error;
+mod key;
+mod merge;
+pub mod split;
+pub mod train;
+pub mod vocab;
+
+#[cfg(feature = "python")]
+mod python;

@@ -1,0 +1,364 @@
+//! The Python module: arguments in, arrays and lists out. Everything slow runs with the GIL released.
+
+use std::sync::{Arc, PoisonError, RwLock};
+use std::time::{Duration, Instant};
+
+use numpy::{IntoPyArray, PyArray1, PyReadonlyArray1};
+use pyo3::exceptions::{PyTypeError, PyValueError};
+use pyo3::prelude::*;
+use pyo3::pybacked::PyBackedStr;
+use pyo3::types::{PyBytes, PyDict, PyIterator, PyString};
+
+use crate::count::count_stream;
+use crate::encode::Encoder;
+use crate::error::Error;
+use crate::split::{GPT4_PATTERN, Splitter};
+use crate::train::train;
+use crate::vocab::{Vocab, show};
+
+/// Text handed over at once, so that one batch keeps a thread busy for some milliseconds.
+const BATCH_BYTES: usize = 1 << 20;
+
+/// How often a long computation looks for Ctrl-C.
+const SIGNALS_EVERY: Duration = Duration::from_millis(100);
+
+/// Texts below this many bytes are encoded without releasing the GIL, which costs more than it gives there.
+const DETACH_MIN_BYTES: usize = 1 << 12;
+
+/// What stops a call: an error of ours, or a Python exception on its way.
+enum Stop {
+    Ours(Error),
+    Python(PyErr),
+}
+
+impl From<Error> for Stop {
+    fn from(error: Error) -> Self {
+        Self::Ours(error)
+    }
+}
+
+impl From<PyErr> for Stop {
+    fn from(error: PyErr) -> Self {
+        Self::Python(error)
+    }
+}
+
+impl From<Stop> for PyErr {
+    fn from(stop: Stop) -> Self {
+        match stop {
+            Stop::Ours(error) => PyValueError::new_err(error.to_string()),
+            Stop::Python(error) => error,
+        }
+    }
+}
+
+impl From<Error> for PyErr {
+    fn from(error: Error) -> Self {
+        Stop::Ours(error).into()
+    }
+}
+
+/// Ids of all texts end to end, and offsets with one more entry than texts.
+type FlatArrays<'py> = (Bound<'py, PyArray1<u32>>, Bound<'py, PyArray1<i64>>);
+
+/// Byte-level BPE tokenizer. See `rustbpe.pyi` for the documentation of each method.
+#[pyclass(frozen, module = "rustbpe")]
+struct Tokenizer {
+    encoder: RwLock<Arc<Encoder>>,
+}
+
+#[pymethods]
+impl Tokenizer {
+    #[new]
+    fn new() -> PyResult<Self> {
+        Self::build(Vocab::from_merges(&[])?, GPT4_PATTERN)
+    }
+
+    #[staticmethod]
+    fn from_ranks(ranks: &Bound<'_, PyAny>, pattern: &str) -> PyResult<Self> {
+        let tokens = tokens_by_rank(ranks)?;
+        let splitter = Splitter::new(pattern)?;
+        let vocab = ranks.py().detach(|| Vocab::from_tokens(&tokens))?;
+        Ok(Self::wrap(Encoder::new(vocab, splitter)))
+    }
+
+    #[pyo3(signature = (iterator, vocab_size, buffer_size=8192, pattern=None, num_threads=None))]
+    fn train_from_iterator(
+        &self,
+        iterator: &Bound<'_, PyAny>,
+        vocab_size: i64,
+        buffer_size: i64,
+        pattern: Option<&str>,
+        num_threads: Option<i64>,
+    ) -> PyResult<()> {
+        let merges = usize::try_from(vocab_size)
+            .ok()
+            .and_then(|size| size.checked_sub(256))
+            .filter(|_| vocab_size < i64::from(u32::MAX))
+            .ok_or_else(|| {
+                PyValueError::new_err(format!(
+                    "vocab_size={vocab_size}: it must be 256 or more (the single bytes), and less than 2**32"
+                ))
+            })?;
+        let buffer_size = positive("buffer_size", buffer_size)?;
+        let threads = thread_count(num_threads)?;
+        let splitter = Splitter::new(pattern.unwrap_or(GPT4_PATTERN))?;
+        let mut source = Source::new(iterator, buffer_size)?;
+        let vocab = iterator.py().detach(|| -> Result<Vocab, Stop> {
+            let counter = count_stream(&splitter, threads, || Python::attach(|py| source.next_batch(py)))?;
+            let words = counter.into_words();
+            let mut signals = Signals::new();
+            let merges = train(&words, merges, |_| signals.check());
+            signals.raised.map_or(Ok(()), Err)?;
+            Ok(Vocab::from_merges(&merges?)?)
+        })?;
+        *self.encoder.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(Encoder::new(vocab, splitter));
+        Ok(())
+    }
+
+    fn encode(&self, py: Python<'_>, text: &Bound<'_, PyAny>) -> PyResult<Vec<u32>> {
+        self.ids_of(py, text)
+    }
+
+    fn encode_numpy<'py>(&self, py: Python<'py>, text: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyArray1<u32>>> {
+        Ok(self.ids_of(py, text)?.into_pyarray(py))
+    }
+
+    #[pyo3(signature = (texts, num_threads=None))]
+    fn batch_encode(&self, texts: &Bound<'_, PyAny>, num_threads: Option<i64>) -> PyResult<Vec<Vec<u32>>> {
+        let (ids, offsets) = self.flat(texts, num_threads)?;
+        Ok(offsets.windows(2).map(|w| ids[w[0]..w[1]].to_vec()).collect())
+    }
+
+    #[pyo3(signature = (texts, num_threads=None))]
+    fn encode_batch_numpy<'py>(
+        &self,
+        py: Python<'py>,
+        texts: &Bound<'py, PyAny>,
+        num_threads: Option<i64>,
+    ) -> PyResult<FlatArrays<'py>> {
+        let (ids, offsets) = self.flat(texts, num_threads)?;
+        let offsets: Vec<i64> = offsets.into_iter().map(|offset| offset as i64).collect();
+        Ok((ids.into_pyarray(py), offsets.into_pyarray(py)))
+    }
+
+    fn decode<'py>(&self, py: Python<'py>, ids: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyString>> {
+        Ok(PyString::new(py, &String::from_utf8_lossy(&self.bytes_of(ids)?)))
+    }
+
+    fn decode_bytes<'py>(&self, py: Python<'py>, ids: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyBytes>> {
+        Ok(PyBytes::new(py, &self.bytes_of(ids)?))
+    }
+
+    #[getter]
+    fn vocab_size(&self) -> usize {
+        self.encoder().vocab().len()
+    }
+
+    fn get_pattern(&self) -> String {
+        self.encoder().splitter().pattern().to_owned()
+    }
+
+    fn get_mergeable_ranks<'py>(&self, py: Python<'py>) -> Vec<(Bound<'py, PyBytes>, u32)> {
+        let encoder = self.encoder();
+        (0..encoder.vocab().len() as u32).map(|id| (PyBytes::new(py, encoder.vocab().token(id)), id)).collect()
+    }
+
+    fn get_merges(&self) -> PyResult<Vec<(u32, u32)>> {
+        let encoder = self.encoder();
+        let vocab = encoder.vocab();
+        (0..vocab.len() as u32)
+            .filter(|&id| vocab.token(id).len() > 1)
+            .map(|id| match vocab.parts(id) {
+                (u32::MAX, _) => Err(PyValueError::new_err(format!(
+                    "token {id}, {}, is not made by any merge of lower ranks: these ranks are no list of merges",
+                    show(vocab.token(id))
+                ))),
+                parts => Ok(parts),
+            })
+            .collect()
+    }
+}
+
+impl Tokenizer {
+    fn build(vocab: Vocab, pattern: &str) -> PyResult<Self> {
+        Ok(Self::wrap(Encoder::new(vocab, Splitter::new(pattern)?)))
+    }
+
+    fn wrap(encoder: Encoder) -> Self {
+        Self { encoder: RwLock::new(Arc::new(encoder)) }
+    }
+
+    /// The present encoder; a training that ends meanwhile does not disturb who holds this one.
+    fn encoder(&self) -> Arc<Encoder> {
+        Arc::clone(&self.encoder.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    fn ids_of(&self, py: Python<'_>, text: &Bound<'_, PyAny>) -> PyResult<Vec<u32>> {
+        let text = text_of(text, || "text".to_owned())?;
+        let encoder = self.encoder();
+        let ids =
+            if text.len() < DETACH_MIN_BYTES { encoder.encode(&text) } else { py.detach(|| encoder.encode(&text)) };
+        Ok(ids?)
+    }
+
+    fn flat(&self, texts: &Bound<'_, PyAny>, num_threads: Option<i64>) -> PyResult<(Vec<u32>, Vec<usize>)> {
+        let threads = thread_count(num_threads)?;
+        if texts.is_instance_of::<PyString>() {
+            return Err(PyTypeError::new_err("texts: expected a list of str, got one str"));
+        }
+        let texts = texts
+            .try_iter()?
+            .enumerate()
+            .map(|(i, text)| text_of(&text?, || format!("texts[{i}]")))
+            .collect::<PyResult<Vec<PyBackedStr>>>()?;
+        let encoder = self.encoder();
+        Ok(texts_py(&encoder, &texts, threads)?)
+    }
+
+    fn bytes_of(&self, ids: &Bound<'_, PyAny>) -> PyResult<Vec<u8>> {
+        let encoder = self.encoder();
+        let mut out = Vec::new();
+        if let Ok(array) = ids.extract::<PyReadonlyArray1<u32>>() {
+            encoder.vocab().decode(&array.as_array().iter().copied().collect::<Vec<_>>(), &mut out)?;
+            return Ok(out);
+        }
+        let mut list = Vec::with_capacity(ids.len().unwrap_or(0));
+        for id in ids.try_iter()? {
+            let id = id?;
+            list.push(id.extract::<u32>().map_err(|_| not_an_id(&id, encoder.vocab().len()))?);
+        }
+        out.reserve(list.len() * 5);
+        encoder.vocab().decode(&list, &mut out)?;
+        Ok(out)
+    }
+}
+
+fn texts_py(encoder: &Encoder, texts: &[PyBackedStr], threads: usize) -> Result<(Vec<u32>, Vec<usize>), Error> {
+    Python::attach(|py| py.detach(|| encoder.encode_batch(texts, threads)))
+}
+
+/// The exception for something that is no id: a wrong type, or a number no vocabulary has.
+fn not_an_id(id: &Bound<'_, PyAny>, vocab_size: usize) -> PyErr {
+    if id.extract::<i128>().is_ok() {
+        PyValueError::new_err(format!("token id {id} is outside the vocabulary of {vocab_size} ids"))
+    } else {
+        PyTypeError::new_err(format!("token ids must be int, got {}", type_name(id)))
+    }
+}
+
+fn type_name(object: &Bound<'_, PyAny>) -> String {
+    object.get_type().name().map_or_else(|_| "an object".to_owned(), |name| name.to_string())
+}
+
+/// The text of a Python `str`, without a copy. `name` says in errors which one it was.
+fn text_of(object: &Bound<'_, PyAny>, name: impl Fn() -> String) -> PyResult<PyBackedStr> {
+    let text = object
+        .cast::<PyString>()
+        .map_err(|_| PyTypeError::new_err(format!("{}: expected str, got {}", name(), type_name(object))))?;
+    PyBackedStr::try_from(text.clone())
+        .map_err(|error| PyValueError::new_err(format!("{}: not valid Unicode: {}", name(), error.value(object.py()))))
+}
+
+fn positive(name: &str, value: i64) -> PyResult<usize> {
+    usize::try_from(value)
+        .ok()
+        .filter(|&value| value > 0)
+        .ok_or_else(|| PyValueError::new_err(format!("{name}={value}: it must be 1 or more")))
+}
+
+fn thread_count(num_threads: Option<i64>) -> PyResult<usize> {
+    match num_threads {
+        Some(value) => positive("num_threads", value).map(|threads| threads.min(1024)),
+        None => Ok(std::thread::available_parallelism().map_or(1, std::num::NonZero::get)),
+    }
+}
+
+/// Tokens in order of rank from a dict or an iterable of (bytes, rank).
+fn tokens_by_rank(ranks: &Bound<'_, PyAny>) -> PyResult<Vec<Vec<u8>>> {
+    let items = match ranks.cast::<PyDict>() {
+        Ok(dict) => dict.items().into_any(),
+        Err(_) => ranks.clone(),
+    };
+    let mut pairs = Vec::with_capacity(items.len().unwrap_or(0));
+    for item in items.try_iter()? {
+        let item = item?;
+        let (token, rank): (Vec<u8>, i64) = item.extract().map_err(|_| {
+            PyTypeError::new_err(format!("ranks: expected a dict of bytes to int or pairs of them, got {item:?}"))
+        })?;
+        pairs.push((rank, token));
+    }
+    pairs.sort_by_key(|&(rank, _)| rank);
+    for ((rank, token), expected) in pairs.iter().zip(0i64..) {
+        if *rank != expected {
+            let what = if *rank < expected { "is there twice or negative" } else { "leaves a gap" };
+            return Err(PyValueError::new_err(format!(
+                "ranks: rank {rank} of {} {what}; expected each of 0..{} once",
+                show(token),
+                pairs.len()
+            )));
+        }
+    }
+    Ok(pairs.into_iter().map(|(_, token)| token).collect())
+}
+
+/// A Python iterator of texts, read a batch at a time.
+struct Source {
+    iterator: Py<PyIterator>,
+    buffer_size: usize,
+    read: usize,
+}
+
+impl Source {
+    fn new(iterable: &Bound<'_, PyAny>, buffer_size: usize) -> PyResult<Self> {
+        Ok(Self { iterator: iterable.try_iter()?.unbind(), buffer_size, read: 0 })
+    }
+
+    /// The next texts, up to a mebibyte or `buffer_size` of them; `None` at the end.
+    fn next_batch(&mut self, py: Python<'_>) -> Result<Option<Vec<PyBackedStr>>, Stop> {
+        py.check_signals()?;
+        let mut iterator = self.iterator.bind(py).clone();
+        let (mut batch, mut bytes) = (Vec::new(), 0);
+        while batch.len() < self.buffer_size && bytes < BATCH_BYTES {
+            let Some(item) = iterator.next() else { break };
+            let text = text_of(&item?, || format!("text {} of the iterator", self.read))?;
+            self.read += 1;
+            bytes += text.len();
+            batch.push(text);
+        }
+        Ok((!batch.is_empty()).then_some(batch))
+    }
+}
+
+/// Looks for Ctrl-C now and then from inside a computation that has released the GIL.
+struct Signals {
+    last: Instant,
+    raised: Option<Stop>,
+}
+
+impl Signals {
+    fn new() -> Self {
+        Self { last: Instant::now(), raised: None }
+    }
+
+    // `Python::check_signals` itself is not general enough over the lifetime for `attach`.
+    #[allow(clippy::redundant_closure_for_method_calls)]
+    fn check(&mut self) -> Result<(), Error> {
+        if self.last.elapsed() < SIGNALS_EVERY {
+            return Ok(());
+        }
+        self.last = Instant::now();
+        Python::attach(|py| py.check_signals()).map_err(|error| {
+            self.raised = Some(error.into());
+            Error::Interrupted
+        })
+    }
+}
+
+/// Byte-level BPE: a parallel trainer and an encoder whose ids equal tiktoken's.
+#[pymodule]
+#[pyo3(name = "rustbpe")]
+mod module {
+    #[pymodule_export]
+    use super::Tokenizer;
+}

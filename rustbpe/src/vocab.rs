@@ -1,0 +1,284 @@
+//! The vocabulary: bytes of each id, the id of a string of bytes, and which two ids make which.
+
+use hashbrown::HashTable;
+use rustc_hash::FxHashMap;
+
+use crate::error::{Error, Result};
+use crate::key::{MAX_SHORT, hash, hash_bytes, pack};
+
+/// "No id": larger than any id.
+pub const NO_ID: u32 = u32::MAX;
+
+/// Ids `0..len`, each with its bytes.
+pub struct Vocab {
+    bytes: Vec<u8>,
+    starts: Vec<u32>,
+    byte_ids: [u32; 256],
+    pairs: FxHashMap<u64, u32>,
+    parts: Vec<(u32, u32)>,
+    monotone: bool,
+    short: Vec<(u128, u32)>,
+    long: HashTable<u32>,
+}
+
+impl Vocab {
+    /// The vocabulary of bytes `0..=255` and merges `256..`.
+    ///
+    /// # Errors
+    /// A merge of ids that do not exist yet, or one whose bytes are taken.
+    pub fn from_merges(merges: &[(u32, u32)]) -> Result<Self> {
+        let mut vocab = Self::with_tokens((0..=255u8).map(|b| vec![b]).collect::<Vec<_>>().as_slice())?;
+        for (i, &(left, right)) in merges.iter().enumerate() {
+            let id = vocab.len() as u32;
+            if left >= id || right >= id {
+                return Err(Error::invalid(format!(
+                    "merge {i} joins ids {left} and {right}, but only {id} exist there"
+                )));
+            }
+            let bytes = [vocab.token(left), vocab.token(right)].concat();
+            vocab.push(&bytes)?;
+            vocab.set_parts(id, left, right);
+        }
+        Ok(vocab)
+    }
+
+    /// A vocabulary of any tokens, the id of each being its place. All 256 single bytes must be among them.
+    ///
+    /// Which pairs of ids merge follows from the bytes as in tiktoken (the pair whose bytes have the lowest rank goes
+    /// first): merging the bytes of a token alone ends with the one pair that makes this token. No other pair of ids
+    /// with the same bytes is ever adjacent in any text: as long as no merge crosses the ends of a stretch of text, the
+    /// merges inside it are those of the stretch alone.
+    ///
+    /// # Errors
+    /// An empty or repeated token, a missing byte, more than 4 GiB of tokens.
+    pub fn from_tokens(tokens: &[Vec<u8>]) -> Result<Self> {
+        let mut vocab = Self::with_tokens(tokens)?;
+        let made: Vec<_> = tokens.iter().map(|token| vocab.last_pair(token)).collect();
+        for (id, pair) in made.into_iter().enumerate() {
+            if let Some((left, right)) = pair {
+                vocab.set_parts(id as u32, left, right);
+            }
+        }
+        Ok(vocab)
+    }
+
+    fn with_tokens(tokens: &[Vec<u8>]) -> Result<Self> {
+        let mut vocab = Self {
+            bytes: Vec::new(),
+            starts: vec![0],
+            byte_ids: [NO_ID; 256],
+            pairs: FxHashMap::default(),
+            parts: Vec::new(),
+            monotone: true,
+            short: vec![(0, NO_ID); 1024],
+            long: HashTable::new(),
+        };
+        for token in tokens {
+            vocab.push(token)?;
+        }
+        for byte in 0..=255u8 {
+            vocab.byte_ids[byte as usize] = vocab.find(&[byte], 0, 1).ok_or_else(|| {
+                Error::invalid(format!("the ranks lack the single byte {byte:#04x}; all 256 are needed"))
+            })?;
+        }
+        Ok(vocab)
+    }
+
+    fn push(&mut self, token: &[u8]) -> Result<()> {
+        let id = self.len() as u32;
+        if token.is_empty() {
+            return Err(Error::invalid(format!("the token of rank {id} is empty")));
+        }
+        if let Some(known) = self.find(token, 0, token.len()) {
+            return Err(Error::invalid(format!("ranks {known} and {id} have the same bytes {}", show(token))));
+        }
+        self.bytes.extend_from_slice(token);
+        if self.bytes.len() >= NO_ID as usize {
+            return Err(Error::invalid("the tokens take more than 4 GiB"));
+        }
+        self.starts.push(self.bytes.len() as u32);
+        self.parts.push((NO_ID, NO_ID));
+        if token.len() <= MAX_SHORT {
+            self.insert_short(pack(token, 0, token.len()), id);
+        } else {
+            let Self { bytes, starts, long, .. } = self;
+            let token_hash =
+                |&id: &u32| hash_bytes(&bytes[starts[id as usize] as usize..starts[id as usize + 1] as usize]);
+            long.insert_unique(hash_bytes(token), id, token_hash);
+        }
+        Ok(())
+    }
+
+    fn set_parts(&mut self, id: u32, left: u32, right: u32) {
+        self.pairs.insert(u64::from(left) << 32 | u64::from(right), id);
+        self.parts[id as usize] = (left, right);
+        self.monotone &= left.max(right) < id;
+    }
+
+    /// Half full at most, so that a miss ends soon.
+    fn insert_short(&mut self, key: u128, id: u32) {
+        if self.len() * 2 > self.short.len() {
+            let larger = vec![(0, NO_ID); self.short.len() * 2];
+            for (key, id) in std::mem::replace(&mut self.short, larger).into_iter().filter(|&(_, id)| id != NO_ID) {
+                self.place_short(key, id);
+            }
+        }
+        self.place_short(key, id);
+    }
+
+    fn place_short(&mut self, key: u128, id: u32) {
+        let mask = self.short.len() - 1;
+        let mut slot = hash(key) as usize & mask;
+        while self.short[slot].1 != NO_ID {
+            slot = (slot + 1) & mask;
+        }
+        self.short[slot] = (key, id);
+    }
+
+    /// The id of a packed string of at most [`MAX_SHORT`] bytes.
+    #[inline]
+    pub fn find_short(&self, key: u128) -> Option<u32> {
+        let mask = self.short.len() - 1;
+        let mut slot = hash(key) as usize & mask;
+        loop {
+            let (found, id) = self.short[slot];
+            if found == key {
+                return Some(id);
+            }
+            if id == NO_ID {
+                return None;
+            }
+            slot = (slot + 1) & mask;
+        }
+    }
+
+    /// The id whose bytes are `text[start..end]`.
+    pub fn find(&self, text: &[u8], start: usize, end: usize) -> Option<u32> {
+        let wanted = &text[start..end];
+        if wanted.len() <= MAX_SHORT {
+            return if wanted.is_empty() { None } else { self.find_short(pack(text, start, end)) };
+        }
+        self.long.find(hash_bytes(wanted), |&id| self.token(id) == wanted).copied()
+    }
+
+    /// Number of ids.
+    pub fn len(&self) -> usize {
+        self.starts.len() - 1
+    }
+
+    /// Never true: 256 bytes are always there.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// The bytes of `id`.
+    #[inline]
+    pub fn token(&self, id: u32) -> &[u8] {
+        &self.bytes[self.starts[id as usize] as usize..self.starts[id as usize + 1] as usize]
+    }
+
+    /// The id of a single byte.
+    #[inline]
+    pub fn byte_id(&self, byte: u8) -> u32 {
+        self.byte_ids[byte as usize]
+    }
+
+    /// What `left` and `right` side by side merge into, or [`NO_ID`].
+    #[inline]
+    pub fn merged(&self, left: u32, right: u32) -> u32 {
+        self.pairs.get(&(u64::from(left) << 32 | u64::from(right))).copied().unwrap_or(NO_ID)
+    }
+
+    /// The two ids that merge into `id`; both [`NO_ID`] for a byte and for a token that no merge makes.
+    #[inline]
+    pub fn parts(&self, id: u32) -> (u32, u32) {
+        self.parts[id as usize]
+    }
+
+    /// True if every merge makes a larger id than its parts, as in every trained vocabulary.
+    pub fn is_monotone(&self) -> bool {
+        self.monotone
+    }
+
+    /// Appends the bytes of `ids` to `out`. O(bytes).
+    ///
+    /// # Errors
+    /// An id outside the vocabulary.
+    pub fn decode(&self, ids: &[u32], out: &mut Vec<u8>) -> Result<()> {
+        for &id in ids {
+            if id as usize >= self.len() {
+                return Err(Error::invalid(format!("token id {id} is outside the vocabulary of {} ids", self.len())));
+            }
+            out.extend_from_slice(self.token(id));
+        }
+        Ok(())
+    }
+
+    /// The last merge when `token` is merged by itself in order of ranks, or `None` if it does not end as one token.
+    fn last_pair(&self, token: &[u8]) -> Option<(u32, u32)> {
+        let mut ends: Vec<usize> = (1..=token.len()).collect();
+        let mut rank_at: Vec<u32> =
+            (0..token.len().saturating_sub(1)).map(|i| self.find(token, i, i + 2).unwrap_or(NO_ID)).collect();
+        while ends.len() > 2 {
+            let (i, &rank) = rank_at.iter().enumerate().min_by_key(|&(_, rank)| rank)?;
+            if rank == NO_ID {
+                return None;
+            }
+            ends.remove(i);
+            rank_at.remove(i);
+            let start = |i: usize| if i == 0 { 0 } else { ends[i - 1] };
+            if i > 0 {
+                rank_at[i - 1] = self.find(token, start(i - 1), ends[i]).unwrap_or(NO_ID);
+            }
+            if i < rank_at.len() {
+                rank_at[i] = self.find(token, start(i), ends[i + 1]).unwrap_or(NO_ID);
+            }
+        }
+        let [middle, end] = ends[..] else { return None };
+        self.find(token, 0, middle).zip(self.find(token, middle, end))
+    }
+}
+
+/// Bytes as Python would print them.
+pub fn show(bytes: &[u8]) -> String {
+    format!("b\"{}\"", bytes.escape_ascii())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn byte_tokens() -> Vec<Vec<u8>> {
+        (0..=255u8).map(|b| vec![b]).collect()
+    }
+
+    #[test]
+    fn merges_and_tokens_give_the_same_pairs() {
+        let merges = [(97, 98), (256, 99), (97, 97), (258, 258), (257, 257), (32, 260)];
+        let by_merges = Vocab::from_merges(&merges).unwrap();
+        let tokens: Vec<_> = (0..by_merges.len() as u32).map(|id| by_merges.token(id).to_vec()).collect();
+        let by_tokens = Vocab::from_tokens(&tokens).unwrap();
+        assert_eq!(by_merges.pairs, by_tokens.pairs);
+        assert!(by_tokens.is_monotone());
+    }
+
+    #[test]
+    fn bad_vocabularies_are_refused() {
+        let message = |tokens: Vec<Vec<u8>>| Vocab::from_tokens(&tokens).err().map(|e| e.to_string()).unwrap();
+        assert!(message(byte_tokens()[1..].to_vec()).contains("lack the single byte 0x00"));
+        assert!(
+            message([byte_tokens(), vec![b"a".to_vec()]].concat()).contains("ranks 97 and 256 have the same bytes")
+        );
+        assert!(message([byte_tokens(), vec![vec![]]].concat()).contains("empty"));
+        assert!(Vocab::from_merges(&[(256, 1)]).is_err());
+    }
+
+    #[test]
+    fn decoding_checks_every_id() {
+        let vocab = Vocab::from_merges(&[(97, 98)]).unwrap();
+        let mut out = Vec::new();
+        vocab.decode(&[256, 99], &mut out).unwrap();
+        assert_eq!(out, b"abc");
+        assert!(vocab.decode(&[257], &mut out).unwrap_err().to_string().contains("token id 257"));
+    }
+}
