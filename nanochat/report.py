@@ -1,0 +1,367 @@
+"""report.html: what a run was, what came of it and on which machine, in one file that needs nothing else.
+
+Made from the files of a run, so it can be made again at any time: `python -m nanochat.report --run d12`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from nanochat import charts, config, errors, files, runlog
+from nanochat.charts import Series
+from nanochat.errors import UserError
+
+GPT2_CORE = 0.256525  # CORE of GPT-2 (1.6 B parameters), the bar of the speedrun
+CORE_TASKS = 22  # tasks of the real bundle; another suite must not be compared to that bar
+TABLE_ROWS = 25  # of a curve, where it cannot be drawn
+
+CSS = """
+:root { color-scheme: light dark; --line: #8884; --soft: #8881; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.6rem; margin-bottom: 0; } h2 { font-size: 1.2rem; margin-top: 2.5rem; }
+h3 { font-size: 1rem; margin: 1.5rem 0 0.3rem; } p.note { opacity: 0.75; margin-top: 0.3rem; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { text-align: left; padding: 0.15rem 1.2rem 0.15rem 0; border-bottom: 1px solid var(--line); }
+td.n, th.n { text-align: right; } td { overflow-wrap: anywhere; }
+.cards { display: flex; flex-wrap: wrap; gap: 0.8rem; margin: 1.2rem 0; }
+.card { border: 1px solid var(--line); border-radius: 0.4rem; padding: 0.5rem 0.9rem; min-width: 8.5rem; }
+.card b { display: block; font-size: 1.35rem; } .card span { opacity: 0.75; font-size: 0.85rem; }
+.pair { display: flex; flex-wrap: wrap; } svg { max-width: 100%; height: auto; }
+svg text { font-family: system-ui, sans-serif !important; }
+pre { white-space: pre-wrap; background: var(--soft); padding: 0.6rem 0.9rem; border-radius: 0.4rem; }
+"""
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """What a run has left so far.
+
+    Attributes:
+        run: its name.
+        config: what was asked and all that was derived.
+        metrics: the lines of metrics.jsonl.
+        summary: the end of training; empty before it.
+        scores: base_eval.json; empty where it was not scored.
+        predictions: the lines of core_predictions.jsonl, one an example.
+    """
+
+    run: str
+    config: dict[str, Any]
+    metrics: list[dict[str, Any]]
+    summary: dict[str, Any]
+    scores: dict[str, Any]
+    predictions: list[dict[str, Any]]
+
+    @staticmethod
+    def read(run: str) -> RunFiles:
+        """Read the files of a run; those that come late may be absent.
+
+        Raises:
+            UserError: there is no such run, or a file of it is damaged.
+        """
+        folder = files.run_dir(run)
+        if not (folder / "config.json").is_file():
+            raise UserError(
+                f"run {run!r}: there is no {folder / 'config.json'}. Train it first, or name another."
+            )
+
+        def optional(name: str) -> dict[str, Any]:
+            return files.read_json(folder / name) if (folder / name).is_file() else {}
+
+        predictions = folder / "core_predictions.jsonl"
+        return RunFiles(
+            run=run,
+            config=files.read_json(folder / "config.json"),
+            metrics=runlog.read_metrics(folder / "metrics.jsonl"),
+            summary=optional("summary.json"),
+            scores=optional("base_eval.json"),
+            predictions=runlog.read_metrics(predictions) if predictions.is_file() else [],
+        )
+
+    def of_kind(self, kind: str) -> list[dict[str, Any]]:
+        """The metrics of one kind, in order."""
+        return [entry for entry in self.metrics if entry.get("kind") == kind]
+
+    def curve(self, kind: str, name: str, label: str) -> Series:
+        """A metric over millions of training tokens, without what is not a finite number."""
+        batch_tokens = self.config["batch_tokens"]
+        points = [
+            (entry.get("tokens", entry["step"] * batch_tokens) / 1e6, entry[name])
+            for entry in self.of_kind(kind)
+            if isinstance(entry.get(name), int | float) and math.isfinite(entry[name])
+        ]
+        return Series(label, [x for x, _ in points], [y for _, y in points])
+
+
+def write_report(run: str) -> Path:
+    """Make runs/<run>/report.html from the run's files, in place of an earlier one.
+
+    Args:
+        run: name of the run.
+
+    Returns:
+        The path of the report.
+
+    Raises:
+        UserError: there is no such run, or a file of it is damaged.
+    """
+    path = files.run_dir(run) / "report.html"
+    files.atomic_write(path, render(RunFiles.read(run)))
+    return path
+
+
+def render(found: RunFiles) -> str:
+    """The page."""
+    sections = (
+        _headline(found),
+        _training(found),
+        _core(found),
+        _samples(found),
+        _configuration(found),
+    )
+    title = escape(f"nanochat: {found.run}")
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<title>{title}</title>
+<style>{CSS}</style>
+</head>
+<body>
+<h1>{title}</h1>
+{"".join(sections)}
+</body>
+</html>
+"""
+
+
+def number(value: Any, form: str = ".4f", factor: float = 1.0, unit: str = "") -> str:
+    """A number as it is shown; a dash for what is not known.
+
+    >>> number(0.5), number(None), number(0.25, ".1f", 100, "%"), number(1234567, ",")
+    ('0.5000', '-', '25.0%', '1,234,567')
+    """
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        return "-"
+    return f"{value if factor == 1 else value * factor:{form}}{unit}"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], first_number: int = 1) -> str:
+    """A table of plain text, escaped here; columns from `first_number` on are right-aligned."""
+
+    def line(cells: Sequence[str], tag: str) -> str:
+        marked = [' class="n"' if place >= first_number else "" for place in range(len(cells))]
+        inside = "".join(
+            f"<{tag}{mark}>{escape(cell)}</{tag}>" for cell, mark in zip(cells, marked, strict=True)
+        )
+        return f"<tr>{inside}</tr>\n"
+
+    body = "".join(line(row, "td") for row in rows)
+    return f"<table>\n<thead>{line(head, 'th')}</thead>\n<tbody>{body}</tbody>\n</table>\n"
+
+
+def _headline(found: RunFiles) -> str:
+    """What a person looks for first."""
+    summary, scores, model = found.summary, found.scores, found.config["model"]
+    cards = [
+        (number(summary.get("val_bpb")), "validation, bits per byte"),
+        (number(summary.get("min_val_bpb")), "lowest validation, bits per byte"),
+        (number(summary.get("tokens"), ".1f", 1e-6, " M"), "tokens trained on"),
+        (number(sum(found.config["params"].values()), ".1f", 1e-6, " M"), "parameters"),
+        (number(summary.get("train_seconds"), ".1f", 1 / 60, " min"), "in training steps"),
+        (number(summary.get("tokens_per_second"), ",.0f"), "tokens per second"),
+        (number(summary.get("mfu"), ".1f", 100, "%"), "of the peak (MFU)"),
+        (number(summary.get("peak_memory_bytes"), ".2f", 1e-9, " GB"), "peak memory of a rank"),
+    ]
+    if "core_metric" in scores:
+        value = f"{number(scores['core_metric'])} \u00b1 {number(scores.get('core_stderr'))}"
+        cards.insert(0, (value, f"CORE ({scores.get('bundle', 'unnamed bundle')})"))
+    boxes = "".join(
+        f'<div class="card"><b>{escape(value)}</b><span>{escape(what)}</span></div>' for value, what in cards
+    )
+    shape = (
+        f"Depth {model['n_layer']}, width {model['n_embd']}, context {model['sequence_len']}, "
+        f"vocabulary {model['vocab_size']:,}; corpus {found.config['args']['corpus']}; {_status(found)}."
+    )
+    return f'<p class="note">{escape(shape)}</p>\n<div class="cards">{boxes}</div>\n'
+
+
+def _status(found: RunFiles) -> str:
+    done, planned = found.summary.get("steps"), found.config["steps"]
+    if not found.summary:
+        steps = [entry["step"] + 1 for entry in found.of_kind("step")]
+        return f"not at its end yet, {max(steps, default=0):,} of {planned:,} steps logged"
+    return f"{found.summary.get('status', 'ended')} after {done:,} of {planned:,} steps"
+
+
+def _training(found: RunFiles) -> str:
+    """Curves over tokens."""
+    x_label = "million tokens"
+    smoothed = found.curve("step", "smoothed_loss", "smoothed")
+    loss = [found.curve("step", "loss", "training loss"), smoothed]
+    parts = [
+        "<h2>Training</h2>\n",
+        _chart("loss", "Training loss", loss, x_label, "nats per token"),
+        _chart("bpb", "Validation", [found.curve("eval", "val_bpb", "validation")], x_label, "bits per byte"),
+    ]
+    if found.of_kind("core"):
+        core = [found.curve("core", "core_metric", "CORE")]
+        parts.append(_chart("core-curve", "CORE while training", core, x_label, "CORE"))
+    if charts.available():
+        small = (
+            ("lr", "Learning rate of the matrices", "learning rate"),
+            ("tokens_per_second", "Throughput", "tokens per second"),
+            ("grad_norm", "Gradient norm", "norm"),
+        )
+        drawn = (
+            _chart(f"small-{name}", title, [found.curve("step", name, title)], x_label, label, small=True)
+            for name, title, label in small
+        )
+        parts.append(f'<div class="pair">{"".join(f"<div>{chart}</div>" for chart in drawn)}</div>\n')
+    else:
+        parts.append(
+            '<p class="note">For plots instead of tables: pip install "nanochat[plots]" (matplotlib), then '
+            f"python -m nanochat.report --run {escape(found.run)}</p>\n"
+        )
+    return "".join(parts)
+
+
+def _chart(
+    name: str, title: str, curves: Sequence[Series], x_label: str, y_label: str, *, small: bool = False
+) -> str:
+    """Curves with a heading: drawn where matplotlib is there, else as a table."""
+    heading = f"<h3>{escape(title)}</h3>\n"
+    if not any(len(curve.x) for curve in curves):
+        return f'{heading}<p class="note">Nothing measured.</p>\n'
+    if charts.available():
+        return heading + charts.line_chart(name, curves, x_label, y_label, small=small)
+    head = [x_label, *(f"{curve.name}, {y_label}" for curve in curves)]
+    columns = [dict(zip(curve.x, curve.y, strict=True)) for curve in curves]
+    rows = [
+        [number(x, ".2f"), *(number(column.get(x)) for column in columns)]
+        for x in curves[0].thinned(TABLE_ROWS).x
+    ]
+    return heading + table(head, rows, first_number=0)
+
+
+def _core(found: RunFiles) -> str:
+    """Scores by task with their errors, and bits per byte of both splits."""
+    scores = found.scores
+    if not scores:
+        note = f"Not scored yet: python -m scripts.base_eval --run {found.run}"
+        return f'<h2>Scores</h2>\n<p class="note">{escape(note)}</p>\n'
+    parts = ["<h2>Scores</h2>\n"]
+    bpb = scores.get("bpb") or {}
+    if bpb:
+        parts.append(
+            table(["split", "bits per byte"], [[name, number(value)] for name, value in bpb.items()])
+        )
+    tasks = scores.get("tasks") or {}
+    if tasks:
+        parts.append(f"<h3>CORE by task ({escape(str(scores.get('bundle', 'unnamed bundle')))})</h3>\n")
+        parts.append(f"<p>{escape(_core_sentence(scores, len(tasks)))}</p>\n")
+        if charts.available():
+            values = [task["centered"] for task in tasks.values()]
+            spread = [task["stderr"] / (1 - task.get("baseline", 0.0)) for task in tasks.values()]
+            label = "centered accuracy: 0 is guessing, 1 is perfect"
+            parts.append(charts.bar_chart("core", list(tasks), values, spread, label))
+        parts.append(_task_table(tasks, _commonest_answers(found.predictions)))
+    return "".join(parts)
+
+
+def _core_sentence(scores: dict[str, Any], tasks: int) -> str:
+    """CORE and its error; compared to GPT-2 only where the suite is the one GPT-2's figure is of."""
+    value, error = scores["core_metric"], scores.get("core_stderr")
+    text = (
+        f"CORE is {number(value)}, standard error {number(error)}, the mean of {tasks} centered accuracies."
+    )
+    if scores.get("bundle") == "core_mini" or tasks != CORE_TASKS:
+        return f"{text} This is not the suite of the published CORE figures and is not comparable to them."
+    side = "above" if value > GPT2_CORE else "below"
+    distance = f", {abs(value - GPT2_CORE) / error:.1f} standard errors away" if error else ""
+    return f"{text} GPT-2 has {GPT2_CORE:.4f}: this is {side} it{distance}."
+
+
+def _commonest_answers(predictions: list[dict[str, Any]]) -> dict[str, float]:
+    """By task: share of its examples that got the commonest answer. Near 1, the model does not read them."""
+    answers: dict[str, Counter[int]] = {}
+    for entry in predictions:
+        if len(entry.get("losses", ())) > 1:
+            answers.setdefault(entry["task"], Counter())[entry["answer"]] += 1
+    return {task: max(counts.values()) / counts.total() for task, counts in answers.items()}
+
+
+def _task_table(tasks: dict[str, Any], commonest: dict[str, float]) -> str:
+    head = ["task", "type", "shots", "examples", "accuracy", "std. error", "guessing", "centered"]
+    if commonest:
+        head.append("commonest answer")
+    rows = []
+    for label, task in tasks.items():
+        percents = [number(task.get(name), ".1f", 100, "%") for name in ("accuracy", "stderr", "baseline")]
+        counts = [number(task.get(name), ",") for name in ("shots", "examples")]
+        row = [label, str(task.get("type", "-")), *counts, *percents, number(task.get("centered"), ".3f")]
+        rows.append([*row, number(commonest.get(label), ".0f", 100, "%")] if commonest else row)
+    return table(head, rows, first_number=2)
+
+
+def _samples(found: RunFiles) -> str:
+    """What it writes: while training, the last time, and when it was scored."""
+    logged = found.of_kind("sample")
+    last = max((entry["step"] for entry in logged), default=0)
+    texts = [str(entry["text"]) for entry in logged if entry["step"] == last]
+    scored = [sample if isinstance(sample, str) else str(sample["text"]) for sample in _scored_samples(found)]
+    parts = ["<h2>Samples</h2>\n"]
+    for heading, group in ((f"After {last:,} steps", texts), ("When it was scored", scored)):
+        if group:
+            parts.append(f"<h3>{heading}</h3>\n")
+            parts.extend(f"<pre>{escape(text)}</pre>\n" for text in group)
+    return "".join(parts) if len(parts) > 1 else ""
+
+
+def _scored_samples(found: RunFiles) -> list[Any]:
+    return list(found.scores.get("samples") or [])
+
+
+def _configuration(found: RunFiles) -> str:
+    """The plan whole, and the machine it ran on."""
+    plan = {name: value for name, value in found.config.items() if name not in ("args", "machine")}
+    return "".join(
+        (
+            "<h2>Configuration</h2>\n<h3>What was asked</h3>\n",
+            table(["argument", "value"], list(_leaves(found.config["args"])), first_number=2),
+            "<details><summary>All that followed from it</summary>\n",
+            table(["quantity", "value"], list(_leaves(plan)), first_number=2),
+            "</details>\n<h2>Machine</h2>\n",
+            table(["", "value"], list(_leaves(found.config.get("machine", {}))), first_number=2),
+        )
+    )
+
+
+def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    """The leaves of nested dictionaries, each with its path."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _leaves(inner, f"{name}.{key}" if name else str(key))
+    elif isinstance(value, list):
+        yield name, ", ".join(map(str, value))
+    else:
+        yield name, "-" if value is None or value == "" else str(value)
+
+
+@errors.cli
+def main() -> None:
+    """Make the report of a run again."""
+    args = config.parse(config.ReportArgs)
+    print(write_report(args.run))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,278 @@
+"""report.html: one file, from whatever a run has left, with nothing in it that a run could smuggle in."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nanochat import charts, files, report, scaling
+from nanochat.config import TrainArgs
+from nanochat.errors import UserError
+from nanochat.report import RunFiles, render, write_report
+
+RUN = "r1"
+VOID = {"meta", "br", "hr", "link", "img"}
+
+
+class Page(HTMLParser):
+    """The elements and text of a page; fails where a tag is left open or closed twice."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(text)
+        self.close()
+        assert not self.open, f"left open: {self.open}"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def step_entry(step: int, batch_tokens: int, loss: float) -> dict[str, Any]:
+    return {
+        "kind": "step",
+        "step": step,
+        "loss": loss,
+        "smoothed_loss": loss,
+        "lr": 0.02,
+        "grad_norm": 1.5,
+        "tokens_per_second": 5000.0,
+        "tokens": (step + 1) * batch_tokens,
+    }
+
+
+@pytest.fixture
+def run(base_dir: Path) -> Path:
+    """A run that has started: the plan and some metrics."""
+    plan = scaling.plan(TrainArgs(depth=4, run=RUN, num_iterations=40), vocab_size=8192)
+    folder = files.run_dir(RUN)
+    files.write_json(folder / "config.json", {**plan.to_dict(), "machine": {"device": "Abacus 7"}})
+    entries: list[dict[str, Any]] = [{"kind": "eval", "step": 0, "val_bpb": 3.25, "train_seconds": 0.0}]
+    entries += [step_entry(step, plan.batch_tokens, 9.0 - step / 10) for step in range(40)]
+    entries += [{"kind": "eval", "step": 40, "val_bpb": 1.75, "train_seconds": 60.0}]
+    entries += [{"kind": "sample", "step": 20, "text": "an early sample"}]
+    entries += [{"kind": "sample", "step": 40, "text": "a last <script>alert(1)</script> & sample"}]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries), "utf-8")
+    return folder
+
+
+def task(centered: float, accuracy: float = 0.5) -> dict[str, Any]:
+    return {
+        "accuracy": accuracy,
+        "centered": centered,
+        "stderr": 0.02,
+        "examples": 100,
+        "baseline": 0.25,
+        "shots": 0,
+        "type": "multiple_choice",
+    }
+
+
+def write_scores(folder: Path, bundle: str, tasks: int, core: float = 0.3) -> None:
+    scores = {
+        "core_metric": core,
+        "core_stderr": 0.005,
+        "bundle": bundle,
+        "tasks": {f"task_{i}": task(core) for i in range(tasks)},
+        "bpb": {"train": 1.7, "val": 1.75},
+    }
+    files.write_json(folder / "base_eval.json", scores)
+
+
+def finish(folder: Path) -> None:
+    summary = {
+        "status": "finished",
+        "steps": 40,
+        "tokens": 20_971_520,
+        "val_bpb": 1.75,
+        "min_val_bpb": 1.75,
+        "train_seconds": 60.0,
+        "tokens_per_second": 5000.0,
+        "mfu": 0.25,
+        "peak_memory_bytes": 2_500_000_000,
+    }
+    files.write_json(folder / "summary.json", summary)
+
+
+def text_of(path: Path) -> str:
+    return path.read_text("utf-8")
+
+
+def test_a_finished_and_scored_run_shows_its_numbers(run: Path) -> None:
+    finish(run)
+    write_scores(run, "core_mini", 3)
+    path = write_report(RUN)
+    assert path == run / "report.html"
+    page = Page(text_of(path)).text
+    for shown in ("1.7500", "21.0 M", "1.0 min", "25.0%", "2.50 GB", "Abacus 7", "finished after 40 of 40"):
+        assert shown in page
+    for label in ("task_0", "task_2", "50.0%", "0.300", "Depth 4, width 256"):
+        assert label in page
+
+
+def test_the_page_is_one_file_without_scripts_or_outside_resources(run: Path) -> None:
+    finish(run)
+    write_scores(run, "core_mini", 3)
+    page = Page(text_of(write_report(RUN)))
+    assert not {tag for tag, _ in page.tags} & {"script", "link", "img", "iframe", "object", "image"}
+    for tag, attributes in page.tags:
+        for name in ("src", "href", "xlink:href", "data"):
+            assert (attributes.get(name) or "#").startswith("#"), (tag, attributes)
+    assert "@import" not in text_of(run / "report.html")
+    assert not re.search(r"url\((?!#)", text_of(run / "report.html"))
+
+
+def test_what_comes_from_the_run_is_escaped(run: Path) -> None:
+    files.write_json(
+        run / "base_eval.json",
+        {"core_metric": 0.1, "core_stderr": 0.1, "bundle": "<b>x", "tasks": {"<i>t": task(0.1)}},
+    )
+    text = text_of(write_report(RUN))
+    assert "alert(1)" in text
+    for raw in ("<script>", "<b>x", "<i>t"):
+        assert raw not in text
+
+
+def test_only_the_last_samples_are_shown(run: Path) -> None:
+    page = Page(text_of(write_report(RUN))).text
+    assert "a last <script>" in page
+    assert "an early sample" not in page
+
+
+def test_a_run_that_is_not_over_and_not_scored_has_a_report_that_says_so(run: Path) -> None:
+    page = Page(text_of(write_report(RUN))).text
+    assert "not at its end yet, 40 of 40 steps logged" in page
+    assert f"python -m scripts.base_eval --run {RUN}" in page
+
+
+def test_a_run_without_any_metric_yet_has_a_report(run: Path) -> None:
+    (run / "metrics.jsonl").write_text("", "utf-8")
+    page = Page(text_of(write_report(RUN))).text
+    assert "0 of 40 steps logged" in page
+    assert "Nothing measured" in page
+
+
+def test_curves_are_drawn_over_tokens_with_distinct_identifiers(run: Path) -> None:
+    pytest.importorskip("matplotlib")
+    text = text_of(write_report(RUN))
+    page = Page(text)
+    assert sum(tag == "svg" for tag, _ in page.tags) == 5  # loss, bpb, learning rate, throughput, norm
+    identifiers = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
+    assert len(identifiers) == len(set(identifiers))
+    for reference in re.findall(r"url\(#([^)]+)\)", text):
+        assert reference in identifiers
+    assert "million tokens" in page.text
+    assert charts.INK not in text
+
+
+def test_bars_with_errors_are_drawn_for_the_tasks(run: Path) -> None:
+    pytest.importorskip("matplotlib")
+    write_scores(run, "core_mini", 3)
+    page = Page(text_of(write_report(RUN)))
+    assert sum(tag == "svg" for tag, _ in page.tags) == 6
+    assert "centered accuracy" in page.text
+
+
+def test_without_matplotlib_the_curves_are_tables_and_it_says_how_to_get_plots(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    write_scores(run, "core_mini", 3)
+    page = Page(text_of(write_report(RUN)))
+    assert not any(tag == "svg" for tag, _ in page.tags)
+    assert 'pip install "nanochat[plots]"' in page.text
+    assert "9.0000" in page.text  # the first loss
+    assert "5.1000" in page.text  # the last
+    assert "3.2500" in page.text
+
+
+def test_core_of_the_real_suite_is_compared_to_gpt2(run: Path) -> None:
+    write_scores(run, "eval_bundle", 22, core=0.2665)
+    assert (
+        "GPT-2 has 0.2565: this is above it, 2.0 standard errors away"
+        in Page(text_of(write_report(RUN))).text
+    )
+
+
+@pytest.mark.parametrize(("bundle", "tasks"), [("core_mini", 22), ("core_mini", 3), ("eval_bundle", 5)])
+def test_another_suite_is_never_compared_to_gpt2(run: Path, bundle: str, tasks: int) -> None:
+    write_scores(run, bundle, tasks, core=0.9)
+    text = text_of(write_report(RUN))
+    assert "GPT-2" not in text
+    assert "not comparable" in text
+
+
+def test_the_commonest_answer_is_counted_by_task(run: Path) -> None:
+    write_scores(run, "core_mini", 2)
+    lines = [{"task": "task_0", "losses": [1.0, 2.0], "answer": answer, "gold": 0} for answer in (0, 0, 0, 1)]
+    lines.append({"task": "task_1", "losses": [1.0], "answer": 0, "gold": 0})
+    (run / "core_predictions.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines), "utf-8")
+    page = Page(text_of(write_report(RUN))).text
+    assert "commonest answer" in page
+    assert "75%" in page
+
+
+def test_a_loss_that_is_not_finite_does_not_break_the_curve(run: Path) -> None:
+    with (run / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"kind": "step", "step": 40, "loss": NaN, "smoothed_loss": NaN}\n')
+    curve = RunFiles.read(RUN).curve("step", "loss", "loss")
+    assert len(curve.x) == 40
+    assert not re.search(r"\bnan\b", render(RunFiles.read(RUN)).lower())
+
+
+def test_made_again_it_replaces_the_old_one_and_leaves_nothing_beside_it(run: Path) -> None:
+    first = text_of(write_report(RUN))
+    finish(run)
+    assert text_of(write_report(RUN)) != first
+    assert not [path for path in run.iterdir() if path.name.startswith(".")]
+
+
+def test_the_same_files_give_the_same_report(run: Path) -> None:
+    assert text_of(write_report(RUN)) == text_of(write_report(RUN))
+
+
+def test_an_unknown_run_is_named() -> None:
+    with pytest.raises(UserError, match="'nowhere'"):
+        write_report("nowhere")
+    assert not files.run_dir("nowhere").exists()
+
+
+def test_a_damaged_file_is_named_and_no_report_is_written(run: Path) -> None:
+    (run / "base_eval.json").write_text("{", "utf-8")
+    with pytest.raises(UserError, match=r"base_eval\.json"):
+        write_report(RUN)
+    assert not (run / "report.html").exists()
+
+
+def test_the_command_prints_the_path(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["report", "--run", RUN])
+    report.main()
+    assert capsys.readouterr().out.strip() == str(run / "report.html")
+
+
+def test_a_long_curve_is_thinned_to_its_ends() -> None:
+    curve = charts.Series("s", list(range(100_001)), list(range(100_001))).thinned()
+    assert len(curve.x) <= charts.MAX_POINTS + 1
+    assert (curve.x[0], curve.x[-1]) == (0, 100_000)
