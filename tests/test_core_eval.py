@@ -1,0 +1,396 @@
+"""CORE's scoring against a plain scorer, one option at a time, and against answers worked by hand."""
+
+import json
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from nanochat import core_eval, core_tasks
+from nanochat.core_tasks import Bundle, Example, Task
+from nanochat.errors import UserError
+from nanochat.gpt import GPT
+from nanochat.hardware import Precision
+from nanochat.scaling import GPTConfig
+from nanochat.world import World
+
+SOLO = World.solo()
+
+
+class PairTokenizer:
+    """Ids are bytes, pairs of lower-case letters one id: prefixes of texts need not be prefixes of ids."""
+
+    bos_id = 256 + 26 * 26
+    vocab_size = bos_id + 1
+
+    def encode(self, text, bos=False):
+        data, ids = text.encode("utf-8"), [self.bos_id] * bos
+        place = 0
+        while place < len(data):
+            a, b = data[place] - 97, data[place + 1] - 97 if place + 1 < len(data) else -1
+            pair = 0 <= a < 26 and 0 <= b < 26
+            ids.append(256 + 26 * a + b if pair else data[place])
+            place += 1 + pair
+        return ids
+
+    def encode_batch(self, texts, num_threads=None):
+        ids = [self.encode(text) for text in texts]
+        offsets = np.cumsum([0, *map(len, ids)])
+        return np.array([token for part in ids for token in part], dtype=np.uint32), offsets
+
+
+def tiny_gpt(vocab_size, sequence_len=256):
+    config = GPTConfig(
+        n_layer=2,
+        n_embd=32,
+        n_head=2,
+        n_kv_head=2,
+        head_dim=16,
+        vocab_size=vocab_size,
+        sequence_len=sequence_len,
+    )
+    model = GPT(config, Precision(torch.float32, "sdpa"))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        model.init_weights(0)
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    return model
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return PairTokenizer()
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer):
+    return tiny_gpt(tokenizer.vocab_size)
+
+
+# The plain scorer: CORE.md section 4, step by step, with all logits and no batches.
+
+
+def naive_predictions(model, tokenizer, task, examples, max_per_task, crop):
+    order = list(examples)
+    random.Random(1337).shuffle(order)
+    if max_per_task > 0:
+        order = order[:max_per_task]
+    for index, item in enumerate(order):
+        others = [place for place in range(len(order)) if place != index]
+        drawn = random.Random(1234 + index).sample(others, min(task.shots, len(others)))
+        yield naive_example(model, tokenizer, task, item, [order[place] for place in drawn], crop)
+
+
+def naive_example(model, tokenizer, task, item, shots, crop):
+    prompt = core_tasks.render(task, item, shots)
+    rows = [tokenizer.encode(text, bos=True) for text in prompt.rows]
+    ends = [len(row) for row in rows]
+    if task.kind == "multiple_choice":
+        common = 0
+        while all(common < len(row) and row[common] == rows[0][common] for row in rows):
+            common += 1
+        starts = [common] * len(rows)
+    elif task.kind == "schema":
+        common = 1
+        while all(common <= len(row) and row[-common] == rows[0][-common] for row in rows):
+            common += 1
+        starts = [len(row) - (common - 1) for row in rows]
+    else:
+        stem = tokenizer.encode(prompt.stem, bos=True)
+        assert rows[0][: len(stem)] == stem
+        starts = [len(stem)]
+    losses, greedy, cropped = [], [], 0
+    for row, start, end in zip(rows, starts, ends, strict=True):
+        cut = max(0, len(row) - crop)
+        cropped += cut > 0
+        row, start, end = row[cut:], max(1, start - cut), end - cut
+        with torch.no_grad():
+            logits = model.logits(torch.tensor([row]))[0].double()
+        nats = [-logits[t - 1].log_softmax(-1)[row[t]].item() for t in range(start, end)]
+        losses.append(sum(nats) / len(nats) if nats else math.nan)
+        greedy.append(all(int(logits[t - 1].argmax()) == row[t] for t in range(start, end)))
+    if task.kind == "language_modeling":
+        return (0 if greedy[0] else -1), losses, cropped
+    return losses.index(min(losses)), losses, cropped
+
+
+def assert_same(model, tokenizer, bundle, max_per_task, **options):
+    """The batched answers equal the plain ones; returns the result."""
+    result = core_eval.evaluate(model, tokenizer, bundle, max_per_task=max_per_task, world=SOLO, **options)
+    crop = options.get("crop_tokens", model.config.sequence_len)
+    got = iter(result.predictions)
+    for task in core_tasks.load_tasks(bundle):
+        examples = core_tasks.load_examples(bundle, task)
+        for index, (answer, losses, cropped) in enumerate(
+            naive_predictions(model, tokenizer, task, examples, max_per_task, crop)
+        ):
+            prediction = next(got)
+            assert (prediction.task, prediction.index) == (task.label, index)
+            np.testing.assert_allclose(prediction.losses, losses, atol=2e-5)
+            assert (prediction.answer, prediction.cropped) == (answer, cropped), (task.label, index)
+    assert next(got, None) is None
+    return result
+
+
+WORDS = [
+    "the",
+    "cat",
+    "sat",
+    "on",
+    "a",
+    "mat",
+    "and",
+    "three",
+    "red",
+    "birds",
+    "near",
+    "old",
+    "trees",
+    "skies",
+]
+
+
+def small_bundle(examples=24):
+    """Three tasks of random words with corner cases: prefix and equal choices, spaces, long prompts."""
+    rng = random.Random(5)
+
+    def words(low, high):
+        return " ".join(rng.choices(WORDS, k=rng.randint(low, high)))
+
+    mc = [
+        {"query": words(2, 9), "choices": [words(1, 4) for _ in range(4)], "gold": n % 4}
+        for n in range(examples)
+    ]
+    mc[3]["choices"] = ["red", "red birds", "cat", "mat"]
+    mc[4]["choices"] = ["cat", "red birds", "red", "mat"]
+    mc[5]["choices"] = [" the mat", "the mat", "the mat", "a mat"]
+    mc[6]["choices"] = ["same", "same", "same", "same"]
+    mc[7]["query"] = words(60, 60)
+    schema = [
+        {"context_options": [words(2, 6), words(2, 6)], "continuation": words(2, 5), "gold": n % 2}
+        for n in range(examples)
+    ]
+    schema[2]["context_options"] = ["a cat", "a cat"]
+    lm = [{"context": words(3, 20) + " ", "continuation": words(1, 2)} for _ in range(examples)]
+    kinds = {"mc": "multiple_choice", "schema": "schema", "lm": "language_modeling"}
+    shots = {"mc": 2, "schema": 0, "lm": 1}
+    entries = "".join(
+        f"- {{label: {name}, dataset_uri: {name}.jsonl, num_fewshot: {shots[name]}, icl_task_type: {kind}}}\n"
+        for name, kind in kinds.items()
+    )
+    texts = {
+        f"eval_data/{name}.jsonl": records for name, records in (("mc", mc), ("schema", schema), ("lm", lm))
+    }
+    return Bundle.from_texts(
+        "small",
+        {
+            "core.yaml": f"icl_tasks:\n{entries}",
+            "eval_meta_data.csv": "Eval Task,Random baseline\nmc,25\nschema,50\nlm,0\n",
+            **{
+                name: "".join(json.dumps(record) + "\n" for record in records)
+                for name, records in texts.items()
+            },
+        },
+    )
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 300, 16384])
+def test_batches_of_any_size_answer_as_one_option_at_a_time(model, tokenizer, batch_tokens):
+    result = assert_same(model, tokenizer, small_bundle(), 0, batch_tokens=batch_tokens)
+    assert [task.examples for task in result.tasks] == [24, 24, 24]
+    assert len({prediction.answer for prediction in result.predictions[:24]}) > 2
+    assert any(math.isnan(loss) for prediction in result.predictions for loss in prediction.losses)
+
+
+def test_a_cut_list_draws_its_shots_from_itself(model, tokenizer):
+    result = assert_same(model, tokenizer, small_bundle(), 5)
+    assert [task.examples for task in result.tasks] == [5, 5, 5]
+    # Fewer examples than shots: all others are shown.
+    assert_same(model, tokenizer, small_bundle(), 2)
+
+
+def test_long_prompts_lose_their_beginning_and_are_counted(model, tokenizer):
+    result = assert_same(model, tokenizer, small_bundle(), 0, crop_tokens=60)
+    assert result.crop_tokens == 60
+    cropped = {task.label: task.cropped_prompts for task in result.tasks}
+    assert cropped["mc"] > 4
+    assert cropped["lm"] > 0
+    assert cropped == {
+        label: sum(prediction.cropped for prediction in result.predictions if prediction.task == label)
+        for label in cropped
+    }
+
+
+def test_a_continuation_longer_than_the_context_is_scored_from_its_second_token_on(model, tokenizer):
+    assert_same(model, tokenizer, small_bundle(), 0, crop_tokens=3)
+
+
+def test_equal_options_tie_exactly_whatever_batch_they_fall_in(model, tokenizer):
+    result = core_eval.evaluate(model, tokenizer, small_bundle(), world=SOLO, batch_tokens=1)
+    by_line = {(prediction.task, prediction.line): prediction for prediction in result.predictions}
+    ties = by_line["mc", 6].losses
+    assert ties[1] == ties[2]
+    assert by_line["schema", 3].losses[0] == by_line["schema", 3].losses[1]
+    assert by_line["schema", 3].answer == 0
+
+
+class Fixed:
+    """A model whose hidden state is one-hot in the current token; its head is a table of bigram logits."""
+
+    class config:
+        sequence_len = 64
+        vocab_size = 0
+
+        class constants:
+            softcap = 15.0
+
+    def __init__(self, table):
+        self.head = torch.nn.Linear(1, 1)
+        self.head.weight.data = table
+        self.config = type("C", (Fixed.config,), {"vocab_size": len(table)})
+
+    def __call__(self, ids):
+        return torch.nn.functional.one_hot(ids, self.config.vocab_size).float()
+
+
+def bigram_model(tokenizer, probabilities):
+    """P(next | current) as given, the rest of the mass spread evenly."""
+    size = tokenizer.vocab_size
+    table = torch.full((size, size), 1.0 / size)
+    for (current, following), p in probabilities.items():
+        table[ord(following), ord(current)] = p
+    logits = table.log()
+    # Undo the softcap, so that the capped logits are the logarithms.
+    return Fixed(15 * torch.atanh(logits / 15))
+
+
+def test_answers_worked_by_hand(tokenizer):
+    """Upper-case letters are one id each. After a space B is likelier than C; after C comes D."""
+    model = bigram_model(tokenizer, {("A", " "): 0.9, (" ", "B"): 0.6, (" ", "C"): 0.2, ("C", "D"): 0.99})
+    entries = "- {label: mc, dataset_uri: m, num_fewshot: [0], icl_task_type: multiple_choice}\n"
+    entries += "- {label: lm, dataset_uri: l, num_fewshot: [0], icl_task_type: language_modeling}\n"
+    texts = {
+        "core.yaml": "icl_tasks:\n" + entries,
+        "eval_meta_data.csv": "Eval Task,Random baseline\nmc,50\nlm,0\n",
+        "eval_data/m": '{"query": "A", "choices": ["CD", "B"], "gold": 0}\n',
+        "eval_data/l": '{"context": "A", "continuation": "B"}\n{"context": "A", "continuation": "CD"}\n',
+    }
+    result = core_eval.evaluate(model, tokenizer, Bundle.from_texts("hand", texts), world=SOLO)
+    choice, *words = result.predictions
+    # Probabilities are the table's over its column sums.
+    size, rest = tokenizer.vocab_size, 1 / tokenizer.vocab_size
+    space, c = 0.8 + (size - 2) * rest, 0.99 + (size - 1) * rest
+    # "CD" costs (-ln 0.2 - ln 0.99) / 2, "B" -ln 0.6: by the mean "B" wins although D is nearly certain.
+    expected = [-(math.log(0.2 / space) + math.log(0.99 / c)) / 2, -math.log(0.6 / space)]
+    np.testing.assert_allclose(choice.losses, expected, rtol=1e-4)
+    assert (choice.answer, choice.gold) == (expected.index(min(expected)), 0)
+    # The likeliest token after the space is B, so only that word is produced.
+    assert {prediction.line: prediction.answer for prediction in words} == {1: 0, 2: -1}
+    assert [task.accuracy for task in result.tasks] == [0.0, 0.5]
+    assert result.core_metric == pytest.approx((-1.0 + 0.5) / 2)
+
+
+def test_spans_are_the_common_prefix_and_suffix(tokenizer):
+    example = Example(("AB", "XAB"), ("C D",), 0, 1)
+    rows = core_eval.row_set(tokenizer, Task("s", "schema", 0, " ", "f", 50), [example], 0, 99)
+    # BOS A B space C space D against BOS X A B space C space D: the suffix reaches into the context.
+    assert [(row.start, row.end) for row in rows] == [(1, 7), (2, 8)]
+    example = Example(("Q",), ("AB", "AC"), 0, 1)
+    rows = core_eval.row_set(tokenizer, Task("m", "multiple_choice", 0, " ", "f", 25), [example], 0, 99)
+    # BOS Q space A B: the first letter of the choices is shared and not scored.
+    assert [(row.start, row.end) for row in rows] == [(4, 5), (4, 5)]
+    example = Example(("Q ",), ("AB",), 0, 1)
+    rows = core_eval.row_set(tokenizer, Task("l", "language_modeling", 0, "\nA: ", "f", 0), [example], 0, 99)
+    # BOS Q newline A colon | space A B.
+    assert [(row.start, row.end) for row in rows] == [(5, 8)]
+
+
+def test_every_rank_reports_the_sum_of_what_the_ranks_found(model, tokenizer):
+    whole = core_eval.evaluate(model, tokenizer, small_bundle(), world=SOLO)
+    tables = []
+
+    class Rank(World):
+        def all_reduce_sum(self, tensor):
+            tables.append(tensor.clone())
+            return tensor
+
+    for rank in range(3):
+        world = Rank(rank=rank, local_rank=rank, size=3, device=torch.device("cpu"), backend=None)
+        core_eval.evaluate(model, tokenizer, small_bundle(), world=world)
+    for task in range(3):
+        total = tables[task] + tables[3 + task] + tables[6 + task]
+        answers = [prediction.answer for prediction in whole.predictions[24 * task : 24 * task + 24]]
+        assert total[:, 0].tolist() == answers
+        expected = [prediction.losses for prediction in whole.predictions[24 * task : 24 * task + 24]]
+        np.testing.assert_allclose(total[:, 2 : 2 + len(expected[0])], expected, atol=2e-5)
+
+
+def test_scores_are_told_task_by_task_and_all_files_are_checked_first(model, tokenizer):
+    told = []
+    bundle = small_bundle(12)
+    result = core_eval.evaluate(model, tokenizer, bundle, world=SOLO, on_task=told.append)
+    assert tuple(told) == result.tasks
+
+    def read(member):
+        return b"{" if member == "eval_data/lm.jsonl" else bundle.read(member)
+
+    told.clear()
+    with pytest.raises(UserError, match=r"eval_data/lm.jsonl:1"):
+        core_eval.evaluate(model, tokenizer, Bundle("bad", read), world=SOLO, on_task=told.append)
+    assert told == []
+
+
+def test_the_result_has_the_fields_of_base_eval_json(model, tokenizer):
+    fields = core_eval.evaluate(model, tokenizer, small_bundle(12), world=SOLO).as_dict()
+    assert json.loads(json.dumps(fields)) == fields
+    assert set(fields) >= {"core_metric", "core_stderr", "tasks", "seconds", "examples_per_second"}
+    assert set(fields["tasks"]) == {"mc", "schema", "lm"}
+    assert set(fields["tasks"]["mc"]) >= {"accuracy", "centered", "stderr", "examples"}
+
+
+def test_bundles_are_found_by_path_by_name_or_in_the_base_directory(tmp_path, base_dir, monkeypatch):
+    monkeypatch.setattr("nanochat.core_mini.build", lambda: {"core.yaml": "mini"})
+    assert core_eval.find_bundle("mini").text("core.yaml") == "mini"
+    with pytest.raises(UserError, match="no eval bundle.*--eval-bundle mini"):
+        core_eval.find_bundle("")
+    with pytest.raises(UserError, match="no such eval bundle"):
+        core_eval.find_bundle(str(tmp_path / "absent"))
+    folder = base_dir / "eval_bundle"
+    folder.mkdir(parents=True)
+    (folder / "core.yaml").write_text("icl_tasks: []")
+    assert core_eval.find_bundle("").read("core.yaml") == b"icl_tasks: []"
+    assert core_eval.find_bundle(str(folder)).read("core.yaml") == b"icl_tasks: []"
+
+
+class Gpt2Tokenizer:
+    """GPT-2's own vocabulary by tiktoken."""
+
+    bos_id, vocab_size = 50256, 50257
+
+    def __init__(self, folder):
+        import tiktoken
+        from tiktoken.load import data_gym_to_mergeable_bpe_ranks
+
+        ranks = data_gym_to_mergeable_bpe_ranks(str(folder / "vocab.bpe"), str(folder / "encoder.json"))
+        pattern = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+        self.encoding = tiktoken.Encoding("gpt2", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+
+    def encode(self, text, bos=False):
+        return [self.bos_id] * bos + self.encoding.encode_ordinary(text)
+
+    encode_batch = PairTokenizer.encode_batch
+
+
+@pytest.mark.slow
+def test_the_real_bundle_answers_as_one_option_at_a_time(shared_data):
+    """Every task of the public bundle, cropped where prompts are long."""
+    tokenizer = Gpt2Tokenizer(shared_data / "bpe")
+    model = tiny_gpt(tokenizer.vocab_size)
+    bundle = core_tasks.open_bundle(shared_data / "eval_bundle.zip")
+    result = assert_same(model, tokenizer, bundle, 3)
+    assert len(result.tasks) == 22
+    cropped = {task.label: task.cropped_prompts for task in result.tasks}
+    assert (cropped["squad"], cropped["copa"]) == (3, 0)

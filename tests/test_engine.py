@@ -1,0 +1,210 @@
+import math
+
+import pytest
+import torch
+
+from nanochat.engine import Engine, KVCache, Sampling, choose_tokens, sample_texts
+from nanochat.errors import UserError
+from nanochat.gpt import GPT
+from nanochat.hardware import Precision
+from nanochat.scaling import GPTConfig
+
+BOS = 256
+
+
+class ByteTokenizer:
+    """Ids are bytes; what the engine needs of a tokenizer and no more."""
+
+    bos_id = BOS
+    vocab_size = 257
+
+    def encode(self, text, bos=False):
+        return [BOS] * bos + list(text.encode("utf-8"))
+
+    def decode_bytes(self, ids):
+        return bytes(token for token in ids if token < 256)
+
+    def decode(self, ids):
+        return self.decode_bytes(ids).decode("utf-8", "replace")
+
+
+def tiny_gpt(*, sequence_len=160, n_layer=4, n_kv_head=1, seed=0):
+    """A random model in which nothing is zero: window < T, grouped heads, value tables, smear, backout."""
+    config = GPTConfig(
+        n_layer=n_layer,
+        n_embd=64,
+        n_head=2,
+        n_kv_head=n_kv_head,
+        head_dim=32,
+        vocab_size=257,
+        sequence_len=sequence_len,
+    )
+    model = GPT(config, Precision(torch.float32, "sdpa"))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        model.init_weights(seed)
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    return model
+
+
+@pytest.fixture(scope="module")
+def engine():
+    return Engine(tiny_gpt(), ByteTokenizer())
+
+
+def greedy_by_full_forward(model, prompt, count):
+    ids = list(prompt)
+    for _ in range(count):
+        with torch.no_grad():
+            ids.append(int(model.logits(torch.tensor([ids]))[0, -1].argmax()))
+    return ids[len(prompt) :]
+
+
+def test_the_cache_gives_the_logits_of_a_full_forward(engine):
+    model = engine.model
+    assert set(model.config.windows) == {128, 160}
+    ids = torch.randint(0, 257, (2, 150), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        full = model.logits(ids)
+        for pieces in ([1] * 150, [140, 1, 1, 8], [3, 140, 7]):
+            cache = KVCache(model.config, 2, 150, dtype=torch.float32, device=ids.device)
+            parts = [model.logits(part, cache) for part in ids.split(pieces, dim=1)]
+            torch.testing.assert_close(torch.cat(parts, dim=1), full, rtol=1e-4, atol=1e-4)
+            assert cache.length == 150
+
+
+def test_greedy_text_is_what_the_full_forward_chooses_token_by_token(engine):
+    # 120 + 40 tokens: the window of 128 is passed on the way.
+    prompt = engine.encode("x" * 119)
+    (done,) = engine.generate([prompt], Sampling(max_tokens=40, temperature=0))
+    expected = greedy_by_full_forward(engine.model, prompt, 40)
+    assert len(set(expected)) > 5
+    if BOS in expected:
+        expected = expected[: expected.index(BOS)]
+    assert list(done[0].ids) == expected
+
+
+def test_prompts_of_other_lengths_and_more_samples_change_nothing(engine):
+    prompts = [engine.encode(text) for text in ("abc", "hello world", "xyz", "a", "hello")]
+    sampling = Sampling(max_tokens=12, temperature=0)
+    alone = [engine.generate([prompt], sampling)[0] for prompt in prompts]
+    assert engine.generate(prompts, sampling) == alone
+    doubled = engine.generate(prompts, sampling, num_samples=3)
+    assert doubled == [done * 3 for done in alone]
+    assert len({done[0].ids for done in alone}) == len(prompts)
+
+
+def test_the_same_seed_gives_the_same_text_in_any_company(engine):
+    hot = Sampling(max_tokens=12, temperature=1.0, top_k=40, seed=7)
+    prompts = [engine.encode(text) for text in ("abc", "xyz", "hello")]
+    together = engine.generate(prompts, hot, num_samples=3)
+    assert engine.generate(prompts, hot, num_samples=3) == together
+    assert engine.generate(prompts[:1], hot, num_samples=1)[0][0] == together[0][0]
+    assert len({done.ids for done in together[0]}) == 3
+    other = Sampling(max_tokens=12, temperature=1.0, top_k=40, seed=8)
+    assert engine.generate(prompts, other, num_samples=3) != together
+
+
+def test_tokens_are_drawn_with_the_softmax_probabilities():
+    logits = torch.tensor([[0.0, 1.0, 2.0, -1.0]])
+    draws = 20_000
+    for top_k, temperature in [(0, 1.0), (0, 0.5), (2, 1.0), (4, 2.0)]:
+        expected = (logits[0] / temperature).double().exp()
+        if top_k:
+            expected[logits[0] < logits[0].topk(top_k).values[-1]] = 0
+        expected /= expected.sum()
+        generators = [torch.Generator().manual_seed(n) for n in range(draws)]
+        chosen = choose_tokens(logits.expand(draws, -1), Sampling(1, temperature, top_k), generators)
+        shares = torch.bincount(chosen, minlength=4).double() / draws
+        # Five standard errors: the seeds are fixed, so this either always holds or never.
+        assert ((shares - expected).abs() <= 5 * (expected * (1 - expected) / draws).sqrt()).all()
+        assert (shares[expected == 0] == 0).all()
+
+
+def test_extreme_sampling_values_are_the_likeliest_token():
+    logits = torch.tensor([[0.0, 3.0, 1.0], [5.0, 3.0, 1.0]])
+    generators = [torch.Generator().manual_seed(n) for n in range(2)]
+    for sampling in (Sampling(1, 0.0), Sampling(1, 1e-30), Sampling(1, 1.0, top_k=1), Sampling(1, 1e-3, 99)):
+        assert choose_tokens(logits, sampling, generators).tolist() == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"max_tokens": 0}, "--max-new-tokens=0"),
+        ({"max_tokens": 1, "temperature": -0.1}, "--temperature=-0.1"),
+        ({"max_tokens": 1, "temperature": math.nan}, "--temperature=nan"),
+        ({"max_tokens": 1, "top_k": -1}, "--top-k=-1"),
+    ],
+)
+def test_sampling_values_that_cannot_be_used_are_refused(values, message):
+    with pytest.raises(UserError, match=message):
+        Sampling(**values)
+
+
+def test_prompts_that_cannot_be_used_are_refused(engine):
+    sampling = Sampling(1)
+    for prompt, message in [
+        ([], "no tokens"),
+        ([1] * 161, "161 tokens.*160"),
+        ([1, 257], "id 257"),
+        ([-1], "id -1"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            engine.generate([[1], prompt], sampling)
+        with pytest.raises(UserError, match=message):
+            next(engine.stream(prompt, sampling))
+    with pytest.raises(UserError, match="--num-samples=0"):
+        engine.generate([[1]], sampling, num_samples=0)
+
+
+def test_a_text_ends_where_the_context_is_full():
+    engine = Engine(tiny_gpt(sequence_len=16, n_layer=2), ByteTokenizer())
+    engine.model.head.weight.data[BOS] = 0
+    for length in (10, 15, 16):
+        prompt = [65] * length
+        (done,) = engine.generate([prompt], Sampling(max_tokens=50, temperature=0))
+        # The last token read is the 16th; the one it predicts is the last given.
+        assert (len(done[0].ids), done[0].reason) == (17 - length, "context")
+        assert list(done[0].ids) == greedy_by_full_forward(engine.model, prompt, 17 - length)
+    (done,) = engine.generate([[65] * 10], Sampling(max_tokens=7, temperature=0))
+    assert (len(done[0].ids), done[0].reason) == (7, "length")
+
+
+def test_a_row_stops_at_bos_and_the_others_go_on(engine, monkeypatch):
+    def scripted(logits, sampling, generators):
+        script = [[65, 66], [BOS, 67], [68, 69]]
+        return torch.tensor(script[scripted.calls.pop(0)])
+
+    scripted.calls = [0, 1, 2]
+    monkeypatch.setattr("nanochat.engine.choose_tokens", scripted)
+    first, second = engine.generate([[1, 2], [3, 4]], Sampling(max_tokens=3))
+    assert (first[0].ids, first[0].reason) == ((65,), "stop")
+    assert (second[0].ids, second[0].reason) == ((66, 67, 69), "length")
+
+
+def test_a_stream_never_splits_a_character(engine, monkeypatch):
+    text = "a\u00e9\u4e2d\U0001f40d!"
+    left = [*text.encode("utf-8"), 0xE4, 0xB8]  # ends in the middle of a character
+
+    def scripted(logits, sampling, generators):
+        return torch.tensor([left.pop(0)])
+
+    monkeypatch.setattr("nanochat.engine.choose_tokens", scripted)
+    pieces = list(engine.stream(engine.encode("x"), Sampling(max_tokens=len(left))))
+    assert pieces == [*text, "\ufffd"]
+
+
+def test_a_stream_is_the_generated_text(engine):
+    prompt, sampling = engine.encode("hello"), Sampling(max_tokens=30, temperature=0.9, seed=3)
+    (done,) = engine.generate([prompt], sampling)
+    assert "".join(engine.stream(prompt, sampling)) == ByteTokenizer().decode(done[0].ids)
+
+
+def test_samples_are_prompts_with_continuations_in_any_context(engine):
+    texts = sample_texts(engine.model, ByteTokenizer(), ["abc", "hello"], max_tokens=5)
+    assert [text[:3] for text in texts] == ["abc", "hel"]
+    assert sample_texts(engine.model, ByteTokenizer(), ["abc", "hello"], max_tokens=5) == texts
+    small = tiny_gpt(sequence_len=8, n_layer=2)
+    assert len(sample_texts(small, ByteTokenizer())) == 6

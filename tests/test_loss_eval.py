@@ -1,0 +1,103 @@
+import doctest
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from nanochat import loss_eval
+from nanochat.errors import UserError
+from nanochat.gpt import GPT
+from nanochat.hardware import Precision
+from nanochat.loss_eval import evaluate_bpb
+from nanochat.scaling import GPTConfig
+from nanochat.world import World
+
+VOCAB = 40
+# Token n spells n % 5 bytes; the multiples of five are special and spell none.
+TOKEN_BYTES = np.arange(VOCAB) % 5
+
+
+@pytest.fixture(scope="module")
+def model():
+    config = GPTConfig(
+        n_layer=2, n_embd=32, n_head=1, n_kv_head=1, head_dim=32, vocab_size=VOCAB, sequence_len=12
+    )
+    model = GPT(config, Precision(torch.float32, "sdpa"))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        model.init_weights(0)
+        model.head.weight.normal_(0, 1, generator=generator)
+    return model
+
+
+def batches(count, rows=3, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    rows_of = [torch.randint(0, VOCAB, (rows, 13), generator=generator) for _ in range(count)]
+    return [(tokens[:, :-1], tokens[:, 1:].clone()) for tokens in rows_of]
+
+
+def naive_bpb(model, pairs):
+    nats = n_bytes = 0.0
+    for inputs, targets in pairs:
+        with torch.no_grad():
+            log_p = model.logits(inputs).double().log_softmax(-1)
+        for row in range(len(targets)):
+            for t, token in enumerate(targets[row].tolist()):
+                if token >= 0 and TOKEN_BYTES[token]:
+                    nats -= log_p[row, t, token].item()
+                    n_bytes += TOKEN_BYTES[token]
+    return nats / math.log(2) / n_bytes
+
+
+def test_bits_per_byte_equals_the_sum_over_tokens_that_spell_bytes(model):
+    pairs = batches(4)
+    pairs[1][1][0, 3:6] = -1  # ignored targets
+    assert evaluate_bpb(model, pairs, TOKEN_BYTES, World.solo()) == pytest.approx(
+        naive_bpb(model, pairs), rel=1e-6
+    )
+
+
+def test_a_model_that_knows_nothing_costs_log2_of_the_vocabulary_a_token(model):
+    silent = GPT(model.config, Precision(torch.float32, "sdpa"))
+    silent.init_weights(0)
+    silent.head.weight.data.zero_()
+    pairs = [(torch.full((1, 12), 1), torch.full((1, 12), 4))]
+    assert evaluate_bpb(silent, pairs, TOKEN_BYTES, World.solo()) == pytest.approx(
+        math.log2(VOCAB) / 4, rel=1e-6
+    )
+
+
+def test_the_way_rows_are_batched_does_not_matter(model):
+    pairs = batches(4)
+    merged = [(torch.cat([x for x, _ in pairs]), torch.cat([y for _, y in pairs]))]
+    one = evaluate_bpb(model, pairs, TOKEN_BYTES, World.solo())
+    assert evaluate_bpb(model, merged, TOKEN_BYTES, World.solo()) == pytest.approx(one, rel=1e-6)
+
+
+def test_ranks_add_nats_and_bytes_before_dividing(model):
+    """Two ranks with unequal shares: what each gives to the sum, and what the sum makes."""
+    shares = [batches(3), batches(1, rows=1, seed=9)]
+    given = []
+
+    class Rank(World):
+        def all_reduce_sum(self, tensor):
+            given.append(tensor.clone())
+            return tensor.copy_(sum(given))
+
+    for rank, pairs in enumerate(shares):
+        world = Rank(rank=rank, local_rank=rank, size=2, device=torch.device("cpu"), backend="gloo")
+        result = evaluate_bpb(model, pairs, TOKEN_BYTES, world)
+    assert result == pytest.approx(naive_bpb(model, shares[0] + shares[1]), rel=1e-6)
+    assert given[0].dtype == torch.float64
+
+
+def test_nothing_to_evaluate_is_one_clear_error(model):
+    for pairs in ([], [(torch.ones(1, 4, dtype=torch.int64), torch.full((1, 4), 5))]):
+        with pytest.raises(UserError, match="no tokens to evaluate on"):
+            evaluate_bpb(model, pairs, TOKEN_BYTES, World.solo())
+
+
+def test_the_example_in_the_docstring_holds():
+    results = doctest.testmod(loss_eval)
+    assert (results.attempted, results.failed) == (1, 0)
