@@ -1,0 +1,18 @@
+"""Score a trained model: `python -m scripts.base_eval --run d12 --eval core,bpb,sample`, or with torchrun."""
+
+from __future__ import annotations
+
+from nanochat import base_eval, config, errors, world
+from nanochat.config import EvalArgs
+
+
+@errors.cli
+def main() -> None:
+    """Parse, score."""
+    args = config.parse(EvalArgs)
+    with world.join(args.device_type, args.dist_timeout) as ranks:
+        base_eval.run(args, ranks)
+
+
+if __name__ == "__main__":
+    main()
