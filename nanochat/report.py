@@ -181,7 +181,7 @@ def _headline(found: RunFiles) -> str:
         (number(summary.get("mfu"), ".1f", 100, "%"), "of the peak (MFU)"),
         (number(summary.get("peak_memory_bytes"), ".2f", 1e-9, " GB"), "peak memory of a rank"),
     ]
-    if "core_metric" in scores:
+    if scores.get("core_metric") is not None:
         value = f"{number(scores['core_metric'])} \u00b1 {number(scores.get('core_stderr'))}"
         cards.insert(0, (value, f"CORE ({scores.get('bundle', 'unnamed bundle')})"))
     boxes = "".join(

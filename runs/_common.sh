@@ -1,0 +1,290 @@
+# Shared by the drivers of this folder: the environment, the data, and how a step starts, fails and is timed.
+# Sourced, never run. Sets ROOT, VENV and PYTHON, and goes to ROOT. Works with the bash 3.2 of macOS.
+# shellcheck shell=bash
+set -euo pipefail
+
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+VENV=$ROOT/.venv
+PYTHON=$VENV/bin/python
+export PYTHONUNBUFFERED=1 # lines appear when they are printed, in a log too
+
+from_here() { # PATH: absolute; a relative one is meant from where the script was started
+  case $1 in /*) printf '%s' "$1" ;; *) printf '%s' "$PWD/$1" ;; esac
+}
+if [ -n "${NANOCHAT_BASE_DIR:-}" ]; then
+  NANOCHAT_BASE_DIR=$(from_here "$NANOCHAT_BASE_DIR")
+  export NANOCHAT_BASE_DIR
+fi
+case ${EVAL_BUNDLE:-mini} in mini) ;; *) EVAL_BUNDLE=$(from_here "$EVAL_BUNDLE") ;; esac
+cd "$ROOT"
+
+CARGO_BIN=${CARGO_HOME:-${HOME:-/nonexistent}/.cargo}/bin # where rustup puts it; not on the PATH of every shell
+if [ -d "$CARGO_BIN" ]; then PATH=$CARGO_BIN:$PATH; fi
+
+say() { printf '%s\n' "$*"; }
+
+fail() { # what is wrong, and what to do: one line
+  printf 'error: %s\n' "$*" >&2
+  exit 2
+}
+
+have() { command -v "$1" >/dev/null 2>&1; }
+
+step() { # TITLE COMMAND...: run it, say how long it took; its failure ends the script with its exit code
+  local title=$1 began=$SECONDS code=0
+  shift
+  printf '\n== %s\n' "$title"
+  "$@" || code=$?
+  if [ "$code" -ne 0 ]; then
+    printf 'stopped at: %s (exit code %d from: %s)\n' "$title" "$code" "$*" >&2
+    exit "$code"
+  fi
+  printf '== %s: %d s\n' "$title" $((SECONDS - began))
+}
+
+minutes() { # of this script so far
+  awk -v seconds="$SECONDS" 'BEGIN { printf "%.1f minutes", seconds / 60 }'
+}
+
+# --------------------------------------------------------------------------------------------------------------
+# The environment
+
+is_new_enough() { # PYTHON: 3.10 or newer
+  "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))' >/dev/null 2>&1
+}
+
+find_python() { # print a Python that is new enough
+  local name
+  for name in python3 python3.14 python3.13 python3.12 python3.11 python3.10 python; do
+    if have "$name" && is_new_enough "$name"; then
+      command -v "$name"
+      return 0
+    fi
+  done
+  have uv && uv python find --no-python-downloads '>=3.10' 2>/dev/null
+}
+
+need_python() { # in .venv already, or one to make it with
+  is_new_enough "$PYTHON" || find_python >/dev/null ||
+    fail "no Python 3.10 or newer was found. Install one (python.org, apt install python3, uv python install) and run again."
+}
+
+need_rust() { # cargo and rustc, as new as the crate asks
+  local wanted found
+  { have cargo && have rustc; } ||
+    fail "Rust is not installed (no cargo), and the tokenizer is written in it. Install it from rustup.rs and run again."
+  wanted=$(sed -n 's/^rust-version *= *"\([0-9.]*\)".*/\1/p' rustbpe/Cargo.toml)
+  found=$(rustc --version 2>/dev/null | sed 's/^rustc \([0-9.]*\).*/\1/') || true
+  [ -n "$found" ] || fail "rustc does not run. Choose a toolchain with: rustup default stable"
+  awk -v wanted="$wanted" -v found="$found" 'BEGIN {
+    split(wanted, w, "."); split(found, f, ".")
+    exit !(f[1] * 1000 + f[2] >= w[1] * 1000 + w[2])
+  }' || fail "Rust $found is too old, the tokenizer needs $wanted or newer. Renew it with: rustup update stable"
+}
+
+need_compiler() { # Rust links with it
+  have cc || fail "there is no C compiler (cc), which Rust links with. Install one:" \
+    "apt install build-essential, dnf install gcc, or xcode-select --install; then run again."
+}
+
+need_disk() { # FOLDER GB PURPOSE
+  local folder=$1 gb=$2 free_kb
+  while [ ! -d "$folder" ]; do folder=$(dirname "$folder"); done
+  free_kb=$(df -Pk "$folder" | awk 'NR == 2 { print $4 }')
+  [ "$free_kb" -ge $((gb * 1000 * 1000)) ] ||
+    fail "$folder has $((free_kb / 1000 / 1000)) GB free and $3 needs about $gb GB. Free some space and run again."
+}
+
+install_gb() { # the PyTorch of Linux brings CUDA's libraries: 6 GB installed, and what pip unpacks on the way
+  if "$PYTHON" -c 'import torch' >/dev/null 2>&1; then
+    say 1
+  elif [ "$(uname -s)" = Linux ]; then
+    say 8
+  else
+    say 3
+  fi
+}
+
+make_venv() { # keep one that works
+  local base
+  if is_new_enough "$PYTHON"; then return; fi
+  base=$(find_python)
+  rm -rf "$VENV"
+  if have uv; then
+    uv venv --quiet --python "$base" "$VENV" || fail "uv could not make $VENV, see above."
+  else
+    "$base" -c 'import ensurepip, venv' >/dev/null 2>&1 ||
+      fail "$base cannot make virtual environments. Install its venv module (apt install python3-venv) or uv, and run again."
+    "$base" -m venv "$VENV" || fail "$base could not make $VENV, see above."
+  fi
+}
+
+pip_install() { # REQUIREMENT...
+  local quiet=--quiet
+  if [ -t 1 ]; then quiet=; fi # on a terminal, show the progress of a download of gigabytes
+  if have uv; then
+    uv pip install ${quiet:+"$quiet"} --python "$PYTHON" "$@"
+    return
+  fi
+  "$PYTHON" -m pip --version >/dev/null 2>&1 || "$PYTHON" -m ensurepip >/dev/null
+  "$PYTHON" -m pip install ${quiet:+"$quiet"} --disable-pip-version-check "$@"
+}
+
+install_key() { # what an installation depends on; Python sources do not count, they are used where they are
+  {
+    say "$ROOT"
+    "$PYTHON" --version
+    cat pyproject.toml rustbpe/Cargo.toml rustbpe/Cargo.lock
+    find rustbpe/src -name '*.rs' | LC_ALL=C sort | while read -r file; do cat "$file"; done
+  } | cksum
+}
+
+ensure_environment() { # EXTRA...: .venv with nanochat and these extras; nothing is done where it is there already
+  local stamp=$VENV/nanochat-installed key old_key='' old_extras='' extras extra missing=''
+  if [ -x "$PYTHON" ] && [ -f "$stamp" ]; then
+    { read -r old_key && read -r old_extras; } <"$stamp" || true
+  fi
+  extras=" $old_extras "
+  for extra in "$@"; do
+    case $extras in *" $extra "*) ;; *) extras="$extras$extra " missing=yes ;; esac
+  done
+  if [ -n "$old_key" ] && [ -z "$missing" ] && [ "$(install_key)" = "$old_key" ]; then return; fi
+  need_python
+  need_rust
+  need_compiler
+  need_disk "$ROOT" "$(install_gb)" "the installation of PyTorch and what belongs to it"
+  make_venv
+  rm -f "$stamp"
+  extras=$(printf '%s' "$extras" | sed 's/^ *//; s/ *$//')
+  say "Installing into $VENV; the first time takes a few minutes, PyTorch is large."
+  step "installation" pip_install -e ".[${extras// /,}]"
+  key=$(install_key)
+  printf '%s\n%s\n' "$key" "$extras" >"$stamp"
+}
+
+# --------------------------------------------------------------------------------------------------------------
+# Data and runs
+
+base_dir() { "$PYTHON" -c 'from nanochat import files; print(files.base_dir())'; }
+
+run_dir() { "$PYTHON" -c 'import sys; from nanochat import files; print(files.run_dir(sys.argv[1]))' "$1"; }
+
+finished() { # RUN_FOLDER: training came to its end
+  [ -f "$1/summary.json" ] && grep -q '"status": "finished"' "$1/summary.json"
+}
+
+scored() { # RUN_FOLDER: base_eval.json is newer than every checkpoint
+  local manifest
+  [ -f "$1/base_eval.json" ] || return 1
+  for manifest in "$1"/checkpoints/step_*/MANIFEST.json; do
+    [ "$1/base_eval.json" -nt "$manifest" ] || return 1
+  done
+}
+
+count_gpus() { if have nvidia-smi; then nvidia-smi -L | grep -c '^GPU' || true; else say 0; fi; }
+
+launch() { # NPROC MODULE FLAG...: on so many ranks
+  local ranks=$1 module=$2
+  shift 2
+  if [ "$ranks" -gt 1 ]; then
+    OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} "$PYTHON" -m torch.distributed.run --standalone \
+      --nproc_per_node="$ranks" -m "$module" "$@"
+  else
+    "$PYTHON" -m "$module" "$@"
+  fi
+}
+
+# Shards of a run: tokens of its plan x 4.8 characters a token (of FineWeb-edu, with 32,768 entries), over the
+# 65 % of them that packing keeps (100 % with --keep-tails), over 250 million characters a shard. Depth 24 at
+# ratio 12: 8.8e9 x 4.8 / 0.65 / 250e6 = 258 shards.
+shards_needed() { # CORPUS NPROC TRAIN_FLAG...
+  "$PYTHON" - "$@" <<'PYTHON'
+import math
+import sys
+
+from nanochat import config, errors, hub, scaling
+
+
+@errors.cli
+def main() -> None:
+    corpus, ranks, *flags = sys.argv[1:]
+    args = config.parse(config.TrainArgs, flags)
+    tokens = scaling.plan(args, vocab_size=32768, world_size=int(ranks)).tokens
+    kept = 1.0 if args.keep_tails else 0.65
+    needed = math.ceil(tokens * 4.8 / kept / 250e6)
+    print(min(max(needed, 8), hub.HUB_CORPORA[corpus].last))
+
+
+main()
+PYTHON
+}
+
+prepare_data() { # CORPUS NPROC TRAIN_FLAG...: its shards, and the tokenizer of the same name
+  local corpus=$1 shards download
+  case $corpus in
+    fineweb-edu | climbmix) ;;
+    *)
+      if [ "$corpus" = stdlib ]; then step "corpus" "$PYTHON" -m nanochat.dataset --corpus stdlib; fi
+      step "tokenizer" "$PYTHON" -m scripts.tok_train --corpus "$corpus"
+      return
+      ;;
+  esac
+  shards=$(shards_needed "$@")
+  # 8 shards have the 2e9 characters that the tokenizer is trained on; the others arrive meanwhile.
+  step "first 8 shards of $corpus" "$PYTHON" -m nanochat.dataset --corpus "$corpus" -n 8
+  say "Fetching $shards shards in all, in the background."
+  "$PYTHON" -m nanochat.dataset --corpus "$corpus" -n "$shards" &
+  download=$!
+  # shellcheck disable=SC2064 # the process id of now
+  trap "kill $download 2>/dev/null || true" EXIT
+  step "tokenizer" "$PYTHON" -m scripts.tok_train --corpus "$corpus"
+  step "remaining shards of $corpus" wait "$download"
+  trap - EXIT
+}
+
+write_table() { # CSV RUN...: one row a run, and the same as markdown on the console
+  "$PYTHON" - "$@" <<'PYTHON'
+import csv
+import io
+import sys
+from pathlib import Path
+
+from nanochat import errors, files
+
+HEAD = ("run", "depth", "tokens", "train_minutes", "tokens_per_second", "mfu", "val_bpb", "core", "core_stderr")
+
+
+def row(run: str) -> list[str]:
+    """What a run has so far; empty where it has not."""
+    folder = files.run_dir(run)
+    ended, scored = (
+        files.read_json(folder / name) if (folder / name).is_file() else {}
+        for name in ("summary.json", "base_eval.json")
+    )
+    values = (
+        ended.get("depth"),
+        ended.get("tokens"),
+        ended["train_seconds"] / 60 if ended else None,
+        ended.get("tokens_per_second"),
+        ended.get("mfu"),
+        ended.get("val_bpb"),
+        scored.get("core_metric"),
+        scored.get("core_stderr"),
+    )
+    return [run, *("" if v is None else f"{v:.4f}" if isinstance(v, float) else str(v) for v in values)]
+
+
+@errors.cli
+def main() -> None:
+    path, *runs = sys.argv[1:]
+    rows = [row(run) for run in runs]
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([HEAD, *rows])
+    files.atomic_write(Path(path), text.getvalue())
+    for line in (HEAD, ["---"] * len(HEAD), *rows):
+        print(f"| {' | '.join(line)} |")
+
+
+main()
+PYTHON
+}

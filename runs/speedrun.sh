@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# To GPT-2 on a machine with 8 H100: tokenizer, FineWeb-edu, base_train, base_eval.
+#
+#   EVAL_BUNDLE=eval_bundle.zip bash runs/speedrun.sh
+#   DEPTH=20 NPROC=4 RUN=mine bash runs/speedrun.sh --target-param-data-ratio 8    # flags go to base_train
+#
+# Run again after a stop of any kind, it goes on from where it was.
+# shellcheck source=runs/_common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/_common.sh"
+
+DEPTH=${DEPTH:-24}
+NPROC=${NPROC:-8}               # GPUs
+RUN=${RUN:-speedrun-d$DEPTH}
+CORPUS=${CORPUS:-fineweb-edu}   # or climbmix
+EVAL_BUNDLE=${EVAL_BUNDLE:-}    # the CORE tasks: a folder or a zip; by default eval_bundle of the base directory
+TRAIN=(--depth "$DEPTH" "$@" --run "$RUN" --corpus "$CORPUS")
+
+gpus=$(count_gpus)
+[ "$gpus" -ge "$NPROC" ] ||
+  fail "NPROC=$NPROC GPUs are asked for and nvidia-smi lists $gpus. Say how many to use: NPROC=$gpus bash runs/speedrun.sh"
+ensure_environment plots
+FOLDER=$(run_dir "$RUN")
+if [ -z "$EVAL_BUNDLE" ] && [ ! -f "$(base_dir)/eval_bundle/core.yaml" ]; then
+  fail "the CORE tasks are not in $(base_dir)/eval_bundle. Put the eval_bundle of karpathy/nanochat there," \
+    "or name its folder or zip: EVAL_BUNDLE=eval_bundle.zip bash runs/speedrun.sh"
+fi
+
+prepare_data "$CORPUS" "$NPROC" "${TRAIN[@]}"
+step "training" launch "$NPROC" scripts.base_train "${TRAIN[@]}" --resume auto
+if scored "$FOLDER"; then
+  printf '\nScored already; to score again, delete %s/base_eval.json.\n' "$FOLDER"
+else
+  step "evaluation" launch "$NPROC" scripts.base_eval --run "$RUN" --eval core,bpb,sample --eval-bundle "$EVAL_BUNDLE"
+fi
+step "report" "$PYTHON" -m nanochat.report --run "$RUN"
+printf '\nDone in %s. Curves and scores, with GPT-2 beside them: %s/report.html\n' "$(minutes)" "$FOLDER"

@@ -1,0 +1,295 @@
+"""The shell drivers: they parse, name what a machine lacks in one line, and redo nothing that is done."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nanochat import files
+from tests.conftest import REPO
+
+BASH = shutil.which("bash")
+SCRIPTS = sorted([*(REPO / "runs").glob("*.sh"), REPO / ".ci" / "run"])
+TOOLS = (
+    "awk",
+    "bash",
+    "cat",
+    "cksum",
+    "cp",
+    "dirname",
+    "env",
+    "find",
+    "grep",
+    "mkdir",
+    "rm",
+    "sed",
+    "sort",
+    "uname",
+)
+WORKING = {
+    "python3": "exit 0",
+    "cargo": "exit 0",
+    "rustc": "echo 'rustc 1.99.0 (abc 2026-01-01)'",
+    "cc": "exit 0",
+    "df": "printf 'head\\n/dev/x 1 1 99000000 1%% /\\n'",
+}
+# Makes a .venv whose python is a stub, and writes down what it is asked to install.
+UV = """
+case "$1" in
+  venv) for last; do :; done; mkdir -p "$last/bin"; cp "$(command -v python3)" "$last/bin/python" ;;
+  pip) for last; do :; done; echo "$last" >>"$UV_LOG" ;;
+esac
+"""
+
+pytestmark = pytest.mark.skipif(BASH is None, reason="there is no bash on this machine")
+
+
+class Machine:
+    """A copy of the drivers, and a PATH that has only what a test puts there."""
+
+    def __init__(self, folder: Path) -> None:
+        self.repo, self.bin, self.log = folder / "repo", folder / "bin", folder / "uv.log"
+        shutil.copytree(REPO / "runs", self.repo / "runs")
+        shutil.copytree(REPO / "rustbpe" / "src", self.repo / "rustbpe" / "src")
+        for name in ("pyproject.toml", "rustbpe/Cargo.toml", "rustbpe/Cargo.lock"):
+            shutil.copy(REPO / name, self.repo / name)
+        self.bin.mkdir()
+        for tool in TOOLS:
+            (self.bin / tool).symlink_to(str(shutil.which(tool)))
+        for name, body in WORKING.items():
+            self.put(name, body)
+
+    def put(self, name: str, body: str) -> None:
+        path = self.bin / name
+        path.write_text(f"#!{BASH}\n{body}\n", "utf-8")
+        path.chmod(0o755)
+
+    def remove(self, *names: str) -> None:
+        for name in names:
+            (self.bin / name).unlink()
+
+    def bash(self, *arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+        environment = {
+            "PATH": str(self.bin),
+            "HOME": str(self.repo.parent),
+            "UV_LOG": str(self.log),
+            "NANOCHAT_BASE_DIR": str(self.repo.parent / "base"),
+        }
+        return subprocess.run(
+            [str(BASH), *arguments],
+            env=environment,
+            cwd=cwd or self.repo.parent,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+
+    def driver(self, name: str = "quickstart.sh") -> subprocess.CompletedProcess[str]:
+        return self.bash(str(self.repo / "runs" / name))
+
+    def call(self, code: str) -> subprocess.CompletedProcess[str]:
+        """Run shell code after sourcing what the drivers share."""
+        return self.bash("-c", f'source "{self.repo}/runs/_common.sh"\n{code}')
+
+    def installs(self) -> list[str]:
+        return self.log.read_text("utf-8").splitlines() if self.log.exists() else []
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Machine:
+    return Machine(tmp_path)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_it_parses(script: Path) -> None:
+    subprocess.run([str(BASH), "-n", str(script)], check=True)
+
+
+def test_the_drivers_can_be_executed_as_they_are() -> None:
+    for script in SCRIPTS:
+        if script.name != "_common.sh":
+            assert script.stat().st_mode & stat.S_IXUSR, script
+
+
+def test_ci_runs_the_test_command_of_the_readme() -> None:
+    assert "runs/test.sh" in (REPO / ".ci" / "run").read_text("utf-8")
+
+
+@pytest.mark.parametrize("driver", ["quickstart.sh", "test.sh"])
+@pytest.mark.parametrize(
+    ("missing", "message"),
+    [
+        (("python3",), "no Python 3.10 or newer"),
+        (("cargo",), "Rust is not installed"),
+        (("rustc",), "Rust is not installed"),
+        (("cc",), "no C compiler (cc)"),
+    ],
+)
+def test_what_the_machine_lacks_is_one_line_and_nothing_is_made(
+    machine: Machine, driver: str, missing: tuple[str, ...], message: str
+) -> None:
+    machine.remove(*missing)
+    result = machine.driver(driver)
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: ")
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert result.stdout == ""
+    assert not (machine.repo / ".venv").exists()
+
+
+@pytest.mark.parametrize(
+    ("tool", "body", "message"),
+    [
+        ("python3", "exit 1", "no Python 3.10 or newer"),
+        ("rustc", "echo 'rustc 1.70.0 (abc 2023-01-01)'", "Rust 1.70.0 is too old"),
+        ("rustc", "exit 1", "rustup default stable"),
+        ("df", "printf 'head\\n/dev/x 1 1 2100000 1%% /\\n'", "2 GB free"),
+    ],
+)
+def test_what_is_too_old_or_too_small_is_one_line(
+    machine: Machine, tool: str, body: str, message: str
+) -> None:
+    machine.put(tool, body)
+    result = machine.driver()
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1)
+    assert message in result.stderr
+    assert not (machine.repo / ".venv").exists()
+
+
+def test_a_python_without_venv_is_named(machine: Machine) -> None:
+    machine.put("python3", 'case "$2" in *ensurepip*) exit 1 ;; esac')
+    result = machine.driver()
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1)
+    assert "python3-venv" in result.stderr
+
+
+def test_installation_is_done_once_and_again_only_when_it_must_be(machine: Machine) -> None:
+    machine.put("uv", UV)
+    for expected in (1, 1):
+        assert machine.call("ensure_environment plots").returncode == 0
+        assert len(machine.installs()) == expected
+    machine.call("ensure_environment plots dev")
+    machine.call("ensure_environment plots")  # there already, with more beside it
+    assert machine.installs() == [".[plots]", ".[plots,dev]"]
+    source = machine.repo / "rustbpe" / "src" / "lib.rs"
+    source.write_text(source.read_text("utf-8") + "\n// changed\n", "utf-8")
+    machine.call("ensure_environment plots")
+    machine.call("ensure_environment plots")
+    assert machine.installs()[2:] == [".[plots,dev]"]
+
+
+def test_an_installation_that_failed_is_tried_again(machine: Machine) -> None:
+    machine.put("uv", UV.replace('echo "$last"', 'echo "$last" >>"$UV_LOG"; exit 7; echo'))
+    for attempts in (1, 2):
+        result = machine.call("ensure_environment plots; echo went on")
+        assert result.returncode == 7
+        assert "went on" not in result.stdout
+        assert "stopped at: installation (exit code 7" in result.stderr
+        assert len(machine.installs()) == attempts
+
+
+def test_a_step_that_fails_stops_the_script_with_its_exit_code(machine: Machine) -> None:
+    result = machine.call('step "first" false || true\nstep "second" bash -c "exit 5"\necho went on')
+    assert "stopped at: first" in result.stderr
+    assert result.returncode == 1
+    result = machine.call('step "second" bash -c "exit 5"\necho went on')
+    assert (result.returncode, "went on" in result.stdout) == (5, False)
+
+
+def test_it_works_from_any_directory_and_a_relative_base_directory_is_meant_from_there(
+    machine: Machine,
+) -> None:
+    source = f'export NANOCHAT_BASE_DIR=here; source "{machine.repo}/runs/_common.sh"'
+    code = f'{source}; echo "$PWD $NANOCHAT_BASE_DIR"'
+    elsewhere = machine.repo.parent / "elsewhere"
+    elsewhere.mkdir()
+    result = machine.bash("-c", code, cwd=elsewhere)
+    assert result.stdout.split() == [str(machine.repo), str(elsewhere / "here")]
+
+
+def test_speedrun_says_how_many_gpus_it_found(machine: Machine) -> None:
+    result = machine.driver("speedrun.sh")
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1)
+    assert "NPROC=8 GPUs are asked for and nvidia-smi lists 0" in result.stderr
+
+
+def test_scores_older_than_a_checkpoint_are_made_again(machine: Machine) -> None:
+    run = machine.repo.parent / "run"
+    manifest = run / "checkpoints" / "step_000010" / "MANIFEST.json"
+    manifest.parent.mkdir(parents=True)
+    manifest.write_text("{}", "utf-8")
+
+    def scored() -> bool:
+        return machine.call(f'scored "{run}"').returncode == 0
+
+    assert not scored()
+    (run / "base_eval.json").write_text("{}", "utf-8")
+    for seconds, expected in ((5, True), (-5, False)):
+        then = manifest.stat().st_mtime + seconds
+        os.utime(run / "base_eval.json", (then, then))
+        assert scored() is expected
+
+
+def test_only_a_run_that_came_to_its_end_is_finished(machine: Machine, tmp_path: Path) -> None:
+    for status, expected in (("finished", 0), ("stopped", 1)):
+        files.write_json(tmp_path / "run" / "summary.json", {"run": "r", "status": status})
+        assert machine.call(f'finished "{tmp_path / "run"}"').returncode == expected
+    assert machine.call(f'finished "{tmp_path / "nowhere"}"').returncode == 1
+
+
+def call_here(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run shell code after sourcing what the drivers share, with this Python."""
+    return subprocess.run(
+        [str(BASH), "-c", f'source "{REPO}/runs/_common.sh"\nPYTHON="{sys.executable}"\n{code}'],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_the_table_of_runs_has_a_row_a_run_and_gaps_where_nothing_is_measured(tmp_path: Path) -> None:
+    summary = {"depth": 4, "tokens": 100, "train_seconds": 90.0, "tokens_per_second": 1.5, "mfu": 0.25}
+    files.write_json(files.run_dir("a") / "summary.json", {**summary, "val_bpb": 1.25})
+    files.write_json(files.run_dir("a") / "base_eval.json", {"core_metric": 0.125, "core_stderr": 0.01})
+    table = tmp_path / "out" / "table.csv"
+    result = call_here(f'write_table "{table}" a b')
+    assert result.returncode == 0, result.stderr
+    head, first, second = table.read_text("utf-8").splitlines()
+    assert head.split(",")[:4] == ["run", "depth", "tokens", "train_minutes"]
+    assert first == "a,4,100,1.5000,1.5000,0.2500,1.2500,0.1250,0.0100"
+    assert second == "b,,,,,,,,"
+    assert "| a | 4 | 100 |" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        # 1,000 steps of 2^19 tokens x 4.8 characters / 0.65 kept / 250e6 a shard = 15.49
+        ("fineweb-edu 8 --depth 12 --num-iterations 1000 --total-batch-size 524288", 16),
+        ("fineweb-edu 8 --depth 12 --num-iterations 1000 --total-batch-size 524288 --keep-tails", 11),
+        ("fineweb-edu 1 --depth 4 --num-iterations 1", 8),  # the tokenizer's eight at least
+        (
+            "fineweb-edu 1 --depth 12 --num-iterations 1000000 --total-batch-size 524288",
+            1822,
+        ),  # all there are
+    ],
+)
+def test_shards_follow_from_the_plan(flags: str, expected: int) -> None:
+    result = call_here(f"shards_needed {flags}")
+    assert result.stdout.strip() == str(expected), result.stderr
+
+
+def test_a_wrong_flag_stops_before_anything_is_fetched() -> None:
+    result = call_here("shards=$(shards_needed fineweb-edu 1 --depth 0); echo went on")
+    assert result.returncode == 2
+    assert "--depth=0" in result.stderr
+    assert "went on" not in result.stdout
