@@ -132,6 +132,22 @@ class Corpus:
         except UserError as error:
             raise UserError(f"{error} {self.repair(shard)}") from None
 
+    def texts(self, *, max_chars: int, doc_cap: int) -> Iterator[str]:
+        """Training documents in the order of the shards, until `max_chars` characters have been given.
+
+        Args:
+            max_chars: about how many characters in all; the last document may go over.
+            doc_cap: characters taken of each document, from its beginning.
+        """
+        given = 0
+        for shard in self.train_shards:
+            for row_group in range(shard.row_groups):
+                for text in self.read_block(shard, row_group):
+                    if given >= max_chars:
+                        return
+                    yield text[:doc_cap]
+                    given += min(len(text), doc_cap)
+
     def verify(self, shard: Shard) -> None:
         """Hash a shard once in the life of this object, and compare with the manifest."""
         with self._lock:
@@ -401,7 +417,7 @@ def main() -> None:
             name=args.name,
         )
         print(summary(corpus))
-        if args.corpus == "local" and not args.val_file:
+        if args.files and not args.val_file:
             print("No --val-file was named: the last hundredth of the documents is validation.")
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,6 +23,7 @@ from nanochat.dataset import Corpus
 from nanochat.errors import UserError
 from nanochat.lanes import fit_lanes
 from nanochat.world import World
+from tests.conftest import REPO
 
 ROWS = 16  # of a global batch
 T = 24
@@ -146,6 +150,28 @@ def test_a_run_that_stops_and_goes_on_at_another_world_size_sees_the_same_batche
         for loader in ranks:
             loader.load_state_dict(told[0])
     assert seen == expected
+
+
+@pytest.mark.slow
+def test_two_ranks_on_gloo_go_on_where_one_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    corpus = make(monkeypatch)
+    [loader] = loaders(corpus, 1)
+    expected = digests([loader], 20)
+    [stopped] = loaders(corpus, 1)
+    digests([stopped], 7)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    arguments = ["tests/dist/loader_script.py", corpus.name, "13", json.dumps(stopped.state_dict())]
+    done = subprocess.run(
+        [*command, *arguments],
+        cwd=REPO,
+        env={**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert told["digests"] == expected[7:]
+    assert told["state"] == loader.state_dict()
 
 
 def test_the_state_is_that_of_the_batch_not_yet_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
