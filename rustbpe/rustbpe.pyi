@@ -73,6 +73,9 @@ class Tokenizer:
     def decode_bytes(self, ids: Sequence[int] | NDArray[np.uint32]) -> bytes:
         """Bytes of ids."""
 
+    def split(self, text: str) -> list[str]:
+        """The pieces of a text, each of which is merged by itself."""
+
     @property
     def vocab_size(self) -> int:
         """256 and the number of merges."""

@@ -66,10 +66,12 @@ impl Classes {
     fn wide(&self, text: &[u8], at: usize) -> (u8, usize) {
         let first = u32::from(text[at]);
         let tail = |i: usize| u32::from(text[at + i] & 0x3F);
-        let (code, width) = match first {
-            ..0xE0 => ((first & 0x1F) << 6 | tail(1), 2),
-            ..0xF0 => ((first & 0x0F) << 12 | tail(1) << 6 | tail(2), 3),
-            _ => ((first & 0x07) << 18 | tail(1) << 12 | tail(2) << 6 | tail(3), 4),
+        let (code, width) = if first < 0xE0 {
+            ((first & 0x1F) << 6 | tail(1), 2)
+        } else if first < 0xF0 {
+            ((first & 0x0F) << 12 | tail(1) << 6 | tail(2), 3)
+        } else {
+            ((first & 0x07) << 18 | tail(1) << 12 | tail(2) << 6 | tail(3), 4)
         };
         let block = self.block_of[code as usize / BLOCK] as usize;
         (self.blocks[block * BLOCK + code as usize % BLOCK], width)

@@ -86,14 +86,13 @@ impl LongTable {
     fn add(&mut self, piece: &[u8], count: u64) {
         let Self { arena, table } = self;
         let bytes = |e: &LongEntry| e.start..e.start + e.len;
-        match table.find_mut(hash_bytes(piece), |e| &arena[bytes(e)] == piece) {
-            Some(entry) => entry.count += count,
-            None => {
-                let entry = LongEntry { start: arena.len(), len: piece.len(), count };
-                arena.extend_from_slice(piece);
-                table.insert_unique(hash_bytes(piece), entry, |e| hash_bytes(&arena[bytes(e)]));
-            }
+        if let Some(entry) = table.find_mut(hash_bytes(piece), |e| &arena[bytes(e)] == piece) {
+            entry.count += count;
+            return;
         }
+        let entry = LongEntry { start: arena.len(), len: piece.len(), count };
+        arena.extend_from_slice(piece);
+        table.insert_unique(hash_bytes(piece), entry, |e| hash_bytes(&arena[bytes(e)]));
     }
 }
 
@@ -113,14 +112,14 @@ impl PieceCounter {
     /// Adds every piece of `text`.
     pub fn count_text(&mut self, splitter: &Splitter, text: &str) -> Result<()> {
         splitter.for_each(text, |bytes, start, end| match end - start {
-            ..2 => {}
-            ..=MAX_SHORT => self.short.add(pack(bytes, start, end), 1),
+            0 | 1 => {}
+            2..=MAX_SHORT => self.short.add(pack(bytes, start, end), 1),
             _ => self.long.add(&bytes[start..end], 1),
         })
     }
 
     /// Adds the counts of another counter.
-    pub fn absorb(&mut self, other: Self) {
+    pub fn absorb(&mut self, other: &Self) {
         for (key, count) in keys(&other.short.entries) {
             self.short.add(key, count);
         }
@@ -221,7 +220,7 @@ pub fn count_stream<T: AsRef<str> + Send, E: From<Error>>(
         outcome?;
         let mut counters = counters?.into_iter();
         let mut total = counters.next().unwrap_or_default();
-        counters.for_each(|counter| total.absorb(counter));
+        counters.for_each(|counter| total.absorb(&counter));
         Ok(total)
     })
 }

@@ -176,13 +176,11 @@ struct Unit {
 /// Consecutive ranges of texts of about [`UNIT_BYTES`] each; one range if all is short.
 fn units<T: AsRef<str>>(texts: &[T]) -> Vec<std::ops::Range<usize>> {
     let total: usize = texts.iter().map(|text| text.as_ref().len()).sum();
-    if total < PARALLEL_MIN_BYTES {
-        return vec![0..texts.len()];
-    }
+    let unit_bytes = if total < PARALLEL_MIN_BYTES { usize::MAX } else { UNIT_BYTES.min(total / 16) };
     let (mut units, mut start, mut bytes) = (Vec::new(), 0, 0);
     for (i, text) in texts.iter().enumerate() {
         bytes += text.as_ref().len();
-        if bytes >= UNIT_BYTES.min(total / 16) {
+        if bytes >= unit_bytes {
             units.push(start..i + 1);
             (start, bytes) = (i + 1, 0);
         }

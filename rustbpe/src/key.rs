@@ -10,13 +10,13 @@ pub fn pack(text: &[u8], start: usize, end: usize) -> u128 {
     let len = end - start;
     debug_assert!(0 < len && len <= MAX_SHORT);
     // One load of 16 bytes and a mask, where the text goes on that far: it does but for the last piece or two.
-    let bytes = match text.get(start..start + 16).and_then(|window| <[u8; 16]>::try_from(window).ok()) {
-        Some(window) => u128::from_le_bytes(window) & ((1 << (8 * len)) - 1),
-        None => {
-            let mut window = [0; 16];
-            window[..len].copy_from_slice(&text[start..end]);
-            u128::from_le_bytes(window)
-        }
+    let window = text.get(start..start + 16).and_then(|window| <[u8; 16]>::try_from(window).ok());
+    let bytes = if let Some(window) = window {
+        u128::from_le_bytes(window) & ((1 << (8 * len)) - 1)
+    } else {
+        let mut window = [0; 16];
+        window[..len].copy_from_slice(&text[start..end]);
+        u128::from_le_bytes(window)
     };
     bytes | (len as u128) << 120
 }

@@ -150,6 +150,13 @@ impl Tokenizer {
         Ok(PyBytes::new(py, &self.bytes_of(ids)?))
     }
 
+    fn split(&self, text: &Bound<'_, PyAny>) -> PyResult<Vec<String>> {
+        let text = text_of(text, || "text".to_owned())?;
+        let mut pieces = Vec::new();
+        self.encoder().splitter().for_each(&text, |_, start, end| pieces.push(text[start..end].to_owned()))?;
+        Ok(pieces)
+    }
+
     #[getter]
     fn vocab_size(&self) -> usize {
         self.encoder().vocab().len()

@@ -358,7 +358,9 @@ mod tests {
         let mut sorted = words.to_vec();
         sorted.sort_by_key(|&(_, count)| Reverse(count));
         let mut all = Words::default();
-        sorted.iter().for_each(|(word, count)| all.push(word, *count));
+        for (word, count) in &sorted {
+            all.push(word, *count);
+        }
         all
     }
 

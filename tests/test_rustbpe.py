@@ -1,0 +1,355 @@
+"""rustbpe against tiktoken, the `regex` module and a trainer that counts everything anew."""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import collections
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import hypothesis
+import hypothesis.strategies as st
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import regex
+import tiktoken
+
+import rustbpe
+from nanochat.tokenizer import PATTERN
+
+GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+CL100K = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$"
+    r"|\s*[\r\n]|\s+(?!\S)|\s"
+)
+BY_HAND = [PATTERN, PATTERN.replace("{1,2}", "{1,3}"), GPT2, CL100K]
+BY_REGEX = r"\w+|[^\w\s]+|\s+"
+
+# Letters of several scripts, digits, marks, every kind of white space, what the patterns name, controls.
+ODD = (
+    "aZs\u017fl'\u00e9\u0416\u4e2d\u0e01\u0301\u200d09\u00b2\u0663\u2167.,<|>_\x00\ufffd\U0001f600"
+    " \t\n\r\x0b\x0c\x1c\x85\u00a0\u2003\u2028\u3000"
+)
+any_character = st.characters(exclude_categories=["Cs", "Cn"])
+odd_text = st.text(st.one_of(st.sampled_from(ODD), any_character), max_size=60)
+
+
+def byte_ranks() -> dict[bytes, int]:
+    return {bytes([byte]): byte for byte in range(256)}
+
+
+def as_tiktoken(tokenizer: rustbpe.Tokenizer) -> tiktoken.Encoding:
+    ranks = dict(tokenizer.get_mergeable_ranks())
+    return tiktoken.Encoding(
+        "ours", pat_str=tokenizer.get_pattern(), mergeable_ranks=ranks, special_tokens={}
+    )
+
+
+def train(
+    texts: list[str], vocab_size: int, pattern: str = PATTERN, threads: int | None = None
+) -> rustbpe.Tokenizer:
+    tokenizer = rustbpe.Tokenizer()
+    tokenizer.train_from_iterator(iter(texts), vocab_size, pattern=pattern, num_threads=threads)
+    return tokenizer
+
+
+def naive_merges(texts: list[str], merges: int) -> list[tuple[int, int]]:
+    """BPE by its definition: count all pairs, merge the most frequent (ties: the smaller), again."""
+    counts = collections.Counter(piece for text in texts for piece in regex.findall(PATTERN, text))
+    words = [(list(piece.encode()), count) for piece, count in counts.items()]
+    done: list[tuple[int, int]] = []
+    while len(done) < merges:
+        pairs: collections.Counter[tuple[int, int]] = collections.Counter()
+        for word, count in words:
+            for pair in zip(word, word[1:], strict=False):
+                pairs[pair] += count
+        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
+        for word, _ in words:
+            i = 0
+            while i + 1 < len(word):
+                if (word[i], word[i + 1]) == best:
+                    word[i : i + 2] = [256 + len(done)]
+                i += 1
+        done.append(best)
+    return done
+
+
+@pytest.fixture(scope="module")
+def source() -> list[str]:
+    """A quarter of a megabyte of Python's own sources, by lines."""
+    folder = Path(argparse.__file__).parent
+    names = ("argparse.py", "typing.py", "inspect.py")
+    return "".join((folder / name).read_text("utf-8") for name in names).splitlines(keepends=True)
+
+
+@pytest.fixture(scope="module")
+def trained(source: list[str]) -> rustbpe.Tokenizer:
+    return train([*source, ODD, "na\u00efve \u4f60\u597d " * 9], 2000)
+
+
+@pytest.mark.parametrize("pattern", BY_HAND)
+@hypothesis.given(odd_text)
+@hypothesis.settings(max_examples=300, deadline=None)
+def test_the_splitter_equals_the_regex_module(pattern: str, text: str) -> None:
+    ours = rustbpe.Tokenizer.from_ranks(byte_ranks(), pattern).split(text)
+    assert ours == regex.findall(pattern, text)
+
+
+@hypothesis.given(odd_text)
+@hypothesis.settings(max_examples=300, deadline=None)
+def test_any_text_comes_back_and_has_the_ids_of_tiktoken(trained: rustbpe.Tokenizer, text: str) -> None:
+    ids = trained.encode(text)
+    assert trained.decode(ids) == text
+    assert trained.decode_bytes(ids) == text.encode()
+    assert ids == as_tiktoken(trained).encode_ordinary(text)
+
+
+@hypothesis.given(
+    st.permutations(["ab", "abc", "bc", "aa", "aaa", "ca", "abab", "bb", "cc"]), st.text("abc ", max_size=150)
+)
+@hypothesis.settings(max_examples=200, deadline=None)
+def test_ranks_in_any_order_give_the_ids_of_tiktoken(words: list[str], text: str) -> None:
+    ranks = byte_ranks() | {word.encode(): 256 + i for i, word in enumerate(words)}
+    ours = rustbpe.Tokenizer.from_ranks(ranks, PATTERN)
+    assert ours.encode(text) == as_tiktoken(ours).encode_ordinary(text)
+
+
+def test_merges_equal_those_of_counting_anew(source: list[str]) -> None:
+    text = "".join(source)[:200_000].splitlines(keepends=True)
+    assert train(text, 256 + 120).get_merges() == naive_merges(text, 120)
+
+
+@pytest.mark.slow
+def test_merges_equal_those_of_counting_anew_on_a_megabyte(shared_data: Path) -> None:
+    texts = prose(shared_data, "shard_00000.parquet", 1_000_000)
+    assert train(texts, 256 + 400).get_merges() == naive_merges(texts, 400)
+
+
+def test_the_vocabulary_does_not_depend_on_threads_or_order(source: list[str]) -> None:
+    one = train(source, 1500, threads=1).get_mergeable_ranks()
+    for threads in (2, 8):
+        assert train(source, 1500, threads=threads).get_mergeable_ranks() == one
+    assert train(source[::-1], 1500).get_mergeable_ranks() == one
+
+
+def test_training_is_a_drop_in_for_the_package_of_the_same_name() -> None:
+    tokenizer = rustbpe.Tokenizer()
+    tokenizer.train_from_iterator(["hello hello world"] * 10, 260)
+    assert tokenizer.get_mergeable_ranks()[256:] == [
+        (b"el", 256),
+        (b"hel", 257),
+        (b"lo", 258),
+        (b"hello", 259),
+    ]
+    assert (tokenizer.vocab_size, tokenizer.encode("hello")) == (260, [259])
+    assert tokenizer.batch_encode(["hello", "", "a"]) == [[259], [], [97]]
+    assert r"\p{N}{1,3}" in tokenizer.get_pattern()
+
+
+def test_training_stops_where_no_pair_is_left() -> None:
+    assert train(["ab"], 1000).get_mergeable_ranks()[256:] == [(b"ab", 256)]
+    assert train([], 1000).vocab_size == 256
+    assert train(["", "a"], 1000).vocab_size == 256
+
+
+def test_a_pattern_of_the_users_own_runs_on_the_regex_engine(source: list[str]) -> None:
+    tokenizer = train(source, 600, pattern=BY_REGEX)
+    text = "".join(source[:300])
+    assert tokenizer.split(text) == regex.findall(BY_REGEX, text)
+    assert tokenizer.encode(text) == as_tiktoken(tokenizer).encode_ordinary(text)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 8, None])
+def test_batches_are_the_single_texts_end_to_end(
+    trained: rustbpe.Tokenizer, source: list[str], threads: int | None
+) -> None:
+    texts = [*source, "", "x" * 3000]
+    ids, offsets = trained.encode_batch_numpy(texts, num_threads=threads)
+    assert (ids.dtype, offsets.dtype, offsets[0], len(offsets)) == (np.uint32, np.int64, 0, len(texts) + 1)
+    assert [part.tolist() for part in np.split(ids, offsets[1:-1])] == [
+        trained.encode(text) for text in texts
+    ]
+    assert trained.batch_encode(texts[:50]) == [trained.encode(text) for text in texts[:50]]
+    assert trained.encode_numpy(texts[0]).tolist() == trained.encode(texts[0])
+
+
+def test_python_threads_share_a_tokenizer(trained: rustbpe.Tokenizer, source: list[str]) -> None:
+    expected = trained.encode_batch_numpy(source, num_threads=1)[0]
+    results: list[np.ndarray] = []
+    threads = [
+        threading.Thread(target=lambda: results.append(trained.encode_batch_numpy(source)[0]))
+        for _ in range(6)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 6
+    assert all(np.array_equal(result, expected) for result in results)
+
+
+@pytest.mark.parametrize("run", ["a", " ", "\n", "ab", "\u4e2d", "\U0001f600", "^", "0", "\u0301"])
+def test_long_runs_end_and_come_back(trained: rustbpe.Tokenizer, run: str) -> None:
+    text = run * 1_000_000
+    ids = trained.encode_numpy(text)
+    assert trained.decode_bytes(ids) == text.encode()
+    assert trained.encode(run * 20_001) == as_tiktoken(trained).encode_ordinary(run * 20_001)
+
+
+@pytest.mark.parametrize(("name", "pattern"), [("r50k_base", GPT2), ("cl100k_base", CL100K)])
+def test_published_ranks_give_the_ids_of_tiktoken(shared_data: Path, name: str, pattern: str) -> None:
+    lines = (shared_data / "bpe" / f"{name}.tiktoken").read_bytes().splitlines()
+    ranks = {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in lines)}
+    ours = rustbpe.Tokenizer.from_ranks(ranks, pattern)
+    theirs = as_tiktoken(ours)
+    for text in [*stress(shared_data), *prose(shared_data, "shard_00010.parquet", 500_000)]:
+        assert ours.encode(text) == theirs.encode_ordinary(text)
+
+
+def test_stress_texts_have_the_ids_of_tiktoken(shared_data: Path, trained: rustbpe.Tokenizer) -> None:
+    theirs = as_tiktoken(trained)
+    for text in stress(shared_data):
+        ids = trained.encode(text)
+        assert ids == theirs.encode_ordinary(text)
+        assert trained.decode(ids) == text
+
+
+@pytest.mark.slow
+def test_prose_has_the_ids_of_tiktoken(shared_data: Path) -> None:
+    texts = prose(shared_data, "shard_00000.parquet", 22_000_000)
+    ours = train(texts, 32768)
+    ids, offsets = ours.encode_batch_numpy(texts)
+    theirs = as_tiktoken(ours).encode_ordinary_batch(texts, num_threads=2)
+    assert offsets.tolist() == [0, *np.cumsum([len(part) for part in theirs])]
+    assert np.array_equal(ids, np.concatenate([np.array(part, dtype=np.uint32) for part in theirs]))
+
+
+@pytest.mark.slow
+def test_memory_is_flat_over_a_thousand_encodes(trained: rustbpe.Tokenizer, source: list[str]) -> None:
+    texts = ["".join(source[i:] + source[:i]) * 4 for i in range(10)]
+
+    def resident_pages() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1])
+
+    for text in texts * 10:
+        trained.encode_numpy(text)
+    before = resident_pages()
+    for text in texts * 100:
+        trained.encode_numpy(text)
+    assert resident_pages() < before * 1.05
+
+
+@hypothesis.given(st.binary(max_size=40))
+def test_decoding_replaces_what_is_not_utf8_as_python_does(data: bytes) -> None:
+    tokenizer = rustbpe.Tokenizer()
+    assert tokenizer.decode(list(data)) == data.decode("utf-8", errors="replace")
+    assert tokenizer.decode_bytes(np.frombuffer(data, dtype=np.uint8).astype(np.uint32)) == data
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "call"),
+    [
+        (ValueError, "vocab_size=255", lambda t: t.train_from_iterator(["a"], 255)),
+        (ValueError, "vocab_size=-1", lambda t: t.train_from_iterator(["a"], -1)),
+        (ValueError, "buffer_size=0", lambda t: t.train_from_iterator(["a"], 300, buffer_size=0)),
+        (ValueError, "num_threads=0", lambda t: t.encode_batch_numpy(["a"], num_threads=0)),
+        (ValueError, "does not compile", lambda t: t.train_from_iterator(["a"], 300, pattern="(")),
+        (
+            TypeError,
+            "text 1 of the iterator: expected str, got int",
+            lambda t: t.train_from_iterator(["a", 1], 300),
+        ),
+        (TypeError, "not iterable", lambda t: t.train_from_iterator(7, 300)),
+        (ValueError, "text 0 of the iterator.*surrogates", lambda t: t.train_from_iterator(["\ud800"], 300)),
+        (ValueError, "surrogates not allowed", lambda t: t.encode("a\udfff")),
+        (ValueError, r"texts\[1\].*surrogates", lambda t: t.encode_batch_numpy(["a", "\ud800"])),
+        (TypeError, "expected str, got bytes", lambda t: t.encode(b"a")),
+        (TypeError, "one str", lambda t: t.encode_batch_numpy("abc")),
+        (TypeError, r"texts\[0\]: expected str, got NoneType", lambda t: t.batch_encode([None])),
+        (ValueError, "token id 256 is outside", lambda t: t.decode([97, 256])),
+        (ValueError, "token id -1 is outside", lambda t: t.decode([-1])),
+        (ValueError, "is outside", lambda t: t.decode([2**40])),
+        (ValueError, "token id 300 is outside", lambda t: t.decode_bytes(np.array([300], dtype=np.uint32))),
+        (TypeError, "must be int, got str", lambda t: t.decode(["a"])),
+    ],
+)
+def test_bad_input_is_a_python_exception(error: type[Exception], message: str, call) -> None:
+    tokenizer = rustbpe.Tokenizer()
+    with pytest.raises(error, match=message):
+        call(tokenizer)
+    assert tokenizer.encode("ab") == [97, 98]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({b"ab": 257}, "rank 257 .* leaves a gap"),
+        ({b"ab": 255}, "twice"),
+        ({b"ab": -1}, "negative"),
+        ({b"": 256}, "empty"),
+        ({b"a": 256}, "ranks 97 and 256 have the same bytes"),
+    ],
+)
+def test_bad_ranks_are_refused(change: dict[bytes, int], message: str) -> None:
+    ranks = [*byte_ranks().items(), *change.items()]
+    with pytest.raises(ValueError, match=message):
+        rustbpe.Tokenizer.from_ranks(ranks, PATTERN)
+    with pytest.raises(TypeError, match="ranks"):
+        rustbpe.Tokenizer.from_ranks([("a", 1)], PATTERN)
+
+
+def test_ranks_without_one_of_the_bytes_are_refused() -> None:
+    ranks = byte_ranks() | {b"zz": 97}
+    del ranks[b"a"]
+    with pytest.raises(ValueError, match="lack the single byte 0x61"):
+        rustbpe.Tokenizer.from_ranks(ranks, PATTERN)
+
+
+def test_an_error_of_the_iterator_reaches_the_caller() -> None:
+    def texts() -> Iterator[str]:
+        yield from ["some text"] * 20_000
+        raise KeyError("from the source")
+
+    tokenizer = rustbpe.Tokenizer()
+    with pytest.raises(KeyError, match="from the source"):
+        tokenizer.train_from_iterator(texts(), 300)
+    assert tokenizer.vocab_size == 256
+
+
+def test_ctrl_c_stops_training_and_leaves_the_tokenizer_as_it_was() -> None:
+    def forever() -> Iterator[str]:
+        while True:
+            yield "the same text again " * 1000
+
+    tokenizer = rustbpe.Tokenizer()
+    signal.setitimer(signal.ITIMER_REAL, 0.2)
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            tokenizer.train_from_iterator(forever(), 300)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert tokenizer.vocab_size == 256
+
+
+def stress(shared_data: Path) -> list[str]:
+    """Every file of the stress folder: as UTF-8 with replacements, and its bytes as latin-1."""
+    texts = []
+    for path in sorted((shared_data / "stress").iterdir()):
+        data = path.read_bytes()
+        texts += [data.decode("utf-8", errors="replace"), data[:200_000].decode("latin-1")]
+    return texts
+
+
+def prose(shared_data: Path, shard: str, max_bytes: int) -> list[str]:
+    texts, total = [], 0
+    for text in pq.read_table(shared_data / "prose" / shard).column("text").to_pylist():
+        total += len(text.encode())
+        if total > max_bytes:
+            break
+        texts.append(text)
+    return texts
