@@ -1,0 +1,282 @@
+"""The rules of the house, read from the syntax tree: layers, sizes, what no file and no import may do."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import REPO
+
+# A module imports modules of lower layers, and those before it in its own. A new module takes its place here.
+LAYERS = (
+    ("errors", "files", "hardware", "world", "runlog", "charts"),
+    ("config", "recipe", "schedule", "scaling", "tokenizer", "shards", "packing", "core_results"),
+    ("corpora", "hub", "dataset", "attention", "update_rules", "optim", "loss", "core_tasks", "core_mini"),
+    ("lanes", "dataloader", "gpt"),
+    ("loss_eval", "engine", "core_eval", "checkpoint", "reporter"),
+    ("base_eval", "hooks", "train", "report"),
+)
+ORDER = [name for layer in LAYERS for name in layer]
+
+LIBRARY = sorted((REPO / "nanochat").rglob("*.py"))
+SCRIPTS = sorted((REPO / "scripts").glob("*.py"))
+CODE = [*LIBRARY, *SCRIPTS]
+
+READ_ENVIRONMENT = ("files", "world")
+PURE = ("files", "config", "recipe", "schedule", "scaling", "charts", "report", "dataset")  # without torch
+OPTIONAL = {
+    "datasets",
+    "flash_attn",
+    "flash_attn_interface",
+    "lm_eval",
+    "matplotlib",
+    "tiktoken",
+    "tokenizers",
+    "transformers",
+    "wandb",
+}
+EXECUTES = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
+MAX_FUNCTION_LINES, MAX_FILE_LINES, MAX_BASE_TRAIN_LINES = 60, 450, 200
+
+
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text("utf-8"), filename=str(path))
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(REPO).as_posix()
+
+
+def imported(node: ast.AST) -> Iterator[str]:
+    """Full names that an import statement may bind: of `from a import b`, both a and a.b."""
+    if isinstance(node, ast.Import):
+        yield from (alias.name for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+        assert node.level == 0, "a relative import"
+        yield str(node.module)
+        yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def at_import(body: list[ast.stmt]) -> Iterator[ast.stmt]:
+    """Statements that run when the module is imported: not those for the type checker, not `__main__`'s."""
+    for node in body:
+        if isinstance(node, ast.If) and "__main__" in ast.dump(node.test):
+            continue
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+            continue
+        yield node
+        for inner in ("body", "orelse", "finalbody"):
+            if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                yield from at_import(getattr(node, inner, []))
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=name_of)
+def test_a_module_imports_only_lower_layers(path: Path) -> None:
+    if path.stem == "__init__":
+        assert not list(tree_of(path).body[1:]), "nanochat/__init__.py holds a docstring, nothing else"
+        return
+    assert path.stem in ORDER, f"{path.stem} has no place in LAYERS"
+    allowed = set(ORDER[: ORDER.index(path.stem)])
+    for node in ast.walk(tree_of(path)):
+        for name in imported(node):
+            parts = name.split(".")
+            assert parts[0] not in ("scripts", "tests", "dev", "runs"), f"line {node.lineno}: {name}"
+            if parts[0] == "nanochat" and len(parts) > 1 and parts[1] in ORDER:
+                assert parts[1] in allowed, f"line {node.lineno}: {path.stem} must not import {parts[1]}"
+
+
+def test_every_place_in_the_layers_is_taken() -> None:
+    assert set(ORDER) == {path.stem for path in LIBRARY} - {"__init__"}
+    assert len(ORDER) == len(set(ORDER))
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=name_of)
+def test_a_script_imports_no_other_script(path: Path) -> None:
+    for node in ast.walk(tree_of(path)):
+        for name in imported(node):
+            assert not name.startswith("scripts"), f"line {node.lineno}"
+
+
+@pytest.mark.parametrize("path", CODE, ids=name_of)
+def test_nothing_in_a_file_can_be_executed_by_reading_it(path: Path) -> None:
+    for node in ast.walk(tree_of(path)):
+        for name in imported(node):
+            assert name.split(".")[0] not in EXECUTES, f"line {node.lineno}: {name}"
+        if isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            forbidden = {"eval", "exec", "compile", "__import__", "torch.load", "torch.save", "os.system"}
+            assert called not in forbidden, f"line {node.lineno}: {called}"
+            for keyword in node.keywords:
+                assert keyword.arg not in ("shell", "allow_pickle"), f"line {node.lineno}: {keyword.arg}"
+
+
+@pytest.mark.parametrize("path", CODE, ids=name_of)
+def test_the_environment_is_read_in_two_places(path: Path) -> None:
+    if path.stem in READ_ENVIRONMENT:
+        return
+    for node in ast.walk(tree_of(path)):
+        if isinstance(node, ast.Attribute):
+            assert ast.unparse(node) not in ("os.environ", "os.getenv", "os.putenv"), f"line {node.lineno}"
+        for name in imported(node):
+            assert name not in ("os.environ", "os.getenv"), f"line {node.lineno}"
+
+
+@pytest.mark.parametrize("path", CODE, ids=name_of)
+def test_optional_packages_are_imported_where_they_are_used(path: Path) -> None:
+    for node in at_import(tree_of(path).body):
+        for name in imported(node):
+            assert name.split(".")[0] not in OPTIONAL, f"line {node.lineno}: {name}"
+
+
+@pytest.mark.parametrize("path", CODE, ids=name_of)
+def test_a_module_does_no_work_at_import(path: Path) -> None:
+    """Statements that run at import define names; none is called for its effect."""
+    for node in at_import(tree_of(path).body):
+        is_docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        assert is_docstring or not isinstance(node, ast.Expr | ast.For | ast.While | ast.With), (
+            f"line {node.lineno}: {ast.unparse(node)[:60]}"
+        )
+
+
+@pytest.mark.parametrize("path", CODE, ids=name_of)
+def test_files_and_functions_fit(path: Path) -> None:
+    limit = MAX_BASE_TRAIN_LINES - 1 if path.name == "base_train.py" else MAX_FILE_LINES
+    assert len(path.read_text("utf-8").splitlines()) <= limit
+    for node in ast.walk(tree_of(path)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            lines = int(node.end_lineno or 0) - node.lineno + 1
+            assert lines <= MAX_FUNCTION_LINES, f"{node.name}: {lines} lines"
+
+
+@pytest.mark.parametrize("path", CODE, ids=name_of)
+def test_code_is_ascii(path: Path) -> None:
+    for number, line in enumerate(path.read_text("utf-8").splitlines(), start=1):
+        assert line.isascii(), f"line {number}: {line}"
+
+
+# One interpreter imports all modules, in the order of their layers, and tells what each did besides: files,
+# output, connections, changes of the environment. torch is imported first: what it does is not ours.
+WATCH = """
+import importlib, json, os, sys, tempfile
+import torch
+
+events = []
+opened = set()
+def watch(event, args):
+    if event in ("socket.connect", "socket.getaddrinfo"):
+        events.append(event)
+    if event == "open" and isinstance(args[1], str) and set(args[1]) & set("wax+"):
+        opened.add(str(args[0]))
+base, names = sys.argv[1], sys.argv[2:]
+told = {}
+report = os.dup(1)
+with tempfile.TemporaryFile() as sink:
+    sys.addaudithook(watch)
+    os.dup2(sink.fileno(), 1)
+    os.dup2(sink.fileno(), 2)
+    before = dict(os.environ)
+    for name in names:
+        importlib.import_module(name)
+        sys.stdout.flush()
+        done = [*events, *("opened " + path for path in opened if not path.endswith(".pyc"))]
+        sink.seek(0)
+        if output := sink.read():
+            done.append("printed " + output.decode(errors="replace"))
+        sink.truncate(0)
+        sink.seek(0)
+        if os.path.exists(base):
+            done.append("made " + base)
+        if dict(os.environ) != before:
+            done.append("changed the environment")
+        if done:
+            told[name] = done
+        events.clear()
+        opened.clear()
+        before = dict(os.environ)
+os.write(report, json.dumps(told).encode())
+"""
+
+
+def test_importing_any_module_leaves_no_file_no_output_and_no_connection(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    modules = [f"nanochat.{name}" for name in ORDER] + [f"scripts.{path.stem}" for path in SCRIPTS]
+    result = subprocess.run(
+        [sys.executable, "-B", "-c", WATCH, str(base), *modules],
+        cwd=REPO,
+        env={**clean_environment(), "NANOCHAT_BASE_DIR": str(base)},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout) == {}
+
+
+def test_what_decides_a_plan_or_serves_the_data_needs_no_torch() -> None:
+    code = (
+        "import sys, importlib\n"
+        "for name in sys.argv[1:]:\n"
+        "    importlib.import_module(name)\n"
+        "    print(name, 'torch' in sys.modules)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code, *(f"nanochat.{name}" for name in PURE)],
+        cwd=REPO,
+        env=clean_environment(),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert result.stdout.splitlines() == [f"nanochat.{name} False" for name in PURE]
+
+
+def clean_environment() -> dict[str, str]:
+    """Only what a program needs to start."""
+    return {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
+
+
+# -----------------------------------------------------------------------------
+# Tracked files
+
+
+def tracked() -> list[Path]:
+    if shutil.which("git") is None or not (REPO / ".git").exists():
+        pytest.skip("not a git checkout")
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=REPO, capture_output=True, text=True, check=True)
+    return [REPO / name for name in listed.stdout.split("\0") if name and (REPO / name).is_file()]
+
+
+# Written in pieces, so that this file does not hold what it looks for.
+HOSTS = ("py" + "pi.org", "py" + "thonhosted.org", "cra" + "tes.io/", "npm" + "js.org", "anaconda" + ".org")
+FOLDERS = "|".join(("wor" + "k", "roo" + "t", "hom" + "e/[a-z]", "User" + "s/[a-z]", "tm" + "p/[a-z]"))
+
+
+def test_tracked_files_name_no_registry_and_no_path_of_one_machine() -> None:
+    machine = re.compile(rf"(?<![\w.~$}}/-])/(?:{FOLDERS})[\w/]")
+    for path in tracked():
+        if path.suffix in (".lock", ".png", ".zip", ".parquet"):
+            continue
+        for number, line in enumerate(path.read_text("utf-8", errors="replace").splitlines(), start=1):
+            where = f"{name_of(path)}, line {number}: {line.strip()[:100]}"
+            assert not machine.search(line), where
+            assert not any(host in line for host in HOSTS), where
+
+
+def test_no_tracked_file_is_large() -> None:
+    for path in tracked():
+        assert path.stat().st_size < 250_000 or path.suffix == ".lock", name_of(path)
+
+
+def test_every_module_has_a_place_in_the_description_of_the_house() -> None:
+    text = (REPO / "dev" / "ARCHITECTURE.md").read_text("utf-8")
+    for name in ORDER:
+        assert f"`{name}.py`" in text, f"dev/ARCHITECTURE.md does not name {name}.py"
