@@ -1,0 +1,121 @@
+"""The wheel: the package and its compiled module, and nothing else; it works where it is all there is."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import shutil
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import REPO
+
+try:
+    import tomllib
+except ImportError:  # Python 3.10
+    tomllib = None  # type: ignore[assignment]
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(shutil.which("cargo") is None, reason="building the wheel needs Rust"),
+]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel of this checkout. The installed maturin builds it: nothing is fetched."""
+    pytest.importorskip("maturin")
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-deps",
+        "--no-build-isolation",
+        "--wheel-dir",
+        folder,
+    ]
+    if importlib.util.find_spec("pip") is None:  # an environment made by uv
+        command = ["uv", "build", "--wheel", "--no-build-isolation", "--python", sys.executable, "-o", folder]
+    result = subprocess.run([*command, REPO], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    (built,) = folder.glob("*.whl")
+    return built
+
+
+def test_one_wheel_serves_every_python_from_3_10_on(wheel: Path) -> None:
+    assert wheel.name.startswith(f"nanochat-{importlib.metadata.version('nanochat')}-cp310-abi3-")
+
+
+def test_it_holds_the_package_and_the_compiled_module_and_nothing_of_the_checkout(wheel: Path) -> None:
+    names = zipfile.ZipFile(wheel).namelist()
+    tops = {name.split("/")[0] for name in names}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"nanochat", "rustbpe"}
+    assert "nanochat/py.typed" in names
+    packaged = {Path(name).name for name in names if name.startswith("nanochat/") and name.endswith(".py")}
+    assert packaged == {path.name for path in (REPO / "nanochat").glob("*.py")}
+    compiled = [name for name in names if name.endswith((".so", ".pyd", ".dylib"))]
+    assert [name.split("/")[0].split(".")[0] for name in compiled] == ["rustbpe"]
+    assert not [name for name in names if "__pycache__" in name or name.endswith(".rs")]
+
+
+def test_it_declares_its_dependencies_and_extras(wheel: Path) -> None:
+    if tomllib is None:
+        pytest.skip("reading pyproject.toml needs Python 3.11")
+    project = tomllib.loads((REPO / "pyproject.toml").read_text("utf-8"))["project"]
+    with zipfile.ZipFile(wheel) as archive:
+        name = next(name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        metadata = archive.read(name).decode("utf-8")
+    for extra in ("wandb", "data", "plots", "gpu", "eval", "dev"):
+        assert extra in project["optional-dependencies"]
+        assert f"Provides-Extra: {extra}" in metadata
+    required = [
+        line for line in metadata.splitlines() if line.startswith("Requires-Dist:") and ";" not in line
+    ]
+    assert len(required) == len(project["dependencies"])
+    assert "Requires-Python: >=3.10" in metadata
+
+
+USE = """
+import sys
+import nanochat, rustbpe
+from nanochat import config, scaling
+from nanochat.tokenizer import Tokenizer
+
+for module in (nanochat, rustbpe):
+    assert module.__file__.startswith(sys.argv[1]), module.__file__
+text = "Hello world, caf\\u00e9 42 \\U0001f600\\n"
+tokenizer = Tokenizer.train([text] * 3, 300)
+assert tokenizer.decode(tokenizer.encode(text)) == text
+assert scaling.plan(config.TrainArgs(depth=4), tokenizer.vocab_size).steps > 0
+print("ok")
+"""
+
+
+def test_installed_alone_it_imports_and_encodes(wheel: Path, tmp_path: Path) -> None:
+    """Installed into an empty folder; the dependencies come from here, our own packages do not."""
+    target, dependencies = tmp_path / "installed", tmp_path / "dependencies"
+    with zipfile.ZipFile(wheel) as archive:  # what installing a wheel without scripts is
+        archive.extractall(target)
+    dependencies.mkdir()
+    for path in Path(sysconfig.get_paths()["purelib"]).iterdir():
+        if (
+            not path.name.startswith(("nanochat", "rustbpe", "__pycache__", "__editable__"))
+            and path.suffix != ".pth"
+        ):
+            (dependencies / path.name).symlink_to(path)
+    paths = f"import sys; sys.path[:0] = [{str(target)!r}, {str(dependencies)!r}]"
+    result = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", f"{paths}\n{USE}", str(target)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "ok"
