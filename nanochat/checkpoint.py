@@ -98,13 +98,13 @@ def save(state: TrainState, plan: Plan, fingerprints: dict[str, str], world: Wor
     run = plan.args.run_name
     folder = folder_of(run, state.step)
     model = {name: parameter.detach() for name, parameter in state.model.named_parameters()}
-    optimizer = state.optimizer.state_tensors()
+    optimizer, loader = state.optimizer.state_tensors(), state.loader.state_dict()  # collectives
     if world.is_main:
         meta = {
             "format": FORMAT,
             "made_by": f"nanochat {version('nanochat')}",
             **{name: getattr(state, name) for name in COUNTERS},
-            "loader": state.loader.state_dict(),
+            "loader": loader,
             "fingerprints": fingerprints,
             "plan": plan.to_dict(),
         }

@@ -28,7 +28,7 @@ class TrainArgs:
     )
     run: str = flag("", "name of the run and of its folder; by default d<depth>")
     # Data
-    corpus: str = flag("fineweb-edu", "what to train on: stdlib, local, fineweb-edu, climbmix")
+    corpus: str = flag("fineweb-edu", "what to train on: stdlib, fineweb-edu, climbmix or your own corpus")
     tokenizer: str = flag("", "name of the tokenizer; by default the corpus's name")
     keep_tails: bool = flag(False, "keep what is cropped from long documents as documents of their own")
     # Model
@@ -108,7 +108,7 @@ class EvalArgs:
 class TokTrainArgs:
     """Train a tokenizer on a corpus."""
 
-    corpus: str = flag("fineweb-edu", "what to train on: stdlib, local, fineweb-edu, climbmix")
+    corpus: str = flag("fineweb-edu", "what to train on: stdlib, fineweb-edu, climbmix or your own corpus")
     name: str = flag("", "name of the tokenizer; by default the corpus's name")
     vocab_size: int = flag(32768, "entries of the vocabulary, special tokens included")
     max_chars: int = flag(2_000_000_000, "characters to train on")

@@ -120,11 +120,11 @@ def measured_flops_per_s(
         seconds: how long to measure.
     """
     a = torch.randn(size, size, device=device, dtype=torch.float32).to(dtype)
+    (a @ a)[0, 0].item()  # the read waits for the device
     best, stop = float("inf"), time.perf_counter() + seconds
-    (a @ a).sum().item()
-    while time.perf_counter() < stop:
+    while best == float("inf") or time.perf_counter() < stop:
         start = time.perf_counter()
-        (a @ a)[0, 0].item()  # the read waits for the device
+        (a @ a)[0, 0].item()
         best = min(best, time.perf_counter() - start)
     return 2 * size**3 / best
 

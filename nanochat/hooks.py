@@ -70,16 +70,16 @@ def _validator(
     plan: Plan, corpus: Corpus, tokenizer: Tokenizer, world: World, log: RunLog
 ) -> Callable[[TrainState], None]:
     token_bytes = tokenizer.token_bytes()
+    batches = val_batches(
+        corpus,
+        tokenizer,
+        sequence_len=plan.model.sequence_len,
+        rows=plan.device_batch_size,
+        world=world,
+        max_tokens=plan.args.eval_tokens,
+    )
 
     def validate(state: TrainState) -> None:
-        batches = val_batches(
-            corpus,
-            tokenizer,
-            sequence_len=plan.model.sequence_len,
-            rows=plan.device_batch_size,
-            world=world,
-            max_tokens=plan.args.eval_tokens,
-        )
         bpb = evaluate_bpb(state.model, batches, token_bytes, world)
         state.val_bpb = bpb
         state.min_val_bpb = bpb if state.min_val_bpb is None else min(bpb, state.min_val_bpb)

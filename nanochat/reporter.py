@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +25,7 @@ class StepResult:
 
     loss: Tensor
     grad_norm: Tensor
+    applied: Tensor
     lr_mult: float
 
 
@@ -52,19 +52,31 @@ class StepReporter:
             self.flush(state)
 
     def flush(self, state: TrainState) -> None:
-        """Read the pending results, waiting for the device once, and report them."""
+        """Read the pending results, waiting for the device once, and report them.
+
+        Raises:
+            UserError: a loss or gradient was not finite; the weights are those of the step before it.
+        """
         if not self._pending:
             return
-        values = torch.stack(
-            [torch.stack((r.loss, r.grad_norm.to(r.loss))) for r, _ in self._pending]
-        ).tolist()
+        device_values = [torch.stack((r.loss, r.grad_norm, r.applied.float())) for r, _ in self._pending]
+        values = torch.stack(device_values).tolist()
         seconds = (time.perf_counter() - self._mark) / len(values)
         if self.seconds_to_first_step is None:
             self.seconds_to_first_step = hardware.process_age_seconds()
         first = state.step - len(values)
-        for offset, (loss, grad_norm) in enumerate(values):
-            result, epoch = self._pending[offset]
-            self._report(state, first + offset, loss, grad_norm, result.lr_mult, epoch, seconds)
+        for step, (loss, grad_norm, applied) in enumerate(values, start=first):
+            if not applied:
+                raise UserError(
+                    f"step {step}: loss {loss}, gradient norm {grad_norm}: not finite, so the weights were "
+                    "left as they were. Lower --matrix-lr and --embedding-lr; --resume=auto goes on from the "
+                    "last checkpoint."
+                )
+            result, epoch = self._pending[step - first]
+            state.train_seconds += seconds
+            state.smoothed_loss += (1 - SMOOTHING) * (loss - state.smoothed_loss)
+            figures = {"loss": loss, "grad_norm": grad_norm, "lr_mult": result.lr_mult, "epoch": epoch}
+            self._report(state, step, seconds, **figures)
         self._pending.clear()
         self.restart_clock()
 
@@ -72,20 +84,14 @@ class StepReporter:
         self,
         state: TrainState,
         step: int,
+        seconds: float,
+        *,
         loss: float,
         grad_norm: float,
         lr_mult: float,
         epoch: float,
-        seconds: float,
     ) -> None:
-        if not math.isfinite(loss):
-            raise UserError(
-                f"step {step}: the training loss is {loss}. Lower --matrix-lr and --embedding-lr, or look at "
-                "the data; --resume=auto goes on from the last checkpoint."
-            )
         plan = self._plan
-        state.train_seconds += seconds
-        state.smoothed_loss += (1 - SMOOTHING) * (loss - state.smoothed_loss)
         smoothed = state.smoothed_loss / (1 - SMOOTHING ** (step + 1))
         tokens_per_s = plan.batch_tokens / seconds
         mfu = tokens_per_s * plan.flops_per_token / self.peak_flops_per_s

@@ -36,7 +36,12 @@ def create_state(
     model.to_empty(device=world.device)
     model.init_weights(plan.args.seed)
     optimizer = MuonAdamW(
-        dict(model.named_parameters()), model.parameter_kinds(), plan.groups, world, precision.compute_dtype
+        dict(model.named_parameters()),
+        model.parameter_kinds(),
+        plan.groups,
+        world,
+        precision.compute_dtype,
+        plan.model.constants.polar_norm_factor,
     )
     loader = TrainLoader(
         corpus,
@@ -53,33 +58,36 @@ def create_state(
 
 
 def train_step(plan: Plan, state: TrainState, world: World) -> StepResult:
-    """Forward and backward over the micro-batches of this rank, then one update. Waits for nothing."""
+    """Forward and backward over the micro-batches of this rank, then one update. Waits for nothing.
+
+    A loss or gradient that is not finite, on any rank, never reaches the weights.
+    """
     micro_batches = state.loader.next_batch()
     loss = torch.zeros((), device=world.device)
     for inputs, targets in micro_batches:
-        inputs = inputs.to(world.device, non_blocking=True)
-        targets = targets.to(world.device, non_blocking=True)
         micro_loss = state.model.loss(inputs, targets) / len(micro_batches)
-        micro_loss.backward()
+        micro_loss.backward()  # type: ignore[no-untyped-call]
         loss += micro_loss.detach()
     lr_mult = lr_multiplier(state.step, plan.schedule)
-    grad_norm = state.optimizer.step(
+    update = state.optimizer.step(
         lr_mult,
         muon_momentum(state.step, plan.schedule),
         muon_weight_decay(state.step, plan.schedule),
+        ok=torch.isfinite(loss),
     )
-    return StepResult(world.all_reduce_sum(loss) / world.size, grad_norm, lr_mult)
+    mean_loss = world.all_reduce_sum(loss) / world.size
+    return StepResult(mean_loss, update.grad_norm, update.applied, lr_mult)
 
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[Callable[[], bool]]:
     """Within, a first SIGINT or SIGTERM only raises the flag that is yielded; a second one acts at once."""
     received: list[int] = []
-    previous: dict[int, Any] = {}
+    previous: dict[signal.Signals, Any] = {}
 
     def note(number: int, _frame: object) -> None:
         received.append(number)
-        signal.signal(number, previous[number])
+        signal.signal(number, previous[signal.Signals(number)])
 
     for number in (signal.SIGINT, signal.SIGTERM):
         previous[number] = signal.signal(number, note)
@@ -154,6 +162,7 @@ def run(
         status = train(plan, state, world, reporter, hooks)
         if status == "stopped":
             log.say(f"stopped by a signal; saved {checkpoint.save(state, plan, fingerprints, world)}")
+        state.loader.close()
         summary = summarize(plan, state, reporter, world, status)
         if world.is_main:
             files.write_json(folder / "summary.json", summary)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 
-from nanochat.dataset import Corpus
-from nanochat.report import write_report
-from nanochat.tokenizer import Tokenizer
-
 from nanochat import attention, config, errors, files, hardware, scaling, train, world
 from nanochat.config import TrainArgs
+from nanochat.dataset import Corpus
 from nanochat.hardware import Precision
+from nanochat.report import write_report
+from nanochat.tokenizer import Tokenizer
 
 
 @errors.cli

@@ -1,0 +1,42 @@
+"""Train a tokenizer on a corpus: `python -m scripts.tok_train --corpus stdlib --vocab-size 8192`."""
+
+from __future__ import annotations
+
+import time
+
+from nanochat import config, errors, files
+from nanochat.config import TokTrainArgs
+from nanochat.dataset import Corpus
+from nanochat.errors import UserError
+from nanochat.tokenizer import Tokenizer
+
+
+@errors.cli
+def main() -> None:
+    """Read the corpus, train, save, say how well it compresses."""
+    args = config.parse(TokTrainArgs)
+    folder = files.tokenizer_dir(args.name or args.corpus)
+    if (folder / "tokenizer.json").exists() and not args.overwrite:
+        tokenizer = Tokenizer.load(folder)
+        if tokenizer.vocab_size != args.vocab_size:
+            raise UserError(
+                f"{folder} holds {tokenizer.vocab_size} entries, and --vocab-size={args.vocab_size}. "
+                "Name another with --name, or train it again with --overwrite."
+            )
+        print(f"{folder} is there already: {tokenizer.vocab_size} entries. Train it again with --overwrite.")
+        return
+    corpus = Corpus.open(args.corpus)
+    files.require_writable(folder)
+    start = time.perf_counter()
+    texts = corpus.texts(max_chars=args.max_chars, doc_cap=args.doc_cap)
+    tokenizer = Tokenizer.train(texts, args.vocab_size)
+    tokenizer.save(folder)
+    print(f"trained {tokenizer.vocab_size} entries in {time.perf_counter() - start:.1f} s: {folder}")
+    sample = corpus.read_block(corpus.val_shards[0], 0)
+    ids, _ = tokenizer.encode_batch(sample)
+    n_bytes = sum(len(text.encode("utf-8")) for text in sample)
+    print(f"validation text: {n_bytes / len(ids):.3f} bytes a token")
+
+
+if __name__ == "__main__":
+    main()
