@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any
 
@@ -24,6 +25,7 @@ from nanochat.world import World
 PARTS = ("core", "bpb", "sample")
 # GPT-2 1558M on this metric (karpathy/nanochat, 1000 examples a task): the bar of the speedrun.
 GPT2_CORE = 0.256525
+CORE_TASKS = 22  # another suite must not be compared to that bar
 
 
 def run(args: EvalArgs, world: World) -> dict[str, Any]:
@@ -132,6 +134,11 @@ def _score_bpb(
             split=split,
         )
         found[split] = evaluate_bpb(model, batches, token_bytes, world)
+        if not math.isfinite(found[split]):
+            raise UserError(
+                f"bits per byte of {split} is not a number: the training of run {args.run!r} diverged. "
+                "Score an earlier checkpoint with --step, or train again."
+            )
         world.print0(f"bits per byte, {split}: {found[split]:.4f}")
     return found
 
@@ -141,7 +148,7 @@ def show(found: dict[str, Any], core: CoreResult | None) -> None:
     console = Console()
     if core is not None:
         console.print(_table(core))
-        bar = f" (GPT-2 1558M: {GPT2_CORE})" if core.bundle != "core_mini" else ""
+        bar = f" (GPT-2 1558M: {GPT2_CORE})" if len(core.tasks) == CORE_TASKS else ""
         console.print(f"CORE {core.core_metric:.4f} +- {core.core_stderr:.4f}{bar}", highlight=False)
         console.print(
             f"{len(core.predictions)} examples, {core.examples_per_second:.1f} per second", highlight=False
