@@ -83,6 +83,11 @@ def band_mask(tq: int, tk: int, window: int, device: torch.device) -> Tensor:
 # sdpa
 
 
+def _mask(tq: int, tk: int, window: int, device: torch.device) -> Tensor:
+    """band_mask from the cache; a compiler traces it as it is, and keeps no cache of ours."""
+    return (band_mask if torch.compiler.is_compiling() else _cached_mask)(tq, tk, window, device)
+
+
 @lru_cache(maxsize=32)
 def _cached_mask(tq: int, tk: int, window: int, device: torch.device) -> Tensor:
     """band_mask made once a shape; at most (window + block) x block elements each."""
@@ -122,17 +127,17 @@ def _sdpa_banded(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float | No
     b, h, t, d = q.shape
     n = max(window, MIN_QUERY_BLOCK)
     if n >= t:
-        return F.scaled_dot_product_attention(q, k, v, _cached_mask(t, t, window, q.device), scale=scale)
+        return F.scaled_dot_product_attention(q, k, v, _mask(t, t, window, q.device), scale=scale)
     pad = -t % n
     if pad:  # keys added at the end come after every real query
         q, k, v = (F.pad(x, (0, 0, 0, pad)) for x in (q, k, v))
     blocks = (t + pad) // n
     q, k, v = (x.reshape(b, h, blocks, n, d).transpose(1, 2) for x in (q, k, v))  # (B, blocks, H, N, D)
-    mask = _cached_mask(n, n, window, q.device)
+    mask = _mask(n, n, window, q.device)
     first = F.scaled_dot_product_attention(q[:, 0], k[:, 0], v[:, 0], mask, scale=scale)
     span_k = torch.cat((k[:, :-1, :, n - window :], k[:, 1:]), dim=3).flatten(0, 1)
     span_v = torch.cat((v[:, :-1, :, n - window :], v[:, 1:]), dim=3).flatten(0, 1)
-    mask = _cached_mask(n, window + n, window, q.device)
+    mask = _mask(n, window + n, window, q.device)
     rest = F.scaled_dot_product_attention(q[:, 1:].flatten(0, 1), span_k, span_v, mask, scale=scale)
     out = torch.cat((first[:, None], rest.reshape(b, blocks - 1, h, n, d)), dim=1)
     return out.transpose(1, 2).reshape(b, h, t + pad, d)[:, :, :t]
@@ -145,7 +150,7 @@ def _sdpa_cached(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float | No
     for start in range(0, tq, CACHED_QUERY_BLOCK):
         stop = min(tq, start + CACHED_QUERY_BLOCK)
         low, high = max(0, tk - tq + start - window), tk - tq + stop
-        mask = _cached_mask(stop - start, high - low, window, q.device)
+        mask = _mask(stop - start, high - low, window, q.device)
         part = (q[:, :, start:stop], k[:, :, low:high], v[:, :, low:high])
         out.append(F.scaled_dot_product_attention(*part, mask, scale=scale))
     return torch.cat(out, dim=2)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -94,6 +94,26 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
 
 
+class ReluSquared(torch.autograd.Function):
+    """max(z, 0)^2, of which only r = max(z, 0) is kept: the derivative is 2 r.
+
+    F.relu and square take six passes over the widest activation instead of four, and twice the memory.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor) -> Tensor:
+        """Any shape -> the same."""
+        r = F.relu(z)
+        ctx.save_for_backward(r)
+        return r * r
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        """2 r times the gradient."""
+        (r,) = ctx.saved_tensors
+        return (grad * r).mul_(2)
+
+
 class Attention(nn.Module):
     """Causal attention with rotary positions, normed queries and keys, and gated value embeddings."""
 
@@ -144,7 +164,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
-        out: Tensor = self.down(F.relu(self.up(x)).square())
+        out: Tensor = self.down(ReluSquared.apply(self.up(x)))
         return out
 
 

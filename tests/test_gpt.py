@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torch._dynamo.testing
 
 from nanochat.config import TrainArgs
 from nanochat.gpt import GPT
@@ -221,3 +222,15 @@ def test_odd_shapes_step_on_the_meta_device(depth):
     assert hidden.shape == (2, 96, config.n_embd)
     hidden.sum().backward()
     assert all(p.grad is not None for name, p in model.named_parameters() if name != "head.weight")
+
+
+def test_the_forward_pass_is_one_graph_and_never_recompiles():
+    config = config_of(sequence_len=160)
+    model, (ids, targets) = random_model(config), batch(config)
+    counter = torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=False)
+    for shift in range(3):
+        torch.testing.assert_close(compiled(ids.roll(shift)), model(ids.roll(shift)))
+    assert counter.frame_count == 1
+    loss = torch.compile(model.loss, backend="eager")(ids, targets)
+    torch.testing.assert_close(loss, model.loss(ids, targets))

@@ -1,9 +1,10 @@
-"""The optimizer against an independent one, its rules against linear algebra, its guard against bad numbers."""
+"""The optimizer against an independent one, its rules against linear algebra, its guard on bad numbers."""
 
 import math
 
 import pytest
 import torch
+import torch._dynamo.testing
 
 from nanochat.errors import UserError
 from nanochat.hardware import Precision
@@ -235,3 +236,23 @@ def test_a_parameter_without_a_gradient_counts_as_zero():
     before = params["a"].detach().clone()
     assert optimizer.step(1.0, 0.9, 0.0).applied
     assert torch.equal(params["a"], before)
+
+
+def test_a_compiled_muon_update_does_not_recompile_as_the_schedule_moves():
+    counter = torch._dynamo.testing.CompileCounter()
+    update = torch.compile(muon_update, backend=counter, fullgraph=True, dynamic=False)
+    p, moments = torch.zeros(2, 8, 4), (torch.zeros(2, 8, 4), torch.zeros(2, 8, 1))
+    for step in range(3):
+        lr_mult, momentum, weight_decay = (torch.tensor(x) for x in schedule(step))
+        update(
+            p,
+            torch.ones(2, 8, 4),
+            *moments,
+            lr=lr_mult,
+            momentum=momentum,
+            weight_decay=weight_decay,
+            beta2=0.9,
+            ok=torch.tensor(True),
+            dtype=torch.float32,
+        )
+    assert counter.frame_count == 1
