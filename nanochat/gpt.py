@@ -97,7 +97,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class ReluSquared(torch.autograd.Function):
     """max(z, 0)^2, of which only r = max(z, 0) is kept: the derivative is 2 r.
 
-    F.relu and square take six passes over the widest activation instead of four, and twice the memory.
+    F.relu and square take six passes over the widest activation, forward and backward, instead of four.
     """
 
     @staticmethod

@@ -22,8 +22,8 @@ from torch import Tensor
 Reduction = Literal["mean", "sum", "none"]
 
 # Elements of logits held at a time: in the compute dtype for the matrix products (a chunk), and in fp32 for
-# the elementwise part (a tile of the chunk). On a CPU tiles of 2^20 stay in cache, which halves the
-# elementwise time.
+# the elementwise part (a tile of the chunk). On a CPU tiles should stay in cache: per 8,192 tokens of
+# V = 32,768 the elementwise part takes 0.18 to 0.20 s with tiles of 2^19 to 2^21, and 0.29 s with 2^23.
 CHUNK_ELEMENTS = {"cpu": 1 << 25, "cuda": 1 << 27}
 TILE_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 25}
 
