@@ -160,7 +160,8 @@ def verify(folder: Path) -> None:
     """
     manifest = files.read_json(folder / MANIFEST)
     listed = manifest.get("files") if isinstance(manifest, dict) else None
-    if not isinstance(listed, dict) or set(listed) != {MODEL, OPTIMIZER, STATE}:
+    known = isinstance(listed, dict) and set(listed) == {MODEL, OPTIMIZER, STATE}
+    if not known or manifest != {"format": FORMAT, "files": listed}:
         raise UserError(f"{folder / MANIFEST}: not a manifest of this version. Use another checkpoint.")
     for name, entry in listed.items():
         path = folder / name
@@ -318,5 +319,6 @@ def load_model(
     with torch.device("meta"):
         model = GPT(model_config, precision)
     model.to_empty(device=device)
+    model.reserve_positions(model_config.sequence_len)  # the rotary tables are not in the file
     _load_weights(model, folder / MODEL)
     return model.eval(), tokenizer, meta

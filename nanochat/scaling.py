@@ -24,7 +24,7 @@ from nanochat.schedule import Schedule
 
 VOCAB_MULTIPLE = 64
 WINDOW_MULTIPLE = 128
-MAX_LANES = 64
+MAX_LANES = 16  # each opens with a block of about a million tokens: start-up time and memory
 MICRO_BATCH_CONTEXT = 2048  # context for which RECIPE 1.5 gives rows of a micro-batch
 ADAM_EPS = 1e-10
 

@@ -1,16 +1,23 @@
-"""A run small enough for a test: a corpus made here, its tokenizer, arguments of a model that steps in milliseconds."""
+"""A run small enough for a test: a corpus made here, its tokenizer, a model that steps in milliseconds."""
 
 from __future__ import annotations
 
 import dataclasses
 import random
 from pathlib import Path
+from typing import Any
 
-from nanochat import files
+import torch
+
+from nanochat import dataset, files, scaling, train
 from nanochat.config import TrainArgs
+from nanochat.dataset import Corpus
+from nanochat.hardware import Precision
 from nanochat.tokenizer import Tokenizer
+from nanochat.world import World
 
-WORDS = "the cat sat on a mat and saw two dogs near their red house while rain fell over green hills".split()
+TEXT = "the cat sat on a mat and saw two dogs near their red house while rain fell over green hills"
+WORDS = TEXT.split()
 
 TINY = TrainArgs(
     depth=2,
@@ -51,3 +58,17 @@ def tokenizer_named(name: str) -> Tokenizer:
 def tiny_args(**changes: object) -> TrainArgs:
     """TINY with some fields changed."""
     return dataclasses.replace(TINY, **changes)  # type: ignore[arg-type]
+
+
+def tiny_corpus(tmp_path: Path) -> None:
+    """Make the corpus "local" and its tokenizer in the base directory of the test."""
+    dataset.prepare("local", named_files=[str(write_text(tmp_path / "text"))])
+    tokenizer_named("local")
+
+
+def train_tiny(**changes: object) -> dict[str, Any]:
+    """Train TINY, or a variation of it, in this process; returns its summary."""
+    args = tiny_args(**changes)
+    tokenizer = Tokenizer.load(files.tokenizer_dir("local"))
+    plan = scaling.plan(args, tokenizer.vocab_size)
+    return train.run(plan, Corpus.open("local"), tokenizer, Precision(torch.float32, "sdpa"), World.solo())

@@ -1,0 +1,164 @@
+"""Checkpoints: whole or not there, damage named before use, another run refused with the difference."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from nanochat import checkpoint, files
+from nanochat.errors import UserError
+from nanochat.hardware import Precision
+from nanochat.tokenizer import Tokenizer
+from tests.conftest import REPO
+from tests.tiny import tiny_corpus, train_tiny
+
+FP32 = Precision(torch.float32, "sdpa")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base directory with a finished run that has checkpoints of steps 8 and 12."""
+    folder = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NANOCHAT_BASE_DIR", str(folder / "base"))
+        tiny_corpus(folder)
+        train_tiny()
+    return folder / "base"
+
+
+@pytest.fixture(autouse=True)
+def run(trained: Path, base_dir: Path) -> None:
+    """The run, in this test's own base directory."""
+    shutil.copytree(trained, base_dir)
+
+
+def test_a_checkpoint_has_its_four_files_and_retention_keeps_two() -> None:
+    assert checkpoint.steps_of("tiny") == [8, 12]
+    folder = checkpoint.folder_of("tiny", 12)
+    assert folder.name == "step_000012"
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "MANIFEST.json",
+        "model.safetensors",
+        "optimizer.safetensors",
+        "state.json",
+    ]
+    assert sorted(path.name for path in folder.parent.iterdir()) == ["step_000008", "step_000012"]
+
+
+def test_tensors_are_whole_and_fp32_under_their_parameter_names() -> None:
+    model, _, meta = checkpoint.load_model("tiny", device=torch.device("cpu"), precision=FP32)
+    tensors = load_file(checkpoint.folder_of("tiny", 12) / "model.safetensors")
+    assert {name: p.shape for name, p in model.named_parameters()} == {n: t.shape for n, t in tensors.items()}
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+    assert meta["step"] == 12
+
+
+def test_a_loaded_model_has_no_uninitialised_buffer() -> None:
+    model, _, _ = checkpoint.load_model("tiny", device=torch.device("cpu"), precision=FP32)
+    ids = torch.arange(8)[None]
+    again, _, _ = checkpoint.load_model("tiny", device=torch.device("cpu"), precision=FP32)
+    assert torch.isfinite(model.logits(ids)).all()
+    assert torch.equal(model.logits(ids), again.logits(ids))
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "optimizer.safetensors", "state.json", "MANIFEST.json"]
+)
+@pytest.mark.parametrize("damage", ["flip", "truncate", "empty", "remove"])
+def test_damage_is_named_and_the_last_good_one_is_used(
+    name: str, damage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = checkpoint.folder_of("tiny", 12) / name
+    data = bytearray(path.read_bytes())
+    if damage == "flip":
+        rng = random.Random(name)
+        data[rng.randrange(len(data))] ^= 1 << rng.randrange(7)
+    path.write_bytes({"flip": data, "truncate": data[: len(data) // 2], "empty": b""}.get(damage, data))
+    if damage == "remove":
+        path.unlink()
+    assert checkpoint.find("tiny", None) == checkpoint.folder_of("tiny", 8)
+    if (name, damage) != ("MANIFEST.json", "remove"):  # without a manifest there is no checkpoint to name
+        named = (
+            "step_000012" if name == "MANIFEST.json" else name
+        )  # a wrong entry accuses the file it describes
+        assert named in capsys.readouterr().out
+        with pytest.raises(UserError, match=named):
+            checkpoint.find("tiny", 12)
+
+
+def test_all_damaged_is_an_error_not_a_new_start() -> None:
+    for step in (8, 12):
+        (checkpoint.folder_of("tiny", step) / "model.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match="none of its 2 checkpoints is whole"):
+        checkpoint.find("tiny", None)
+
+
+def test_absent_step_lists_those_that_are_there() -> None:
+    with pytest.raises(UserError, match=r"no checkpoint of step 5. There are: 8, 12"):
+        checkpoint.find("tiny", 5)
+    with pytest.raises(UserError, match="unknown run 'other'.*tiny"):
+        checkpoint.load_model("other", device=torch.device("cpu"), precision=FP32)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"depth": 3}, "model"),
+        ({"seed": 1}, "--seed"),
+        ({"num_iterations": 13}, "steps"),
+        ({"total_batch_size": 512}, "batch_tokens"),
+        ({"matrix_lr": 0.5}, "groups"),
+        ({"warmup_steps": 3}, "schedule"),
+        ({"keep_tails": True}, "--keep-tails"),
+    ],
+)
+def test_another_plan_is_refused_with_the_difference(changes: dict[str, object], named: str) -> None:
+    with pytest.raises(UserError, match=f"cannot be resumed.*{named}: .* then, .* now"):
+        train_tiny(resume="auto", **changes)
+
+
+def test_another_tokenizer_is_refused() -> None:
+    Tokenizer.train(["other text, of the same size"], 300).save(files.tokenizer_dir("local"))
+    with pytest.raises(UserError, match="tokenizer hash: .* then, .* now"):
+        train_tiny(resume="auto")
+    with pytest.raises(UserError, match="is not the one that run 'tiny' was trained with"):
+        checkpoint.load_model("tiny", device=torch.device("cpu"), precision=FP32)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.9])
+def test_a_full_disk_costs_nothing_but_the_save(share: float) -> None:
+    folder = files.checkpoints_dir("tiny")
+    limit = int(share * (folder / "step_000012" / "optimizer.safetensors").stat().st_size)
+    shutil.rmtree(folder / "step_000012")
+    script = f"""
+        import resource, signal
+        from nanochat import train
+        from nanochat.errors import cli
+        from tests.tiny import train_tiny
+
+        real_step = train.train_step
+
+        def limited(*args):
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, resource.RLIM_INFINITY))
+            return real_step(*args)
+
+        train.train_step = limited
+        cli(lambda: train_tiny(resume="auto"))()
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)], cwd=REPO, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("error: ")
+    assert len(done.stderr.splitlines()) == 1
+    assert [path.name for path in folder.iterdir()] == ["step_000008"]
+    checkpoint.verify(folder / "step_000008")

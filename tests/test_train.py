@@ -1,0 +1,179 @@
+"""The trainer: it learns, it resumes to the bit after a kill, stops when asked, leaves the promised files."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nanochat import checkpoint, files, train
+from nanochat.errors import UserError
+from nanochat.hooks import Hook
+from nanochat.runlog import read_metrics
+from tests.conftest import REPO
+from tests.tiny import tiny_args, tiny_corpus, train_tiny
+
+# What may differ between two runs of the same plan: the clock.
+CLOCK = ("tokens_per_second", "mfu", "train_seconds")
+
+
+@pytest.fixture(autouse=True)
+def corpus(tmp_path: Path) -> None:
+    tiny_corpus(tmp_path)
+
+
+def metrics(run: str = "tiny", kind: str = "") -> list[dict[str, Any]]:
+    entries = read_metrics(files.run_dir(run) / "metrics.jsonl")
+    return [
+        {name: value for name, value in entry.items() if name not in CLOCK}
+        for entry in entries
+        if not kind or entry["kind"] == kind
+    ]
+
+
+def weights(run: str, step: int) -> bytes:
+    folder = checkpoint.folder_of(run, step)
+    return (folder / checkpoint.MODEL).read_bytes() + (folder / checkpoint.OPTIMIZER).read_bytes()
+
+
+def test_a_run_learns_and_leaves_its_files() -> None:
+    # Batches this small scale the rates of the recipe down to a fortieth: undo it.
+    rates = {"matrix_lr": 0.9, "embedding_lr": 6.0, "unembedding_lr": 0.16}
+    summary = train_tiny(num_iterations=60, warmup_steps=5, eval_every=20, **rates)
+    folder = files.run_dir("tiny")
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "checkpoints",
+        "config.json",
+        "metrics.jsonl",
+        "summary.json",
+    ]
+    promised = "val_bpb min_val_bpb steps tokens train_seconds tokens_per_second seconds_to_first_step"
+    promised += " peak_memory_bytes mfu world_size depth"
+    assert set(promised.split()) <= set(summary)
+    assert summary == json.loads((folder / "summary.json").read_text())
+    assert (summary["status"], summary["steps"], summary["tokens"]) == ("finished", 60, 60 * 256)
+    scores = [entry["val_bpb"] for entry in metrics(kind="eval")]
+    assert [entry["step"] for entry in metrics(kind="eval")] == [0, 20, 40, 60]
+    assert scores[-1] < 0.6 * scores[0]
+    assert summary["min_val_bpb"] == min(scores)
+    assert [entry["step"] for entry in metrics(kind="step")] == list(range(60))
+
+
+def test_loss_at_step_0_is_that_of_guessing() -> None:
+    train_tiny(num_iterations=1)
+    assert metrics(kind="step")[0]["loss"] == pytest.approx(math.log(300), abs=0.01)
+
+
+def test_the_same_run_twice_is_the_same_to_the_bit() -> None:
+    train_tiny(run="a")
+    train_tiny(run="b")
+    assert metrics("a") == metrics("b")
+    assert weights("a", 12) == weights("b", 12)
+
+
+def test_micro_batches_change_no_loss() -> None:
+    train_tiny(run="a", device_batch_size=8, num_iterations=4)
+    train_tiny(run="b", device_batch_size=2, num_iterations=4)
+    for a, b in zip(metrics("a", "step"), metrics("b", "step"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
+
+
+@pytest.mark.parametrize("at", [1, 4, 7])
+def test_a_resumed_run_is_the_same_run_to_the_bit(at: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    train_tiny(run="whole")
+    with monkeypatch.context() as patch:
+        stop_after(at, patch)
+        assert train_tiny(run="parts")["status"] == "stopped"
+    train_tiny(run="parts", resume="auto")
+    assert metrics("parts") == metrics("whole")
+    assert weights("parts", 12) == weights("whole", 12)
+
+
+def stop_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Send this process the signal that a preemption sends, when `steps` steps are done."""
+    done = 0
+    real_step = train.train_step
+
+    def counted(*args: Any) -> Any:
+        nonlocal done
+        done += 1
+        if done == steps:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real_step(*args)
+
+    monkeypatch.setattr(train, "train_step", counted)
+
+
+def flag_needed(value: object) -> bool:
+    return value not in (None, "", False)
+
+
+def test_a_killed_process_resumes_to_the_bit(base_dir: Path) -> None:
+    train_tiny(run="whole", num_iterations=40)
+    asked = dataclasses.asdict(tiny_args(run="parts", num_iterations=40, resume="auto"))
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in asked.items() if flag_needed(value)]
+    command = [sys.executable, "-m", "scripts.base_train", *flags]
+    process = subprocess.Popen(command, cwd=REPO, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not checkpoint.steps_of("parts") and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert 4 <= checkpoint.steps_of("parts")[-1] < 40
+    subprocess.run(command, cwd=REPO, check=True, stdout=subprocess.DEVNULL, timeout=200)
+    assert weights("parts", 40) == weights("whole", 40)
+    assert [entry["step"] for entry in metrics("parts", "step")] == list(range(40))
+
+
+def test_a_finished_run_resumes_to_nothing() -> None:
+    train_tiny()
+    before = weights("tiny", 12)
+    assert train_tiny(resume="auto")["status"] == "finished"
+    assert weights("tiny", 12) == before
+
+
+def test_a_run_that_exists_is_not_started_over() -> None:
+    train_tiny()
+    with pytest.raises(UserError, match="has checkpoints already"):
+        train_tiny()
+
+
+def test_nan_never_reaches_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    clean: dict[str, torch.Tensor] = {}
+    real_step = train.train_step
+
+    def poisoned(plan: Any, state: Any, world: Any) -> Any:
+        if state.step == 3:
+            clean.update({name: p.detach().clone() for name, p in state.model.named_parameters()})
+            nan = torch.full((4, 32, 32), math.nan)
+            hook = state.model.embed.register_forward_hook(lambda *_: nan)
+            result = real_step(plan, state, world)
+            hook.remove()
+            after = dict(state.model.named_parameters())
+            assert all(torch.equal(after[name], clean[name]) for name in clean)
+            return result
+        return real_step(plan, state, world)
+
+    monkeypatch.setattr(train, "train_step", poisoned)
+    with pytest.raises(UserError, match="step 3: loss nan"):
+        train_tiny()
+    assert clean
+
+
+@pytest.mark.parametrize(
+    ("every", "at_start", "expected"),
+    [(4, False, [4, 8, 10]), (4, True, [0, 4, 8, 10]), (0, False, [10]), (5, False, [5, 10])],
+)
+def test_cadence_of_hooks(every: int, at_start: bool, expected: list[int]) -> None:
+    hook = Hook(lambda state: None, every, at_start)
+    assert [step for step in range(11) if hook.due(step, 10)] == expected
