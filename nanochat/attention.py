@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanochat.errors import UserError
+from nanochat.hardware import Precision, choose_dtype
 
 BACKENDS = ("fa3", "fa2", "flex", "sdpa")
 # Smallest block of queries of the windowed sdpa. At window 16, T=512, one CPU core, forward and backward:
@@ -256,3 +257,22 @@ def choose_backend(
     name = next(name for name in BACKENDS if not reasons[name])
     passed_over = [f"{other}: {reasons[other]}" for other in BACKENDS[: BACKENDS.index(name)]]
     return name, "; ".join(passed_over) or "the fastest for this GPU"
+
+
+def choose_precision(
+    device: torch.device, dtype: str = "auto", backend: str = "auto"
+) -> tuple[Precision, str]:
+    """How a model computes on a device, and a line that says why.
+
+    Args:
+        device: where the model runs.
+        dtype: what --dtype asks for.
+        backend: what --attention asks for.
+
+    Raises:
+        UserError: one of them is unknown, or cannot be had here.
+    """
+    compute_dtype, dtype_reason = choose_dtype(device, dtype)
+    name, reason = choose_backend(device, backend, compute_dtype)
+    line = f"computing in {compute_dtype} ({dtype_reason}), attention by {name} ({reason})"
+    return Precision(compute_dtype, name), line

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from nanochat import attention, checkpoint, core_eval, files, hardware
+from nanochat import attention, checkpoint, core_eval, files
 from nanochat.config import EvalArgs, TrainArgs, from_dict
 from nanochat.core_results import CoreResult, TaskScore
 from nanochat.core_tasks import Bundle
@@ -42,16 +42,14 @@ def run(args: EvalArgs, world: World) -> dict[str, Any]:
     if not args.run:
         raise UserError("--run is missing. Name the run to score, for example --run d12.")
     bundle = core_eval.find_bundle(args.eval_bundle) if "core" in parts else None
-    dtype, _ = hardware.choose_dtype(world.device, args.dtype)
-    backend, _ = attention.choose_backend(world.device, args.attention)
-    precision = hardware.Precision(dtype, backend)
+    precision, reason = attention.choose_precision(world.device, args.dtype, args.attention)
     model, tokenizer, meta = checkpoint.load_model(
         args.run, args.step, device=world.device, precision=precision
     )
     folder = files.run_dir(args.run)
     if world.is_main:
         files.require_writable(folder)
-    world.print0(f"run {args.run}, step {meta['step']}, on {world.device} x {world.size}, {dtype}, {backend}")
+    world.print0(f"run {args.run}, step {meta['step']}, on {world.device} x {world.size}; {reason}")
     found: dict[str, Any] = {
         "run": args.run,
         "step": meta["step"],
@@ -61,8 +59,8 @@ def run(args: EvalArgs, world: World) -> dict[str, Any]:
         "bpb": {},
         "samples": [],
         "examples_per_second": None,
-        "dtype": str(dtype).removeprefix("torch."),
-        "attention": backend,
+        "dtype": str(precision.compute_dtype).removeprefix("torch."),
+        "attention": precision.attention,
         "world_size": world.size,
     }
     core = _score_core(model, tokenizer, bundle, args, world) if bundle is not None else None

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 
-from nanochat import attention, config, errors, files, hardware, scaling, train, world
+from nanochat import attention, config, errors, files, scaling, train, world
 from nanochat.config import TrainArgs
 from nanochat.dataset import Corpus
-from nanochat.hardware import Precision
 from nanochat.report import write_report
 from nanochat.tokenizer import Tokenizer
 
@@ -23,12 +22,10 @@ def main() -> None:
             ranks.print0(json.dumps(plan.to_dict(), indent=2))
             return
         corpus = Corpus.open(args.corpus)
-        dtype, dtype_reason = hardware.choose_dtype(ranks.device, args.dtype)
-        backend, backend_reason = attention.choose_backend(ranks.device, args.attention)
-        ranks.print0(f"dtype {dtype} ({dtype_reason}); attention {backend} ({backend_reason})")
-        for line in (*scaling.describe(plan), *plan.notices):
+        precision, reason = attention.choose_precision(ranks.device, args.dtype, args.attention)
+        for line in (reason, *scaling.describe(plan), *plan.notices):
             ranks.print0(line)
-        summary = train.run(plan, corpus, tokenizer, Precision(dtype, backend), ranks)
+        summary = train.run(plan, corpus, tokenizer, precision, ranks)
         if ranks.is_main:
             print(f"{summary['status']} after {summary['steps']} steps, validation bpb {summary['val_bpb']}")
             print(f"report: {write_report(args.run_name)}")

@@ -18,9 +18,7 @@ def main() -> None:
         )
     sampling = Sampling(args.max_new_tokens, args.temperature, args.top_k, args.seed)
     device = hardware.detect_device(args.device_type)
-    dtype, _ = hardware.choose_dtype(device, args.dtype)
-    backend, _ = attention.choose_backend(device, args.attention)
-    precision = hardware.Precision(dtype, backend)
+    precision, _ = attention.choose_precision(device, args.dtype, args.attention)
     model, tokenizer, _ = checkpoint.load_model(args.run, args.step, device=device, precision=precision)
     engine = Engine(model, tokenizer)
     prompts = [engine.encode(prompt) for prompt in args.prompt]
