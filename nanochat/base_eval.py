@@ -6,6 +6,7 @@ import math
 import time
 from typing import Any
 
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
@@ -25,6 +26,7 @@ from nanochat.world import World
 PARTS = ("core", "bpb", "sample")
 # GPT-2 1558M on this metric (karpathy/nanochat, 1000 examples a task): the bar of the speedrun.
 GPT2_CORE = 0.256525
+LOG_COLUMNS = 110  # of a table in a log; a terminal knows its own
 CORE_TASKS = 22  # another suite must not be compared to that bar
 
 
@@ -144,6 +146,8 @@ def _score_bpb(
 def show(found: dict[str, Any], core: CoreResult | None) -> None:
     """Print the scores as a table, CORE beside GPT-2's, and the samples."""
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=LOG_COLUMNS)
     if core is not None:
         console.print(_table(core))
         bar = f" (GPT-2 1558M: {GPT2_CORE})" if len(core.tasks) == CORE_TASKS else ""
@@ -161,7 +165,7 @@ def show(found: dict[str, Any], core: CoreResult | None) -> None:
 
 
 def _table(core: CoreResult) -> Table:
-    table = Table(title=f"CORE, {core.bundle}")
+    table = Table(title=f"CORE, {core.bundle}", box=SIMPLE)
     table.add_column("task")
     for heading in ("shots", "examples", "accuracy", "+-", "guessing", "centered"):
         table.add_column(heading, justify="right")
