@@ -134,8 +134,8 @@ install_key() { # what an installation depends on; Python sources do not count, 
   {
     say "$ROOT"
     "$PYTHON" --version
-    cat pyproject.toml rustbpe/Cargo.toml rustbpe/Cargo.lock
-    find rustbpe/src -name '*.rs' | LC_ALL=C sort | while read -r file; do cat "$file"; done
+    cat pyproject.toml
+    find rustbpe -type f -not -path 'rustbpe/target/*' | LC_ALL=C sort | while read -r file; do cat "$file"; done
   } | cksum
 }
 

@@ -56,9 +56,8 @@ class Machine:
     def __init__(self, folder: Path) -> None:
         self.repo, self.bin, self.log = folder / "repo", folder / "bin", folder / "uv.log"
         shutil.copytree(REPO / "runs", self.repo / "runs")
-        shutil.copytree(REPO / "rustbpe" / "src", self.repo / "rustbpe" / "src")
-        for name in ("pyproject.toml", "rustbpe/Cargo.toml", "rustbpe/Cargo.lock"):
-            shutil.copy(REPO / name, self.repo / name)
+        shutil.copytree(REPO / "rustbpe", self.repo / "rustbpe", ignore=shutil.ignore_patterns("target"))
+        shutil.copy(REPO / "pyproject.toml", self.repo)
         self.bin.mkdir()
         for tool in TOOLS:
             (self.bin / tool).symlink_to(str(shutil.which(tool)))
