@@ -131,10 +131,11 @@ pip_install() { # REQUIREMENT...
 }
 
 install_key() { # what an installation depends on; Python sources do not count, they are used where they are
+  local file
   {
     say "$ROOT"
     "$PYTHON" --version
-    cat pyproject.toml
+    find . -maxdepth 1 \( -name pyproject.toml -o -name '*.pyi' \) -exec cat {} +
     find rustbpe -type f -not -path 'rustbpe/target/*' | LC_ALL=C sort | while read -r file; do cat "$file"; done
   } | cksum
 }
