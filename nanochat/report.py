@@ -317,17 +317,13 @@ def _samples(found: RunFiles) -> str:
     logged = found.of_kind("sample")
     last = max((entry["step"] for entry in logged), default=0)
     texts = [str(entry["text"]) for entry in logged if entry["step"] == last]
-    scored = [sample if isinstance(sample, str) else str(sample["text"]) for sample in _scored_samples(found)]
+    scored = [str(text) for text in found.scores.get("samples") or []]
     parts = ["<h2>Samples</h2>\n"]
     for heading, group in ((f"After {last:,} steps", texts), ("When it was scored", scored)):
         if group:
             parts.append(f"<h3>{heading}</h3>\n")
             parts.extend(f"<pre>{escape(text)}</pre>\n" for text in group)
     return "".join(parts) if len(parts) > 1 else ""
-
-
-def _scored_samples(found: RunFiles) -> list[Any]:
-    return list(found.scores.get("samples") or [])
 
 
 def _configuration(found: RunFiles) -> str:

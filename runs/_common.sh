@@ -220,13 +220,25 @@ main()
 PYTHON
 }
 
+train_tokenizer() { # CORPUS FLAG...: the tokenizer of the same name, unless there is one
+  if [ -f "$(base_dir)/tokenizers/$1/tokenizer.json" ]; then
+    say "The tokenizer $1 is there already."
+  else
+    step "tokenizer" "$PYTHON" -m scripts.tok_train --corpus "$@"
+  fi
+}
+
 prepare_data() { # CORPUS NPROC TRAIN_FLAG...: its shards, and the tokenizer of the same name
   local corpus=$1 shards download
   case $corpus in
     fineweb-edu | climbmix) ;;
+    stdlib)
+      step "corpus" "$PYTHON" -m nanochat.dataset --corpus stdlib
+      train_tokenizer stdlib --vocab-size 8192 # it is small: a larger vocabulary would be rare words
+      return
+      ;;
     *)
-      if [ "$corpus" = stdlib ]; then step "corpus" "$PYTHON" -m nanochat.dataset --corpus stdlib; fi
-      step "tokenizer" "$PYTHON" -m scripts.tok_train --corpus "$corpus"
+      train_tokenizer "$corpus"
       return
       ;;
   esac
@@ -238,7 +250,7 @@ prepare_data() { # CORPUS NPROC TRAIN_FLAG...: its shards, and the tokenizer of 
   download=$!
   # shellcheck disable=SC2064 # the process id of now
   trap "kill $download 2>/dev/null || true" EXIT
-  step "tokenizer" "$PYTHON" -m scripts.tok_train --corpus "$corpus"
+  train_tokenizer "$corpus"
   step "remaining shards of $corpus" wait "$download"
   trap - EXIT
 }

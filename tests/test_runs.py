@@ -214,6 +214,86 @@ def test_it_works_from_any_directory_and_a_relative_base_directory_is_meant_from
     assert result.stdout.split() == [str(machine.repo), str(elsewhere / "here")]
 
 
+# Tells the folders, counts 20 shards, writes down what it is asked to run; fails where $HOME/fail says so.
+PYTHON = """
+case "$1" in
+  -c) case "$2" in
+        *base_dir*) echo "$NANOCHAT_BASE_DIR" ;;
+        *run_dir*) echo "$NANOCHAT_BASE_DIR/runs/$3" ;;
+      esac ;;
+  -) cat >/dev/null; echo 20 ;;
+  -m) echo "$*" >>"$HOME/calls"
+      if [ -f "$HOME/fail" ] && grep -qxF -- "$*" "$HOME/fail"; then exit 9; fi ;;
+esac
+"""
+
+
+@pytest.fixture
+def gpus(machine: Machine) -> Machine:
+    """A machine with eight GPUs, the CORE tasks, and a python that only writes down what it is asked."""
+    machine.put("uv", UV)
+    machine.put("python3", PYTHON)
+    machine.put("nvidia-smi", 'for i in 0 1 2 3 4 5 6 7; do echo "GPU $i: H100"; done')
+    bundle = machine.repo.parent / "base" / "eval_bundle"
+    bundle.mkdir(parents=True)
+    (bundle / "core.yaml").touch()
+    return machine
+
+
+def calls(machine: Machine) -> list[str]:
+    return (machine.repo.parent / "calls").read_text("utf-8").splitlines()
+
+
+def test_speedrun_chains_the_stages_and_fetches_shards_while_the_tokenizer_trains(gpus: Machine) -> None:
+    result = gpus.driver("speedrun.sh")
+    assert result.returncode == 0, result.stderr
+    made = calls(gpus)
+    ranks = "-m torch.distributed.run --standalone --nproc_per_node=8 -m scripts"
+    assert made[0] == "-m nanochat.dataset --corpus fineweb-edu -n 8"
+    assert sorted(made[1:3]) == [
+        "-m nanochat.dataset --corpus fineweb-edu -n 20",
+        "-m scripts.tok_train --corpus fineweb-edu",
+    ]
+    name = "speedrun-d24"
+    assert made[3] == f"{ranks}.base_train --depth 24 --run {name} --corpus fineweb-edu --resume auto"
+    assert made[4].startswith(f"{ranks}.base_eval --run {name} --eval core,bpb,sample")
+    assert made[5:] == [f"-m nanochat.report --run {name}"]
+
+
+@pytest.mark.parametrize(
+    "failing", ["-m nanochat.dataset --corpus fineweb-edu -n 20", "-m scripts.tok_train --corpus fineweb-edu"]
+)
+def test_speedrun_does_not_train_on_what_did_not_arrive(gpus: Machine, failing: str) -> None:
+    (gpus.repo.parent / "fail").write_text(failing + "\n", "utf-8")
+    result = gpus.driver("speedrun.sh")
+    assert result.returncode == 9
+    assert "stopped at: " in result.stderr
+    assert not [call for call in calls(gpus) if "base_train" in call]
+
+
+def test_speedrun_asks_for_the_core_tasks_before_it_starts(gpus: Machine) -> None:
+    (gpus.repo.parent / "base" / "eval_bundle" / "core.yaml").unlink()
+    result = gpus.driver("speedrun.sh")
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1)
+    assert "EVAL_BUNDLE=" in result.stderr
+    assert not (gpus.repo.parent / "calls").exists()
+
+
+def test_miniseries_does_not_train_again_what_is_finished(gpus: Machine) -> None:
+    base = gpus.repo.parent / "base"
+    files.write_json(base / "runs" / "miniseries-d8" / "summary.json", {"status": "finished"})
+    manifest = base / "runs" / "miniseries-d8" / "checkpoints" / "step_000001" / "MANIFEST.json"
+    files.write_json(manifest, {})
+    (base / "tokenizers" / "fineweb-edu").mkdir(parents=True)
+    (base / "tokenizers" / "fineweb-edu" / "tokenizer.json").touch()
+    assert gpus.driver("miniseries.sh").returncode == 0
+    made = calls(gpus)
+    trained = [call.split("--run ")[1].split()[0] for call in made if "base_train" in call]
+    assert trained == [f"miniseries-d{depth}" for depth in (10, 12, 14, 16, 18, 20)]
+    assert [call for call in made if "base_eval --run miniseries-d8 " in call]
+    assert not [call for call in made if "tok_train" in call]
+
+
 def test_speedrun_says_how_many_gpus_it_found(machine: Machine) -> None:
     result = machine.driver("speedrun.sh")
     assert (result.returncode, result.stderr.count("\n")) == (2, 1)
