@@ -160,8 +160,11 @@ def verify(folder: Path) -> None:
     """
     manifest = files.read_json(folder / MANIFEST)
     listed = manifest.get("files") if isinstance(manifest, dict) else None
-    known = isinstance(listed, dict) and set(listed) == {MODEL, OPTIMIZER, STATE}
-    if not known or manifest != {"format": FORMAT, "files": listed}:
+    if (
+        not isinstance(listed, dict)
+        or set(listed) != {MODEL, OPTIMIZER, STATE}
+        or manifest != {"format": FORMAT, "files": listed}
+    ):
         raise UserError(f"{folder / MANIFEST}: not a manifest of this version. Use another checkpoint.")
     for name, entry in listed.items():
         path = folder / name

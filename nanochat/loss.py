@@ -63,7 +63,7 @@ def softcapped_cross_entropy(
     constants = (softcap, vocab_size, ignore_index, chunk_rows)
     if wants_grad:
         assert reduction != "none", "per-token losses carry no gradient: call under torch.no_grad()"
-        total: Tensor = _summed_loss(x, weight, targets, *constants)
+        total: Tensor = _SummedLoss.apply(x, weight, targets, *constants)
     else:
         losses, _ = token_losses(x, weight, targets, *constants, with_argmax=False)
         if reduction == "none":
@@ -104,13 +104,6 @@ def token_losses(
             is_argmax[rows] = z.argmax(dim=-1) == safe[rows]
         _losses_of_chunk(z, safe[rows], softcap, losses[rows], with_grad=False)
     return losses * valid, is_argmax & valid
-
-
-# A compiler would unroll the loop over the chunks.
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-def _summed_loss(x: Tensor, weight: Tensor, targets: Tensor, *constants: float | int | None) -> Tensor:
-    total: Tensor = _SummedLoss.apply(x, weight, targets, *constants)
-    return total
 
 
 class _SummedLoss(torch.autograd.Function):

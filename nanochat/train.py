@@ -140,10 +140,13 @@ def run(
     fingerprints = {"corpus": corpus.fingerprint, "tokenizer": tokenizer.fingerprint}
     if world.is_main:
         files.require_writable(folder)
-    state = create_state(plan, corpus, tokenizer, precision, world)
     start = _starting_point(plan, world)
+    state = create_state(plan, corpus, tokenizer, precision, world)
     if start is not None:
         checkpoint.load(state, start, plan, fingerprints)
+        if (summary := _summary_of_finished(folder, state.step, plan)) is not None:
+            world.print0(f"{folder} is finished already: {plan.steps} steps.")
+            return summary
         world.print0(f"going on from {start}")
     peak, source = hardware.peak_flops(world.device, precision.compute_dtype)
     machine = {
@@ -167,6 +170,15 @@ def run(
         if world.is_main:
             files.write_json(folder / "summary.json", summary)
     return summary
+
+
+def _summary_of_finished(folder: Path, step: int, plan: Plan) -> dict[str, Any] | None:
+    """What summary.json holds, if the run has come to its end and nothing was left undone."""
+    path = folder / "summary.json"
+    if step < plan.steps or not path.exists():
+        return None
+    summary: dict[str, Any] = files.read_json(path)
+    return summary if summary.get("steps") == plan.steps and summary.get("status") == "finished" else None
 
 
 def _starting_point(plan: Plan, world: World) -> Path | None:

@@ -7,6 +7,9 @@ ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 VENV=$ROOT/.venv
 PYTHON=$VENV/bin/python
 export PYTHONUNBUFFERED=1 # lines appear when they are printed, in a log too
+# Threads that wait for each other sleep instead of spinning. With one other busy process on two cores, a step of
+# depth 4 takes 1.6 s so and 17 s otherwise; on a quiet machine 1.4 s and 1.3 s (dev/LOG.md, 2026-11-21).
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
 
 from_here() { # PATH: absolute; a relative one is meant from where the script was started
   case $1 in /*) printf '%s' "$1" ;; *) printf '%s' "$PWD/$1" ;; esac

@@ -8,16 +8,15 @@ from numpy.typing import NDArray
 class Tokenizer:
     """A vocabulary of byte strings and the pattern that splits text before merging.
 
-    Safe to share between threads: a training that ends swaps the vocabulary in at once, calls under way keep the old one.
+    Safe to share between threads: a training that ends swaps the vocabulary in at once; calls under way keep
+    the old one.
     """
 
     def __init__(self) -> None:
         """The 256 single bytes, GPT-4's pattern."""
 
     @staticmethod
-    def from_ranks(
-        ranks: Mapping[bytes, int] | Iterable[tuple[bytes, int]], pattern: str
-    ) -> Tokenizer:
+    def from_ranks(ranks: Mapping[bytes, int] | Iterable[tuple[bytes, int]], pattern: str) -> Tokenizer:
         """A tokenizer of known ranks, giving tiktoken's ids for them.
 
         Raises:
@@ -35,7 +34,8 @@ class Tokenizer:
     ) -> None:
         """Learns merges from texts: highest count first, ties by the smaller pair of ids.
 
-        The result does not depend on the number of threads. It is smaller than asked if the texts have no more pairs.
+        The result does not depend on the number of threads. It is smaller than asked if the texts have no
+        more pairs.
 
         Args:
             iterator: Texts; read while the pieces of earlier ones are counted, and not kept.
@@ -45,7 +45,8 @@ class Tokenizer:
             num_threads: Threads that count; one per core by default.
 
         Raises:
-            ValueError: vocab_size below 256, a pattern that does not compile, a text that is not valid Unicode.
+            ValueError: vocab_size below 256, a pattern that does not compile, a text that is not valid
+                Unicode.
             TypeError: an item that is not a str.
         """
 
