@@ -8,12 +8,15 @@ use std::sync::{Mutex, PoisonError};
 
 use crate::error::{Error, Result};
 use crate::key::{MAX_SHORT, hash, pack};
-use crate::merge::{Scratch, merge_piece};
+use crate::merge::merge_piece;
 use crate::split::Splitter;
 use crate::vocab::Vocab;
 
-/// 2^14 entries of 32 bytes: half a core's second-level cache on the machines measured.
-const CACHE_SLOTS: usize = 1 << 14;
+/// Pairs of entries in a thread's cache, 64 bytes a pair: one line of a processor's cache.
+const CACHE_LINES: usize = 1 << 15;
+
+/// Pieces looked up together: the reads of one batch do not wait for each other, so their cache misses overlap.
+const BATCH: usize = 64;
 
 /// Caches kept for later calls; more are made while more threads are at work, and dropped after.
 const POOL_MAX: usize = 64;
@@ -33,16 +36,48 @@ struct Slot {
     len: u32,
 }
 
-/// One thread's memory: bounded, direct-mapped; a newer piece replaces an older one in its slot.
+/// One thread's memory: bounded; each piece has one line it may be in, and pushes out the older of the two there.
 struct Cache {
-    slots: Vec<Slot>,
-    scratch: Scratch,
+    lines: Vec<Line>,
 }
+
+#[derive(Clone, Copy, Default)]
+#[repr(align(64))]
+struct Line([Slot; 2]);
 
 impl Cache {
     fn new() -> Self {
-        Self { slots: vec![Slot::default(); CACHE_SLOTS], scratch: Scratch::default() }
+        Self { lines: vec![Line::default(); CACHE_LINES] }
     }
+
+    fn index(key: u128) -> usize {
+        (hash(key) >> 20) as usize % CACHE_LINES
+    }
+
+    /// The slot that holds `key`, or another.
+    #[inline]
+    fn get(&self, key: u128) -> Slot {
+        let Line(line) = &self.lines[Self::index(key)];
+        line[usize::from(line[1].key == halves(key))]
+    }
+
+    fn put(&mut self, slot: Slot) {
+        let key = u128::from(slot.key[1]) << 64 | u128::from(slot.key[0]);
+        let Line(line) = &mut self.lines[Self::index(key)];
+        *line = [slot, line[0]];
+    }
+}
+
+#[inline]
+fn halves(key: u128) -> [u64; 2] {
+    [key as u64, (key >> 64) as u64]
+}
+
+/// Pieces found but not yet looked up. The key of a piece of more than 15 bytes is 0.
+struct Batch {
+    keys: [u128; BATCH],
+    spans: [(usize, usize); BATCH],
+    len: usize,
 }
 
 /// A vocabulary with a pattern.
@@ -131,37 +166,64 @@ impl Encoder {
         if text.len() >= u32::MAX as usize {
             return Err(Error::invalid(format!("a text of {} bytes is too long; 4 GiB is the most", text.len())));
         }
+        let mut batch = Batch { keys: [0; BATCH], spans: [(0, 0); BATCH], len: 0 };
         self.splitter.for_each(text, |bytes, start, end| {
-            if end - start <= MAX_SHORT {
-                self.encode_short(bytes, start, end, cache, out);
-            } else if let Some(id) = self.vocab.find(bytes, start, end) {
-                out.push(id);
-            } else {
-                merge_piece(&self.vocab, &bytes[start..end], &mut cache.scratch, out);
+            batch.keys[batch.len] = if end - start <= MAX_SHORT { pack(bytes, start, end) } else { 0 };
+            batch.spans[batch.len] = (start, end);
+            batch.len += 1;
+            if batch.len == BATCH {
+                self.encode_pieces(bytes, &batch, cache, out);
+                batch.len = 0;
             }
-        })
+        })?;
+        self.encode_pieces(text.as_bytes(), &batch, cache, out);
+        Ok(())
     }
 
-    #[inline]
-    fn encode_short(&self, text: &[u8], start: usize, end: usize, cache: &mut Cache, out: &mut Vec<u32>) {
-        let key = pack(text, start, end);
-        let words = [key as u64, (key >> 64) as u64];
-        let index = (hash(key) >> 20) as usize % CACHE_SLOTS;
-        let slot = &cache.slots[index];
-        if slot.key == words {
-            out.extend_from_slice(&slot.ids[..slot.len as usize]);
-            return;
+    fn encode_pieces(&self, text: &[u8], batch: &Batch, cache: &mut Cache, out: &mut Vec<u32>) {
+        let keys = &batch.keys[..batch.len];
+        let mut slots = [Slot::default(); BATCH];
+        let mut unknown = [0u8; BATCH];
+        let mut unknowns = 0;
+        for (i, &key) in keys.iter().enumerate() {
+            slots[i] = cache.get(key);
+            unknown[unknowns] = i as u8;
+            unknowns += usize::from(slots[i].key != halves(key));
         }
+        for &i in &unknown[..unknowns] {
+            slots[usize::from(i)] = self.look_up(text, batch, usize::from(i), cache);
+        }
+        for (slot, &(start, end)) in slots.iter().zip(&batch.spans[..batch.len]) {
+            match slot.len {
+                0 => self.merge(text, start, end, cache, out),
+                1 => out.push(slot.ids[0]),
+                len => out.extend_from_slice(&slot.ids[..len as usize]),
+            }
+        }
+    }
+
+    /// A piece that the cache does not hold, if it is a token; else an empty slot.
+    fn look_up(&self, text: &[u8], batch: &Batch, i: usize, cache: &mut Cache) -> Slot {
+        let key = batch.keys[i];
+        let (start, end) = batch.spans[i];
+        let id = if key == 0 { self.vocab.find(text, start, end) } else { self.vocab.find_short(key) };
+        let Some(id) = id else { return Slot::default() };
+        let slot = Slot { key: halves(key), ids: [id, 0, 0], len: 1 };
+        if key != 0 {
+            cache.put(slot);
+        }
+        slot
+    }
+
+    /// A piece that is no token.
+    fn merge(&self, text: &[u8], start: usize, end: usize, cache: &mut Cache, out: &mut Vec<u32>) {
         let before = out.len();
-        match self.vocab.find_short(key) {
-            Some(id) => out.push(id),
-            None => merge_piece(&self.vocab, &text[start..end], &mut cache.scratch, out),
-        }
+        merge_piece(&self.vocab, &text[start..end], out);
         let made = &out[before..];
-        if made.len() <= 3 {
+        if end - start <= MAX_SHORT && made.len() <= 3 {
             let mut ids = [0; 3];
             ids[..made.len()].copy_from_slice(made);
-            cache.slots[index] = Slot { key: words, ids, len: made.len() as u32 };
+            cache.put(Slot { key: halves(pack(text, start, end)), ids, len: made.len() as u32 });
         }
     }
 }
@@ -241,8 +303,6 @@ mod tests {
         let encoder = encoder();
         let ids = encoder.encode(&"a".repeat(1_000_001)).unwrap();
         assert_eq!(ids.len(), 250_001);
-        let mut bytes = Vec::new();
-        encoder.vocab().decode(&ids, &mut bytes).unwrap();
-        assert_eq!(bytes.len(), 1_000_001);
+        assert_eq!(encoder.vocab().decode(ids.into_iter()).unwrap().len(), 1_000_001);
     }
 }

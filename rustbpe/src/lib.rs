@@ -9,6 +9,7 @@ pub mod encode;
 pub mod error;
 mod key;
 mod merge;
+mod pairs;
 pub mod split;
 pub mod train;
 pub mod vocab;

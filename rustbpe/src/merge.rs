@@ -7,47 +7,59 @@ use rustc_hash::FxHashMap;
 
 use crate::vocab::{NO_ID, Vocab};
 
-/// Pieces up to this many bytes are merged by scanning for the lowest pair, quadratic but all in one cache line or two;
-/// longer ones go round by round.
-const SCAN_MAX: usize = 64;
-
-/// Working memory, kept from piece to piece.
-#[derive(Default)]
-pub struct Scratch {
-    ids: Vec<u32>,
-    made: Vec<u32>,
-}
-
 /// Appends the ids of `piece` (not empty) to `out`.
-pub fn merge_piece(vocab: &Vocab, piece: &[u8], scratch: &mut Scratch, out: &mut Vec<u32>) {
-    if piece.len() <= SCAN_MAX {
-        merge_by_scan(vocab, piece, scratch, out);
-    } else if vocab.is_monotone() {
-        merge_by_rounds(vocab, piece, out);
-    } else {
-        merge_by_heap(vocab, piece, out);
+pub fn merge_piece(vocab: &Vocab, piece: &[u8], out: &mut Vec<u32>) {
+    match piece.len() {
+        ..=16 => merge_by_scan::<16>(vocab, piece, out),
+        17..=64 => merge_by_scan::<64>(vocab, piece, out),
+        _ if vocab.is_monotone() => merge_by_rounds(vocab, piece, out),
+        _ => merge_by_heap(vocab, piece, out),
     }
 }
 
-/// `made[i]` is what `ids[i]` and `ids[i + 1]` merge into. O(n^2) worst, with tiny constants.
-fn merge_by_scan(vocab: &Vocab, piece: &[u8], scratch: &mut Scratch, out: &mut Vec<u32>) {
-    let Scratch { ids, made } = scratch;
-    ids.clear();
-    ids.extend(piece.iter().map(|&b| vocab.byte_id(b)));
-    made.clear();
-    made.extend(ids.windows(2).map(|w| vocab.merged(w[0], w[1])));
-    while let Some((i, &id)) = made.iter().enumerate().min_by_key(|&(_, id)| id).filter(|&(_, &id)| id != NO_ID) {
-        ids[i] = id;
-        ids.remove(i + 1);
-        made.remove(i);
-        if i > 0 {
-            made[i - 1] = vocab.merged(ids[i - 1], id);
+/// For up to `N` bytes, all on the stack: looks for the lowest pair each time, O(n^2) but within a few cache lines.
+fn merge_by_scan<const N: usize>(vocab: &Vocab, piece: &[u8], out: &mut Vec<u32>) {
+    let n = piece.len().min(N);
+    let mut ids = [NO_ID; N];
+    // made[i]: what the token that starts at byte i and its right neighbour merge into.
+    let mut made = [NO_ID; N];
+    let mut next = [0u8; N];
+    let mut before = [0u8; N];
+    for i in 0..n {
+        ids[i] = vocab.byte_id(piece[i]);
+        next[i] = i as u8 + 1;
+        before[i] = (i as u8).wrapping_sub(1);
+    }
+    for i in 1..n {
+        made[i - 1] = vocab.merged_bytes(piece[i - 1], piece[i]);
+    }
+    loop {
+        let (mut at, mut lowest) = (0, NO_ID);
+        for (i, &id) in made[..n].iter().enumerate() {
+            if id < lowest {
+                (at, lowest) = (i, id);
+            }
         }
-        if i < made.len() {
-            made[i] = vocab.merged(id, ids[i + 1]);
+        if lowest == NO_ID {
+            break;
+        }
+        let gone = usize::from(next[at]);
+        let after = usize::from(next[gone]);
+        ids[at] = lowest;
+        ids[gone] = NO_ID;
+        made[gone] = NO_ID;
+        next[at] = after as u8;
+        made[at] = NO_ID;
+        if after < n {
+            before[after] = at as u8;
+            made[at] = vocab.merged(lowest, ids[after]);
+        }
+        if at > 0 {
+            let left = usize::from(before[at]);
+            made[left] = vocab.merged(ids[left], lowest);
         }
     }
-    out.extend_from_slice(ids);
+    out.extend(ids[..n].iter().filter(|&&id| id != NO_ID));
 }
 
 /// Slots of the two long-piece algorithms: a token that spans slots `s..=e` has its id at both ends, so neighbours are
@@ -205,7 +217,12 @@ mod tests {
             let vocab = shuffled(&order);
             let expected = reference(&vocab, &piece);
             let mut scanned = Vec::new();
-            merge_by_scan(&vocab, &piece, &mut Scratch::default(), &mut scanned);
+            merge_by_scan::<128>(&vocab, &piece, &mut scanned);
+            if piece.len() <= 16 {
+                let mut small = Vec::new();
+                merge_by_scan::<16>(&vocab, &piece, &mut small);
+                prop_assert_eq!(&small, &expected);
+            }
             prop_assert_eq!(&scanned, &expected);
             let mut heaped = Vec::new();
             merge_by_heap(&vocab, &piece, &mut heaped);
@@ -225,7 +242,7 @@ mod tests {
         for n in 1..200 {
             let piece: Vec<u8> = (0..n).map(|i| if i % 17 == 16 { b'b' } else { b'a' }).collect();
             let (mut by_scan, mut by_rounds) = (Vec::new(), Vec::new());
-            merge_by_scan(&vocab, &piece, &mut Scratch::default(), &mut by_scan);
+            merge_by_scan::<255>(&vocab, &piece, &mut by_scan);
             merge_by_rounds(&vocab, &piece, &mut by_rounds);
             assert_eq!(by_scan, by_rounds);
         }

@@ -1,23 +1,48 @@
 //! The vocabulary: bytes of each id, the id of a string of bytes, and which two ids make which.
 
 use hashbrown::HashTable;
-use rustc_hash::FxHashMap;
 
 use crate::error::{Error, Result};
 use crate::key::{MAX_SHORT, hash, hash_bytes, pack};
+use crate::pairs::PairTable;
 
 /// "No id": larger than any id.
 pub const NO_ID: u32 = u32::MAX;
+
+/// A slot of the table of short tokens: two halves of the key, and the id. No key is zero.
+const FREE: [u64; 3] = [0; 3];
+
+/// The bytes of a token of up to 15 bytes, and their number; [`LONG`] for a longer one.
+#[derive(Clone, Copy)]
+struct Head {
+    bytes: [u8; MAX_SHORT],
+    len: u8,
+}
+
+const LONG: u8 = u8::MAX;
+
+impl Head {
+    fn new(token: &[u8]) -> Self {
+        let mut head = Self { bytes: [0; MAX_SHORT], len: LONG };
+        if let Some(bytes) = head.bytes.get_mut(..token.len()) {
+            bytes.copy_from_slice(token);
+            head.len = token.len() as u8;
+        }
+        head
+    }
+}
 
 /// Ids `0..len`, each with its bytes.
 pub struct Vocab {
     bytes: Vec<u8>,
     starts: Vec<u32>,
     byte_ids: [u32; 256],
-    pairs: FxHashMap<u64, u32>,
+    pairs: PairTable,
     parts: Vec<(u32, u32)>,
     monotone: bool,
-    short: Vec<(u128, u32)>,
+    heads: Vec<Head>,
+    short: Vec<[u64; 3]>,
+    filter: Vec<u64>,
     long: HashTable<u32>,
 }
 
@@ -67,10 +92,12 @@ impl Vocab {
             bytes: Vec::new(),
             starts: vec![0],
             byte_ids: [NO_ID; 256],
-            pairs: FxHashMap::default(),
+            pairs: PairTable::new(),
             parts: Vec::new(),
             monotone: true,
-            short: vec![(0, NO_ID); 1024],
+            heads: Vec::new(),
+            short: vec![FREE; 1024],
+            filter: vec![0; 1024 / 8],
             long: HashTable::new(),
         };
         for token in tokens {
@@ -98,6 +125,7 @@ impl Vocab {
         }
         self.starts.push(self.bytes.len() as u32);
         self.parts.push((NO_ID, NO_ID));
+        self.heads.push(Head::new(token));
         if token.len() <= MAX_SHORT {
             self.insert_short(pack(token, 0, token.len()), id);
         } else {
@@ -110,7 +138,10 @@ impl Vocab {
     }
 
     fn set_parts(&mut self, id: u32, left: u32, right: u32) {
-        self.pairs.insert(u64::from(left) << 32 | u64::from(right), id);
+        self.pairs.insert(left, right, id);
+        if let &[first, second] = self.token(id) {
+            self.pairs.insert_bytes(first, second, id);
+        }
         self.parts[id as usize] = (left, right);
         self.monotone &= left.max(right) < id;
     }
@@ -118,34 +149,48 @@ impl Vocab {
     /// Half full at most, so that a miss ends soon.
     fn insert_short(&mut self, key: u128, id: u32) {
         if self.len() * 2 > self.short.len() {
-            let larger = vec![(0, NO_ID); self.short.len() * 2];
-            for (key, id) in std::mem::replace(&mut self.short, larger).into_iter().filter(|&(_, id)| id != NO_ID) {
-                self.place_short(key, id);
-            }
+            let size = self.short.len() * 2;
+            self.filter = vec![0; size / 8];
+            let old = std::mem::replace(&mut self.short, vec![FREE; size]);
+            old.into_iter().filter(|&slot| slot != FREE).for_each(|slot| self.place_short(slot));
         }
-        self.place_short(key, id);
+        self.place_short([key as u64, (key >> 64) as u64, u64::from(id)]);
     }
 
-    fn place_short(&mut self, key: u128, id: u32) {
+    fn place_short(&mut self, entry: [u64; 3]) {
+        let hash = hash(u128::from(entry[1]) << 64 | u128::from(entry[0]));
+        let (word, bit) = self.filter_bit(hash);
+        self.filter[word] |= bit;
         let mask = self.short.len() - 1;
-        let mut slot = hash(key) as usize & mask;
-        while self.short[slot].1 != NO_ID {
+        let mut slot = hash as usize & mask;
+        while self.short[slot] != FREE {
             slot = (slot + 1) & mask;
         }
-        self.short[slot] = (key, id);
+        self.short[slot] = entry;
+    }
+
+    /// Where the filter says whether a key may be there: eight bits a slot, of which 1 in 16 is set at most.
+    #[inline]
+    fn filter_bit(&self, hash: u64) -> (usize, u64) {
+        ((hash >> 38) as usize & (self.filter.len() - 1), 1 << (hash >> 32 & 63))
     }
 
     /// The id of a packed string of at most [`MAX_SHORT`] bytes.
     #[inline]
     pub fn find_short(&self, key: u128) -> Option<u32> {
+        let hash = hash(key);
+        let (word, bit) = self.filter_bit(hash);
+        if self.filter[word] & bit == 0 {
+            return None;
+        }
         let mask = self.short.len() - 1;
-        let mut slot = hash(key) as usize & mask;
+        let mut slot = hash as usize & mask;
         loop {
-            let (found, id) = self.short[slot];
-            if found == key {
-                return Some(id);
+            let [low, high, id] = self.short[slot];
+            if [low, high] == [key as u64, (key >> 64) as u64] {
+                return Some(id as u32);
             }
-            if id == NO_ID {
+            if high == 0 {
                 return None;
             }
             slot = (slot + 1) & mask;
@@ -186,7 +231,13 @@ impl Vocab {
     /// What `left` and `right` side by side merge into, or [`NO_ID`].
     #[inline]
     pub fn merged(&self, left: u32, right: u32) -> u32 {
-        self.pairs.get(&(u64::from(left) << 32 | u64::from(right))).copied().unwrap_or(NO_ID)
+        self.pairs.get(left, right)
+    }
+
+    /// What two bytes side by side merge into, or [`NO_ID`].
+    #[inline]
+    pub fn merged_bytes(&self, left: u8, right: u8) -> u32 {
+        self.pairs.of_bytes(left, right)
     }
 
     /// The two ids that merge into `id`; both [`NO_ID`] for a byte and for a token that no merge makes.
@@ -200,18 +251,31 @@ impl Vocab {
         self.monotone
     }
 
-    /// Appends the bytes of `ids` to `out`. O(bytes).
+    /// The bytes of `ids`. O(bytes).
     ///
     /// # Errors
     /// An id outside the vocabulary.
-    pub fn decode(&self, ids: &[u32], out: &mut Vec<u8>) -> Result<()> {
-        for &id in ids {
-            if id as usize >= self.len() {
+    pub fn decode(&self, ids: impl ExactSizeIterator<Item = u32>) -> Result<Vec<u8>> {
+        let mut out = vec![0; ids.len() * 5 + MAX_SHORT];
+        let mut at = 0;
+        for id in ids {
+            let Some(head) = self.heads.get(id as usize) else {
                 return Err(Error::invalid(format!("token id {id} is outside the vocabulary of {} ids", self.len())));
+            };
+            if head.len != LONG && at + MAX_SHORT <= out.len() {
+                // Fifteen bytes whatever the length: a copy of fixed size is a register, and the next token writes
+                // over what is too much.
+                out[at..at + MAX_SHORT].copy_from_slice(&head.bytes);
+                at += usize::from(head.len);
+            } else {
+                let token = self.token(id);
+                out.resize(out.len().max((at + token.len()) * 3 / 2 + MAX_SHORT), 0);
+                out[at..at + token.len()].copy_from_slice(token);
+                at += token.len();
             }
-            out.extend_from_slice(self.token(id));
         }
-        Ok(())
+        out.truncate(at);
+        Ok(out)
     }
 
     /// The last merge when `token` is merged by itself in order of ranks, or `None` if it does not end as one token.
@@ -258,7 +322,10 @@ mod tests {
         let by_merges = Vocab::from_merges(&merges).unwrap();
         let tokens: Vec<_> = (0..by_merges.len() as u32).map(|id| by_merges.token(id).to_vec()).collect();
         let by_tokens = Vocab::from_tokens(&tokens).unwrap();
-        assert_eq!(by_merges.pairs, by_tokens.pairs);
+        assert_eq!(by_merges.parts, by_tokens.parts);
+        for (&(left, right), id) in by_tokens.parts[256..].iter().zip(256..) {
+            assert_eq!(by_tokens.merged(left, right), id);
+        }
         assert!(by_tokens.is_monotone());
     }
 
@@ -276,9 +343,17 @@ mod tests {
     #[test]
     fn decoding_checks_every_id() {
         let vocab = Vocab::from_merges(&[(97, 98)]).unwrap();
-        let mut out = Vec::new();
-        vocab.decode(&[256, 99], &mut out).unwrap();
-        assert_eq!(out, b"abc");
-        assert!(vocab.decode(&[257], &mut out).unwrap_err().to_string().contains("token id 257"));
+        assert_eq!(vocab.decode([256, 99].into_iter()).unwrap(), b"abc");
+        assert!(vocab.decode([257].into_iter()).unwrap_err().to_string().contains("token id 257"));
+        assert_eq!(vocab.decode([].into_iter()).unwrap(), b"");
+    }
+
+    #[test]
+    fn decoding_joins_tokens_of_any_length() {
+        let long: Vec<Vec<u8>> = (14..40).map(|n| vec![b'x'; n]).chain([vec![b'y'; 5000]]).collect();
+        let vocab = Vocab::from_tokens(&[byte_tokens(), long].concat()).unwrap();
+        let ids: Vec<u32> = (0..20_000u32).map(|i| i.wrapping_mul(2_654_435_761) % vocab.len() as u32).collect();
+        let expected: Vec<u8> = ids.iter().flat_map(|&id| vocab.token(id)).copied().collect();
+        assert_eq!(vocab.decode(ids.into_iter()).unwrap(), expected);
     }
 }
