@@ -122,6 +122,7 @@ class DatasetArgs:
 
     corpus: str = flag("fineweb-edu", "which corpus: stdlib, local, fineweb-edu, climbmix")
     num_shards: int | None = flag(None, "training shards to have; by default all", short="-n")
+    first: int | None = flag(None, "fetch only so many of them now; the manifest lists all of -n")
     files: tuple[str, ...] = flag((), "parquet, jsonl or txt files or folders (corpus local)")
     val_file: str = flag("", "the file among them that is for validation (corpus local)")
     name: str = flag("", "name of the corpus folder; by default the corpus's name")

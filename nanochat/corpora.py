@@ -12,7 +12,7 @@ import sys
 import sysconfig
 import tokenize
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import BuiltinFunctionType, ModuleType
 
@@ -35,6 +35,7 @@ C_MODULES = ("_datetime", "_decimal", "array", "cmath", "math", "select", "unico
 LOCAL_SUFFIXES = (".parquet", ".jsonl", ".txt")
 VAL_SHARE = 100  # one document in 100, at the end, is validation unless the user names a file
 MAX_VAL_DOCUMENTS = 10_000
+SAMPLED_BYTES = 1 << 16  # of each end of a file, to know it again
 SHUFFLE_CHARS = 512 << 20  # text held to shuffle; a corpus below it is shuffled perfectly
 
 
@@ -199,6 +200,19 @@ def find_files(named: Iterable[str], val_file: str) -> tuple[list[Path], Path | 
     return [path for path in found if path != held_out[0]], held_out[0]
 
 
+def listing_digest(paths: Sequence[Path], val_path: Path | None) -> str:
+    """Tells whether the same files are named again: their names, sizes, first and last bytes."""
+    digest = hashlib.sha256()
+    for path in [*paths, *([val_path] if val_path else [])]:
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size} {path == val_path}\n".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(SAMPLED_BYTES))
+            file.seek(max(0, size - SAMPLED_BYTES))
+            digest.update(file.read(SAMPLED_BYTES))
+    return digest.hexdigest()[:16]
+
+
 def local_documents(paths: Iterable[Path]) -> Iterator[str]:
     """The documents of parquet (column `text`), jsonl (key `text`) and txt files, in order; none is empty.
 
@@ -213,15 +227,15 @@ def local_documents(paths: Iterable[Path]) -> Iterator[str]:
 
 
 def _parquet_documents(path: Path) -> Iterator[str]:
-    shards.describe(path, "train", sha256="not needed")  # checks the schema
     try:
+        shards.counts(path)  # checks the schema
         with pq.ParquetFile(path) as file:
             for batch in file.iter_batches(batch_size=256, columns=[shards.TEXT_COLUMN]):
                 for text in batch.column(0).to_pylist():
                     if text:
                         yield from split_text(text, MAX_DOCUMENT_CHARS)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error}). Fetch or write it again.") from None
+        raise UserError(f"{path}: not a readable parquet file ({error}). Fetch or write it again.") from None
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:

@@ -5,6 +5,12 @@ python -m nanochat.dataset --corpus fineweb-edu -n 8
 python -m nanochat.dataset --corpus local --files FOLDER_OR_FILES --val-file shard_00010.parquet --name prose
 python -m nanochat.dataset --corpus prose --verify
 python -m nanochat.dataset --list
+
+The manifest is a plan. For a corpus of the hub it is written before the first shard is fetched: sizes,
+digests and counts of all shards asked for (-n) are known from the hub. So the fingerprint, and with it the
+order of the data, is that of the full corpus from the beginning, whatever has arrived. Which shards are there
+is told by the disk alone: a shard has its name only when it is whole and verified. A reader that comes to one
+that is still on its way waits for it, if a download lives (`arrival.py`). Another -n is another plan.
 """
 
 from __future__ import annotations
@@ -13,22 +19,20 @@ import dataclasses
 import hashlib
 import json
 import platform
-import re
 import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from nanochat import config, corpora, files, hub, shards
+from nanochat import arrival, config, corpora, files, hub, shards
 from nanochat.errors import UserError, cli
+from nanochat.progress import bytes_bar
 from nanochat.shards import Shard
 
 FORMAT = 1
 MANIFEST = "manifest.json"
-SPLITS = ("train", "val")
-HASH_THREADS = 4
-SAMPLED_BYTES = 1 << 16
+HASH_THREADS = 8
 
 
 class Corpus:
@@ -47,17 +51,22 @@ class Corpus:
         self.folder = folder
         self.shards = tuple(members)
         self._verified: set[str] = set()
-        self._lock = threading.Lock()
+        self._locks = {shard.name: threading.Lock() for shard in self.shards}
 
     @classmethod
     def open(cls, name: str) -> Corpus:
         """Read the manifest, look for every file at its size, and verify the validation shards' bytes.
+
+        Training shards may be on their way: `read_block` waits for them.
 
         Raises:
             UserError: no such corpus, a manifest of another version, or a shard that is absent or damaged.
         """
         corpus = cls.read_manifest(files.data_dir(name))
         for shard in corpus.shards:
+            if shard.split == "train" and corpus.is_arriving(shard):
+                print(f"{corpus.name}: {len(corpus.absent)} of {len(corpus.shards)} shards are on their way")
+                break
             corpus._check_size(shard)
         for shard in corpus.val_shards:
             corpus.verify(shard)
@@ -80,17 +89,12 @@ class Corpus:
                 f"{path}: format {found!r}, expected {FORMAT}. Delete {folder} and make it again."
             )
         try:
-            members = [
-                Shard(**{f.name: item[f.name] for f in dataclasses.fields(Shard)}) for item in raw["shards"]
-            ]
-            corpus = cls(folder, str(raw["name"]), str(raw["source"]), members)
-        except (KeyError, TypeError) as error:
+            members = shards.from_manifest(raw["shards"])
+            return cls(folder, str(raw["name"]), str(raw["source"]), members)
+        except (KeyError, TypeError, ValueError) as error:
             raise UserError(
                 f"{path}: a field is missing or wrong ({error}). Delete {folder} and make it again."
             ) from None
-        if problem := _manifest_problem(members):
-            raise UserError(f"{path}: {problem}. Delete {folder} and make it again.")
-        return corpus
 
     def write_manifest(self, folder: Path) -> None:
         """Write manifest.json into `folder`, atomically."""
@@ -149,47 +153,56 @@ class Corpus:
                     given += min(len(text), doc_cap)
 
     def verify(self, shard: Shard) -> None:
-        """Hash a shard once in the life of this object, and compare with the manifest."""
-        with self._lock:
-            if shard.name not in self._verified:
-                self._check_size(shard)
-                self._check_digest(shard)
-                self._verified.add(shard.name)
+        """Hash a shard once in the life of this object, and compare with the manifest.
+
+        Raises:
+            UserError: it is damaged, absent, or does not arrive.
+        """
+        with self._locks[shard.name]:
+            if shard.name in self._verified:
+                return
+            if self._is_remote and not self.path(shard).exists():
+                try:
+                    arrival.wait_for(self.path(shard))
+                except UserError as error:
+                    raise UserError(f"{error} {self.repair(shard)}") from None
+            if problem := self.problem(shard):
+                raise UserError(problem)
+            self._verified.add(shard.name)
 
     def problem(self, shard: Shard) -> str:
-        """What is wrong with a shard, hashed now; "" if nothing is."""
-        try:
-            self._check_size(shard)
-            self._check_digest(shard)
-        except UserError as error:
-            return str(error)
-        return ""
+        """What is wrong with a shard, hashed now, and the command that repairs it; "" if nothing is."""
+        found = shards.problem(self.path(shard), shard)
+        return f"{self.path(shard)}: {found} {self.repair(shard)}" if found else ""
 
-    def is_absent(self, shard: Shard) -> bool:
-        """True if the file is not there at its size."""
+    @property
+    def absent(self) -> list[Shard]:
+        """Shards that are not there at their size."""
+        return [shard for shard in self.shards if not self._has_size(shard)]
+
+    def is_arriving(self, shard: Shard) -> bool:
+        """True if the shard is not there, and a download lives that will bring it."""
+        return self._is_remote and not self.path(shard).exists() and arrival.has_begun(self.folder)
+
+    @property
+    def comes_in_order(self) -> bool:
+        """True if shards arrive one after another and are read so in the first epoch.
+
+        Those of the hub are: their documents have been shuffled over all shards.
+        """
+        return self._is_remote
+
+    @property
+    def _is_remote(self) -> bool:
+        return any(self.source.startswith(f"{remote.repo}@") for remote in hub.HUB_CORPORA.values())
+
+    def _has_size(self, shard: Shard) -> bool:
         path = self.path(shard)
-        return not path.is_file() or path.stat().st_size != shard.bytes
+        return path.is_file() and path.stat().st_size == shard.bytes
 
     def _check_size(self, shard: Shard) -> None:
-        path = self.path(shard)
-        if not path.is_file():
-            raise UserError(
-                f"{path}: the shard is missing; expected sha256 {shard.sha256}. {self.repair(shard)}"
-            )
-        if path.stat().st_size != shard.bytes:
-            self._check_digest(shard)
-
-    def _check_digest(self, shard: Shard) -> None:
-        path = self.path(shard)
-        try:
-            size, digest = path.stat().st_size, files.sha256(path)
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read ({error.strerror}). {self.repair(shard)}") from None
-        if (size, digest) != (shard.bytes, shard.sha256):
-            raise UserError(
-                f"{path}: the shard is damaged: {size} bytes with sha256 {digest}, "
-                f"expected {shard.bytes} bytes with sha256 {shard.sha256}. {self.repair(shard)}"
-            )
+        if not self._has_size(shard) and (problem := self.problem(shard)):
+            raise UserError(problem)
 
     def repair(self, shard: Shard) -> str:
         """The command that makes a shard good again."""
@@ -205,24 +218,6 @@ class Corpus:
         return f"Repair: rm -rf '{self.folder}' && python -m nanochat.dataset {again}"
 
 
-def _manifest_problem(members: Sequence[Shard]) -> str:
-    """What no manifest of ours would hold; "" for a sound one. Names become paths, so they are checked."""
-    kinds = {"name": str, "split": str, "bytes": int, "documents": int, "row_groups": int, "sha256": str}
-    for shard in members:
-        for field, kind in kinds.items():
-            value = getattr(shard, field)
-            if type(value) is not kind or (isinstance(value, int) and value < 0):
-                return f"shard {shard.name!r} has {field} {value!r}"
-        if not re.fullmatch(r"[\w-][\w.-]*\.parquet", shard.name) or shard.split not in SPLITS:
-            return f"shard {shard.name!r} of split {shard.split!r}"
-    if len({shard.name for shard in members}) != len(members):
-        return "a shard is listed twice"
-    for split in SPLITS:
-        if not any(shard.split == split and shard.row_groups for shard in members):
-            return f"no shard of split {split!r}"
-    return ""
-
-
 # -----------------------------------------------------------------------------
 # Making a corpus
 
@@ -231,6 +226,7 @@ def prepare(
     corpus: str,
     *,
     num_shards: int | None = None,
+    first: int | None = None,
     named_files: Sequence[str] = (),
     val_file: str = "",
     name: str = "",
@@ -239,7 +235,8 @@ def prepare(
 
     Args:
         corpus: "stdlib", "local", "fineweb-edu" or "climbmix".
-        num_shards: training shards to have, for a corpus of the hub; None for all.
+        num_shards: training shards of a corpus of the hub; None for all.
+        first: how many of them to fetch now; None for all. The others stay planned.
         named_files: files and folders of a local corpus.
         val_file: the validation file of a local corpus; "" holds out the last hundredth.
         name: of the corpus folder; "" for the corpus's own.
@@ -252,9 +249,9 @@ def prepare(
         raise UserError(
             f"--files and --val-file make a corpus of your own: use --corpus local, not {corpus}."
         )
-    if corpus not in hub.HUB_CORPORA and num_shards is not None:
+    if corpus not in hub.HUB_CORPORA and (num_shards, first) != (None, None):
         raise UserError(
-            f"-n chooses shards of {', '.join(hub.HUB_CORPORA)}; --corpus {corpus} is made whole."
+            f"-n and --first choose shards of {', '.join(hub.HUB_CORPORA)}; --corpus {corpus} is made whole."
         )
     if corpus not in ("stdlib", "local", *hub.HUB_CORPORA):
         raise UserError(
@@ -268,7 +265,7 @@ def prepare(
     elif corpus == "local":
         _prepare_local(folder, named_files, val_file)
     else:
-        _prepare_hub(folder, corpus, num_shards)
+        return _prepare_hub(folder, corpus, num_shards, first)
     return Corpus.open(folder.name)
 
 
@@ -286,7 +283,7 @@ def _existing(folder: Path, source: str) -> Corpus | None:
             f"{folder} holds a corpus from another source ({corpus.source}; asked for: {source}). "
             "Give the new one a --name of its own, or delete the folder."
         )
-    return None if any(map(corpus.is_absent, corpus.shards)) else corpus
+    return None if corpus.absent else corpus
 
 
 def _prepare_stdlib(folder: Path) -> None:
@@ -305,7 +302,7 @@ def _prepare_local(folder: Path, named: Sequence[str], val_file: str) -> None:
             "--corpus local: name the text with --files (parquet, jsonl, txt, or folders of them)."
         )
     paths, val_path = corpora.find_files(named, val_file)
-    source = f"local files, {len(paths)} of listing {_listing_digest(paths, val_path)}"
+    source = f"local files, {len(paths)} of listing {corpora.listing_digest(paths, val_path)}"
     if _existing(folder, source):
         return
     held: deque[str] = deque()
@@ -317,25 +314,12 @@ def _prepare_local(folder: Path, named: Sequence[str], val_file: str) -> None:
     _write_corpus(folder, source, corpora.shuffled(train, seed=0), held)
 
 
-def _listing_digest(paths: Sequence[Path], val_path: Path | None) -> str:
-    """Tells whether the same files are named again: their names, sizes, first and last bytes."""
-    digest = hashlib.sha256()
-    for path in [*paths, *([val_path] if val_path else [])]:
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size} {path == val_path}\n".encode())
-        with path.open("rb") as file:
-            digest.update(file.read(SAMPLED_BYTES))
-            file.seek(max(0, size - SAMPLED_BYTES))
-            digest.update(file.read(SAMPLED_BYTES))
-    return digest.hexdigest()[:16]
-
-
 def _write_corpus(folder: Path, source: str, train: Iterator[str], val: deque[str]) -> None:
     """Write a whole corpus folder at once. `val` may still be filling while `train` is read."""
     with files.atomic_dir(folder) as temporary:
         members = shards.write_shards(train, temporary, "train", 0)
         members += shards.write_shards(val, temporary, "val", len(members))
-        for split in SPLITS:
+        for split in shards.SPLITS:
             if not any(shard.split == split for shard in members):
                 raise UserError(
                     f"corpus {folder.name!r}: there is no text for the {split} split. "
@@ -344,30 +328,44 @@ def _write_corpus(folder: Path, source: str, train: Iterator[str], val: deque[st
         Corpus(folder, folder.name, source, members).write_manifest(temporary)
 
 
-def _prepare_hub(folder: Path, corpus: str, num_shards: int | None) -> None:
+def _prepare_hub(folder: Path, corpus: str, num_shards: int | None, first: int | None) -> Corpus:
     remote = hub.HUB_CORPORA[corpus]
     count = remote.last if num_shards is None else num_shards
     if not 1 <= count <= remote.last:
         raise UserError(f"-n {count}: {corpus} has 1 to {remote.last} training shards.")
-    wanted = [remote.val_shard, *(remote.shard(index) for index in range(count))]
-    revision: str | None = None
-    known: dict[str, Shard] = {}
+    if first is not None and not 0 <= first <= count:
+        raise UserError(f"--first {first}: expected 0 to {count}, the shards of -n.")
+    names = [*(remote.shard(index) for index in range(count)), remote.val_shard]
+    with arrival.staging(folder) as stage, hub.Hub(remote.repo) as source:
+        planned, commit = _plan_hub(folder, remote, names, source)
+        print(
+            f"{corpus}: {len(planned.absent)} of {len(names)} shards are to be fetched into {folder}",
+            flush=True,
+        )
+        wanted = [*planned.val_shards, *planned.train_shards[:first]]
+        hub.require_space(folder, wanted)
+        source.fetch(wanted, commit, folder, stage)
+    if (folder / ".cache").is_dir():  # earlier releases fetched in place
+        files.remove_dir(folder / ".cache")
+    return planned
+
+
+def _plan_hub(
+    folder: Path, remote: hub.HubCorpus, names: Sequence[str], source: hub.Hub
+) -> tuple[Corpus, str]:
+    """The corpus of these shards, its manifest written, and their commit; what is planned already stays."""
+    before: Corpus | None = None
     if (folder / MANIFEST).is_file():
         _existing(folder, remote.repo)
         before = Corpus.read_manifest(folder)
-        revision = before.source.rpartition("@")[2]
-        known = {shard.name: shard for shard in before.shards if not before.is_absent(shard)}
-    missing = [name for name in wanted if name not in known]
-    if not missing:
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    print(f"{corpus}: fetching {len(missing)} shards from {remote.repo} into {folder}", flush=True)
-    commit, digests = hub.fetch(remote.repo, missing, folder, revision)
-    for name in missing:
-        split = "val" if name == remote.val_shard else "train"
-        known[name] = shards.describe(folder / name, split, digests[name])
-    members = [known[name] for name in sorted(known)]
-    Corpus(folder, folder.name, f"{remote.repo}@{commit}", members).write_manifest(folder)
+    commit = before.source.rpartition("@")[2] if before else source.newest_commit(remote.val_shard)
+    known = {shard.name: shard for shard in before.shards} if before else {}
+    missing = [name for name in names if name not in known]
+    known.update(source.describe(missing, commit, remote.val_shard))
+    planned = Corpus(folder, folder.name, f"{remote.repo}@{commit}", [known[name] for name in names])
+    if before is None or planned.fingerprint != before.fingerprint:
+        planned.write_manifest(folder)
+    return planned, commit
 
 
 # -----------------------------------------------------------------------------
@@ -380,8 +378,12 @@ def verify_all(corpus: Corpus) -> None:
     Raises:
         UserError: lists every shard that is missing or damaged.
     """
-    with ThreadPoolExecutor(HASH_THREADS) as pool:
-        problems = [problem for problem in pool.map(corpus.problem, corpus.shards) if problem]
+    total, done, problems = sum(shard.bytes for shard in corpus.shards), 0, []
+    with ThreadPoolExecutor(HASH_THREADS) as pool, bytes_bar(f"verifying {corpus.name}", total) as show:
+        for shard, problem in zip(corpus.shards, pool.map(corpus.problem, corpus.shards), strict=True):
+            problems += [problem] if problem else []
+            done += shard.bytes
+            show(done)
     if problems:
         raise UserError(
             f"{len(problems)} of {len(corpus.shards)} shards are wrong:\n  " + "\n  ".join(problems)
@@ -412,6 +414,7 @@ def main() -> None:
         corpus = prepare(
             args.corpus,
             num_shards=args.num_shards,
+            first=args.first,
             named_files=args.files,
             val_file=args.val_file,
             name=args.name,

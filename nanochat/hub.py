@@ -1,26 +1,35 @@
 """Shards from the Hugging Face hub: which there are, whether they fit on the disk, fetched and checked.
 
 `huggingface_hub` does the transfer, so `HF_ENDPOINT`, `HF_TOKEN`, mirrors and proxies work as its users know
-them. What is ours: one commit for all shards, the check of free space, the sha256 of what arrived, another
-attempt after a failure, and the name of every shard that is missing in the end.
+them; so do its waits and retries (a stall of 10 s, a reset, 429 with Retry-After, a wrong length). What is
+ours: one commit for all shards, what each will be before it is fetched, the check of free space, the sha256
+of what arrived, another attempt after a failure, and the name of every shard that is missing in the end.
 """
 
 from __future__ import annotations
 
+import errno
 import re
-import time
+import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+import pyarrow as pa
+
 from nanochat import files, shards
 from nanochat.errors import UserError
+from nanochat.progress import bytes_bar
+from nanochat.shards import Shard
 
 THREADS = 8
 RETRY_DELAYS_S = (1.0, 4.0, 15.0, 60.0)  # before each further attempt: over a minute of outage is survived
 RESERVE_BYTES = 1 << 30  # of disk that a download leaves free
+FOOTER_BYTES = 1 << 18  # read from the end of a shard at first; its footer has about 10 kB
+MAX_FOOTER_BYTES = 1 << 26
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 SHA256 = re.compile(r"[0-9a-f]{64}")
 
 Result = TypeVar("Result")
@@ -49,154 +58,218 @@ HUB_CORPORA = {
 }
 
 
-@dataclass(frozen=True)
-class RemoteFile:
-    """What the hub says of a file; `sha256` is None where its etag is not such a digest."""
+class Hub:
+    """One data set on the hub. Use as a context manager: the threads are stopped at the end."""
 
-    name: str
-    commit: str
-    bytes: int | None
-    sha256: str | None
+    def __init__(self, repo: str, retry_delays_s: Sequence[float] = RETRY_DELAYS_S) -> None:
+        """Nothing is asked yet.
+
+        Args:
+            repo: name of the data set.
+            retry_delays_s: seconds to wait before each further attempt at anything.
+        """
+        self._repo = repo
+        self._delays_s = retry_delays_s
+        self._stopped = threading.Event()
+        self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="hub")
+
+    def __enter__(self) -> Hub:
+        """Itself."""
+        from huggingface_hub.utils.tqdm import disable_progress_bars
+
+        disable_progress_bars()  # eight bars at once tear each other; there is one over all
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Stop the threads; what they are at is dropped."""
+        self._stopped.set()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def newest_commit(self, name: str) -> str:
+        """The commit that the main branch is at, asked by way of one of its files."""
+        return self._all([name], lambda name, _: self._head(name, "main")[0])[name]
+
+    def describe(self, names: Sequence[str], commit: str, val_shard: str) -> dict[str, Shard]:
+        """What the manifest says of files that are still at the hub: sizes, digests, counts of their footers.
+
+        Raises:
+            UserError: names every file of which the hub does not tell this, and why.
+        """
+
+        def work(name: str, _: int) -> Shard:
+            size, sha256 = self._head(name, commit)[1:]
+            documents, row_groups = self._footer(name, commit, size)
+            return Shard(name, "val" if name == val_shard else "train", size, documents, row_groups, sha256)
+
+        return self._all(names, work)
+
+    def fetch(self, members: Sequence[Shard], commit: str, folder: Path, stage: Path) -> None:
+        """Bring shards to `folder`, in about their order; those that are there and verify are not fetched.
+
+        Args:
+            members: the shards, as `describe` tells them.
+            commit: where they are from.
+            folder: where they go; only what is verified takes its name there.
+            stage: a folder on the same disk for what is on its way.
+
+        Raises:
+            UserError: names every shard that could not be had, and why; or the disk is full.
+        """
+        sizes = {shard.name: shard.bytes for shard in members}
+        by_name = {shard.name: shard for shard in members}
+
+        def work(name: str, attempt: int) -> None:
+            if not (folder / name).is_file() or shards.problem(folder / name, by_name[name]):
+                self._fetch_one(by_name[name], commit, folder, stage, again=attempt > 0)
+
+        def staged() -> int:
+            return sum(path.stat().st_size for path in stage.rglob("*") if path.is_file())
+
+        with bytes_bar(f"{self._repo}: {len(members)} shards", sum(sizes.values())) as show:
+
+            def seen(done: Sequence[str]) -> None:
+                try:
+                    show(sum(sizes[name] for name in done) + staged())
+                except FileNotFoundError:
+                    return  # renamed while we looked
+
+            self._all(list(sizes), work, seen)
+
+    def _fetch_one(self, shard: Shard, commit: str, folder: Path, stage: Path, again: bool) -> None:
+        from huggingface_hub import hf_hub_download
+
+        try:
+            hf_hub_download(
+                self._repo,
+                shard.name,
+                repo_type="dataset",
+                revision=commit,
+                local_dir=stage,
+                force_download=again,  # what the client keeps elsewhere on this machine may be damaged
+            )
+        except OSError as error:
+            if error.errno in FULL_DISK:
+                raise UserError(
+                    f"{folder}: the disk is full. Free some space, ask for fewer shards (-n), or set "
+                    "NANOCHAT_BASE_DIR elsewhere; then run the same command again."
+                ) from None
+            raise
+        arrived = stage / shard.name
+        if problem := shards.problem(arrived, shard):
+            arrived.unlink()
+            raise ValueError(problem)
+        files.fsync_file(arrived)
+        arrived.replace(folder / shard.name)
+        files.fsync_dir(folder)
+        print(f"{shard.name}: {shard.bytes / 1e6:.1f} MB", flush=True)
+
+    def _head(self, name: str, revision: str) -> tuple[str, int, str]:
+        """Commit, size and sha256 of a file."""
+        from huggingface_hub import get_hf_file_metadata, hf_hub_url  # half a second; only downloads pay
+
+        metadata = get_hf_file_metadata(hf_hub_url(self._repo, name, repo_type="dataset", revision=revision))
+        if metadata.commit_hash is None or metadata.size is None:
+            raise ValueError("the server does not answer as a Hugging Face hub does; check HF_ENDPOINT")
+        if not SHA256.fullmatch(metadata.etag or ""):
+            raise ValueError(f"the hub has no sha256 of it, but the etag {metadata.etag!r}")
+        return metadata.commit_hash, metadata.size, str(metadata.etag)
+
+    def _footer(self, name: str, commit: str, size: int) -> tuple[int, int]:
+        """Documents and row groups, from the end of a parquet file of `size` bytes."""
+        tail = self._tail(name, commit, size, FOOTER_BYTES)
+        needed = int.from_bytes(tail[-8:-4], "little") + 8
+        if len(tail) < needed <= min(size, MAX_FOOTER_BYTES):
+            tail = self._tail(name, commit, size, needed)
+        try:
+            return shards.counts(pa.BufferReader(tail))
+        except (pa.ArrowException, OSError) as error:
+            raise ValueError(f"what arrived is not the end of a parquet file: {error}") from None
+
+    def _tail(self, name: str, commit: str, size: int, count: int) -> bytes:
+        from huggingface_hub import constants, hf_hub_url
+        from huggingface_hub.utils import (  # type: ignore[attr-defined]
+            build_hf_headers,
+            hf_raise_for_status,
+            http_backoff,
+        )
+
+        first = max(0, size - count)
+        response = http_backoff(
+            "GET",
+            hf_hub_url(self._repo, name, repo_type="dataset", revision=commit),
+            headers={**build_hf_headers(), "Range": f"bytes={first}-{size - 1}"},
+            timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT,
+            max_retries=0,
+        )
+        hf_raise_for_status(response)
+        return bytes(response.content[-(size - first) :])  # all of the file where the server ignores ranges
+
+    def _all(
+        self,
+        names: Sequence[str],
+        work: Callable[[str, int], Result],
+        seen: Callable[[Sequence[str]], None] = lambda done: None,
+    ) -> dict[str, Result]:
+        """Do `work` (name, attempt) for every name in parallel; every failure is named in one error."""
+        futures: dict[Future[Result], str] = {
+            self._pool.submit(self._persist, work, name): name for name in names
+        }
+        waiting = set(futures)
+        results: dict[str, Result] = {}
+        failures: list[str] = []
+        while waiting:
+            done, waiting = wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED)
+            for future in done:
+                try:
+                    results[futures[future]] = future.result()
+                except UserError:
+                    raise
+                except Exception as error:  # noqa: BLE001 - the client raises its transport's errors as they come
+                    failures.append(f"{futures[future]} ({_reason(error)})")
+            seen(list(results))
+        if failures:
+            raise UserError(
+                f"{self._repo}: {len(failures)} missing: {'; '.join(sorted(failures))}. "
+                "What arrived is kept: run the same command again."
+            )
+        return {name: results[name] for name in names}
+
+    def _persist(self, work: Callable[[str, int], Result], name: str) -> Result:
+        """Do `work`, again after each delay unless the hub has said that there is no such thing."""
+        from huggingface_hub.errors import (
+            RemoteEntryNotFoundError,
+            RepositoryNotFoundError,
+            RevisionNotFoundError,
+        )
+
+        final = (UserError, RemoteEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError)
+        for attempt, delay_s in enumerate(self._delays_s):
+            try:
+                return work(name, attempt)
+            except Exception as error:
+                if isinstance(error, final) or self._stopped.is_set():
+                    raise
+                print(f"{name}: {_reason(error)}; again in {delay_s:g} s", flush=True)
+            if self._stopped.wait(delay_s):
+                raise InterruptedError("stopped")
+        return work(name, len(self._delays_s))
 
 
-def head(repo: str, name: str, revision: str) -> RemoteFile:
-    """Ask the hub for a file's commit, size and digest."""
-    from huggingface_hub import get_hf_file_metadata, hf_hub_url  # takes half a second; only downloads pay
-
-    metadata = get_hf_file_metadata(hf_hub_url(repo, name, repo_type="dataset", revision=revision))
-    if metadata.commit_hash is None:
-        raise ValueError("the server does not answer as a Hugging Face hub does; check HF_ENDPOINT")
-    etag = metadata.etag or ""
-    return RemoteFile(name, metadata.commit_hash, metadata.size, etag if SHA256.fullmatch(etag) else None)
+def _reason(error: BaseException) -> str:
+    """The first line of what an error says, or its kind where it says nothing."""
+    return (str(error).strip().splitlines() or [""])[0] or type(error).__name__
 
 
-def fetch(
-    repo: str,
-    names: Sequence[str],
-    folder: Path,
-    revision: str | None,
-    *,
-    retry_delays_s: Sequence[float] = RETRY_DELAYS_S,
-) -> tuple[str, dict[str, str]]:
-    """Download files of a data set into `folder`; what is there already and verifies is not fetched again.
-
-    Args:
-        repo: name of the data set on the hub.
-        names: the files.
-        folder: where they go.
-        revision: the commit to take them from; None for the newest.
-        retry_delays_s: seconds to wait before each further attempt.
-
-    Returns:
-        The commit, and the sha256 of each file.
+def require_space(folder: Path, members: Sequence[Shard]) -> None:
+    """Refuse a download that does not fit on the disk of `folder`, before it begins.
 
     Raises:
-        UserError: names every file that could not be had, and why; or the disk is too small.
+        UserError: says how much is wanted and how much is free.
     """
-    from huggingface_hub.utils.tqdm import disable_progress_bars
-
-    disable_progress_bars()  # eight bars at once tear each other; a line a shard is printed instead
-    pool = ThreadPoolExecutor(THREADS)
-    try:
-        if revision is None:
-            newest, failures = _each(
-                pool, names[:1], lambda name: head(repo, name, "main").commit, retry_delays_s
-            )
-            _require_all(repo, failures)
-            revision = newest[names[0]]
-        commit = revision
-        remotes, failures = _each(pool, names, lambda name: head(repo, name, commit), retry_delays_s)
-        _require_space(folder, list(remotes.values()))
-        digests, failed = _each(
-            pool, list(remotes), lambda name: _fetch_one(repo, remotes[name], folder), retry_delays_s
-        )
-    except BaseException:
-        pool.shutdown(wait=False, cancel_futures=True)
-        raise
-    pool.shutdown()
-    _require_all(repo, {**failures, **failed})
-    if (folder / ".cache").is_dir():
-        files.remove_dir(folder / ".cache")  # the client's bookkeeping of transfers
-    return commit, digests
-
-
-def _each(
-    pool: ThreadPoolExecutor, names: Sequence[str], work: Callable[[str], Result], delays_s: Sequence[float]
-) -> tuple[dict[str, Result], dict[str, str]]:
-    """Run `work` on every name in parallel; returns the results, and the reason of each failure."""
-    futures: dict[str, Future[Result]] = {name: pool.submit(_persist, work, name, delays_s) for name in names}
-    results: dict[str, Result] = {}
-    failures: dict[str, str] = {}
-    for name, future in futures.items():
-        try:
-            results[name] = future.result()
-        except Exception as error:  # noqa: BLE001 - the client raises its transport's errors as they come
-            failures[name] = (str(error).splitlines() or [""])[0] or type(error).__name__
-    return results, failures
-
-
-def _persist(work: Callable[[str], Result], name: str, delays_s: Sequence[float]) -> Result:
-    """Do `work`, again after each delay unless the hub has said that there is no such thing."""
-    from huggingface_hub.errors import (
-        LocalEntryNotFoundError,
-        RemoteEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    for delay_s in delays_s:
-        try:
-            return work(name)
-        except (RemoteEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError):
-            raise
-        except (LocalEntryNotFoundError, OSError, ValueError) as error:
-            print(f"{name}: {str(error).splitlines()[0]}; again in {delay_s:g} s", flush=True)
-            time.sleep(delay_s)
-    return work(name)
-
-
-def _fetch_one(repo: str, remote: RemoteFile, folder: Path) -> str:
-    """Fetch and check one file; returns its sha256. A wrong file does not stay."""
-    from huggingface_hub import hf_hub_download
-
-    path = folder / remote.name
-    if path.is_file() and _problem(path, remote):
-        path.unlink()
-    hf_hub_download(repo, remote.name, repo_type="dataset", revision=remote.commit, local_dir=folder)
-    if problem := _problem(path, remote):
-        path.unlink()
-        raise ValueError(problem)
-    print(f"{remote.name}: {path.stat().st_size / 1e6:.1f} MB", flush=True)
-    return files.sha256(path)
-
-
-def _problem(path: Path, remote: RemoteFile) -> str:
-    """What is wrong with a file that arrived; "" if nothing is."""
-    size = path.stat().st_size
-    if remote.bytes is not None and size != remote.bytes:
-        return f"{size} bytes arrived, the hub has {remote.bytes}"
-    if remote.sha256 is not None and (digest := files.sha256(path)) != remote.sha256:
-        return f"what arrived has sha256 {digest}, the hub has {remote.sha256}"
-    try:
-        shards.describe(path, "train", sha256="not needed")
-    except UserError as error:
-        return str(error)
-    return ""
-
-
-def _require_space(folder: Path, remotes: Sequence[RemoteFile]) -> None:
-    wanted = sum(remote.bytes or 0 for remote in remotes if not (folder / remote.name).is_file())
+    wanted = sum(shard.bytes for shard in members if not (folder / shard.name).is_file())
     free = files.free_bytes(folder)
-    if wanted + RESERVE_BYTES > free:
+    if wanted and wanted + RESERVE_BYTES > free:
         raise UserError(
             f"{folder}: {wanted / 1e9:.1f} GB to fetch and {RESERVE_BYTES / 1e9:.1f} GB to spare, but "
             f"{free / 1e9:.1f} GB are free. Ask for fewer shards (-n) or set NANOCHAT_BASE_DIR elsewhere."
-        )
-
-
-def _require_all(repo: str, failures: dict[str, str]) -> None:
-    if failures:
-        listed = "; ".join(f"{name} ({reason})" for name, reason in sorted(failures.items()))
-        raise UserError(
-            f"{repo}: {len(failures)} missing: {listed}. What arrived is kept: run the same command again."
         )

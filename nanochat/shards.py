@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -13,6 +16,7 @@ from nanochat import files
 from nanochat.errors import UserError
 
 TEXT_COLUMN = "text"
+SPLITS = ("train", "val")
 GROUP_DOCUMENTS = 1000  # documents of a row group, which is the block that the loader packs
 GROUP_CHARS = 64 << 20  # a row group ends early beyond this, so that long documents cannot fill the memory
 SHARD_CHARS = 64 << 20  # text of a shard, about 20 MB compressed
@@ -81,29 +85,81 @@ def _grouped(documents: Iterable[str]) -> Iterator[list[str]]:
         yield group
 
 
-def describe(path: Path, split: str, sha256: str | None = None) -> Shard:
-    """What the manifest says of a file; hashes it unless the digest is known.
+def describe(path: Path, split: str) -> Shard:
+    """What the manifest says of a file of ours; hashes it.
 
     Raises:
         UserError: not a parquet file with a column `text` of strings.
     """
     try:
-        with pq.ParquetFile(path) as file:
-            _check_schema(path, file.schema_arrow)
-            documents, row_groups = file.metadata.num_rows, file.metadata.num_row_groups
+        documents, row_groups = counts(path)
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path}: not a readable parquet file ({_first_line(error)}).") from None
-    return Shard(
-        name=path.name,
-        split=split,
-        bytes=path.stat().st_size,
-        documents=documents,
-        row_groups=row_groups,
-        sha256=sha256 or files.sha256(path),
-    )
+    return Shard(path.name, split, path.stat().st_size, documents, row_groups, files.sha256(path))
 
 
-def _check_schema(path: Path, schema: pa.Schema) -> None:
+def counts(source: Path | pa.NativeFile) -> tuple[int, int]:
+    """Documents and row groups of a parquet file, or of the end of one, which holds its footer.
+
+    Raises:
+        UserError: it has no column `text` of strings.
+        pyarrow.ArrowException, OSError: it is no parquet file.
+    """
+    with pq.ParquetFile(source) as file:
+        _check_schema(source if isinstance(source, Path) else "the file", file.schema_arrow)
+        return file.metadata.num_rows, file.metadata.num_row_groups
+
+
+def problem(path: Path, shard: Shard) -> str:
+    """What is wrong with a file that should be `shard`, hashed now; "" if nothing is."""
+    try:
+        size, digest = path.stat().st_size, files.sha256(path)
+    except FileNotFoundError:
+        return f"the shard is missing; expected sha256 {shard.sha256}."
+    except OSError as error:
+        return f"cannot be read ({error.strerror})."
+    if (size, digest) != (shard.bytes, shard.sha256):
+        return (
+            f"the shard is damaged: {size} bytes with sha256 {digest}, "
+            f"expected {shard.bytes} bytes with sha256 {shard.sha256}."
+        )
+    try:
+        found = counts(path)
+    except (UserError, pa.ArrowException, OSError) as error:
+        return f"not a shard ({_first_line(error)})."
+    if found != (shard.documents, shard.row_groups):
+        return (
+            f"{found[0]} documents in {found[1]} row groups, "
+            f"expected {shard.documents} in {shard.row_groups}."
+        )
+    return ""
+
+
+def from_manifest(items: list[dict[str, Any]]) -> list[Shard]:
+    """Shards as a manifest lists them, checked: nothing that no manifest of ours would hold is taken.
+
+    Raises:
+        KeyError, TypeError, ValueError: a field is missing or has a wrong value.
+    """
+    members = [Shard(**{f.name: item[f.name] for f in dataclasses.fields(Shard)}) for item in items]
+    kinds = {"name": str, "split": str, "bytes": int, "documents": int, "row_groups": int, "sha256": str}
+    for shard in members:
+        for field, kind in kinds.items():
+            value = getattr(shard, field)
+            if type(value) is not kind or (isinstance(value, int) and value < 0):
+                raise ValueError(f"shard {shard.name!r} has {field} {value!r}")
+        # Names become paths.
+        if not re.fullmatch(r"[\w-][\w.-]*\.parquet", shard.name) or shard.split not in SPLITS:
+            raise ValueError(f"shard {shard.name!r} of split {shard.split!r}")
+    if len({shard.name for shard in members}) != len(members):
+        raise ValueError("a shard is listed twice")
+    for split in SPLITS:
+        if not any(shard.split == split and shard.row_groups for shard in members):
+            raise ValueError(f"no shard of split {split!r}")
+    return members
+
+
+def _check_schema(path: Path | str, schema: pa.Schema) -> None:
     at = schema.get_all_field_indices(TEXT_COLUMN)
     if len(at) != 1:
         raise UserError(

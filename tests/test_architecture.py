@@ -18,9 +18,10 @@ from tests.conftest import REPO
 
 # A module imports modules of lower layers, and those before it in its own. A new module takes its place here.
 LAYERS = (
-    ("errors", "files", "hardware", "world", "runlog", "charts"),
+    ("errors", "files", "hardware", "world", "runlog", "charts", "progress"),
     ("config", "recipe", "schedule", "scaling", "tokenizer", "shards", "packing", "core_results"),
-    ("corpora", "hub", "dataset", "attention", "update_rules", "optim", "loss", "core_tasks", "core_mini"),
+    ("arrival", "corpora", "hub", "dataset", "attention", "update_rules", "optim", "loss")
+    + ("core_tasks", "core_mini"),
     ("lanes", "dataloader", "gpt"),
     ("loss_eval", "engine", "core_eval", "checkpoint", "reporter"),
     ("base_eval", "hooks", "train", "report"),

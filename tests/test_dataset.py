@@ -257,7 +257,7 @@ def test_the_command_line_makes_lists_and_verifies(tmp_path: Path) -> None:
     [
         (["--corpus", "nonsense"], "--corpus nonsense: expected stdlib"),
         (["--corpus", "local"], "name the text with --files"),
-        (["--corpus", "stdlib", "-n", "3"], "-n chooses shards of"),
+        (["--corpus", "stdlib", "-n", "3"], "-n and --first choose shards of"),
         (["--corpus", "stdlib", "--files", "x"], "use --corpus local"),
         (["--corpus", "fineweb-edu", "-n", "0"], "has 1 to 1822 training shards"),
         (["--corpus", "local", "--files", "absent.txt"], "absent.txt: no such file"),

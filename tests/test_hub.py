@@ -1,140 +1,62 @@
-"""Downloads, from a local server that speaks what huggingface_hub needs: HEAD with etag, ranged GET."""
+"""Downloads from a hub on this machine: what arrives is verified, what does not is named, nothing is left."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+import random
+import shutil
 import subprocess
 import sys
-import threading
-from collections import Counter
+import textwrap
+import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
-from nanochat import shards
-from nanochat.hub import HUB_CORPORA
-
-REPO = HUB_CORPORA["fineweb-edu"].repo
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-VAL = "shard_01822.parquet"
-
-
-class Hub:
-    """A hub with one data set. `faults` makes it misbehave for a file, `requests` counts the GETs of each."""
-
-    def __init__(self, contents: dict[str, bytes]) -> None:
-        self.contents = contents
-        self.faults: dict[str, str] = {}
-        self.requests: Counter[str] = Counter()
-        self.tokens: set[str | None] = set()
-        hub = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def log_message(self, *arguments: object) -> None:
-                pass
-
-            def do_HEAD(self) -> None:
-                self.answer(send_body=False)
-
-            def do_GET(self) -> None:
-                self.answer(send_body=True)
-
-            def answer(self, send_body: bool) -> None:
-                name = self.path.rpartition("/")[2]
-                expected = [f"/datasets/{REPO}/resolve/{revision}/{name}" for revision in ("main", COMMIT)]
-                if name.endswith(".parquet"):  # the client also asks for things of its own
-                    hub.tokens.add(self.headers["Authorization"])
-                    hub.requests[name] += send_body
-                if self.path not in expected or name not in hub.contents:
-                    self.reply(404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT}, b"", True)
-                    return
-                data = hub.contents[name]
-                headers = {
-                    "ETag": f'"{hashlib.sha256(data).hexdigest()}"',
-                    "X-Linked-Size": str(len(data)),
-                    "X-Repo-Commit": COMMIT,
-                    "Accept-Ranges": "bytes",
-                }
-                fault = hub.faults.get(name)
-                if fault == "wrong bytes" and send_body:
-                    data = bytes(len(data))
-                if fault == "wrong bytes once" and send_body:
-                    del hub.faults[name]
-                    data = bytes(len(data))
-                if fault == "unavailable once" and send_body:
-                    del hub.faults[name]
-                    self.reply(503, {}, b"busy", True)
-                    return
-                status = 200
-                if (wanted := self.headers["Range"]) and send_body:
-                    first = int(wanted.removeprefix("bytes=").split("-")[0])
-                    headers["Content-Range"] = f"bytes {first}-{len(data) - 1}/{len(data)}"
-                    data, status = data[first:], 206
-                self.reply(status, headers, data, send_body)
-
-            def reply(self, status: int, headers: dict[str, str], data: bytes, send_body: bool) -> None:
-                self.send_response(status)
-                for key, value in headers.items():
-                    self.send_header(key, value)
-                self.send_header("Content-Length", str(len(data)))
-                self.end_headers()
-                if send_body and self.command != "HEAD":
-                    self.wfile.write(data)
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server.server_address[1]}"
+from nanochat import arrival
+from nanochat.dataset import Corpus
+from nanochat.errors import UserError
+from tests.hub_server import (
+    COMMIT,
+    FAULTS,
+    REPO,
+    VAL,
+    Hub,
+    environment,
+    fetch,
+    numbered,
+    running,
+    start,
+    text_of,
+)
+from tests.reliability import record
 
 
 @pytest.fixture
 def hub(tmp_path: Path) -> Iterator[Hub]:
-    contents = {}
-    for name in ("shard_00000.parquet", "shard_00001.parquet", "shard_00002.parquet", VAL):
-        [written] = shards.write_shards([f"{name} document {i}" for i in range(1500)], tmp_path, "train", 0)
-        contents[name] = (tmp_path / written.name).read_bytes()
-    server = Hub(contents)
-    yield server
-    server.server.shutdown()
-    server.server.server_close()
+    with running(tmp_path, numbered(3)) as server:
+        yield server
 
 
-def fetch(hub: Hub, base: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """The command a user types, with the hub elsewhere."""
-    environment = {
-        **os.environ,
-        "NANOCHAT_BASE_DIR": str(base),
-        "HF_ENDPOINT": hub.url,
-        "HF_HOME": str(base / "hf"),
-        "HF_TOKEN": "secret",
-        "NO_PROXY": "127.0.0.1",
-    }
-    return subprocess.run(
-        [sys.executable, "-m", "nanochat.dataset", "--corpus", "fineweb-edu", *arguments],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
+def names_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def assert_whole(hub: Hub, folder: Path, names: list[str]) -> None:
+    """The folder has these shards, bit for bit, the manifest, and nothing else."""
+    assert names_in(folder) == sorted(["manifest.json", *names])
+    for name in names:
+        assert (folder / name).read_bytes() == hub.contents[name]
 
 
 def test_shards_arrive_verified_and_are_not_fetched_again(hub: Hub, base_dir: Path) -> None:
     done = fetch(hub, base_dir, "-n", "2")
     assert done.returncode == 0, done.stderr
     folder = base_dir / "data" / "fineweb-edu"
-    assert sorted(p.name for p in folder.iterdir()) == [
-        "manifest.json",
-        "shard_00000.parquet",
-        "shard_00001.parquet",
-        VAL,
-    ]
+    assert_whole(hub, folder, numbered(2))
     manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
     assert manifest["source"] == f"{REPO}@{COMMIT}"
     assert [(s["name"], s["split"], s["documents"], s["row_groups"]) for s in manifest["shards"]] == [
@@ -144,83 +66,255 @@ def test_shards_arrive_verified_and_are_not_fetched_again(hub: Hub, base_dir: Pa
     ]
     for shard in manifest["shards"]:
         assert shard["sha256"] == hashlib.sha256(hub.contents[shard["name"]]).hexdigest()
-        assert (folder / shard["name"]).read_bytes() == hub.contents[shard["name"]]
     assert hub.tokens == {"Bearer secret"}
 
     assert fetch(hub, base_dir, "-n", "2").returncode == 0
     assert fetch(hub, base_dir, "-n", "3").returncode == 0
     assert hub.requests == dict.fromkeys(hub.contents, 1)
 
-    (folder / "shard_00001.parquet").write_bytes(b"cut")
+    damaged = bytearray(hub.contents["shard_00001.parquet"])
+    damaged[1000] ^= 1
+    (folder / "shard_00001.parquet").write_bytes(damaged)
+    (folder / "shard_00002.parquet").write_bytes(b"cut")
     assert fetch(hub, base_dir, "-n", "3").returncode == 0
-    assert hub.requests["shard_00001.parquet"] == 2
-    assert (folder / "shard_00001.parquet").read_bytes() == hub.contents["shard_00001.parquet"]
+    assert hub.requests == {**dict.fromkeys(hub.contents, 2), "shard_00000.parquet": 1, VAL: 1}
+    assert_whole(hub, folder, numbered(3))
 
 
-def test_a_missing_shard_is_named_with_exit_code_2_and_the_others_are_kept(hub: Hub, base_dir: Path) -> None:
-    missing = hub.contents.pop("shard_00001.parquet")
+def test_missing_shards_are_named_with_exit_code_2(hub: Hub, base_dir: Path) -> None:
+    taken = {name: hub.contents.pop(name) for name in ("shard_00001.parquet", VAL)}
     failed = fetch(hub, base_dir, "-n", "3")
     assert failed.returncode == 2
-    [line] = failed.stderr.splitlines()
-    assert "1 missing: shard_00001.parquet" in line
-    assert "shard_00002" not in line
-    assert not (base_dir / "data" / "fineweb-edu" / "manifest.json").exists()
-    hub.contents["shard_00001.parquet"] = missing
-    assert fetch(hub, base_dir, "-n", "3").returncode == 0
-    assert set(hub.requests.values()) == {1}
-
-
-def test_a_missing_validation_shard_stops_it(hub: Hub, base_dir: Path) -> None:
-    del hub.contents[VAL]
-    failed = fetch(hub, base_dir, "-n", "1")
-    assert failed.returncode == 2
+    assert failed.stderr.count("\n") == 1
     assert VAL in failed.stderr
+    hub.contents[VAL] = taken[VAL]
+    failed = fetch(hub, base_dir, "-n", "3")
+    assert failed.returncode == 2
+    assert "1 missing: shard_00001.parquet" in failed.stderr
+    assert "shard_00002" not in failed.stderr
+    assert names_in(base_dir / "data" / "fineweb-edu") == []
+    hub.contents.update(taken)
+    assert fetch(hub, base_dir, "-n", "3").returncode == 0
 
 
-def test_wrong_bytes_and_outages_are_fetched_again(hub: Hub, base_dir: Path) -> None:
-    hub.faults = {"shard_00000.parquet": "wrong bytes once", VAL: "unavailable once"}
-    done = fetch(hub, base_dir, "-n", "1")
-    assert done.returncode == 0, done.stderr
-    folder = base_dir / "data" / "fineweb-edu"
-    assert (folder / "shard_00000.parquet").read_bytes() == hub.contents["shard_00000.parquet"]
-    assert hub.requests["shard_00000.parquet"] == 2
-
-
-def test_bytes_that_stay_wrong_are_named_and_not_kept(
-    hub: Hub, base_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_smaller_plan_lists_fewer_shards_and_the_larger_one_fetches_nothing_again(
+    hub: Hub, base_dir: Path
 ) -> None:
-    hub.faults = {"shard_00000.parquet": "wrong bytes"}
-    folder = tmp_path / "there"
-    folder.mkdir()
-    script = (
-        "import sys; from pathlib import Path; from nanochat import hub, errors\n"
-        "shard, folder = 'shard_00000.parquet', Path(sys.argv[2])\n"
-        "try: hub.fetch(sys.argv[1], [shard], folder, None, retry_delays_s=[0, 0])\n"
-        "except errors.UserError as error: print(error)"
+    folder = base_dir / "data" / "fineweb-edu"
+    for count in ("3", "1", "3"):
+        assert fetch(hub, base_dir, "-n", count).returncode == 0
+        listed = json.loads((folder / "manifest.json").read_text("utf-8"))["shards"]
+        assert [s["split"] for s in listed] == ["train"] * int(count) + ["val"]
+    assert hub.requests == dict.fromkeys(hub.contents, 1)
+
+
+def test_a_disk_that_is_too_small_is_said_before_anything_is_fetched(hub: Hub, base_dir: Path) -> None:
+    code = (
+        "import sys; from nanochat import dataset, files\n"
+        "files.free_bytes = lambda path: 1 << 20\n"
+        "dataset.main()"
     )
     done = subprocess.run(
-        [sys.executable, "-c", script, REPO, str(folder)],
-        env={**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf")},
+        [sys.executable, "-c", code, "--corpus", "fineweb-edu", "-n", "3"],
+        env=environment(hub, base_dir),
         capture_output=True,
         text=True,
     )
-    wrong = hashlib.sha256(bytes(len(hub.contents["shard_00000.parquet"]))).hexdigest()
-    right = hashlib.sha256(hub.contents["shard_00000.parquet"]).hexdigest()
-    assert f"shard_00000.parquet (what arrived has sha256 {wrong}, the hub has {right})" in done.stdout, done
-    assert hub.requests["shard_00000.parquet"] == 3
-    assert not (folder / "shard_00000.parquet").exists()
+    assert done.returncode == 2
+    assert "to spare, but 0.0 GB are free" in done.stderr
+    assert not hub.requests
 
 
-def test_no_hub_is_said_in_one_line(base_dir: Path, tmp_path: Path) -> None:
-    script = (
-        "import sys; from pathlib import Path; from nanochat import hub, errors\n"
-        "try: hub.fetch('a/b', ['x.parquet'], Path(sys.argv[1]), None, retry_delays_s=[])\n"
-        "except errors.UserError as error: print(error)"
-    )
+def test_no_hub_is_said_in_one_line(base_dir: Path, tmp_path: Path, hub: Hub) -> None:
+    hub.close()
+    done = fetch(hub, base_dir, "-n", "1", delays_s="0")
+    assert done.returncode == 2
+    assert f"{REPO}: 1 missing: {VAL} (" in done.stderr
+    assert names_in(base_dir / "data" / "fineweb-edu") == []
+
+
+# -----------------------------------------------------------------------------
+# P10: a download ends whole, or says why
+
+
+def table(rows: list[tuple[str, str]]) -> str:
+    width = max(len(fault) for fault, _ in rows)
+    return "\n".join(["", *(f"  {fault:{width}}  {outcome}" for fault, outcome in rows)])
+
+
+def test_every_fault_that_passes_is_survived(
+    tmp_path: Path, base_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = numbered(len(FAULTS))
+    folder = base_dir / "data" / "fineweb-edu"
+    with running(tmp_path, names, documents=400) as hub:
+        hub.faults = dict(zip(names, FAULTS, strict=False))
+        hub.times = {name: 2 if "dropped" in fault else 1 for name, fault in hub.faults.items()}
+        done = fetch(hub, base_dir, "-n", str(len(FAULTS)))
+        rows = [
+            (fault, f"verified, after {hub.requests[name] + hub.ranges[name] - 1} answers")
+            for name, fault in hub.faults.items()
+            if (folder / name).is_file() and (folder / name).read_bytes() == hub.contents[name]
+        ]
+        with capsys.disabled():
+            print(table(rows))
+        assert done.returncode == 0, done.stderr
+        assert_whole(hub, folder, names)
+        assert set(hub.times.values()) == {0}
+    record("P10", n=len(FAULTS), failures=len(FAULTS) - len(rows), worst=0, unit="faults that pass")
+
+
+PASSING = ("a redirect", "dropped, then ranges are ignored", "429 with Retry-After")  # even if they stay
+QUICK = ["wrong bytes", "HTML with 200", "HTML of the right size", "the length is too small", "503", "500"]
+
+
+@pytest.mark.parametrize(
+    "lasting", [QUICK, pytest.param([f for f in FAULTS if f not in PASSING], marks=pytest.mark.slow)]
+)
+def test_every_fault_that_stays_is_named_and_leaves_nothing(
+    tmp_path: Path, base_dir: Path, capsys: pytest.CaptureFixture[str], lasting: list[str]
+) -> None:
+    names = numbered(len(lasting))
+    folder = base_dir / "data" / "fineweb-edu"
+    with running(tmp_path, names, documents=400) as hub:
+        hub.faults = dict(zip(names, lasting, strict=False))
+        done = fetch(hub, base_dir, "-n", str(len(lasting)), delays_s="0.1")
+        [line] = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+        reasons = dict(part.split(" (", 1) for part in line.split("missing: ")[1].split("; "))
+        rows = []
+        for name, fault in hub.faults.items():
+            assert not (folder / name).exists()
+            rows.append((fault, f"exit code {done.returncode}: {reasons[name]}"[:120]))
+        with capsys.disabled():
+            print(table(rows))
+        assert done.returncode == 2
+        left = [name for name in names_in(folder) if name not in names]
+        assert left == ["manifest.json"]
+        with pytest.raises(UserError, match="missing"):
+            Corpus.read_manifest(folder).verify(Corpus.read_manifest(folder).shards[0])
+        hub.faults = {}
+        assert fetch(hub, base_dir, "-n", str(len(lasting))).returncode == 0
+        assert_whole(hub, folder, names)
+    record("P10", n=len(rows), failures=0, worst=0, unit="faults that stay")
+
+
+def test_a_disk_that_fills_midway_stops_the_download_and_leaves_nothing(hub: Hub, base_dir: Path) -> None:
+    limit = len(hub.contents["shard_00000.parquet"]) // 2
+    code = f"""
+        import resource, signal
+        from nanochat import dataset
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
+        dataset.main()
+    """
     done = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path)],
-        env={**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "hf")},
+        [sys.executable, "-c", textwrap.dedent(code), "--corpus", "fineweb-edu", "-n", "3"],
+        env=environment(hub, base_dir),
         capture_output=True,
         text=True,
     )
-    assert "a/b: 1 missing: x.parquet (" in done.stdout, done
+    assert done.returncode == 2, done.stderr
+    assert "the disk is full" in done.stderr
+    folder = base_dir / "data" / "fineweb-edu"
+    assert names_in(folder) == ["manifest.json"]
+    assert fetch(hub, base_dir, "-n", "3").returncode == 0
+    assert_whole(hub, folder, numbered(3))
+
+
+def kill_often(tmp_path: Path, base_dir: Path, kills: int, pause_s: float) -> None:
+    """Kill downloads at random moments; after each, what has a shard's name is that shard."""
+    rng = random.Random(0)
+    folder = base_dir / "data" / "fineweb-edu"
+    names = numbered(10)
+    with running(tmp_path, names) as hub:
+        hub.chunk_s = pause_s
+        started = time.monotonic()
+        assert fetch(hub, base_dir, "-n", "10").returncode == 0
+        whole_s = time.monotonic() - started
+        shutil.rmtree(folder)
+        left_behind = killed = 0
+        while killed < kills:
+            process = start(hub, base_dir, "-n", "10")
+            time.sleep(rng.uniform(0.2, 1.0) * whole_s)
+            if process.poll() is None:
+                process.kill()
+                killed += 1
+            process.communicate()
+            if process.returncode == 0:
+                assert_whole(hub, folder, names)
+                shutil.rmtree(folder)
+                continue
+            for path in folder.glob("shard_*") if folder.exists() else ():
+                assert path.read_bytes() == hub.contents[path.name]
+            left_behind += folder.exists() and any(folder.glob(".*"))
+        assert left_behind, "no kill came in the middle of a download"
+        assert fetch(hub, base_dir, "-n", "10").returncode == 0
+        assert_whole(hub, folder, names)
+        assert names_in(folder.parent) == ["fineweb-edu"]
+    record("P10", n=kills, failures=0, worst=0, unit="kills -9 of a download")
+
+
+def test_a_download_killed_at_random_moments_ends_verified_with_nothing_left(
+    tmp_path: Path, base_dir: Path
+) -> None:
+    kill_often(tmp_path, base_dir, 5, pause_s=0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_fifty_kills(tmp_path: Path, base_dir: Path) -> None:
+    kill_often(tmp_path, base_dir, 50, pause_s=0.05)
+
+
+# -----------------------------------------------------------------------------
+# Training begins while shards arrive
+
+
+def test_a_reader_waits_for_the_next_shard_and_sees_the_full_corpus(
+    hub: Hub, base_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert fetch(hub, base_dir, "-n", "3", "--first", "1").returncode == 0
+    folder = base_dir / "data" / "fineweb-edu"
+    assert names_in(folder) == ["manifest.json", "shard_00000.parquet", VAL]
+    before = Corpus.read_manifest(folder)
+    hub.chunk_s = 0.1
+    process = start(hub, base_dir, "-n", "3")
+    corpus = Corpus.open("fineweb-edu")
+    assert corpus.fingerprint == before.fingerprint
+    texts = list(corpus.texts(max_chars=10**9, doc_cap=10**6))
+    assert texts == [text_of(name, i) for name in numbered(3)[:3] for i in range(1500)]
+    assert process.wait(30) == 0
+    process.communicate()
+    told = capsys.readouterr().out
+    assert "2 of 4 shards are on their way" in told
+    assert "shard_00001.parquet has not arrived yet: waiting" in told
+    assert "shard_00001.parquet arrived after" in told
+    assert Corpus.open("fineweb-edu").fingerprint == before.fingerprint
+
+
+def test_a_shard_that_nobody_brings_is_an_error_within_a_moment(
+    hub: Hub, base_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert fetch(hub, base_dir, "-n", "2", "--first", "1").returncode == 0
+    monkeypatch.setattr(arrival, "BEGIN_S", 0.1)
+    with pytest.raises(UserError, match=r"shard_00001\.parquet: the shard is missing.*Repair: "):
+        Corpus.open("fineweb-edu")
+
+
+def test_a_shard_that_does_not_come_ends_the_wait(
+    hub: Hub, base_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert fetch(hub, base_dir, "-n", "2", "--first", "1").returncode == 0
+    monkeypatch.setattr(arrival, "ARRIVE_S", 0.2)
+    monkeypatch.setattr(arrival, "POLL_S", 0.05)
+    folder = base_dir / "data" / "fineweb-edu"
+    corpus = Corpus.read_manifest(folder)
+    stage = folder / f".tmp-fetch.{os.getpid()}"
+    stage.mkdir()
+    with pytest.raises(UserError, match=r"did not arrive in \d+ s; the download is too slow.*Repair: "):
+        corpus.read_block(corpus.train_shards[1], 0)
+    monkeypatch.setattr(arrival, "ARRIVE_S", 20)
+    old = time.time() - arrival.STALE_S + 0.5
+    os.utime(stage, (old, old))  # its process has been killed: it is renewed no more
+    with pytest.raises(UserError, match="the download has ended without it"):
+        corpus.read_block(corpus.train_shards[1], 0)
