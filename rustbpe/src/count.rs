@@ -13,6 +13,9 @@ use crate::error::{Error, Result};
 use crate::key::{MAX_SHORT, hash, hash_bytes, pack, unpack};
 use crate::split::Splitter;
 
+/// Pieces counted together.
+const BATCH: usize = 64;
+
 #[derive(Clone, Copy, Default)]
 struct Entry {
     low: u64,
@@ -51,6 +54,32 @@ impl ShortTable {
                 return;
             }
             slot = (slot + 1) & mask;
+        }
+    }
+
+    /// Adds one to each key. All are looked for before any is changed: reads that do not wait for each other overlap
+    /// their cache misses, which a table of this size has at most of them.
+    fn add_each(&mut self, keys: &[u128]) {
+        let mask = self.entries.len() - 1;
+        let mut slots = [0; BATCH];
+        let mut unknown = [0; BATCH];
+        let mut unseen = 0;
+        for (found, &key) in slots.iter_mut().zip(keys) {
+            *found = hash(key) as usize & mask;
+            let entry = &self.entries[*found];
+            let hit = entry.low == key as u64 && entry.high == (key >> 64) as u64;
+            unknown[unseen] = key;
+            unseen += usize::from(!hit);
+            // A free slot past the end of the table stands for a miss.
+            *found = if hit { *found } else { usize::MAX };
+        }
+        for &slot in &slots[..keys.len()] {
+            if let Some(entry) = self.entries.get_mut(slot) {
+                entry.count += 1;
+            }
+        }
+        for &key in &unknown[..unseen] {
+            self.add(key, 1);
         }
     }
 
@@ -111,11 +140,22 @@ impl Default for PieceCounter {
 impl PieceCounter {
     /// Adds every piece of `text`.
     pub fn count_text(&mut self, splitter: &Splitter, text: &str) -> Result<()> {
-        splitter.for_each(text, |bytes, start, end| match end - start {
-            0 | 1 => {}
-            2..=MAX_SHORT => self.short.add(pack(bytes, start, end), 1),
-            _ => self.long.add(&bytes[start..end], 1),
-        })
+        let mut keys = [0; BATCH];
+        let mut len = 0;
+        splitter.for_each(text, |bytes, start, end| {
+            if end - start > MAX_SHORT {
+                self.long.add(&bytes[start..end], 1);
+                return;
+            }
+            keys[len] = pack(bytes, start, end);
+            len += usize::from(end - start > 1);
+            if len == BATCH {
+                self.short.add_each(&keys);
+                len = 0;
+            }
+        })?;
+        self.short.add_each(&keys[..len]);
+        Ok(())
     }
 
     /// Adds the counts of another counter.

@@ -5,8 +5,9 @@ use std::time::{Duration, Instant};
 
 use numpy::{IntoPyArray, PyArray1, PyArrayMethods};
 use pyo3::exceptions::{PyTypeError, PyValueError};
+use pyo3::intern;
 use pyo3::prelude::*;
-use pyo3::pybacked::PyBackedStr;
+use pyo3::pybacked::{PyBackedBytes, PyBackedStr};
 use pyo3::types::{PyBytes, PyDict, PyIterator, PyList, PyString};
 
 use crate::count::count_stream;
@@ -153,8 +154,9 @@ impl Tokenizer {
 
     fn split(&self, text: &Bound<'_, PyAny>) -> PyResult<Vec<String>> {
         let text = text_of(text, || "text".to_owned())?;
+        let text = text.as_ref();
         let mut pieces = Vec::new();
-        self.encoder().splitter().for_each(&text, |_, start, end| pieces.push(text[start..end].to_owned()))?;
+        self.encoder().splitter().for_each(text, |_, start, end| pieces.push(text[start..end].to_owned()))?;
         Ok(pieces)
     }
 
@@ -204,9 +206,9 @@ impl Tokenizer {
 
     fn ids_of(&self, py: Python<'_>, text: &Bound<'_, PyAny>) -> PyResult<Vec<u32>> {
         let text = text_of(text, || "text".to_owned())?;
+        let text = text.as_ref();
         let encoder = self.encoder();
-        let ids =
-            if text.len() < DETACH_MIN_BYTES { encoder.encode(&text) } else { py.detach(|| encoder.encode(&text)) };
+        let ids = if text.len() < DETACH_MIN_BYTES { encoder.encode(text) } else { py.detach(|| encoder.encode(text)) };
         Ok(ids?)
     }
 
@@ -219,7 +221,7 @@ impl Tokenizer {
             .try_iter()?
             .enumerate()
             .map(|(i, text)| text_of(&text?, || format!("texts[{i}]")))
-            .collect::<PyResult<Vec<PyBackedStr>>>()?;
+            .collect::<PyResult<Vec<Text>>>()?;
         let encoder = self.encoder();
         Ok(texts_py(&encoder, &texts, threads)?)
     }
@@ -255,7 +257,7 @@ fn numbers_of<'py>(ids: &Bound<'py, PyList>) -> PyResult<Bound<'py, PyBytes>> {
     Ok(array.call_method0("tobytes")?.cast_into::<PyBytes>()?)
 }
 
-fn texts_py(encoder: &Encoder, texts: &[PyBackedStr], threads: usize) -> Result<(Vec<u32>, Vec<usize>), Error> {
+fn texts_py(encoder: &Encoder, texts: &[Text], threads: usize) -> Result<(Vec<u32>, Vec<usize>), Error> {
     Python::attach(|py| py.detach(|| encoder.encode_batch(texts, threads)))
 }
 
@@ -272,13 +274,37 @@ fn type_name(object: &Bound<'_, PyAny>) -> String {
     object.get_type().name().map_or_else(|_| "an object".to_owned(), |name| name.to_string())
 }
 
-/// The text of a Python `str`, without a copy. `name` says in errors which one it was.
-fn text_of(object: &Bound<'_, PyAny>, name: impl Fn() -> String) -> PyResult<PyBackedStr> {
+/// The UTF-8 bytes of a Python `str`, kept alive and readable without the GIL.
+///
+/// Python would keep the UTF-8 form of a text that is not ASCII beside the text for as long as it lives; on a list of
+/// all texts of a corpus that is half of its size again. So such a text is encoded into bytes of its own.
+enum Text {
+    Ascii(PyBackedStr),
+    Encoded(PyBackedBytes),
+}
+
+impl AsRef<str> for Text {
+    fn as_ref(&self) -> &str {
+        match self {
+            Self::Ascii(text) => text,
+            // Python's own encoder made them; were they wrong, an empty text is no worse than a panic.
+            Self::Encoded(bytes) => std::str::from_utf8(bytes).unwrap_or_default(),
+        }
+    }
+}
+
+/// The text of a Python `str`. `name` says in errors which one it was.
+fn text_of(object: &Bound<'_, PyAny>, name: impl Fn() -> String) -> PyResult<Text> {
     let text = object
         .cast::<PyString>()
         .map_err(|_| PyTypeError::new_err(format!("{}: expected str, got {}", name(), type_name(object))))?;
-    PyBackedStr::try_from(text.clone())
-        .map_err(|error| PyValueError::new_err(format!("{}: not valid Unicode: {}", name(), error.value(object.py()))))
+    if text.call_method0(intern!(object.py(), "isascii"))?.is_truthy()? {
+        return Ok(Text::Ascii(PyBackedStr::try_from(text.clone())?));
+    }
+    let bytes = text.encode_utf8().map_err(|error| {
+        PyValueError::new_err(format!("{}: not valid Unicode: {}", name(), error.value(object.py())))
+    })?;
+    Ok(Text::Encoded(PyBackedBytes::from(bytes)))
 }
 
 fn positive(name: &str, value: i64) -> PyResult<usize> {
@@ -336,7 +362,7 @@ impl Source {
     }
 
     /// The next texts, up to a mebibyte or `buffer_size` of them; `None` at the end.
-    fn next_batch(&mut self, py: Python<'_>) -> Result<Option<Vec<PyBackedStr>>, Stop> {
+    fn next_batch(&mut self, py: Python<'_>) -> Result<Option<Vec<Text>>, Stop> {
         py.check_signals()?;
         let mut iterator = self.iterator.bind(py).clone();
         let (mut batch, mut bytes) = (Vec::new(), 0);
@@ -344,7 +370,7 @@ impl Source {
             let Some(item) = iterator.next() else { break };
             let text = text_of(&item?, || format!("text {} of the iterator", self.read))?;
             self.read += 1;
-            bytes += text.len();
+            bytes += text.as_ref().len();
             batch.push(text);
         }
         Ok((!batch.is_empty()).then_some(batch))
