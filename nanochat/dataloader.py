@@ -6,6 +6,9 @@ own (`packing.py`). A global batch of R rows takes R / L rows from each lane: ro
 i mod L. Rank r of W takes the rows with i mod W == r, in that order, and cuts them into micro-batches. So the
 sequence of global batches depends on the corpus, the tokenizer, the context, the seed and L alone.
 
+Shards that come from the hub one after another are read so in the first epoch, the blocks of each in a seeded
+order: training begins while later shards are on their way. All other epochs mix the blocks of all shards.
+
 Where W divides L, i mod L decides i mod W: a rank reads the lanes l with l mod W == r and no other. Where it
 does not (fewer blocks than ranks), ranks share lanes: each reads them whole and keeps its rows.
 
@@ -92,6 +95,8 @@ class TrainLoader:
             UserError: R does not divide into lanes, ranks or micro-batches.
         """
         self._blocks = [(shard, group) for shard in corpus.train_shards for group in range(shard.row_groups)]
+        counts = [shard.row_groups for shard in corpus.train_shards]
+        self._shard_of = np.repeat(np.arange(len(counts)), counts)
         if lanes < 1 or rows_per_batch % lanes:
             raise UserError(f"lanes={lanes}: expected a divisor of the {rows_per_batch} rows of a batch.")
         if seed < 0:
@@ -125,7 +130,7 @@ class TrainLoader:
 
     def _load_block(self, epoch: int, place: int) -> Packed:
         """Read, tokenize, pack and shuffle the block at a place of an epoch's order. Runs in a thread."""
-        block = int(shuffled(len(self._blocks), self._seed, epoch)[place])
+        block = int(block_order(self._shard_of, self._seed, epoch, self._corpus.comes_in_order)[place])
         packed = _pack_block(
             self._corpus, self._tokenizer, *self._blocks[block], self._row_slots, self._keep_tails
         )
@@ -211,6 +216,21 @@ class TrainLoader:
                     f"the loader's state has the cursor {cursors[index]}; the checkpoint is damaged."
                 )
             lane.move(epoch, position, row)
+
+
+def block_order(shard_of: NDArray[np.int64], seed: int, epoch: int, in_order: bool) -> NDArray[np.int64]:
+    """The blocks of an epoch in the order in which they are dealt to the lanes.
+
+    Args:
+        shard_of: (n,) the shard of each block, ascending.
+        seed: of the order.
+        epoch: each has another.
+        in_order: shard by shard in the first epoch, as they arrive.
+    """
+    order = shuffled(len(shard_of), seed, epoch)
+    if in_order and epoch == 0:
+        order = order[np.argsort(shard_of[order], kind="stable")]
+    return order
 
 
 def _pack_block(

@@ -17,11 +17,12 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from nanochat import files, shards
+from nanochat import dataloader, files, shards
 from nanochat.dataloader import Batch, TrainLoader, epochs_for, val_batches
 from nanochat.dataset import Corpus
 from nanochat.errors import UserError
 from nanochat.lanes import fit_lanes
+from nanochat.packing import shuffled
 from nanochat.world import World
 from tests.conftest import REPO
 
@@ -401,3 +402,15 @@ def test_prose_crops_under_18_percent(shared_data: Path, monkeypatch: pytest.Mon
     packed = pack(ids, offsets, bos_id=1, row_slots=2049, keep_tails=False)
     assert 0.1 < packed.cropped / packed.offered < 0.18
     assert pack(ids, offsets, bos_id=1, row_slots=2049, keep_tails=True).cropped == 0
+
+
+def test_shards_that_arrive_one_by_one_are_read_so_in_the_first_epoch_only() -> None:
+    shard_of = np.repeat(np.arange(5), [3, 1, 4, 2, 6])
+    first, second = (dataloader.block_order(shard_of, 7, epoch, in_order=True) for epoch in (0, 1))
+    assert sorted(first) == sorted(second) == list(range(16))
+    assert (np.diff(shard_of[first]) >= 0).all()
+    assert (np.diff(shard_of[second]) < 0).any()
+    assert (first != np.arange(16)).any()
+    assert (first != dataloader.block_order(shard_of, 8, 0, in_order=True)).any()
+    assert (first[:3] < 3).all()
+    assert (dataloader.block_order(shard_of, 7, 0, in_order=False) == shuffled(16, 7, 0)).all()

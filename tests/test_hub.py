@@ -172,8 +172,13 @@ QUICK = ["wrong bytes", "HTML with 200", "HTML of the right size", "the length i
     "lasting", [QUICK, pytest.param([f for f in FAULTS if f not in PASSING], marks=pytest.mark.slow)]
 )
 def test_every_fault_that_stays_is_named_and_leaves_nothing(
-    tmp_path: Path, base_dir: Path, capsys: pytest.CaptureFixture[str], lasting: list[str]
+    tmp_path: Path,
+    base_dir: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    lasting: list[str],
 ) -> None:
+    monkeypatch.setattr(arrival, "BEGIN_S", 0.1)
     names = numbered(len(lasting))
     folder = base_dir / "data" / "fineweb-edu"
     with running(tmp_path, names, documents=400) as hub:

@@ -1,0 +1,1 @@
+"""Measurements and tools of development; not part of the library."""

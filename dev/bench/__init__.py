@@ -1,0 +1,1 @@
+"""Each module measures one part of the project beside what a user would pick instead."""

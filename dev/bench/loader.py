@@ -1,0 +1,229 @@
+"""Batches for training, per second: our loader beside a straightforward one (tiktoken, best-fit in Python).
+
+    python -m dev.bench.loader --files FOLDER_OF_PARQUET [--json FILE]
+
+Both read the same shards with the same vocabulary and give rows of T + 1 tokens as int64 tensors. Each
+measurement is a process of its own, from its first read to its last batch; ours and theirs take turns. The
+share that is cropped is that of a whole epoch: a buffer crops little until long documents have filled it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nanochat import corpora, files, shards
+from nanochat.dataloader import TrainLoader
+from nanochat.dataset import Corpus
+from nanochat.tokenizer import Tokenizer
+from nanochat.world import World
+
+T = 2048
+ROWS = 32  # of a batch
+LANES = 8
+VOCAB = 32768
+TRAIN_CHARS = 50_000_000  # of text, for the vocabulary
+OUR_TOKENS, THEIR_TOKENS = 60_000_000, 4_000_000  # of a measurement
+BUFFER_DOCUMENTS, BATCH_DOCUMENTS = 1000, 128  # of the reference
+UNITS = {"tokens_per_second": "tokens/s", "cropped_share": "share of tokens", "peak_memory": "bytes"}
+
+
+def corpus_of(folder: Path) -> Corpus:
+    """The parquet files of a folder; the last is validation."""
+    paths = sorted(folder.glob("*.parquet"))
+    splits = ["train"] * (len(paths) - 1) + ["val"]
+    members = [shards.describe(path, split) for path, split in zip(paths, splits, strict=True)]
+    return Corpus(folder, "bench", "local files", members)
+
+
+def ours(corpus: Corpus, tokenizer: Tokenizer, threads: int) -> dict[str, float]:
+    """Our loader, from opening it to its last batch."""
+    started = time.perf_counter()
+    loader = TrainLoader(
+        corpus,
+        tokenizer,
+        sequence_len=T,
+        rows_per_batch=ROWS,
+        lanes=LANES,
+        seed=0,
+        world=World.solo(),
+        device_batch_size=ROWS,
+        threads=threads,
+    )
+    tokens = 0
+    while tokens < OUR_TOKENS:
+        tokens += sum(inputs.numel() for inputs, _ in loader.next_batch())
+    seconds = time.perf_counter() - started
+    loader.close()
+    return {"tokens_per_second": tokens / seconds, "cropped_share": loader.counters.cropped_frac}
+
+
+def theirs(corpus: Corpus, tokenizer: Tokenizer, threads: int) -> dict[str, float]:
+    """The reference: documents are tokenized 128 at a time and placed by a scan of a buffer."""
+    import tiktoken
+
+    ranks = dict(tokenizer._bpe.get_mergeable_ranks())
+    encoding = tiktoken.Encoding(
+        "bench", pat_str=tokenizer.pattern, mergeable_ranks=ranks, special_tokens={"<|bos|>": len(ranks)}
+    )
+    started = time.perf_counter()
+    packer = BufferedBestFit(_encoded(corpus, encoding, len(ranks), threads))
+    tokens = 0
+    while tokens < THEIR_TOKENS:
+        batch = torch.tensor([packer.row() for _ in range(ROWS)], dtype=torch.int64)
+        tokens += batch[:, :-1].contiguous().numel()
+        batch[:, 1:].contiguous()
+    seconds = time.perf_counter() - started
+    return {"tokens_per_second": tokens / seconds, "cropped_share": their_cropped_share(corpus, tokenizer)}
+
+
+class BufferedBestFit:
+    """Rows from a buffer of documents: the longest that fits, found by a scan; else the shortest, cropped."""
+
+    def __init__(self, documents: Iterator[list[Sequence[int]]]) -> None:
+        """`documents` come in batches, each with its BOS."""
+        self._documents = documents
+        self._buffer: list[Sequence[int]] = []
+        self.used = self.cropped = 0
+
+    def row(self) -> list[int]:
+        """The next T + 1 tokens.
+
+        Raises:
+            StopIteration: the documents have run out.
+        """
+        row: list[int] = []
+        while len(row) < T + 1:
+            while len(self._buffer) < BUFFER_DOCUMENTS:
+                self._buffer.extend(next(self._documents))
+            space = T + 1 - len(row)
+            best = -1
+            for i, document in enumerate(self._buffer):
+                if len(document) <= space and (best < 0 or len(document) > len(self._buffer[best])):
+                    best = i
+            if best < 0:
+                best = min(range(len(self._buffer)), key=lambda i: len(self._buffer[i]))
+            document = self._buffer.pop(best)
+            self.used += len(document) - 1
+            self.cropped += max(0, len(document) - space)
+            row.extend(document[:space])
+        return row
+
+
+def their_cropped_share(corpus: Corpus, tokenizer: Tokenizer) -> float:
+    """Over one epoch; a range stands for a document, as only its length counts."""
+
+    def lengths() -> Iterator[list[Sequence[int]]]:
+        for shard in corpus.train_shards:
+            for group in range(shard.row_groups):
+                _, offsets = tokenizer.encode_batch(corpus.read_block(shard, group))
+                yield [range(1 + n) for n in (offsets[1:] - offsets[:-1]).tolist()]
+
+    packer = BufferedBestFit(lengths())
+    with contextlib.suppress(StopIteration):
+        while True:
+            packer.row()
+    return packer.cropped / packer.used
+
+
+def _encoded(corpus: Corpus, encoding: Any, bos: int, threads: int) -> Iterator[list[Sequence[int]]]:
+    while True:
+        for shard in corpus.train_shards:
+            for group in range(shard.row_groups):
+                texts = corpus.read_block(shard, group)
+                for at in range(0, len(texts), BATCH_DOCUMENTS):
+                    part = texts[at : at + BATCH_DOCUMENTS]
+                    ids = encoding.encode_ordinary_batch(part, num_threads=threads)
+                    yield [[bos, *document] for document in ids]
+
+
+def measure(folder: Path, tokenizer_folder: Path, who: str, threads: int) -> dict[str, float]:
+    """One measurement, in this process."""
+    torch.set_num_threads(1)
+    corpus, tokenizer = corpus_of(folder), Tokenizer.load(tokenizer_folder)
+    found = (ours if who == "ours" else theirs)(corpus, tokenizer, threads)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return {**found, "peak_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+
+
+def run(folder: Path, tokenizer_folder: Path, rounds: int) -> list[dict[str, Any]]:
+    """All measurements, ours and theirs in turn; medians over the rounds."""
+    found: dict[tuple[str, int], list[dict[str, float]]] = {}
+    for _ in range(rounds):
+        for threads in (1, 2):
+            for who in ("ours", "theirs"):
+                command = [sys.executable, "-m", "dev.bench.loader", "--files", str(folder)]
+                command += ["--measure", who, str(threads), str(tokenizer_folder)]
+                done = subprocess.run(command, capture_output=True, text=True, check=True)
+                found.setdefault((who, threads), []).append(json.loads(done.stdout.splitlines()[-1]))
+
+    def row(metric: str, key: str, threads: int, more_is_better: bool) -> dict[str, Any]:
+        mine, other = (statistics.median(x[key] for x in found[who, threads]) for who in ("ours", "theirs"))
+        ratio = mine / other if more_is_better else other / mine
+        unit = UNITS[key]
+        figures = {"ours": mine, "theirs": other, "ratio": ratio}
+        return {"metric": metric, "peer": "reference", **figures, "unit": unit}
+
+    return [
+        row("tokens_per_second_1t", "tokens_per_second", 1, more_is_better=True),
+        row("tokens_per_second_2t", "tokens_per_second", 2, more_is_better=True),
+        row("cropped_share", "cropped_share", 2, more_is_better=False),
+        row("peak_memory", "peak_memory", 2, more_is_better=False),
+    ]
+
+
+def prepare(folder: Path, corpus: Corpus) -> None:
+    """Train the vocabulary that both use."""
+    texts = corpus.texts(max_chars=TRAIN_CHARS, doc_cap=10_000)
+    Tokenizer.train(texts, VOCAB).save(folder)
+
+
+def main() -> None:
+    """Measure, print a table, and write JSON where asked."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument(
+        "--files", type=Path, help="folder of parquet shards; by default Python's own sources"
+    )
+    parser.add_argument("--json", type=Path, help="write the figures there")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.measure:
+        who, threads, tokenizer_folder = args.measure
+        print(json.dumps(measure(args.files, Path(tokenizer_folder), who, int(threads))))
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = args.files or Path(temporary)
+        if args.files is None:
+            train, val = corpora.stdlib_documents()
+            shards.write_shards(train, folder, "train", 0)
+            shards.write_shards(val, folder, "val", 99999)
+        prepare(Path(temporary) / "tokenizer", corpus_of(folder))
+        rows = run(folder, Path(temporary) / "tokenizer", args.rounds)
+    print(f"{'metric':24}{'ours':>14}{'reference':>14}{'ratio':>8}  unit")
+    for row in rows:
+        values = [
+            f"{row[who]:14,.3f}" if row[who] < 10 else f"{row[who]:14,.0f}" for who in ("ours", "theirs")
+        ]
+        print(f"{row['metric']:24}{''.join(values)}{row['ratio']:8.2f}  {row['unit']}")
+    if args.json:
+        machine = {"cpu": platform.machine(), "cores": os.cpu_count(), "python": platform.python_version()}
+        files.write_json(args.json, {"machine": {**machine, "torch": torch.__version__}, "rows": rows})
+
+
+if __name__ == "__main__":
+    main()
