@@ -15,9 +15,9 @@ VOCAB_SIZE=8192
 TRAIN=(
   --depth 4
   --max-seq-len 256
-  --total-batch-size 8192
+  --total-batch-size 4096
   --device-batch-size 16
-  --num-iterations 200
+  --num-iterations 250
   --eval-every 50
   --eval-tokens 65536
   --save-every 100
