@@ -12,7 +12,7 @@ import torch
 
 from nanochat import checkpoint, files, hardware
 from nanochat.checkpoint import TrainState
-from nanochat.dataloader import TrainLoader
+from nanochat.dataloader import TrainLoader, epochs_for
 from nanochat.dataset import Corpus
 from nanochat.errors import UserError
 from nanochat.gpt import GPT
@@ -148,6 +148,8 @@ def run(
             world.print0(f"{folder} is finished already: {plan.steps} steps.")
             return summary
         world.print0(f"going on from {start}")
+    if (epochs := epochs_for(corpus, tokenizer, plan.tokens)) > 1:
+        world.print0(f"the corpus is smaller than the horizon: it will be read about {epochs:.1f} times")
     peak, source = hardware.peak_flops(world.device, precision.compute_dtype)
     machine = {
         **hardware.describe(world.device),

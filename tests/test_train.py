@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -86,6 +87,13 @@ def test_micro_batches_change_no_loss() -> None:
     train_tiny(run="b", device_batch_size=2, num_iterations=4)
     for a, b in zip(metrics("a", "step"), metrics("b", "step"), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
+
+
+def test_a_corpus_smaller_than_the_horizon_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    train_tiny(num_iterations=250, save_every=0, keep_tails=True)
+    told = re.search(r"it will be read about ([\d.]+) times", capsys.readouterr().out)
+    assert told
+    assert float(told[1]) == pytest.approx(metrics(kind="step")[-1]["epoch"], rel=0.15)
 
 
 @pytest.mark.parametrize("at", [1, 4, 7])

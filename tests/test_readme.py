@@ -1,0 +1,40 @@
+"""The README does not drift: its table is scaling's, the files and flags it names exist."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+from nanochat.config import DatasetArgs, EvalArgs, GenerateArgs, TokTrainArgs, TrainArgs
+from nanochat.scaling import plan
+from tests.conftest import REPO
+
+README = (REPO / "README.md").read_text("utf-8")
+DEPTHS = (4, 8, 12, 16, 20, 24, 28, 32)
+
+
+def row(depth: int) -> str:
+    p = plan(TrainArgs(depth=depth), vocab_size=32768)
+    m = p.model
+    return (
+        f"| {depth} | {m.n_embd} | {m.n_head} | {p.params.scaling / 1e6:,.0f} M | {p.batch_tokens:,} "
+        f"| {p.steps:,} | {p.tokens / 1e9:.2f} B | {p.tokens * p.flops_per_token:.1e} |"
+    )
+
+
+def test_the_table_of_depths_is_that_of_the_plans() -> None:
+    found = re.findall(r"^\| \d+ \|.*$", README, re.MULTILINE)
+    assert found == [row(depth) for depth in DEPTHS]
+
+
+def test_every_file_it_names_is_there() -> None:
+    named = re.findall(r"(?:nanochat|runs|dev|scripts|tests)/[\w./]*\w\.(?:py|sh|md)", README)
+    assert len(named) > 5
+    assert [name for name in named if not (REPO / name).exists()] == []
+
+
+def test_every_flag_it_names_exists() -> None:
+    known = {"--standalone", "--nproc_per_node", "--slow"}
+    for cls in (TrainArgs, EvalArgs, TokTrainArgs, DatasetArgs, GenerateArgs):
+        known |= {"--" + item.name.replace("_", "-") for item in dataclasses.fields(cls)}
+    assert sorted(set(re.findall(r"--[a-z][\w-]*", README)) - known) == []
