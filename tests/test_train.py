@@ -90,7 +90,7 @@ def test_micro_batches_change_no_loss() -> None:
 
 
 def test_a_corpus_smaller_than_the_horizon_is_said(capsys: pytest.CaptureFixture[str]) -> None:
-    train_tiny(num_iterations=250, save_every=0, keep_tails=True)
+    train_tiny(num_iterations=250, eval_every=0, save_every=0, keep_tails=True)
     told = re.search(r"it will be read about ([\d.]+) times", capsys.readouterr().out)
     assert told
     assert float(told[1]) == pytest.approx(metrics(kind="step")[-1]["epoch"], rel=0.15)
