@@ -1,9 +1,36 @@
 """Byte-level BPE: a parallel trainer and an encoder whose ids equal tiktoken's."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Protocol, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
+
+class ArrowStrings(Protocol):
+    """A string array of Arrow: pyarrow's Array or ChunkedArray of type string or large_string."""
+
+    @property
+    def type(self) -> object:
+        """Its type."""
+
+    def __len__(self) -> int:
+        """Its rows."""
+
+class TrainingReport(TypedDict):
+    """What a training has read."""
+
+    texts: int
+    bytes: int
+    pieces: int
+    """Pieces counted, repetitions and those dropped since among them."""
+    distinct_pieces: int
+    """Distinct pieces of two bytes and more that were there at the end."""
+    prunings: int
+    """How often `max_memory` was passed and rare pieces dropped; 0 means that all counts are exact."""
+    pruned_pieces: int
+    """Distinct pieces dropped; one that came again and was dropped again counts twice."""
+    pruned_occurrences: int
+    """How often those had occurred."""
 
 class Tokenizer:
     """A vocabulary of byte strings and the pattern that splits text before merging.
@@ -26,28 +53,41 @@ class Tokenizer:
 
     def train_from_iterator(
         self,
-        iterator: Iterable[str],
+        iterator: Iterable[str | ArrowStrings],
         vocab_size: int,
         buffer_size: int = 8192,
         pattern: str | None = None,
         num_threads: int | None = None,
-    ) -> None:
+        max_memory: int | None = None,
+        progress: Callable[[int, int, int], object] | None = None,
+    ) -> TrainingReport:
         """Learns merges from texts: highest count first, ties by the smaller pair of ids.
 
         The result does not depend on the number of threads. It is smaller than asked if the texts have no
-        more pairs.
+        more pairs. Whatever stops it leaves the tokenizer as it was.
+
+        With `max_memory` the stream is counted in rounds of a sixty-fourth of it. After a round, if training
+        on the distinct pieces held would take more than `max_memory` (128 bytes a piece and 24 for each of its
+        bytes), the rarest are dropped: all with a count of at most c, for the smallest c that leaves no more
+        than half of the bound. The vocabulary then depends on the order of the texts and on `buffer_size`,
+        still not on threads.
 
         Args:
-            iterator: Texts; read while the pieces of earlier ones are counted, and not kept.
+            iterator: Texts, or columns of texts, whose rows are read without making them `str` (nulls are
+                passed over); read while the pieces of earlier ones are counted, and not kept.
             vocab_size: 256 and the number of merges.
             buffer_size: Texts handed over at once, at most.
             pattern: Regex that splits text into pieces; GPT-4's by default.
             num_threads: Threads that count; one per core by default.
+            max_memory: Bytes that counting and training may take, 64 MiB or more; no bound by default. Texts
+                under way and what Python holds come on top.
+            progress: Called about ten times a second, and at the end, with bytes read, pieces counted and
+                merges done; an exception it raises stops the training.
 
         Raises:
             ValueError: vocab_size below 256, a pattern that does not compile, a text that is not valid
                 Unicode.
-            TypeError: an item that is not a str.
+            TypeError: an item that is neither.
         """
 
     def encode(self, text: str) -> list[int]:

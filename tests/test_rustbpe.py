@@ -13,6 +13,7 @@ from pathlib import Path
 import hypothesis
 import hypothesis.strategies as st
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import regex
@@ -150,6 +151,78 @@ def test_training_is_a_drop_in_for_the_package_of_the_same_name() -> None:
     assert r"\p{N}{1,3}" in tokenizer.get_pattern()
 
 
+def test_training_reads_columns_of_arrow(source: list[str]) -> None:
+    texts: list[str | None] = [*source, "na\u00efve \u4f60\u597d", ""]
+    whole = train(source + ["na\u00efve \u4f60\u597d"], 600).get_merges()
+    half = len(texts) // 2
+    for columns in (
+        [pa.array(texts)],
+        [pa.array([*texts, None], pa.large_string())],
+        [pa.chunked_array([texts[:half], [], texts[half:]])],
+        [pa.array(["not this", *texts, "nor this"]).slice(1, len(texts))],
+        [pa.array(texts[:half]), pa.array([], pa.string()), *texts[half:]],
+    ):
+        tokenizer = rustbpe.Tokenizer()
+        report = tokenizer.train_from_iterator(columns, 600, buffer_size=100)
+        assert tokenizer.get_merges() == whole
+        assert report["texts"] == len(texts)
+        assert report["bytes"] == sum(len(text.encode()) for text in texts if text)
+
+
+def test_arrow_offsets_that_lie_are_refused() -> None:
+    good = pa.array(["caf\u00e9", "x"])
+    for offsets in ([0, 4, 5], [0, 9, 3], [0, 2, 1]):
+        buffers = [None, pa.py_buffer(np.array(offsets, dtype=np.int32)), good.buffers()[2]]
+        column = pa.StringArray.from_buffers(2, buffers[1], buffers[2])
+        with pytest.raises((ValueError, pa.ArrowException)):
+            rustbpe.Tokenizer().train_from_iterator([column], 300)
+
+
+def test_training_reports_what_it_read(source: list[str]) -> None:
+    report = rustbpe.Tokenizer().train_from_iterator(source, 300, pattern=PATTERN)
+    pieces = collections.Counter(piece for line in source for piece in regex.findall(PATTERN, line))
+    assert report == {
+        "texts": len(source),
+        "bytes": sum(len(line.encode()) for line in source),
+        "pieces": pieces.total(),
+        "distinct_pieces": sum(len(piece.encode()) > 1 for piece in pieces),
+        "prunings": 0,
+        "pruned_pieces": 0,
+        "pruned_occurrences": 0,
+    }
+
+
+def test_a_bound_on_memory_drops_rare_pieces_alike_for_any_number_of_threads(source: list[str]) -> None:
+    # Of each word of ten letters there is one; the sources come again and again.
+    letters = np.random.default_rng(0).integers(97, 123, (300_000, 10), dtype=np.uint8)
+    words = [row.tobytes().decode() for row in letters]
+    texts = [text for i in range(10) for text in (*source, " ".join(words[i * 30_000 : (i + 1) * 30_000]))]
+    results = []
+    for threads in (1, 2, 8):
+        tokenizer = rustbpe.Tokenizer()
+        report = tokenizer.train_from_iterator(texts, 1000, num_threads=threads, max_memory=64 << 20)
+        results.append((tokenizer.get_merges(), report))
+    assert results[0] == results[1] == results[2]
+    assert results[0][1]["prunings"] > 0
+    assert results[0][1]["pruned_occurrences"] >= results[0][1]["pruned_pieces"] > 100_000
+    assert {b" self", b" return", b" def"} <= {token for token, _ in tokenizer.get_mergeable_ranks()}
+
+
+def test_progress_is_told_and_may_stop_the_training(source: list[str]) -> None:
+    told: list[tuple[int, int, int]] = []
+    texts = source * 20
+    tokenizer = rustbpe.Tokenizer()
+    report = tokenizer.train_from_iterator(texts, 400, progress=lambda *now: told.append(now))
+    assert told == sorted(told)
+    assert told[-1] == (report["bytes"], report["pieces"], 144)
+
+    def stop(read: int, counted: int, merged: int) -> None:
+        raise KeyError("enough")
+
+    with pytest.raises(KeyError, match="enough"):
+        rustbpe.Tokenizer().train_from_iterator(texts, 400, progress=stop)
+
+
 def test_training_stops_where_no_pair_is_left() -> None:
     assert train(["ab"], 1000).get_mergeable_ranks()[256:] == [(b"ab", 256)]
     assert train([], 1000).vocab_size == 256
@@ -260,10 +333,12 @@ def test_decoding_replaces_what_is_not_utf8_as_python_does(data: bytes) -> None:
         (ValueError, "does not compile", lambda t: t.train_from_iterator(["a"], 300, pattern="(")),
         (
             TypeError,
-            "text 1 of the iterator: expected str, got int",
+            "text 1 of the iterator: expected str or an Arrow array of strings, got int",
             lambda t: t.train_from_iterator(["a", 1], 300),
         ),
         (TypeError, "not iterable", lambda t: t.train_from_iterator(7, 300)),
+        (TypeError, "Int64Array of int64", lambda t: t.train_from_iterator([pa.array([1])], 300)),
+        (ValueError, "max_memory=1000", lambda t: t.train_from_iterator(["a"], 300, max_memory=1000)),
         (ValueError, "text 0 of the iterator.*surrogates", lambda t: t.train_from_iterator(["\ud800"], 300)),
         (ValueError, "surrogates not allowed", lambda t: t.encode("a\udfff")),
         (ValueError, r"texts\[1\].*surrogates", lambda t: t.encode_batch_numpy(["a", "\ud800"])),

@@ -1,26 +1,32 @@
-//! Counting pieces: how often each distinct piece occurs in a stream of texts.
+//! Counting pieces: how often each distinct piece occurs.
 //!
-//! Texts are read once and forgotten; what stays is one entry per distinct piece. Time O(bytes), memory O(distinct
-//! pieces). Counts are 64-bit.
-
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{Receiver, sync_channel};
-use std::sync::{Arc, Mutex, PoisonError};
+//! What stays of a text is one entry per distinct piece. Time O(bytes), memory O(distinct pieces). Counts are 64-bit.
 
 use hashbrown::HashTable;
+use rustc_hash::FxHashMap;
 
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::key::{MAX_SHORT, hash, hash_bytes, pack, unpack};
 use crate::split::Splitter;
 
 /// Pieces counted together.
 const BATCH: usize = 64;
 
+/// What a distinct piece costs from counting to the last merge, at most: bytes for the piece itself, and for each of its
+/// bytes. Counting takes up to 115 while a table grows; training has a slot and up to five places for each byte.
+const PIECE_COST: (u64, u64) = (128, 24);
+
 #[derive(Clone, Copy, Default)]
 struct Entry {
     low: u64,
     high: u64,
     count: u64,
+}
+
+impl Entry {
+    fn key(&self) -> u128 {
+        u128::from(self.high) << 64 | u128::from(self.low)
+    }
 }
 
 /// Open addressing, linear probing, at most 5/8 full; a zero count marks a free slot.
@@ -95,7 +101,7 @@ impl ShortTable {
 }
 
 fn keys(entries: &[Entry]) -> impl Iterator<Item = (u128, u64)> + '_ {
-    entries.iter().filter(|e| e.count > 0).map(|e| (u128::from(e.high) << 64 | u128::from(e.low), e.count))
+    entries.iter().filter(|e| e.count > 0).map(|e| (e.key(), e.count))
 }
 
 struct LongEntry {
@@ -112,6 +118,10 @@ struct LongTable {
 }
 
 impl LongTable {
+    fn bytes(&self, entry: &LongEntry) -> &[u8] {
+        &self.arena[entry.start..entry.start + entry.len]
+    }
+
     fn add(&mut self, piece: &[u8], count: u64) {
         let Self { arena, table } = self;
         let bytes = |e: &LongEntry| e.start..e.start + e.len;
@@ -129,12 +139,24 @@ impl LongTable {
 pub struct PieceCounter {
     short: ShortTable,
     long: LongTable,
+    pieces: u64,
 }
 
 impl Default for PieceCounter {
     fn default() -> Self {
-        Self { short: ShortTable::new(), long: LongTable::default() }
+        Self { short: ShortTable::new(), long: LongTable::default(), pieces: 0 }
     }
+}
+
+/// What [`PieceCounter::prune`] has dropped.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Pruned {
+    /// How often the bound was passed.
+    pub times: u64,
+    /// Distinct pieces dropped; one that came again and was dropped again counts twice.
+    pub pieces: u64,
+    /// How often those had occurred.
+    pub occurrences: u64,
 }
 
 impl PieceCounter {
@@ -142,7 +164,9 @@ impl PieceCounter {
     pub fn count_text(&mut self, splitter: &Splitter, text: &str) -> Result<()> {
         let mut keys = [0; BATCH];
         let mut len = 0;
+        let mut pieces = 0;
         splitter.for_each(text, |bytes, start, end| {
+            pieces += 1;
             if end - start > MAX_SHORT {
                 self.long.add(&bytes[start..end], 1);
                 return;
@@ -155,17 +179,73 @@ impl PieceCounter {
             }
         })?;
         self.short.add_each(&keys[..len]);
+        self.pieces += pieces;
         Ok(())
     }
 
-    /// Adds the counts of another counter.
-    pub fn absorb(&mut self, other: &Self) {
-        for (key, count) in keys(&other.short.entries) {
+    /// Moves the counts of another counter here. O(distinct pieces of the other).
+    pub fn absorb(&mut self, other: &mut Self) {
+        let Self { short, long, pieces } = std::mem::take(other);
+        for (key, count) in keys(&short.entries) {
             self.short.add(key, count);
         }
-        for entry in &other.long.table {
-            self.long.add(&other.long.arena[entry.start..entry.start + entry.len], entry.count);
+        for entry in &long.table {
+            self.long.add(long.bytes(entry), entry.count);
         }
+        self.pieces += pieces;
+    }
+
+    /// Pieces counted, those of a single byte and those dropped since among them.
+    pub fn pieces(&self) -> u64 {
+        self.pieces
+    }
+
+    /// An upper estimate of the memory, in bytes, that training on these pieces takes. A function of the pieces alone:
+    /// it knows nothing of threads or of the tables' present sizes.
+    pub fn cost(&self) -> u64 {
+        self.costs().map(|(_, cost)| cost).sum()
+    }
+
+    /// Count and cost of each piece.
+    fn costs(&self) -> impl Iterator<Item = (u64, u64)> + '_ {
+        let cost = |len: usize| PIECE_COST.0 + PIECE_COST.1 * len as u64;
+        let short = keys(&self.short.entries).map(move |(key, count)| (count, cost((key >> 120) as usize)));
+        short.chain(self.long.table.iter().map(move |entry| (entry.count, cost(entry.len))))
+    }
+
+    /// Drops the rarest pieces if the estimated cost is above `bound` bytes: all those with a count of at most `c`, for
+    /// the smallest `c` that leaves no more than half the bound. O(distinct pieces).
+    pub fn prune(&mut self, bound: u64) -> Pruned {
+        let mut left = self.cost();
+        if left <= bound {
+            return Pruned::default();
+        }
+        let mut by_count: FxHashMap<u64, u64> = FxHashMap::default();
+        self.costs().for_each(|(count, cost)| *by_count.entry(count).or_default() += cost);
+        let mut by_count: Vec<(u64, u64)> = by_count.into_iter().collect();
+        by_count.sort_unstable();
+        let mut highest = 0;
+        for (count, cost) in by_count {
+            if left <= bound / 2 {
+                break;
+            }
+            left -= cost;
+            highest = count;
+        }
+        let mut pruned = Pruned { times: 1, ..Pruned::default() };
+        let mut kept = Self { pieces: self.pieces, ..Self::default() };
+        let mut keep = |count: u64| {
+            let rare = count <= highest;
+            pruned.pieces += u64::from(rare);
+            pruned.occurrences += if rare { count } else { 0 };
+            !rare
+        };
+        keys(&self.short.entries).filter(|&(_, count)| keep(count)).for_each(|(key, count)| kept.short.add(key, count));
+        for entry in self.long.table.iter().filter(|entry| keep(entry.count)) {
+            kept.long.add(self.long.bytes(entry), entry.count);
+        }
+        *self = kept;
+        pruned
     }
 
     /// Number of distinct pieces of two bytes and more.
@@ -178,22 +258,25 @@ impl PieceCounter {
         self.len() == 0
     }
 
-    /// The pieces with the most frequent first, and the tables given back.
+    /// The pieces with the most frequent first, and the tables given back. O(n log n) in distinct pieces.
     pub fn into_words(self) -> Words {
-        let mut order: Vec<(u64, u128, u32)> = keys(&self.short.entries).map(|(key, count)| (count, key, 0)).collect();
-        drop(self.short);
+        // Slots of the short table, then entries of the long one.
+        let slots = self.short.entries.len();
         let mut long: Vec<&LongEntry> = self.long.table.iter().collect();
         long.sort_unstable_by_key(|entry| entry.start);
-        order.extend(long.iter().enumerate().map(|(i, entry)| (entry.count, 0, i as u32)));
-        order.sort_unstable_by_key(|&(count, ..)| std::cmp::Reverse(count));
+        let mut order: Vec<(u64, usize)> = Vec::with_capacity(self.len());
+        order.extend(self.short.entries.iter().enumerate().filter(|(_, e)| e.count > 0).map(|(i, e)| (e.count, i)));
+        order.extend(long.iter().enumerate().map(|(i, entry)| (entry.count, slots + i)));
+        order.sort_unstable_by_key(|&(count, _)| std::cmp::Reverse(count));
         let mut words = Words::default();
-        for &(count, key, index) in &order {
-            if key == 0 {
-                let entry = long[index as usize];
-                words.push(&self.long.arena[entry.start..entry.start + entry.len], count);
-            } else {
-                let (bytes, len) = unpack(key);
+        words.ends.reserve_exact(order.len());
+        words.counts.reserve_exact(order.len());
+        for &(count, index) in &order {
+            if let Some(entry) = self.short.entries.get(index) {
+                let (bytes, len) = unpack(entry.key());
                 words.push(&bytes[..len], count);
+            } else {
+                words.push(self.long.bytes(long[index - slots]), count);
             }
         }
         words
@@ -221,113 +304,50 @@ impl Words {
     }
 }
 
-/// Counts the pieces of a stream of texts on `threads` threads.
-///
-/// `next` runs on the calling thread while the others count, and returns the next batch of texts, or `None` at the end.
-/// At most `2 * threads + 1` batches are held at once.
-///
-/// # Errors
-/// The first error of `next` or of the splitter.
-pub fn count_stream<T: AsRef<str> + Send, E: From<Error>>(
-    splitter: &Splitter,
-    threads: usize,
-    mut next: impl FnMut() -> std::result::Result<Option<Vec<T>>, E>,
-) -> std::result::Result<PieceCounter, E> {
-    let (sender, receiver) = sync_channel::<Vec<T>>(threads);
-    let failed = AtomicBool::new(false);
-    std::thread::scope(|scope| {
-        // Only the workers own the receiver: if all of them are gone, sending fails instead of waiting for ever.
-        let receiver = Arc::new(Mutex::new(receiver));
-        let workers: Vec<_> = (0..threads)
-            .map(|_| {
-                let (receiver, failed) = (Arc::clone(&receiver), &failed);
-                scope.spawn(move || count_batches(splitter, &receiver, failed))
-            })
-            .collect();
-        drop(receiver);
-        let mut feed = || -> std::result::Result<(), E> {
-            while let Some(batch) = next()? {
-                if failed.load(Ordering::Relaxed) || sender.send(batch).is_err() {
-                    break;
-                }
-            }
-            Ok(())
-        };
-        let outcome = feed();
-        drop(sender);
-        let counted = workers.into_iter().map(|w| w.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)));
-        let counters = counted.collect::<Result<Vec<_>>>();
-        outcome?;
-        let mut counters = counters?.into_iter();
-        let mut total = counters.next().unwrap_or_default();
-        counters.for_each(|counter| total.absorb(&counter));
-        Ok(total)
-    })
-}
-
-/// One worker: counts batches until the sender is gone, or discards them once any worker has failed.
-fn count_batches<T: AsRef<str>>(
-    splitter: &Splitter,
-    receiver: &Mutex<Receiver<Vec<T>>>,
-    failed: &AtomicBool,
-) -> Result<PieceCounter> {
-    let mut counter = PieceCounter::default();
-    let mut outcome = Ok(());
-    loop {
-        let batch = receiver.lock().unwrap_or_else(PoisonError::into_inner).recv();
-        let Ok(batch) = batch else { break };
-        for text in &batch {
-            if outcome.is_ok() && !failed.load(Ordering::Relaxed) {
-                outcome = counter.count_text(splitter, text.as_ref());
-            }
-        }
-        if outcome.is_err() {
-            failed.store(true, Ordering::Relaxed);
-        }
-    }
-    outcome.map(|()| counter)
-}
-
 #[cfg(test)]
 mod tests {
-    use std::collections::HashMap;
-
     use super::*;
     use crate::split::GPT4_PATTERN;
 
-    fn counted(words: &Words) -> HashMap<Vec<u8>, u64> {
+    fn counter(texts: &[&str]) -> PieceCounter {
+        let splitter = Splitter::new(GPT4_PATTERN).unwrap();
+        let mut counter = PieceCounter::default();
+        for text in texts {
+            counter.count_text(&splitter, text).unwrap();
+        }
+        counter
+    }
+
+    fn words_of(counter: PieceCounter) -> Vec<(String, u64)> {
+        let words = counter.into_words();
         let starts = std::iter::once(0).chain(words.ends.iter().copied());
-        starts.zip(&words.ends).zip(&words.counts).map(|((s, &e), &c)| (words.bytes[s..e].to_vec(), c)).collect()
+        let spans = starts.zip(&words.ends).zip(&words.counts);
+        let mut all: Vec<_> =
+            spans.map(|((s, &e), &c)| (String::from_utf8(words.bytes[s..e].to_vec()).unwrap(), c)).collect();
+        all.sort();
+        all
     }
 
     #[test]
-    fn any_number_of_threads_counts_what_a_plain_map_counts() {
-        let splitter = Splitter::new(GPT4_PATTERN).unwrap();
-        let texts: Vec<String> =
-            (0..3000).map(|i| format!("word{} shared text, a{} {}", i % 700, "x".repeat(i % 40), i)).collect();
-        let mut expected: HashMap<Vec<u8>, u64> = HashMap::new();
-        for text in &texts {
-            splitter.for_each(text, |bytes, s, e| *expected.entry(bytes[s..e].to_vec()).or_default() += 1).unwrap();
-        }
-        expected.retain(|piece, _| piece.len() > 1);
-        for threads in [1, 2, 8] {
-            let mut batches = texts.chunks(100).map(<[String]>::to_vec);
-            let counter = count_stream::<_, Error>(&splitter, threads, || Ok(batches.next())).unwrap();
-            assert_eq!(counter.len(), expected.len());
-            let words = counter.into_words();
-            assert!(words.counts.is_sorted_by(|a, b| a >= b));
-            assert_eq!(counted(&words), expected);
-        }
+    fn pruning_drops_the_rarest_first_and_says_what() {
+        let texts = ["aa aa aa bb bb cc dd", " a-piece-that-is-long-enough-for-the-other-table", "aa"];
+        let (before, mut pruned) = (counter(&texts), counter(&texts));
+        assert_eq!(pruned.prune(before.cost()), Pruned::default());
+        assert_eq!(words_of(counter(&texts)), words_of(pruned));
+        let mut pruned = counter(&texts);
+        let gone = pruned.prune(before.cost() - 1);
+        assert!(pruned.cost() <= before.cost() / 2);
+        assert_eq!(gone.times, 1);
+        assert_eq!(gone.pieces as usize, before.len() - pruned.len());
+        assert_eq!(pruned.pieces(), before.pieces());
+        let left = words_of(pruned);
+        assert!(left.iter().all(|&(_, count)| count > 1) && left.contains(&(" aa".to_owned(), 2)), "{left:?}");
     }
 
     #[test]
-    fn an_error_of_the_source_ends_the_count() {
-        let splitter = Splitter::new(GPT4_PATTERN).unwrap();
-        let mut left = 50;
-        let outcome = count_stream(&splitter, 2, || {
-            left -= 1;
-            if left == 0 { Err(Error::Interrupted) } else { Ok(Some(vec!["some text"; 10])) }
-        });
-        assert_eq!(outcome.err(), Some(Error::Interrupted));
+    fn pruning_may_drop_all_where_all_are_equally_rare() {
+        let mut all = counter(&["aa bb cc dd"]);
+        assert_eq!(all.prune(100), Pruned { times: 1, pieces: 4, occurrences: 4 });
+        assert!(all.is_empty());
     }
 }

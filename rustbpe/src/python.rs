@@ -1,5 +1,8 @@
 //! The Python module: arguments in, arrays and lists out. Everything slow runs with the GIL released.
 
+mod texts;
+
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
@@ -7,21 +10,22 @@ use numpy::{IntoPyArray, PyArray1, PyArrayMethods};
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::intern;
 use pyo3::prelude::*;
-use pyo3::pybacked::{PyBackedBytes, PyBackedStr};
-use pyo3::types::{PyBytes, PyDict, PyIterator, PyList, PyString};
+use pyo3::sync::PyOnceLock;
+use pyo3::types::{PyBytes, PyDict, PyList, PyString};
 
-use crate::count::count_stream;
+use self::texts::{Source, Text, text_of, type_name};
 use crate::encode::Encoder;
 use crate::error::Error;
 use crate::split::{GPT4_PATTERN, Splitter};
+use crate::stream::{Limits, count_stream};
 use crate::train::train;
 use crate::vocab::{Vocab, show};
 
-/// Text handed over at once, so that one batch keeps a thread busy for some milliseconds.
-const BATCH_BYTES: usize = 1 << 20;
+/// How often a long computation looks for Ctrl-C and reports its progress.
+const LOOK_EVERY: Duration = Duration::from_millis(100);
 
-/// How often a long computation looks for Ctrl-C.
-const SIGNALS_EVERY: Duration = Duration::from_millis(100);
+/// The least bound on memory, in bytes: below it the tables of an empty training would not fit.
+const MIN_MEMORY: i64 = 64 << 20;
 
 /// Texts below this many bytes are encoded without releasing the GIL, which costs more than it gives there.
 const DETACH_MIN_BYTES: usize = 1 << 12;
@@ -83,38 +87,51 @@ impl Tokenizer {
         Ok(Self::wrap(Encoder::new(vocab, splitter)))
     }
 
-    #[pyo3(signature = (iterator, vocab_size, buffer_size=8192, pattern=None, num_threads=None))]
-    fn train_from_iterator(
+    #[pyo3(signature = (iterator, vocab_size, buffer_size=8192, pattern=None, num_threads=None, max_memory=None,
+        progress=None))]
+    #[allow(clippy::too_many_arguments)]
+    fn train_from_iterator<'py>(
         &self,
-        iterator: &Bound<'_, PyAny>,
+        iterator: &Bound<'py, PyAny>,
         vocab_size: i64,
         buffer_size: i64,
         pattern: Option<&str>,
         num_threads: Option<i64>,
-    ) -> PyResult<()> {
-        let merges = usize::try_from(vocab_size)
-            .ok()
-            .and_then(|size| size.checked_sub(256))
-            .filter(|_| vocab_size < i64::from(u32::MAX))
-            .ok_or_else(|| {
-                PyValueError::new_err(format!(
-                    "vocab_size={vocab_size}: it must be 256 or more (the single bytes), and less than 2**32"
-                ))
-            })?;
-        let buffer_size = positive("buffer_size", buffer_size)?;
-        let threads = thread_count(num_threads)?;
+        max_memory: Option<i64>,
+        progress: Option<Py<PyAny>>,
+    ) -> PyResult<Bound<'py, PyDict>> {
+        let merges = merge_count(vocab_size)?;
+        let limits = Limits { threads: thread_count(num_threads)?, max_memory: memory_bound(max_memory)? };
         let splitter = Splitter::new(pattern.unwrap_or(GPT4_PATTERN))?;
-        let mut source = Source::new(iterator, buffer_size)?;
-        let vocab = iterator.py().detach(|| -> Result<Vocab, Stop> {
-            let counter = count_stream(&splitter, threads, || Python::attach(|py| source.next_batch(py)))?;
-            let words = counter.into_words();
-            let mut signals = Signals::new();
-            let merges = train(&words, merges, |_| signals.check());
-            signals.raised.map_or(Ok(()), Err)?;
-            Ok(Vocab::from_merges(&merges?)?)
+        let mut source = Source::new(iterator, positive("buffer_size", buffer_size)?)?;
+        let pieces = AtomicU64::new(0);
+        let mut watch = Watch { progress, last: Instant::now(), raised: None, bytes: 0, pieces: &pieces };
+        let (vocab, distinct, pruned) = iterator.py().detach(|| -> Result<_, Stop> {
+            let (counter, pruned) = count_stream(&splitter, limits, &pieces, || {
+                Python::attach(|py| {
+                    watch.bytes = source.bytes;
+                    watch.look(py, 0)?;
+                    source.next_batch(py)
+                })
+            })?;
+            let (distinct, words) = (counter.len(), counter.into_words());
+            let found = train(words, merges, |done| watch.check(done));
+            watch.raised.take().map_or(Ok(()), Err)?;
+            let found = found?;
+            watch.last = Instant::now().checked_sub(LOOK_EVERY).unwrap_or(watch.last);
+            Python::attach(|py| watch.look(py, found.len()))?;
+            Ok((Vocab::from_merges(&found)?, distinct, pruned))
         })?;
         *self.encoder.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(Encoder::new(vocab, splitter));
-        Ok(())
+        let report = PyDict::new(iterator.py());
+        report.set_item("texts", source.texts)?;
+        report.set_item("bytes", source.bytes)?;
+        report.set_item("pieces", pieces.into_inner())?;
+        report.set_item("distinct_pieces", distinct)?;
+        report.set_item("prunings", pruned.times)?;
+        report.set_item("pruned_pieces", pruned.pieces)?;
+        report.set_item("pruned_occurrences", pruned.occurrences)?;
+        Ok(report)
     }
 
     fn encode(&self, py: Python<'_>, text: &Bound<'_, PyAny>) -> PyResult<Vec<u32>> {
@@ -144,8 +161,9 @@ impl Tokenizer {
     }
 
     fn decode<'py>(&self, py: Python<'py>, ids: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyString>> {
-        let bytes = PyBytes::new(py, &self.bytes_of(ids)?);
-        PyString::from_encoded_object(&bytes, Some(c"utf-8"), Some(c"replace"))
+        let bytes = self.bytes_of(ids)?;
+        PyString::from_bytes(py, &bytes)
+            .or_else(|_| PyString::from_encoded_object(&PyBytes::new(py, &bytes), Some(c"utf-8"), Some(c"replace")))
     }
 
     fn decode_bytes<'py>(&self, py: Python<'py>, ids: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyBytes>> {
@@ -229,17 +247,18 @@ impl Tokenizer {
     fn bytes_of(&self, ids: &Bound<'_, PyAny>) -> PyResult<Vec<u8>> {
         let encoder = self.encoder();
         let vocab = encoder.vocab();
-        if let Ok(array) = ids.cast::<PyArray1<u32>>() {
+        if let Ok(list) = ids.cast::<PyList>() {
+            if let Ok(numbers) = numbers_of(list) {
+                // C's unsigned int has four bytes wherever Python runs.
+                let (numbers, _) = numbers.as_bytes().as_chunks::<4>();
+                return Ok(vocab.decode(numbers.iter().map(|&number| u32::from_ne_bytes(number)))?);
+            }
+        } else if let Ok(array) = ids.cast::<PyArray1<u32>>() {
             let array = array.readonly();
             return Ok(match array.as_slice() {
                 Ok(ids) => vocab.decode(ids.iter().copied())?,
                 Err(_) => vocab.decode(array.as_array().to_vec().into_iter())?,
             });
-        }
-        if let Some(numbers) = ids.cast::<PyList>().ok().and_then(|ids| numbers_of(ids).ok()) {
-            // C's unsigned int has four bytes wherever Python runs.
-            let (numbers, _) = numbers.as_bytes().as_chunks::<4>();
-            return Ok(vocab.decode(numbers.iter().map(|&number| u32::from_ne_bytes(number)))?);
         }
         let mut list = Vec::with_capacity(ids.len().unwrap_or(0));
         for id in ids.try_iter()? {
@@ -253,8 +272,10 @@ impl Tokenizer {
 /// The numbers of a list by way of `array.array`: through the stable ABI each would cost three calls and 20 ns, this
 /// takes 6. Any error means that one of them is no id; the caller finds out which.
 fn numbers_of<'py>(ids: &Bound<'py, PyList>) -> PyResult<Bound<'py, PyBytes>> {
-    let array = ids.py().import("array")?.getattr("array")?.call1(("I", ids))?;
-    Ok(array.call_method0("tobytes")?.cast_into::<PyBytes>()?)
+    static ARRAY: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
+    let py = ids.py();
+    let array = ARRAY.import(py, "array", "array")?.call1((intern!(py, "I"), ids))?;
+    Ok(array.call_method0(intern!(py, "tobytes"))?.cast_into::<PyBytes>()?)
 }
 
 fn texts_py(encoder: &Encoder, texts: &[Text], threads: usize) -> Result<(Vec<u32>, Vec<usize>), Error> {
@@ -270,43 +291,6 @@ fn not_an_id(id: &Bound<'_, PyAny>, vocab_size: usize) -> PyErr {
     }
 }
 
-fn type_name(object: &Bound<'_, PyAny>) -> String {
-    object.get_type().name().map_or_else(|_| "an object".to_owned(), |name| name.to_string())
-}
-
-/// The UTF-8 bytes of a Python `str`, kept alive and readable without the GIL.
-///
-/// Python would keep the UTF-8 form of a text that is not ASCII beside the text for as long as it lives; on a list of
-/// all texts of a corpus that is half of its size again. So such a text is encoded into bytes of its own.
-enum Text {
-    Ascii(PyBackedStr),
-    Encoded(PyBackedBytes),
-}
-
-impl AsRef<str> for Text {
-    fn as_ref(&self) -> &str {
-        match self {
-            Self::Ascii(text) => text,
-            // Python's own encoder made them; were they wrong, an empty text is no worse than a panic.
-            Self::Encoded(bytes) => std::str::from_utf8(bytes).unwrap_or_default(),
-        }
-    }
-}
-
-/// The text of a Python `str`. `name` says in errors which one it was.
-fn text_of(object: &Bound<'_, PyAny>, name: impl Fn() -> String) -> PyResult<Text> {
-    let text = object
-        .cast::<PyString>()
-        .map_err(|_| PyTypeError::new_err(format!("{}: expected str, got {}", name(), type_name(object))))?;
-    if text.call_method0(intern!(object.py(), "isascii"))?.is_truthy()? {
-        return Ok(Text::Ascii(PyBackedStr::try_from(text.clone())?));
-    }
-    let bytes = text.encode_utf8().map_err(|error| {
-        PyValueError::new_err(format!("{}: not valid Unicode: {}", name(), error.value(object.py())))
-    })?;
-    Ok(Text::Encoded(PyBackedBytes::from(bytes)))
-}
-
 fn positive(name: &str, value: i64) -> PyResult<usize> {
     usize::try_from(value)
         .ok()
@@ -318,6 +302,24 @@ fn thread_count(num_threads: Option<i64>) -> PyResult<usize> {
     match num_threads {
         Some(value) => positive("num_threads", value).map(|threads| threads.min(1024)),
         None => Ok(std::thread::available_parallelism().map_or(1, std::num::NonZero::get)),
+    }
+}
+
+fn merge_count(vocab_size: i64) -> PyResult<usize> {
+    let merges = usize::try_from(vocab_size).ok().and_then(|size| size.checked_sub(256));
+    merges.filter(|_| vocab_size < i64::from(u32::MAX)).ok_or_else(|| {
+        PyValueError::new_err(format!(
+            "vocab_size={vocab_size}: it must be 256 or more (the single bytes), and less than 2**32"
+        ))
+    })
+}
+
+fn memory_bound(max_memory: Option<i64>) -> PyResult<Option<u64>> {
+    match max_memory {
+        Some(bytes) if bytes < MIN_MEMORY => {
+            Err(PyValueError::new_err(format!("max_memory={bytes}: it must be {MIN_MEMORY} bytes (64 MiB) or more")))
+        }
+        bytes => Ok(bytes.map(i64::unsigned_abs)),
     }
 }
 
@@ -349,54 +351,34 @@ fn tokens_by_rank(ranks: &Bound<'_, PyAny>) -> PyResult<Vec<Vec<u8>>> {
     Ok(pairs.into_iter().map(|(_, token)| token).collect())
 }
 
-/// A Python iterator of texts, read a batch at a time.
-struct Source {
-    iterator: Py<PyIterator>,
-    buffer_size: usize,
-    read: usize,
-}
-
-impl Source {
-    fn new(iterable: &Bound<'_, PyAny>, buffer_size: usize) -> PyResult<Self> {
-        Ok(Self { iterator: iterable.try_iter()?.unbind(), buffer_size, read: 0 })
-    }
-
-    /// The next texts, up to a mebibyte or `buffer_size` of them; `None` at the end.
-    fn next_batch(&mut self, py: Python<'_>) -> Result<Option<Vec<Text>>, Stop> {
-        py.check_signals()?;
-        let mut iterator = self.iterator.bind(py).clone();
-        let (mut batch, mut bytes) = (Vec::new(), 0);
-        while batch.len() < self.buffer_size && bytes < BATCH_BYTES {
-            let Some(item) = iterator.next() else { break };
-            let text = text_of(&item?, || format!("text {} of the iterator", self.read))?;
-            self.read += 1;
-            bytes += text.as_ref().len();
-            batch.push(text);
-        }
-        Ok((!batch.is_empty()).then_some(batch))
-    }
-}
-
-/// Looks for Ctrl-C now and then from inside a computation that has released the GIL.
-struct Signals {
+/// Looks for Ctrl-C now and then from inside a computation that has released the GIL, and reports progress.
+struct Watch<'a> {
+    /// `progress(bytes read, pieces counted, merges done)`, if there is one.
+    progress: Option<Py<PyAny>>,
     last: Instant,
     raised: Option<Stop>,
+    bytes: usize,
+    pieces: &'a AtomicU64,
 }
 
-impl Signals {
-    fn new() -> Self {
-        Self { last: Instant::now(), raised: None }
+impl Watch<'_> {
+    fn look(&mut self, py: Python<'_>, merges: usize) -> Result<(), Stop> {
+        py.check_signals()?;
+        if self.last.elapsed() >= LOOK_EVERY {
+            self.last = Instant::now();
+            if let Some(progress) = &self.progress {
+                progress.call1(py, (self.bytes, self.pieces.load(Ordering::Relaxed), merges))?;
+            }
+        }
+        Ok(())
     }
 
-    // `Python::check_signals` itself is not general enough over the lifetime for `attach`.
-    #[allow(clippy::redundant_closure_for_method_calls)]
-    fn check(&mut self) -> Result<(), Error> {
-        if self.last.elapsed() < SIGNALS_EVERY {
+    fn check(&mut self, merges: usize) -> Result<(), Error> {
+        if self.last.elapsed() < LOOK_EVERY {
             return Ok(());
         }
-        self.last = Instant::now();
-        Python::attach(|py| py.check_signals()).map_err(|error| {
-            self.raised = Some(error.into());
+        Python::attach(|py| self.look(py, merges)).map_err(|stop| {
+            self.raised = Some(stop);
             Error::Interrupted
         })
     }

@@ -64,8 +64,9 @@ impl PartialOrd for Candidate {
 ///
 /// # Errors
 /// More than 4 GiB of distinct pieces; or the error of `progress`.
-pub fn train(words: &Words, merges: usize, mut progress: impl FnMut(usize) -> Result<()>) -> Result<Vec<(u32, u32)>> {
-    let mut state = Trainer::new(words)?;
+pub fn train(words: Words, merges: usize, mut progress: impl FnMut(usize) -> Result<()>) -> Result<Vec<(u32, u32)>> {
+    let mut state = Trainer::new(&words)?;
+    drop(words);
     let mut done = Vec::with_capacity(merges.min(1 << 20));
     while done.len() < merges {
         if done.len().is_multiple_of(PROGRESS_EVERY) {
@@ -368,20 +369,20 @@ mod tests {
     fn runs_of_one_character_merge_from_the_left() {
         for n in 2..70 {
             let words = vec![(vec![b'a'; n], 3), (b"ba".to_vec(), 2)];
-            assert_eq!(train(&as_words(&words), 40, |_| Ok(())).unwrap(), naive(&words, 40), "{n}");
+            assert_eq!(train(as_words(&words), 40, |_| Ok(())).unwrap(), naive(&words, 40), "{n}");
         }
     }
 
     #[test]
     fn counts_beyond_32_bits_are_exact() {
         let words = vec![(b"ab".to_vec(), u64::from(u32::MAX) * 4 + 1), (b"cd".to_vec(), u64::from(u32::MAX) * 4 + 2)];
-        assert_eq!(train(&as_words(&words), 2, |_| Ok(())).unwrap(), [(99, 100), (97, 98)]);
+        assert_eq!(train(as_words(&words), 2, |_| Ok(())).unwrap(), [(99, 100), (97, 98)]);
     }
 
     #[test]
     fn no_pieces_give_no_merges_and_progress_can_stop_it() {
-        assert_eq!(train(&Words::default(), 10, |_| Ok(())).unwrap(), []);
-        assert_eq!(train(&Words::default(), 10, |_| Err(Error::Interrupted)), Err(Error::Interrupted));
+        assert_eq!(train(Words::default(), 10, |_| Ok(())).unwrap(), []);
+        assert_eq!(train(Words::default(), 10, |_| Err(Error::Interrupted)), Err(Error::Interrupted));
     }
 
     proptest! {
@@ -391,7 +392,7 @@ mod tests {
             words in prop::collection::vec((prop::collection::vec(97u8..101, 1..14), 1u64..5), 1..20),
             merges in 0usize..60,
         ) {
-            prop_assert_eq!(train(&as_words(&words), merges, |_| Ok(())).unwrap(), naive(&words, merges));
+            prop_assert_eq!(train(as_words(&words), merges, |_| Ok(())).unwrap(), naive(&words, merges));
         }
     }
 }

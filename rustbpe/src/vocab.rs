@@ -12,24 +12,19 @@ pub const NO_ID: u32 = u32::MAX;
 /// A slot of the table of short tokens: two halves of the key, and the id. No key is zero.
 const FREE: [u64; 3] = [0; 3];
 
-/// The bytes of a token of up to 15 bytes, and their number; [`LONG`] for a longer one.
-#[derive(Clone, Copy)]
-struct Head {
-    bytes: [u8; MAX_SHORT],
-    len: u8,
-}
+/// The bytes of a token of up to 15 bytes, and in the last byte their number; [`LONG`] there for a longer one.
+type Head = [u8; MAX_SHORT + 1];
 
 const LONG: u8 = u8::MAX;
 
-impl Head {
-    fn new(token: &[u8]) -> Self {
-        let mut head = Self { bytes: [0; MAX_SHORT], len: LONG };
-        if let Some(bytes) = head.bytes.get_mut(..token.len()) {
-            bytes.copy_from_slice(token);
-            head.len = token.len() as u8;
-        }
-        head
+fn head_of(token: &[u8]) -> Head {
+    let mut head = [0; MAX_SHORT + 1];
+    head[MAX_SHORT] = LONG;
+    if token.len() <= MAX_SHORT {
+        head[..token.len()].copy_from_slice(token);
+        head[MAX_SHORT] = token.len() as u8;
     }
+    head
 }
 
 /// Ids `0..len`, each with its bytes.
@@ -125,7 +120,7 @@ impl Vocab {
         }
         self.starts.push(self.bytes.len() as u32);
         self.parts.push((NO_ID, NO_ID));
-        self.heads.push(Head::new(token));
+        self.heads.push(head_of(token));
         if token.len() <= MAX_SHORT {
             self.insert_short(pack(token, 0, token.len()), id);
         } else {
@@ -256,20 +251,21 @@ impl Vocab {
     /// # Errors
     /// An id outside the vocabulary.
     pub fn decode(&self, ids: impl ExactSizeIterator<Item = u32>) -> Result<Vec<u8>> {
-        let mut out = vec![0; ids.len() * 5 + MAX_SHORT];
+        let mut out = vec![0; ids.len() * 5 + size_of::<Head>()];
         let mut at = 0;
         for id in ids {
             let Some(head) = self.heads.get(id as usize) else {
                 return Err(Error::invalid(format!("token id {id} is outside the vocabulary of {} ids", self.len())));
             };
-            if head.len != LONG && at + MAX_SHORT <= out.len() {
-                // Fifteen bytes whatever the length: a copy of fixed size is a register, and the next token writes
+            let len = head[MAX_SHORT];
+            if let Some(room) = out.get_mut(at..at + size_of::<Head>()).filter(|_| len != LONG) {
+                // Sixteen bytes whatever the length: a copy of fixed size is a register, and the next token writes
                 // over what is too much.
-                out[at..at + MAX_SHORT].copy_from_slice(&head.bytes);
-                at += usize::from(head.len);
+                room.copy_from_slice(head);
+                at += usize::from(len);
             } else {
                 let token = self.token(id);
-                out.resize(out.len().max((at + token.len()) * 3 / 2 + MAX_SHORT), 0);
+                out.resize(out.len().max((at + token.len()) * 3 / 2 + size_of::<Head>()), 0);
                 out[at..at + token.len()].copy_from_slice(token);
                 at += token.len();
             }
