@@ -230,10 +230,9 @@ def _parquet_documents(path: Path) -> Iterator[str]:
     try:
         shards.counts(path)  # checks the schema
         with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=256, columns=[shards.TEXT_COLUMN]):
-                for text in batch.column(0).to_pylist():
-                    if text:
-                        yield from split_text(text, MAX_DOCUMENT_CHARS)
+            for batch in file.iter_batches(shards.BATCH_ROWS, columns=[shards.TEXT_COLUMN]):
+                for value in batch.column(0):
+                    yield from split_text(value.as_py() or "", MAX_DOCUMENT_CHARS)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not a readable parquet file ({error}). Fetch or write it again.") from None
 

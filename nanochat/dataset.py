@@ -210,7 +210,11 @@ class Corpus:
         for corpus, remote in hub.HUB_CORPORA.items():
             if self.source.startswith(remote.repo):
                 again = f"--corpus {corpus}{name if self.name != corpus else ''} -n {len(self.train_shards)}"
-                return f"Repair: rm -f '{self.path(shard)}' && python -m nanochat.dataset {again}"
+                return (
+                    f"Repair: python -m nanochat.dataset {again}"  # it hashes all, and fetches what is wrong
+                )
+        if self.source.startswith("repackaged"):
+            return f"Repair: rm -rf '{self.folder}' && python -m dev.repackage_data --name {self.name} ..."
         if self.source.startswith("local"):
             again = f"--corpus local{name if self.name != 'local' else ''} --files FILES"
         else:
@@ -291,7 +295,7 @@ def _prepare_stdlib(folder: Path) -> None:
         return
     train, val = corpora.stdlib_documents()
     source = f"python {platform.python_version()} standard library"
-    _write_corpus(folder, source, iter(train), deque(val))
+    write_corpus(folder, source, iter(train), deque(val))
 
 
 def _prepare_local(folder: Path, named: Sequence[str], val_file: str) -> None:
@@ -311,10 +315,10 @@ def _prepare_local(folder: Path, named: Sequence[str], val_file: str) -> None:
     else:
         train = corpora.local_documents(paths)
         held.extend(corpora.local_documents([val_path]))
-    _write_corpus(folder, source, corpora.shuffled(train, seed=0), held)
+    write_corpus(folder, source, corpora.shuffled(train, seed=0), held)
 
 
-def _write_corpus(folder: Path, source: str, train: Iterator[str], val: deque[str]) -> None:
+def write_corpus(folder: Path, source: str, train: Iterator[str], val: deque[str]) -> None:
     """Write a whole corpus folder at once. `val` may still be filling while `train` is read."""
     with files.atomic_dir(folder) as temporary:
         members = shards.write_shards(train, temporary, "train", 0)

@@ -18,10 +18,11 @@ from nanochat.errors import UserError
 TEXT_COLUMN = "text"
 SPLITS = ("train", "val")
 GROUP_DOCUMENTS = 1000  # documents of a row group, which is the block that the loader packs
-GROUP_CHARS = 64 << 20  # a row group ends early beyond this, so that long documents cannot fill the memory
+GROUP_CHARS = 16 << 20  # a row group ends early beyond this, so that long documents cannot fill the memory
 SHARD_CHARS = 64 << 20  # text of a shard, about 20 MB compressed
 MAX_GROUP_ROWS = 1 << 16  # limits on what is read, far above what any corpus here has (1,024 rows, 5 MB)
-MAX_GROUP_BYTES = 1 << 30
+MAX_GROUP_BYTES = 1 << 27
+BATCH_ROWS = 4  # decoded at a time: what a footer says of sizes can be a lie
 SCHEMA = pa.schema([(TEXT_COLUMN, pa.string())])
 
 
@@ -188,15 +189,27 @@ def read_texts(path: Path, row_group: int) -> list[str]:
                     f"bytes, at most {MAX_GROUP_ROWS} rows and {MAX_GROUP_BYTES} bytes are read at a time. "
                     f"Rewrite the file with row groups of {GROUP_DOCUMENTS}."
                 )
-            column = file.read_row_group(row_group, columns=[TEXT_COLUMN], use_threads=False).column(0)
-            if len(column) != group.num_rows:
+            texts = _read_group(file, row_group)
+            if len(texts) != group.num_rows:
                 raise UserError(
-                    f"{path}: row group {row_group} holds {len(column)} rows, not {group.num_rows}."
+                    f"{path}: row group {row_group} holds {len(texts)} rows, not {group.num_rows}."
                 )
-            texts: list[str | None] = column.to_pylist()
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError, OverflowError) as error:
         raise UserError(f"{path}: row group {row_group} cannot be read ({_first_line(error)}).") from None
     return [text for text in texts if text]
+
+
+def _read_group(file: pq.ParquetFile, row_group: int) -> list[str | None]:
+    """All rows of a group, decoded a few at a time; stops where they are more than the footer may say."""
+    texts: list[str | None] = []
+    left = MAX_GROUP_BYTES
+    batches = file.iter_batches(BATCH_ROWS, row_groups=[row_group], columns=[TEXT_COLUMN], use_threads=False)
+    for batch in batches:
+        left -= batch.nbytes
+        if left < 0:
+            raise OSError(f"it holds more than {MAX_GROUP_BYTES} bytes")
+        texts += batch.column(0).to_pylist()
+    return texts
 
 
 def _first_line(error: BaseException) -> str:

@@ -222,6 +222,14 @@ def test_long_documents_end_a_row_group_early(tmp_path: Path, monkeypatch: pytes
     ]
 
 
+def test_a_row_of_50_mb_is_written_and_read_back(tmp_path: Path) -> None:
+    long = "a row of fifty megabytes \u00e9\n" * 2_000_000
+    [shard] = shards.write_shards(["before", long, "after"], tmp_path, "train", 0)
+    assert shard.row_groups == 2  # it ends its row group
+    assert shards.read_texts(tmp_path / shard.name, 0) == ["before", long]
+    assert shards.read_texts(tmp_path / shard.name, 1) == ["after"]
+
+
 def test_stdlib_is_made_once(base_dir: Path) -> None:
     corpus = prepare("stdlib")
     assert corpus.name == "stdlib"
