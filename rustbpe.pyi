@@ -67,8 +67,8 @@ class Tokenizer:
         more pairs. Whatever stops it leaves the tokenizer as it was.
 
         With `max_memory` the stream is counted in rounds of a sixty-fourth of it. After a round, if training
-        on the distinct pieces held would take more than `max_memory` (128 bytes a piece and 24 for each of its
-        bytes), the rarest are dropped: all with a count of at most c, for the smallest c that leaves no more
+        on the distinct pieces held would take more than `max_memory` (128 bytes a piece and 24 for each byte
+        of it), the rarest are dropped: all with a count of at most c, for the smallest c that leaves no more
         than half of the bound. The vocabulary then depends on the order of the texts and on `buffer_size`,
         still not on threads.
 
