@@ -229,7 +229,7 @@ def local_documents(paths: Iterable[Path]) -> Iterator[str]:
 def _parquet_documents(path: Path) -> Iterator[str]:
     try:
         shards.counts(path)  # checks the schema
-        with pq.ParquetFile(path) as file:
+        with pq.ParquetFile(path, pre_buffer=False) as file:  # or all of it is held while it is read
             for batch in file.iter_batches(shards.BATCH_ROWS, columns=[shards.TEXT_COLUMN]):
                 for value in batch.column(0):
                     yield from split_text(value.as_py() or "", MAX_DOCUMENT_CHARS)

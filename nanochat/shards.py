@@ -179,7 +179,7 @@ def read_texts(path: Path, row_group: int) -> list[str]:
         UserError: the file is absent, damaged, of another schema, or the row group is over the limits.
     """
     try:
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+        with pq.ParquetFile(path, page_checksum_verification=True, pre_buffer=False) as file:
             _check_schema(path, file.schema_arrow)
             assert 0 <= row_group < file.metadata.num_row_groups, f"row group {row_group} of {path}"
             group = file.metadata.row_group(row_group)

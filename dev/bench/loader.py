@@ -14,7 +14,6 @@ import contextlib
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -26,6 +25,7 @@ from typing import Any
 
 import torch
 
+from dev.bench import peak_memory
 from nanochat import corpora, files, shards
 from nanochat.dataloader import TrainLoader
 from nanochat.dataset import Corpus
@@ -156,8 +156,7 @@ def measure(folder: Path, tokenizer_folder: Path, who: str, threads: int) -> dic
     torch.set_num_threads(1)
     corpus, tokenizer = corpus_of(folder), Tokenizer.load(tokenizer_folder)
     found = (ours if who == "ours" else theirs)(corpus, tokenizer, threads)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return {**found, "peak_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    return {**found, "peak_memory": peak_memory()}
 
 
 def run(folder: Path, tokenizer_folder: Path, rounds: int) -> list[dict[str, Any]]:
