@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
 import types
 import typing
 from dataclasses import dataclass, field
@@ -113,7 +114,20 @@ class TokTrainArgs:
     vocab_size: int = flag(32768, "entries of the vocabulary, special tokens included")
     max_chars: int = flag(2_000_000_000, "characters to train on")
     doc_cap: int = flag(10_000, "characters taken of each document")
+    max_memory: int | None = flag(
+        None, "bytes that training may take; above them rare pieces are dropped. By default no bound"
+    )
     overwrite: bool = flag(False, "train again although the tokenizer exists")
+
+
+@dataclass(frozen=True)
+class TokEvalArgs:
+    """Measure how well a tokenizer compresses, beside others."""
+
+    tokenizer: str = flag("fineweb-edu", "name of the tokenizer")
+    corpus: str = flag("", "also measure on the validation text of this corpus")
+    samples: str = flag("", "folder of .txt files to measure on; by default the project's own")
+    peers_dir: str = flag("", "folder of r50k_base.tiktoken (GPT-2) and cl100k_base.tiktoken to compare with")
 
 
 @dataclass(frozen=True)
@@ -170,7 +184,10 @@ def parse(cls: type[Args], argv: list[str] | None = None) -> Args:
     hints = typing.get_type_hints(cls)
     for item in dataclasses.fields(cls):  # type: ignore[arg-type]
         _add_flag(parser, item, hints[item.name])
-    values = vars(parser.parse_args(argv))
+    given = sys.argv[1:] if argv is None else argv
+    if given[:1] == ["--"]:  # what separates torchrun's options from ours
+        given = given[1:]
+    values = vars(parser.parse_args(given))
     return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
 

@@ -192,7 +192,7 @@ launch() { # NPROC MODULE FLAG...: on so many ranks
   shift 2
   if [ "$ranks" -gt 1 ]; then
     OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} "$PYTHON" -m torch.distributed.run --standalone \
-      --nproc_per_node="$ranks" -m "$module" "$@"
+      --nproc_per_node="$ranks" -m "$module" -- "$@" # without --, torchrun takes --run for an option of its own
   else
     "$PYTHON" -m "$module" "$@"
   fi

@@ -9,10 +9,18 @@ import shlex
 import pytest
 
 from nanochat import config
-from nanochat.config import DatasetArgs, EvalArgs, GenerateArgs, ReportArgs, TokTrainArgs, TrainArgs
+from nanochat.config import (
+    DatasetArgs,
+    EvalArgs,
+    GenerateArgs,
+    ReportArgs,
+    TokEvalArgs,
+    TokTrainArgs,
+    TrainArgs,
+)
 from nanochat.errors import UserError
 
-ALL = [TrainArgs, EvalArgs, TokTrainArgs, DatasetArgs, GenerateArgs, ReportArgs]
+ALL = [TrainArgs, EvalArgs, TokTrainArgs, TokEvalArgs, DatasetArgs, GenerateArgs, ReportArgs]
 
 
 @pytest.mark.parametrize("cls", ALL)
@@ -29,6 +37,10 @@ def test_flags_of_every_kind() -> None:
         num_shards=8, files=("a", "b")
     )
     assert config.parse(GenerateArgs, ["one", "two", "--run", "d4"]).prompt == ("one", "two")
+
+
+def test_the_separator_of_torchrun_is_not_a_flag() -> None:
+    assert config.parse(TrainArgs, ["--", "--run", "x"]).run == "x"
 
 
 @pytest.mark.parametrize("argv", [["--dept", "4"], ["--depth", "four"], ["--recipe", "march"], ["stray"]])

@@ -255,8 +255,8 @@ def test_speedrun_chains_the_stages_and_fetches_shards_while_the_tokenizer_train
         "-m scripts.tok_train --corpus fineweb-edu",
     ]
     name = "speedrun-d24"
-    assert made[3] == f"{ranks}.base_train --depth 24 --run {name} --corpus fineweb-edu --resume auto"
-    assert made[4].startswith(f"{ranks}.base_eval --run {name} --eval core,bpb,sample")
+    assert made[3] == f"{ranks}.base_train -- --depth 24 --run {name} --corpus fineweb-edu --resume auto"
+    assert made[4].startswith(f"{ranks}.base_eval -- --run {name} --eval core,bpb,sample")
     assert made[5:] == [f"-m nanochat.report --run {name}"]
 
 
@@ -290,7 +290,7 @@ def test_miniseries_does_not_train_again_what_is_finished(gpus: Machine) -> None
     made = calls(gpus)
     trained = [call.split("--run ")[1].split()[0] for call in made if "base_train" in call]
     assert trained == [f"miniseries-d{depth}" for depth in (10, 12, 14, 16, 18, 20)]
-    assert [call for call in made if "base_eval --run miniseries-d8 " in call]
+    assert [call for call in made if "base_eval -- --run miniseries-d8 " in call]
     assert not [call for call in made if "tok_train" in call]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import os
@@ -22,7 +21,7 @@ from nanochat.errors import UserError
 from nanochat.hooks import Hook
 from nanochat.runlog import read_metrics
 from tests.conftest import REPO
-from tests.tiny import tiny_args, tiny_corpus, train_tiny
+from tests.tiny import command_line, tiny_corpus, train_tiny
 
 # What may differ between two runs of the same plan: the clock.
 CLOCK = ("tokens_per_second", "mfu", "train_seconds")
@@ -122,14 +121,9 @@ def stop_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train, "train_step", counted)
 
 
-def flag_needed(value: object) -> bool:
-    return value not in (None, "", False)
-
-
 def test_a_killed_process_resumes_to_the_bit(base_dir: Path) -> None:
     train_tiny(run="whole", num_iterations=40)
-    asked = dataclasses.asdict(tiny_args(run="parts", num_iterations=40, resume="auto"))
-    flags = [f"--{name.replace('_', '-')}={value}" for name, value in asked.items() if flag_needed(value)]
+    flags = command_line(run="parts", num_iterations=40, resume="auto")
     command = [sys.executable, "-m", "scripts.base_train", *flags]
     process = subprocess.Popen(command, cwd=REPO, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 120

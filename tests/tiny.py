@@ -72,3 +72,13 @@ def train_tiny(**changes: object) -> dict[str, Any]:
     tokenizer = Tokenizer.load(files.tokenizer_dir("local"))
     plan = scaling.plan(args, tokenizer.vocab_size)
     return train.run(plan, Corpus.open("local"), tokenizer, Precision(torch.float32, "sdpa"), World.solo())
+
+
+def command_line(**changes: object) -> list[str]:
+    """The flags that say to base_train what `train_tiny` says."""
+    asked = dataclasses.asdict(tiny_args(**changes))
+    return [
+        f"--{name.replace('_', '-')}={value}"
+        for name, value in asked.items()
+        if value not in (None, "", False)
+    ]
