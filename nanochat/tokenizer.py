@@ -14,7 +14,7 @@ import binascii
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -43,6 +43,7 @@ SPECIALS = (
 )
 
 FILE_NAME = "tokenizer.json"
+MIN_MEMORY = 64 << 20  # bytes; the least bound on the memory of training
 
 T = TypeVar("T")
 
@@ -59,18 +60,30 @@ class Tokenizer:
         """
         self._bpe = bpe
         self._first_special = bpe.vocab_size
-        self._contents = _to_json(bpe, trained_on or {})
+        self.trained_on = dict(trained_on or {})
+        self._contents = _to_json(bpe, self.trained_on)
 
     @classmethod
-    def train(cls, texts: Iterable[str], vocab_size: int, *, source: str = "") -> Tokenizer:
+    def train(
+        cls,
+        texts: Iterable[str | rustbpe.ArrowStrings],
+        vocab_size: int,
+        *,
+        source: str = "",
+        max_memory: int | None = None,
+        progress: Callable[[int, int, int], object] | None = None,
+    ) -> Tokenizer:
         """Learn merges from texts, read once and not kept.
 
         The vocabulary is smaller than asked if the texts have no pairs left to merge.
 
         Args:
-            texts: the corpus.
+            texts: the corpus: texts, or columns of Arrow that hold them.
             vocab_size: entries, special tokens included.
             source: name or hash of the corpus, kept in the file.
+            max_memory: bytes that training may take, 64 MiB or more; above it rare pieces are dropped by the
+                rule in rustbpe.pyi, which the file then says.
+            progress: told about ten times a second: bytes read, pieces counted, merges done.
 
         Raises:
             UserError: `vocab_size` below 256 + 9, no text, or a text that is not valid Unicode.
@@ -80,15 +93,22 @@ class Tokenizer:
             raise UserError(
                 f"vocab_size={vocab_size}: 256 bytes and {len(SPECIALS)} special tokens need {least} or more."
             )
+        if max_memory is not None and max_memory < MIN_MEMORY:
+            raise UserError(f"max_memory={max_memory}: training needs {MIN_MEMORY} bytes (64 MiB) or more.")
         bpe = rustbpe.Tokenizer()
-        counted = _Counted(texts)
+        merges = vocab_size - len(SPECIALS)
         try:
-            bpe.train_from_iterator(iter(counted), vocab_size - len(SPECIALS), pattern=PATTERN)
+            report = bpe.train_from_iterator(
+                texts, merges, pattern=PATTERN, max_memory=max_memory, progress=progress
+            )
         except ValueError as error:
+            if isinstance(error, UserError):
+                raise
             raise UserError(f"training the tokenizer: {error}. Take that text out of the corpus.") from error
-        if counted.characters == 0:
+        if report["bytes"] == 0:
             raise UserError("training the tokenizer: the corpus has no text. Name one that has.")
-        about: dict[str, str | int] = {"texts": counted.texts, "characters": counted.characters}
+        about: dict[str, str | int] = {"texts": report["texts"], "bytes": report["bytes"]}
+        about |= {"asked_vocab_size": vocab_size, "pruned_pieces": report["pruned_pieces"]}
         return cls(bpe, {"source": source, **about} if source else about)
 
     @classmethod
@@ -127,6 +147,17 @@ class Tokenizer:
     def save(self, folder: Path) -> None:
         """Write `folder`/tokenizer.json, whole or not at all."""
         files.atomic_write(folder / FILE_NAME, self._contents)
+
+    def write_ranks_file(self, path: Path) -> None:
+        """Write the byte strings as tiktoken reads them: lines of base64 and rank, without special tokens."""
+        ranks = self._bpe.get_mergeable_ranks()
+        lines = [f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks]
+        files.atomic_write(path, "".join(lines))
+
+    @property
+    def asked_vocab_size(self) -> int:
+        """Entries that training was asked for; it found fewer where the corpus had no more pairs."""
+        return int(self.trained_on.get("asked_vocab_size", self.vocab_size))
 
     @property
     def vocab_size(self) -> int:
@@ -217,21 +248,6 @@ class Tokenizer:
         """
         lengths = [len(token) for token, _ in self._bpe.get_mergeable_ranks()]
         return np.array(lengths + [0] * len(SPECIALS), dtype=np.int64)
-
-
-class _Counted:
-    """Texts that pass through, and how much of them has passed."""
-
-    def __init__(self, texts: Iterable[str]) -> None:
-        self._source = texts
-        self.texts = 0
-        self.characters = 0
-
-    def __iter__(self) -> Iterator[str]:
-        for text in self._source:
-            self.texts += 1
-            self.characters += len(text)
-            yield text
 
 
 def _byte_alphabet() -> list[str]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import time
-
-from nanochat import config, errors, files
+from nanochat import config, errors, files, tok_train
 from nanochat.config import TokTrainArgs
 from nanochat.dataset import Corpus
 from nanochat.errors import UserError
@@ -18,7 +16,7 @@ def main() -> None:
     folder = files.tokenizer_dir(args.name or args.corpus)
     if (folder / "tokenizer.json").exists() and not args.overwrite:
         tokenizer = Tokenizer.load(folder)
-        if tokenizer.vocab_size != args.vocab_size:
+        if args.vocab_size not in (tokenizer.vocab_size, tokenizer.asked_vocab_size):
             raise UserError(
                 f"{folder} holds {tokenizer.vocab_size} entries, and --vocab-size={args.vocab_size}. "
                 "Name another with --name, or train it again with --overwrite."
@@ -27,11 +25,9 @@ def main() -> None:
         return
     corpus = Corpus.open(args.corpus)
     files.require_writable(folder)
-    start = time.perf_counter()
-    texts = corpus.texts(max_chars=args.max_chars, doc_cap=args.doc_cap)
-    tokenizer = Tokenizer.train(texts, args.vocab_size)
+    tokenizer = tok_train.train(corpus, args)
     tokenizer.save(folder)
-    print(f"trained {tokenizer.vocab_size} entries in {time.perf_counter() - start:.1f} s: {folder}")
+    print(folder)
     sample = corpus.read_block(corpus.val_shards[0], 0)
     ids, _ = tokenizer.encode_batch(sample)
     n_bytes = sum(len(text.encode("utf-8")) for text in sample)

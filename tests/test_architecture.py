@@ -22,7 +22,7 @@ LAYERS = (
     ("config", "recipe", "schedule", "scaling", "tokenizer", "shards", "packing", "core_results"),
     ("arrival", "corpora", "hub", "dataset", "attention", "update_rules", "optim", "loss")
     + ("core_tasks", "core_mini"),
-    ("lanes", "dataloader", "gpt"),
+    ("lanes", "dataloader", "gpt", "tok_train", "tok_eval"),
     ("loss_eval", "engine", "core_eval", "checkpoint", "reporter"),
     ("base_eval", "hooks", "train", "report"),
 )

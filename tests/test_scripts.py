@@ -35,7 +35,7 @@ def run(arguments: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_scripts_of_the_design_are_there() -> None:
-    assert {"tok_train", "base_train", "base_eval", "generate"} <= set(NAMES)
+    assert {"tok_train", "tok_eval", "base_train", "base_eval", "generate"} <= set(NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -75,6 +75,7 @@ BAD = [
     (["-m", "nanochat.report", "--run", "nowhere"], "nowhere"),
     (["-m", "nanochat.report", "--run", "../up"], "../up"),
     (["-m", "scripts.tok_train", "--corpus", "nowhere"], "nowhere"),
+    (["-m", "scripts.tok_eval", "--tokenizer", "nowhere"], "nowhere"),
     (["-m", "scripts.base_train", "--corpus", "stdlib", "--depth", "4"], "tokenizer"),
     (["-m", "scripts.base_eval", "--run", "nowhere", "--eval", "bpb"], "nowhere"),
     (["-m", "scripts.generate", "--run", "nowhere", "Hello"], "nowhere"),

@@ -11,7 +11,9 @@ from typing import Any
 import hypothesis
 import hypothesis.strategies as st
 import numpy as np
+import pyarrow as pa
 import pytest
+import tiktoken.load
 import tokenizers
 
 from nanochat.errors import UserError
@@ -51,7 +53,41 @@ def test_the_file_loads_as_it_was_saved(tokenizer: Tokenizer, saved: Path) -> No
 def test_the_file_says_what_it_was_trained_on(saved: Path) -> None:
     about = json.loads((saved / "tokenizer.json").read_text())["model"]["trained_on"]
     assert about["source"] == "argparse"
-    assert about["texts"] == 2
+    assert (about["texts"], about["asked_vocab_size"], about["pruned_pieces"]) == (2, VOCAB, 0)
+    assert about["bytes"] == len(Path(argparse.__file__).read_bytes()) + 5 * len(
+        "caf\u00e9 \u4f60\u597d \U0001f600".encode()
+    )
+
+
+def test_a_small_corpus_keeps_what_was_asked(tmp_path: Path) -> None:
+    small = Tokenizer.train(["ab"], 1000)
+    small.save(tmp_path)
+    loaded = Tokenizer.load(tmp_path)
+    assert (loaded.vocab_size, loaded.asked_vocab_size) == (256 + 1 + 9, 1000)
+
+
+def test_columns_of_arrow_give_the_same_vocabulary() -> None:
+    texts = Path(argparse.__file__).read_text("utf-8").splitlines(keepends=True)
+    assert Tokenizer.train([pa.array(texts)], 500).fingerprint == Tokenizer.train(texts, 500).fingerprint
+
+
+def test_ranks_are_written_as_tiktoken_reads_them(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    path = tmp_path / "ours.tiktoken"
+    tokenizer.write_ranks_file(path)
+    ranks = tiktoken.load.load_tiktoken_bpe(str(path))
+    theirs = tiktoken.Encoding("ours", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={})
+    text = "def main(): # caf\u00e9 \u4f60\u597d 2024"
+    assert theirs.encode_ordinary(text) == tokenizer.encode(text)
+    assert Tokenizer.from_ranks_file(path, PATTERN).encode(text) == tokenizer.encode(text)
+
+
+def test_transformers_gives_the_same_ids(tokenizer: Tokenizer, saved: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_file=str(saved / "tokenizer.json"))
+    text = "def main(): # caf\u00e9 \u4f60\u597d <|bos|>"
+    assert fast.encode(text, add_special_tokens=False) == tokenizer.encode(text)
+    assert fast.decode(tokenizer.encode(text)) == text
+    assert len(fast) == VOCAB
 
 
 @hypothesis.given(st.text(st.characters(exclude_categories=["Cs", "Cn"]), max_size=80))
@@ -132,6 +168,7 @@ def test_tiktoken_ranks_load(shared_data: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("message", "call"),
     [
+        ("max_memory=5", lambda t: Tokenizer.train(["text"], 300, max_memory=5)),
         ("vocab_size=264: .* need 265", lambda t: Tokenizer.train(["text"], 264)),
         ("no text", lambda t: Tokenizer.train([], 1000)),
         ("no text", lambda t: Tokenizer.train(["", ""], 1000)),

@@ -1,0 +1,129 @@
+"""Training a tokenizer on a corpus: columns of Arrow go in, a bar runs, one line of figures comes out."""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from rich.progress import BarColumn, Progress, TextColumn
+
+from nanochat import shards
+from nanochat.config import TokTrainArgs
+from nanochat.dataset import Corpus
+from nanochat.errors import UserError
+from nanochat.tokenizer import SPECIALS, Tokenizer
+
+Report = Callable[[int, int, int], None]
+
+
+def columns(corpus: Corpus, *, max_chars: int, doc_cap: int) -> Iterator[pa.Array]:
+    """What `Corpus.texts` gives, as string arrays of Arrow: no document becomes a `str`.
+
+    Args:
+        corpus: shards are verified at their first use.
+        max_chars: about how many characters in all; the last document may go over.
+        doc_cap: characters taken of each document, from its beginning.
+
+    Raises:
+        UserError: a shard is damaged, absent, or over the limits on what is read.
+    """
+    left = max_chars
+    for shard in corpus.train_shards:
+        for row_group in range(shard.row_groups):
+            if left <= 0:
+                return
+            corpus.verify(shard)
+            texts = pc.utf8_slice_codeunits(_column(corpus, shard, row_group), 0, doc_cap)
+            given = np.cumsum(pc.utf8_length(texts).to_numpy(zero_copy_only=False))
+            wanted = int(np.searchsorted(given, left)) + 1
+            yield texts.slice(0, wanted)
+            left -= int(given[min(wanted, len(given)) - 1]) if len(given) else 0
+
+
+def _column(corpus: Corpus, shard: shards.Shard, row_group: int) -> pa.Array:
+    """The documents of a row group, page checksums verified, without nulls and empty strings."""
+    path = corpus.path(shard)
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            group = file.metadata.row_group(row_group)
+            if group.num_rows > shards.MAX_GROUP_ROWS or group.total_byte_size > shards.MAX_GROUP_BYTES:
+                raise UserError(f"{path}: row group {row_group} is larger than any of ours may be.")
+            read = file.read_row_group(row_group, columns=[shards.TEXT_COLUMN], use_threads=False)
+            column = read.column(0).combine_chunks()
+            column.validate(full=True)
+            return column.filter(pc.greater(pc.binary_length(column), 0))
+    except (pa.ArrowException, OSError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(
+            f"{path}: row group {row_group} cannot be read ({reason}). {corpus.repair(shard)}"
+        ) from None
+
+
+@contextlib.contextmanager
+def bar(corpus: Corpus, args: TokTrainArgs) -> Iterator[Report]:
+    """A bar on a terminal: counting, with its speed, then merging; and the memory that the process holds."""
+    if not sys.stdout.isatty():
+        yield lambda read, pieces, merges: None
+        return
+    total, merges_asked = min(_text_bytes(corpus), args.max_chars), args.vocab_size - 256 - len(SPECIALS)
+    started = time.perf_counter()
+    parts = (TextColumn("{task.description:8}"), BarColumn(), TextColumn("{task.fields[detail]}"))
+    with Progress(*parts, transient=True) as progress:
+        counting = progress.add_task("counting", total=total, detail="")
+        merging = progress.add_task("merging", total=merges_asked, detail="")
+
+        def report(read: int, pieces: int, merges: int) -> None:
+            if merges == 0:
+                speed = read / max(time.perf_counter() - started, 1e-9) / 1e6
+                detail = f"{read / 1e6:,.0f} MB, {pieces / 1e6:,.1f} M pieces, {speed:.0f} MB/s"
+                progress.update(
+                    counting, completed=read, detail=f"{detail}, {peak_memory() / 1e6:,.0f} MB held"
+                )
+            else:
+                progress.update(counting, completed=total)
+                progress.update(merging, completed=merges, detail=f"{merges:,} of {merges_asked:,}")
+
+        yield report
+
+
+def _text_bytes(corpus: Corpus) -> int:
+    """About how much text the training shards hold, from the footer of the first."""
+    first = corpus.train_shards[0]
+    corpus.verify(first)
+    with pq.ParquetFile(corpus.path(first)) as file:
+        groups = (file.metadata.row_group(i) for i in range(file.metadata.num_row_groups))
+        share = sum(group.total_byte_size for group in groups) / max(first.bytes, 1)
+    return int(share * sum(shard.bytes for shard in corpus.train_shards))
+
+
+def peak_memory() -> int:
+    """The most memory this process has held, in bytes."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def train(corpus: Corpus, args: TokTrainArgs) -> Tokenizer:
+    """Train on a corpus and say how it went."""
+    texts = columns(corpus, max_chars=args.max_chars, doc_cap=args.doc_cap)
+    started = time.perf_counter()
+    with bar(corpus, args) as report:
+        tokenizer = Tokenizer.train(
+            texts, args.vocab_size, source=corpus.fingerprint, max_memory=args.max_memory, progress=report
+        )
+    seconds, read = time.perf_counter() - started, int(tokenizer.trained_on["bytes"])
+    print(
+        f"trained {tokenizer.vocab_size} entries on {read / 1e6:,.1f} MB in {seconds:.1f} s "
+        f"({read / 1e6 / seconds:,.0f} MB/s), peak memory {peak_memory() / 1e6:,.0f} MB"
+    )
+    if tokenizer.vocab_size < args.vocab_size:
+        print(f"the corpus has no more pairs: {args.vocab_size} entries were asked")
+    if pruned := tokenizer.trained_on["pruned_pieces"]:
+        print(f"--max-memory={args.max_memory} was passed: {pruned} rare pieces were dropped")
+    return tokenizer
