@@ -60,16 +60,6 @@ def eval_bundle_dir() -> Path:
     return base_dir() / "eval_bundle"
 
 
-def compile_cache_dir() -> Path:
-    """Folder where compiled kernels are kept between runs."""
-    return base_dir() / "compile_cache"
-
-
-def use_compile_cache() -> None:
-    """Point TorchInductor's cache at ours, unless the user has already pointed it elsewhere."""
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(compile_cache_dir()))
-
-
 def fsync_dir(path: Path) -> None:
     """Make the names in a folder durable, where the platform can open a folder at all."""
     if os.name == "nt":

@@ -73,18 +73,6 @@ class World:
         dist.all_reduce(votes, op=dist.ReduceOp.MAX)
         return bool(votes.item())
 
-    def broadcast_text(self, text: str) -> str:
-        """The main rank's text, on every rank. Bytes of UTF-8 travel, never a pickle."""
-        if self.backend is None:
-            return text
-        payload = torch.frombuffer(bytearray(text.encode("utf-8") + b"\0"), dtype=torch.uint8).to(self.device)
-        length = torch.tensor([payload.numel()], device=self.device)
-        dist.broadcast(length, src=0)
-        if not self.is_main:
-            payload = torch.empty(int(length.item()), dtype=torch.uint8, device=self.device)
-        dist.broadcast(payload, src=0)
-        return bytes(payload.cpu().tolist())[:-1].decode("utf-8")
-
     def describe(self) -> dict[str, Any]:
         """What config.json records."""
         return {"world_size": self.size, "backend": self.backend, "device": str(self.device)}
