@@ -17,8 +17,10 @@ from pathlib import Path
 import pytest
 
 from nanochat import arrival
+from nanochat.dataloader import TrainLoader
 from nanochat.dataset import Corpus
 from nanochat.errors import UserError
+from nanochat.world import World
 from tests.hub_server import (
     COMMIT,
     FAULTS,
@@ -33,6 +35,7 @@ from tests.hub_server import (
     text_of,
 )
 from tests.reliability import record
+from tests.test_dataloader import Letters, rows_of
 
 
 @pytest.fixture
@@ -226,6 +229,15 @@ def test_a_disk_that_fills_midway_stops_the_download_and_leaves_nothing(hub: Hub
     assert_whole(hub, folder, numbered(3))
 
 
+def test_downloads_at_once_into_one_folder_do_not_disturb_each_other(hub: Hub, base_dir: Path) -> None:
+    hub.chunk_s = 0.02
+    processes = [start(hub, base_dir, "-n", "3") for _ in range(3)]
+    for process in processes:
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 0, errors
+    assert_whole(hub, base_dir / "data" / "fineweb-edu", numbered(3))
+
+
 def kill_often(tmp_path: Path, base_dir: Path, kills: int, pause_s: float) -> None:
     """Kill downloads at random moments; after each, what has a shard's name is that shard."""
     rng = random.Random(0)
@@ -295,6 +307,34 @@ def test_a_reader_waits_for_the_next_shard_and_sees_the_full_corpus(
     assert "shard_00001.parquet has not arrived yet: waiting" in told
     assert "shard_00001.parquet arrived after" in told
     assert Corpus.open("fineweb-edu").fingerprint == before.fingerprint
+
+
+def test_batches_drawn_while_shards_arrive_are_those_of_the_full_corpus(hub: Hub, base_dir: Path) -> None:
+    assert fetch(hub, base_dir, "-n", "3", "--first", "0").returncode == 0
+    hub.chunk_s = 0.05
+    process = start(hub, base_dir, "-n", "3")
+
+    def batches() -> list[list[list[int]]]:
+        corpus = Corpus.open("fineweb-edu")
+        loader = TrainLoader(
+            corpus,
+            Letters(),
+            sequence_len=511,
+            rows_per_batch=16,
+            lanes=4,
+            seed=1,
+            world=World.solo(),
+            device_batch_size=16,
+        )
+        drawn = [rows_of(loader.next_batch()).tolist() for _ in range(50)]
+        assert loader.epoch > 1
+        loader.close()
+        return drawn
+
+    arriving = batches()
+    assert process.wait(30) == 0
+    process.communicate()
+    assert batches() == arriving
 
 
 def test_a_shard_that_nobody_brings_is_an_error_within_a_moment(
