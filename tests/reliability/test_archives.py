@@ -107,7 +107,20 @@ def test_a_hostile_archive_is_refused_and_leaves_nothing(tmp_path: Path, kind: s
     with pytest.raises(UserError, match=r"x\.zip"):
         files.safe_unzip(archive, tmp_path / "in" / "out", LIMIT)
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["in", "x.zip"]
-    record("P12", n=1, failures=0, worst=0, unit=f"zip: {kind}")
+
+
+def test_the_hostile_archives_that_are_refused_are_counted(tmp_path: Path) -> None:
+    kinds = [kind for kind in HOSTILE if kind not in OPEN]
+    refused = 0
+    for kind in kinds:
+        (tmp_path / "x.zip").write_bytes(HOSTILE[kind])
+        try:
+            files.safe_unzip(tmp_path / "x.zip", tmp_path / "out", LIMIT)
+        except UserError:
+            refused += 1
+    note = f"not counted: {', '.join(OPEN)}" if OPEN else ""
+    record("P12", n=len(kinds), failures=len(kinds) - refused, worst=0, unit="hostile zips", note=note)
+    assert refused == len(kinds)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
