@@ -411,6 +411,42 @@ def test_ctrl_c_stops_training_and_leaves_the_tokenizer_as_it_was() -> None:
     assert tokenizer.vocab_size == 256
 
 
+def test_ctrl_c_stops_the_merging() -> None:
+    # All different words: counted in an instant, merged for many seconds.
+    letters = np.random.default_rng(0).integers(97, 123, (700_000, 12), dtype=np.uint8)
+    text = " ".join(row.tobytes().decode() for row in letters)
+    tokenizer = rustbpe.Tokenizer()
+    asked: list[int] = []
+
+    def interrupt(read: int, counted: int, merged: int) -> None:
+        if merged and not asked:
+            asked.append(merged)
+            signal.raise_signal(signal.SIGINT)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            tokenizer.train_from_iterator([text], 200_000, progress=interrupt)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert asked
+    assert tokenizer.vocab_size == 256
+
+
+def test_nulls_are_text_like_any_other(trained: rustbpe.Tokenizer) -> None:
+    text = "\x00 a\x00b \x00\x00\x00" * 50
+    assert trained.decode(trained.encode(text)) == text
+    assert train([text], 300).decode(trained.encode("\x00")[:1]) == "\x00"
+
+
+@pytest.mark.slow
+def test_a_run_of_a_hundred_million_letters_is_encoded(trained: rustbpe.Tokenizer) -> None:
+    ids, _ = trained.encode_batch_numpy(["a" * 100_000_000])
+    lengths = np.array([len(token) for token, _ in trained.get_mergeable_ranks()])
+    assert lengths[ids].sum() == 100_000_000
+    assert len(np.unique(ids)) <= 3
+
+
 def stress(shared_data: Path) -> list[str]:
     """Every file of the stress folder: as UTF-8 with replacements, and its bytes as latin-1."""
     texts = []

@@ -1,7 +1,7 @@
 //! Byte-level BPE: a parallel trainer and an encoder whose ids equal tiktoken's.
 //!
 //! By stage: [`split`] cuts text into pieces, [`count`] counts them, [`stream`] does so on all cores, [`train`] finds the merges, [`vocab`] holds what
-//! came of it, [`merge`] and [`encode`] turn text into ids. `python` is the only file that knows Python.
+//! came of it, `merge` and [`encode`] turn text into ids. `python` is the only file that knows Python.
 
 mod classes;
 pub mod count;

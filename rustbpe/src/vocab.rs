@@ -170,7 +170,7 @@ impl Vocab {
         ((hash >> 38) as usize & (self.filter.len() - 1), 1 << (hash >> 32 & 63))
     }
 
-    /// The id of a packed string of at most [`MAX_SHORT`] bytes.
+    /// The id of a packed string of at most 15 bytes.
     #[inline]
     pub fn find_short(&self, key: u128) -> Option<u32> {
         let hash = hash(key);

@@ -19,7 +19,7 @@ const BATCH_BYTES: usize = 1 << 20;
 /// texts of a corpus that is half of its size again. So such a text is encoded into bytes of its own.
 pub enum Text {
     Ascii(PyBackedStr),
-    Encoded(PyBackedBytes),
+    Encoded(String),
     /// A row of a column.
     Row {
         rows: Arc<str>,
@@ -32,8 +32,7 @@ impl AsRef<str> for Text {
     fn as_ref(&self) -> &str {
         match self {
             Self::Ascii(text) => text,
-            // Python's own encoder made them; were they wrong, an empty text is no worse than a panic.
-            Self::Encoded(bytes) => std::str::from_utf8(bytes).unwrap_or_default(),
+            Self::Encoded(text) => text,
             // `Column::next_rows` has looked at both ends.
             Self::Row { rows, start, end } => rows.get(*start..*end).unwrap_or_default(),
         }
@@ -55,7 +54,10 @@ pub fn text_of(object: &Bound<'_, PyAny>, name: impl Fn() -> String) -> PyResult
     let bytes = text.encode_utf8().map_err(|error| {
         PyValueError::new_err(format!("{}: not valid Unicode: {}", name(), error.value(object.py())))
     })?;
-    Ok(Text::Encoded(PyBackedBytes::from(bytes)))
+    // Checked and copied once: whoever reads it afterwards does so often.
+    let text = std::str::from_utf8(bytes.as_bytes())
+        .map_err(|error| PyValueError::new_err(format!("{}: not valid Unicode: {error}", name())))?;
+    Ok(Text::Encoded(text.to_owned()))
 }
 
 /// A Python iterator of texts and columns, read a batch at a time.
