@@ -3,7 +3,7 @@
 //! A piece is looked up in a bounded cache of the thread, then in the vocabulary, and only then merged. Each thread
 //! takes a cache of its own from a pool for the length of a call, so threads never wait for each other.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc::channel;
 use std::sync::{Mutex, PoisonError};
 
 use crate::error::{Error, Result};
@@ -122,36 +122,72 @@ impl Encoder {
         Ok(out)
     }
 
-    /// The ids of all texts end to end, and where each text ends, on up to `threads` threads.
+    /// The ids of all texts end to end, and where each text ends, on up to `threads` threads. O(bytes).
     pub fn encode_batch<T: AsRef<str> + Sync>(&self, texts: &[T], threads: usize) -> Result<(Vec<u32>, Vec<usize>)> {
-        let units = units(texts);
-        let threads = threads.min(units.len());
         if threads <= 1 {
             let bytes: usize = texts.iter().map(|text| text.as_ref().len()).sum();
             let mut unit = Unit { ids: Vec::with_capacity(bytes / 4 + 1), ends: Vec::with_capacity(texts.len()) };
             self.with_cache(|cache| self.encode_unit(texts, cache, &mut unit))?;
             return Ok(gather(vec![unit]));
         }
-        let next = AtomicUsize::new(0);
-        let done: Vec<Mutex<Unit>> = units.iter().map(|_| Mutex::default()).collect();
-        let work = || -> Result<()> {
+        let mut units = units(texts).into_iter();
+        self.encode_stream(threads, || Ok(units.next().map(|range| texts[range].iter().collect())), |work| work())
+    }
+
+    /// [`Encoder::encode_batch`] for batches of texts that `next` makes on the calling thread while the others encode;
+    /// afterwards the calling thread encodes too, inside `release`.
+    ///
+    /// # Errors
+    /// The first error of `next`, or of the splitter.
+    pub fn encode_stream<T: AsRef<str> + Send, E: From<Error>>(
+        &self,
+        threads: usize,
+        mut next: impl FnMut() -> std::result::Result<Option<Vec<T>>, E>,
+        release: impl FnOnce(&mut (dyn FnMut() + Send)),
+    ) -> std::result::Result<(Vec<u32>, Vec<usize>), E> {
+        let (sender, receiver) = channel::<(usize, Vec<T>)>();
+        let receiver = Mutex::new(receiver);
+        // A batch is held to the end: it may be the caller's own thread that has to drop it.
+        let work = || {
             self.with_cache(|cache| {
-                while let Some(range) = units.get(next.fetch_add(1, Ordering::Relaxed)) {
+                let mut done = Vec::new();
+                loop {
+                    let batch = receiver.lock().unwrap_or_else(PoisonError::into_inner).recv();
+                    let Ok((index, texts)) = batch else { return Ok(done) };
                     let mut unit = Unit::default();
-                    self.encode_unit(&texts[range.clone()], cache, &mut unit)?;
-                    let index = units.partition_point(|other| other.start < range.start);
-                    *done[index].lock().unwrap_or_else(PoisonError::into_inner) = unit;
+                    self.encode_unit(&texts, cache, &mut unit)?;
+                    done.push((index, texts, unit));
                 }
-                Ok(())
             })
         };
-        std::thread::scope(|scope| {
-            let others: Vec<_> = (1..threads).map(|_| scope.spawn(work)).collect();
-            let mine = work();
-            let theirs = others.into_iter().map(|w| w.join().unwrap_or_else(|p| std::panic::resume_unwind(p)));
-            theirs.fold(mine, std::result::Result::and)
+        let mut done: Vec<(usize, Vec<T>, Unit)> = std::thread::scope(|scope| {
+            let mut others = Vec::new();
+            let mut feed = || -> std::result::Result<(), E> {
+                for index in 0.. {
+                    let Some(batch) = next()? else { break };
+                    // The first batch may be all there is.
+                    if 0 < index && index < threads {
+                        others.push(scope.spawn(work));
+                    }
+                    if sender.send((index, batch)).is_err() {
+                        break;
+                    }
+                }
+                Ok(())
+            };
+            let outcome = feed();
+            drop(sender);
+            let mut results: Vec<Result<_>> = Vec::new();
+            if outcome.is_ok() {
+                release(&mut || results.push(work()));
+            }
+            results.extend(others.into_iter().map(|w| w.join().unwrap_or_else(|p| std::panic::resume_unwind(p))));
+            outcome?;
+            let all: Vec<Vec<_>> = results.into_iter().collect::<Result<_>>()?;
+            Ok::<_, E>(all.into_iter().flatten().collect())
         })?;
-        Ok(gather(done.into_iter().map(|unit| unit.into_inner().unwrap_or_else(PoisonError::into_inner)).collect()))
+        done.sort_unstable_by_key(|&(index, ..)| index);
+        Ok(gather(done.into_iter().map(|(_, _, unit)| unit).collect()))
     }
 
     fn encode_unit<T: AsRef<str>>(&self, texts: &[T], cache: &mut Cache, unit: &mut Unit) -> Result<()> {

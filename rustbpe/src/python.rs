@@ -27,6 +27,9 @@ const LOOK_EVERY: Duration = Duration::from_millis(100);
 /// The least bound on memory, in bytes: below it the tables of an empty training would not fit.
 const MIN_MEMORY: i64 = 64 << 20;
 
+/// Bytes of text that a thread encodes at a time, when there are several.
+const UNIT_BYTES: usize = 1 << 17;
+
 /// Texts below this many bytes are encoded without releasing the GIL, which costs more than it gives there.
 const DETACH_MIN_BYTES: usize = 1 << 12;
 
@@ -230,18 +233,34 @@ impl Tokenizer {
         Ok(ids?)
     }
 
+    /// Ids of all texts end to end, and where each begins; texts are read while those before them are encoded.
     fn flat(&self, texts: &Bound<'_, PyAny>, num_threads: Option<i64>) -> PyResult<(Vec<u32>, Vec<usize>)> {
-        let threads = thread_count(num_threads)?;
+        let (py, threads) = (texts.py(), thread_count(num_threads)?);
         if texts.is_instance_of::<PyString>() {
             return Err(PyTypeError::new_err("texts: expected a list of str, got one str"));
         }
-        let texts = texts
-            .try_iter()?
-            .enumerate()
-            .map(|(i, text)| text_of(&text?, || format!("texts[{i}]")))
-            .collect::<PyResult<Vec<Text>>>()?;
         let encoder = self.encoder();
-        Ok(texts_py(&encoder, &texts, threads)?)
+        let mut texts = texts.try_iter()?.enumerate();
+        let mut next_text = || -> PyResult<Option<Text>> {
+            texts.next().map(|(i, text)| text_of(&text?, || format!("texts[{i}]"))).transpose()
+        };
+        if threads == 1 {
+            let mut all = Vec::new();
+            while let Some(text) = next_text()? {
+                all.push(text);
+            }
+            return Ok(py.detach(|| encoder.encode_batch(&all, 1))?);
+        }
+        let next_batch = || -> Result<Option<Vec<Text>>, Stop> {
+            let (mut batch, mut bytes) = (Vec::new(), 0);
+            while bytes < UNIT_BYTES {
+                let Some(text) = next_text()? else { break };
+                bytes += text.as_ref().len();
+                batch.push(text);
+            }
+            Ok((!batch.is_empty()).then_some(batch))
+        };
+        Ok(encoder.encode_stream(threads, next_batch, |work| py.detach(work))?)
     }
 
     fn bytes_of(&self, ids: &Bound<'_, PyAny>) -> PyResult<Vec<u8>> {
@@ -276,10 +295,6 @@ fn numbers_of<'py>(ids: &Bound<'py, PyList>) -> PyResult<Bound<'py, PyBytes>> {
     let py = ids.py();
     let array = ARRAY.import(py, "array", "array")?.call1((intern!(py, "I"), ids))?;
     Ok(array.call_method0(intern!(py, "tobytes"))?.cast_into::<PyBytes>()?)
-}
-
-fn texts_py(encoder: &Encoder, texts: &[Text], threads: usize) -> Result<(Vec<u32>, Vec<usize>), Error> {
-    Python::attach(|py| py.detach(|| encoder.encode_batch(texts, threads)))
 }
 
 /// The exception for something that is no id: a wrong type, or a number no vocabulary has.
