@@ -7,19 +7,23 @@ own name it is whole or it is not there.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
 import shutil
 import stat
 import zipfile
+import zlib
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from nanochat.errors import UserError
 
 COPY_BYTES = 1 << 20
+DAMAGE = (EOFError, RuntimeError, NotImplementedError, UnicodeDecodeError)  # as zipfile meets it
+MAX_MEMBERS = 10_000  # of an archive; the CORE tasks have about 50
 
 
 def base_dir() -> Path:
@@ -229,11 +233,36 @@ def safe_unzip(archive: Path, folder: Path, max_bytes: int) -> None:
     """
     try:
         with zipfile.ZipFile(archive) as zipped, atomic_dir(folder) as temporary:
+            members = zipped.infolist()
+            _check_names(archive, [member.filename for member in members])
             left = max_bytes
-            for member in zipped.infolist():
+            for member in members:
                 left -= _unzip_member(zipped, member, temporary, left, archive)
-    except (zipfile.BadZipFile, zipfile.LargeZipFile, EOFError, RuntimeError, NotImplementedError) as error:
+    except (zipfile.BadZipFile, zipfile.LargeZipFile, zlib.error, *DAMAGE) as error:
         raise UserError(f"{archive}: not a usable zip file ({error}). Fetch it again.") from None
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # what a damaged directory of the archive asks of the file
+            raise
+        raise UserError(f"{archive}: not a usable zip file ({error}). Fetch it again.") from None
+
+
+def _check_names(archive: Path, names: list[str]) -> None:
+    """Refuse what would be thousands of files, two under one name, or no file at all."""
+    plain = [name.replace("\\", "/").rstrip("/") for name in names]
+    listed = set(plain)
+    parents = {parent for name in plain for parent in map(str, PurePosixPath(name).parents)}
+    folders = {name for name, raw in zip(plain, names, strict=True) if raw.endswith("/")}
+    problem = ""
+    if len(names) > MAX_MEMBERS:
+        problem = f"it has {len(names)} members, at most {MAX_MEMBERS} are unpacked"
+    elif len(listed) < len(plain):
+        problem = "it has two members of one name"
+    elif clash := (listed - folders) & parents:
+        problem = f"member {min(clash)!r} is a file and a folder"
+    elif any(len(part.encode()) > 255 for name in plain for part in name.split("/")):
+        problem = "a member's name is too long"
+    if problem:
+        raise UserError(f"{archive}: {problem}. Do not use this file.")
 
 
 def _unzip_member(
