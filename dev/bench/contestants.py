@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -70,6 +71,20 @@ def timed(work: Callable[[], Any]) -> tuple[Any, Answer]:
     wall, cpu = time.perf_counter(), time.process_time()
     result = work()
     return result, {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
+
+
+def timed_warm(work: Callable[[], Any]) -> tuple[Any, Answer]:
+    """What `work` returns, and the medians of calls that take a second in all, after one that does not count.
+
+    While the others have their turns a process sits idle for seconds, and its first calls after that are
+    slower: ours encodes 114 MB/s where it encodes 132 a moment later.
+    """
+    work()
+    times: list[Answer] = []
+    while sum(time["wall"] for time in times) < 1:
+        result, answer = timed(work)
+        times.append(answer)
+    return result, {clock: statistics.median(time[clock] for time in times) for clock in ("wall", "cpu")}
 
 
 def digest(ids: list[Any]) -> str:
@@ -140,9 +155,9 @@ class Contestant:
             self.coder = tokenizers.Tokenizer.from_file(json_file)
         return {"bytes": self.bytes}
 
-    def encode(self) -> Answer:
+    def encode(self, threads: int | None = None) -> Answer:
         """All texts, one by one where the package has one thread only."""
-        coder, texts, threads = self.coder, self.texts, self.threads
+        coder, texts, threads = self.coder, self.texts, threads or self.threads
         work: dict[str, Callable[[], Any]] = {
             "ours": lambda: coder.encode_batch_numpy(texts, num_threads=threads)[0],
             "rustbpe": lambda: (
@@ -155,14 +170,14 @@ class Contestant:
                 else coder.encode_ordinary_batch(texts, num_threads=threads)
             ),
         }
-        ids, answer = timed(work[self.who])
+        ids, answer = timed_warm(work[self.who])
         return {**answer, "digest": digest([ids] if self.who == "ours" else ids)}
 
     def decode(self) -> Answer:
         """The ids of each text, as a list."""
         encode = self.coder.encode_ordinary if self.who == "tiktoken" else self.coder.encode
         ids = [encode(text) for text in self.texts]
-        texts, answer = timed(lambda: [self.coder.decode(part) for part in ids])
+        texts, answer = timed_warm(lambda: [self.coder.decode(part) for part in ids])
         return {**answer, "same": texts == self.texts}
 
     def adversarial(self, stress: str) -> Answer:

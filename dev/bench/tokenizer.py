@@ -139,12 +139,23 @@ class Bench:
             "json_file": str(self.scratch / "tokenizer.json"),
             "pattern": PATTERN,
         }
-        alone = self.encoding(vocabulary, 1)
-        together = self.encoding(vocabulary, self.args.threads)
-        self.row("encode_speed_2t", "ours, one thread", together, alone, "MB/s")
+        self.encoding(vocabulary, 1)
+        self.encoding(vocabulary, self.args.threads)
+        self.scaling(vocabulary)
 
-    def encoding(self, vocabulary: dict[str, str], threads: int) -> float:
-        """Rows of encoding on some threads; with one, of decoding too. Returns our speed."""
+    def scaling(self, vocabulary: dict[str, str]) -> None:
+        """Our own encoding on several threads beside one, in turns."""
+        threads = self.args.threads
+        with self.process("ours", threads, self.args.encode_mb) as process:
+            size = process.ask("load", **vocabulary)["bytes"]
+            turns = [
+                (process.ask("encode"), process.ask("encode", threads=1)) for _ in range(self.args.rounds)
+            ]
+        together, alone = (self.speed([turn[i] for turn in turns], size) for i in (0, 1))
+        self.row(f"encode_speed_{threads}t", "ours, one thread", together, alone, "MB/s")
+
+    def encoding(self, vocabulary: dict[str, str], threads: int) -> None:
+        """Rows of encoding on some threads; with one, of decoding too."""
         processes = {who: self.process(who, threads, self.args.encode_mb) for who in CODERS}
         encoded: dict[str, list[Answer]] = {who: [] for who in CODERS}
         decoded: dict[str, list[Answer]] = {"ours": [], "tiktoken": []}
@@ -172,7 +183,6 @@ class Bench:
             self.adversarial(processes["ours"], size / min(a["cpu"] for a in encoded["ours"]) / 1e6)
         for process in processes.values():
             process.__exit__()
-        return ours
 
     def adversarial(self, process: Process, prose: float) -> None:
         """The slowest of the hard texts beside the data's own speed; the others in the row's `cases`."""
