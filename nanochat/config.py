@@ -59,6 +59,11 @@ class TrainArgs:
     device_type: str = flag("auto", "where to compute", choices=("auto", "cuda", "cpu", "mps"))
     dtype: str = flag("auto", "dtype of activations", choices=("auto", "bfloat16", "float32"))
     attention: str = flag("auto", "attention backend", choices=("auto", "fa3", "fa2", "flex", "sdpa"))
+    recompute: str = flag(
+        "none",
+        "compute again in the backward pass, to save memory: the MLPs or whole blocks",
+        choices=("none", "mlp", "block"),
+    )
     dist_timeout: float = flag(600.0, "seconds that a rank waits for another before it gives up")
     # Evaluation, samples, checkpoints: 0 means only at the end
     eval_every: int = flag(250, "steps between validations")

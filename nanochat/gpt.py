@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from nanochat.attention import attention
 from nanochat.hardware import Precision
@@ -178,16 +180,37 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(
-        self, x: Tensor, value: Tensor | None, cos: Tensor, sin: Tensor, cache: DecodeCache | None
+        self,
+        x: Tensor,
+        value: Tensor | None,
+        cos: Tensor,
+        sin: Tensor,
+        cache: DecodeCache | None,
+        recompute_mlp: bool = False,
     ) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
         x = x + self.attn(norm(x), value, cos, sin, cache)
+        return _recomputed(self._add_mlp, x) if recompute_mlp else self._add_mlp(x)
+
+    def _add_mlp(self, x: Tensor) -> Tensor:
         mlp: Tensor = self.mlp(norm(x))
         return x + mlp
 
 
+def _recomputed(function: Callable[..., Tensor], *args: Any) -> Tensor:
+    """function(*args), of which only the arguments are kept for the backward pass."""
+    # Nothing in a forward pass is random, so no generator's state is kept either.
+    out: Tensor = checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
+    return out
+
+
 class GPT(nn.Module):
-    """The whole model. Its parameters hold nothing until init_weights or a checkpoint fills them."""
+    """The whole model. Its parameters hold nothing until init_weights or a checkpoint fills them.
+
+    Attributes:
+        recompute: what a backward pass computes again instead of keeping it: "none", "mlp" (of every block)
+            or "block" (all but the stream between blocks). May be changed between passes.
+    """
 
     cos: Tensor
     sin: Tensor
@@ -202,6 +225,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.dtype = precision.compute_dtype
+        self.recompute = "none"
         rows, kv_width = config.padded_vocab_size, config.n_kv_head * config.head_dim
         self.embed = Embedding(rows, config.n_embd, self.dtype)
         self.smear_gate = Linear(config.smear_gate_channels, 1)
@@ -255,14 +279,32 @@ class GPT(nn.Module):
         gate = torch.sigmoid(self.smear_gate(x[..., : self.config.smear_gate_channels]))
         x = x0 = x + self.smear_scale * gate * before
         middle = x
-        for i, block in enumerate(self.blocks):
-            value = self.value_embeds[str(i)](ids) if str(i) in self.value_embeds else None
-            x = block(self.resid_scale[i] * x + self.x0_scale[i] * x0, value, cos, sin, cache)
+        whole_layers = self.recompute == "block" and cache is None and torch.is_grad_enabled()
+        for i in range(self.config.n_layer):
+            args = (i, x, x0, ids, cos, sin, cache)
+            x = _recomputed(self._layer, *args) if whole_layers else self._layer(*args)
             if i == self.config.n_layer // 2:
                 middle = x
         if cache is not None:
             cache.advance(count)
         return norm(x - self.backout_scale * middle)
+
+    def _layer(
+        self,
+        i: int,
+        x: Tensor,
+        x0: Tensor,
+        ids: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        cache: DecodeCache | None,
+    ) -> Tensor:
+        """Layer i with its residual scalars and its value table: (B, T, C) -> (B, T, C)."""
+        value = self.value_embeds[str(i)](ids) if str(i) in self.value_embeds else None
+        mixed = self.resid_scale[i] * x + self.x0_scale[i] * x0
+        recompute_mlp = self.recompute == "mlp" and cache is None and torch.is_grad_enabled()
+        out: Tensor = self.blocks[i](mixed, value, cos, sin, cache, recompute_mlp)
+        return out
 
     def loss(self, ids: Tensor, targets: Tensor, reduction: Reduction = "mean") -> Tensor:
         """Cross-entropy in nats.

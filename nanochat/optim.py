@@ -20,7 +20,7 @@ from torch import Tensor
 
 from nanochat.errors import UserError
 from nanochat.scaling import GroupPlan
-from nanochat.update_rules import POLAR_NORM_FACTOR, AdamRates, adamw_update, muon_update
+from nanochat.update_rules import AdamRates, adamw_update, muon_update
 from nanochat.world import World
 
 # AdamW tensors below this are averaged together, and updated by every rank (RECIPE 1.6).
@@ -344,7 +344,7 @@ class MuonAdamW:
         groups: Mapping[str, GroupPlan],
         world: World,
         compute_dtype: torch.dtype,
-        norm_factor: float = POLAR_NORM_FACTOR,
+        norm_factor: float,
     ) -> None:
         """Share the parameters out; all moments start at zero.
 

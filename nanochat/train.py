@@ -35,6 +35,7 @@ def create_state(
         model = GPT(plan.model, precision)
     model.to_empty(device=world.device)
     model.init_weights(plan.args.seed)
+    model.recompute = plan.args.recompute
     optimizer = MuonAdamW(
         dict(model.named_parameters()),
         model.parameter_kinds(),

@@ -18,7 +18,6 @@ POLAR_EXPRESS = (
     (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
 )
-POLAR_NORM_FACTOR = 1.01
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,7 @@ def muon_update(
     beta2: float,
     ok: Tensor,
     dtype: torch.dtype,
-    norm_factor: float = POLAR_NORM_FACTOR,
+    norm_factor: float,
 ) -> None:
     """Update K matrices of one shape in place.
 

@@ -129,6 +129,36 @@ def test_a_cache_may_be_longer_than_the_training_context():
     torch.testing.assert_close(model.logits(ids)[:, :16], short)
 
 
+def held_bytes_and_gradients(recompute):
+    """Bytes that autograd keeps for a backward pass, and the gradients."""
+    config = config_of(n_layer=4)
+    model, (ids, targets) = random_model(config), batch(config)
+    model.recompute = recompute
+    parameters = {p.untyped_storage().data_ptr() for p in [*model.parameters(), *model.buffers()]}
+    held = {}
+
+    def keep(x):
+        if x.untyped_storage().data_ptr() not in parameters:
+            held[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        hidden = model(ids)
+    assert torch.equal(hidden, random_model(config)(ids))
+    model.loss(ids, targets).backward()
+    return sum(held.values()), {name: p.grad for name, p in model.named_parameters()}
+
+
+def test_recomputing_changes_no_gradient_and_keeps_less():
+    everything, want = held_bytes_and_gradients("none")
+    without_mlp, mlp_grads = held_bytes_and_gradients("mlp")
+    ends_only, block_grads = held_bytes_and_gradients("block")
+    for grads in (mlp_grads, block_grads):
+        assert all(torch.equal(grads[name], grad) for name, grad in want.items())
+    assert without_mlp < 0.75 * everything
+    assert ends_only < 0.2 * everything
+
+
 def test_padding_of_the_vocabulary_never_shows():
     config = config_of(vocab_size=70)
     model, (ids, targets) = random_model(config), batch(config)
@@ -224,9 +254,11 @@ def test_odd_shapes_step_on_the_meta_device(depth):
     assert all(p.grad is not None for name, p in model.named_parameters() if name != "head.weight")
 
 
-def test_the_forward_pass_is_one_graph_and_never_recompiles():
+@pytest.mark.parametrize("recompute", ["none", "mlp", "block"])
+def test_the_forward_pass_is_one_graph_and_never_recompiles(recompute):
     config = config_of(sequence_len=160)
     model, (ids, targets) = random_model(config), batch(config)
+    model.recompute = recompute
     counter = torch._dynamo.testing.CompileCounter()
     compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=False)
     for shift in range(3):

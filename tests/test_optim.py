@@ -24,6 +24,7 @@ GROUPS = {
     "x0": GroupPlan("adamw", 0.5, 0.96, 0.95, 1e-10, 0.0),
     "smear": GroupPlan("adamw", 0.2, 0.8, 0.95, 1e-10, 0.0),
 }
+NORM_FACTOR = 1.01  # as tests/reference_model.py has it
 CONFIG = GPTConfig(3, 32, 4, 2, 8, 70, 24, "SL")
 
 
@@ -33,7 +34,7 @@ def small_model(seed=0):
 
 def optimizer_of(model):
     params = dict(model.named_parameters())
-    return MuonAdamW(params, model.parameter_kinds(), GROUPS, World.solo(), torch.float32)
+    return MuonAdamW(params, model.parameter_kinds(), GROUPS, World.solo(), torch.float32, NORM_FACTOR)
 
 
 def schedule(step):
@@ -77,6 +78,7 @@ def apply_muon(p, g, lr=0.1, wd=0.0):
         beta2=0.9,
         ok=torch.tensor(True),
         dtype=torch.float32,
+        norm_factor=NORM_FACTOR,
     )
 
 
@@ -154,7 +156,7 @@ def set_random_grads(params, seed):
 def test_ten_steps_on_random_gradients_equal_the_reference():
     params, kinds = random_problem()
     weights = {name: p.detach().clone() for name, p in params.items()}
-    optimizer = MuonAdamW(params, kinds, GROUPS, World.solo(), torch.float32)
+    optimizer = MuonAdamW(params, kinds, GROUPS, World.solo(), torch.float32, NORM_FACTOR)
     reference = ReferenceOptimizer(weights, kinds, GROUPS)
     for step in range(10):
         set_random_grads(params, step)
@@ -170,7 +172,7 @@ def test_ten_steps_on_random_gradients_equal_the_reference():
 def test_what_is_not_finite_changes_nothing_and_the_next_step_is_as_if_it_never_was(bad, where, at):
     def run(with_bad):
         params, kinds = random_problem()
-        optimizer = MuonAdamW(params, kinds, GROUPS, World.solo(), torch.float32)
+        optimizer = MuonAdamW(params, kinds, GROUPS, World.solo(), torch.float32, NORM_FACTOR)
         for step in range(4):
             if with_bad and step == at:
                 before = {name: p.detach().clone() for name, p in params.items()}
@@ -194,7 +196,7 @@ def test_what_is_not_finite_changes_nothing_and_the_next_step_is_as_if_it_never_
 def test_the_state_continues_in_another_optimizer_bit_for_bit():
     def start():
         params, kinds = random_problem()
-        return params, MuonAdamW(params, kinds, GROUPS, World.solo(), torch.float32)
+        return params, MuonAdamW(params, kinds, GROUPS, World.solo(), torch.float32, NORM_FACTOR)
 
     params, optimizer = start()
     for step in range(6):
@@ -220,7 +222,7 @@ def test_the_state_continues_in_another_optimizer_bit_for_bit():
 
 def test_a_state_of_another_model_is_refused_by_name():
     params, kinds = random_problem()
-    optimizer = MuonAdamW(params, kinds, GROUPS, World.solo(), torch.float32)
+    optimizer = MuonAdamW(params, kinds, GROUPS, World.solo(), torch.float32, NORM_FACTOR)
     state = optimizer.state_tensors()
     with pytest.raises(UserError, match=r"b\.momentum is missing"):
         optimizer.load_state_tensors({k: t for k, t in state.items() if k != "b.momentum"})
@@ -230,7 +232,7 @@ def test_a_state_of_another_model_is_refused_by_name():
 
 def test_a_parameter_without_a_gradient_counts_as_zero():
     params, kinds = random_problem()
-    optimizer = MuonAdamW(params, kinds, GROUPS, World.solo(), torch.float32)
+    optimizer = MuonAdamW(params, kinds, GROUPS, World.solo(), torch.float32, NORM_FACTOR)
     set_random_grads(params, 0)
     params["a"].grad = params["even"].grad = None
     before = params["a"].detach().clone()
@@ -254,5 +256,6 @@ def test_a_compiled_muon_update_does_not_recompile_as_the_schedule_moves():
             beta2=0.9,
             ok=torch.tensor(True),
             dtype=torch.float32,
+            norm_factor=NORM_FACTOR,
         )
     assert counter.frame_count == 1

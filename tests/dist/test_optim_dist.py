@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from nanochat.optim import MuonAdamW
 from nanochat.world import World
-from tests.test_optim import GROUPS, random_problem, schedule
+from tests.test_optim import GROUPS, NORM_FACTOR, random_problem, schedule
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks: 0.3 s a world, 5 s if spawned")
 SAMPLES = 6  # gradients a step, shared out over the ranks
@@ -21,7 +21,7 @@ SAMPLES = 6  # gradients a step, shared out over the ranks
 def train(world, first, last, bad_at=None):
     """Steps on the mean of SAMPLES random gradients; returns parameters, optimizer and results."""
     params, kinds = random_problem()
-    optimizer = MuonAdamW(params, kinds, GROUPS, world, torch.float32)
+    optimizer = MuonAdamW(params, kinds, GROUPS, world, torch.float32, NORM_FACTOR)
     results = []
     for step in range(first, last):
         for name, p in params.items():
@@ -50,7 +50,7 @@ def rank_main(rank, size, folder):
     params, optimizer, results = train(world, 0, 5, bad_at=2)
     state = optimizer.state_tensors()
     # The state of all ranks, loaded into a fresh optimizer, gives the same state again.
-    fresh = MuonAdamW(params, random_problem()[1], GROUPS, world, torch.float32)
+    fresh = MuonAdamW(params, random_problem()[1], GROUPS, world, torch.float32, NORM_FACTOR)
     fresh.load_state_tensors(state)
     assert all(torch.equal(t, state[name]) for name, t in fresh.state_tensors().items())
     save_file({n: p.detach() for n, p in params.items()} | state, f"{folder}/rank{rank}.safetensors")
