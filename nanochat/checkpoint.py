@@ -23,6 +23,7 @@ from nanochat.dataloader import TrainLoader
 from nanochat.errors import UserError
 from nanochat.gpt import GPT
 from nanochat.hardware import Precision
+from nanochat.loss_scale import LossScale
 from nanochat.optim import MuonAdamW
 from nanochat.scaling import GPTConfig, Plan
 from nanochat.tokenizer import Tokenizer
@@ -49,6 +50,7 @@ class TrainState:
         model: the weights.
         optimizer: its moments.
         loader: the position in the data.
+        loss_scale: the factor on the loss where the compute dtype is fp16.
         smoothed_loss: exponential average of the training loss, in nats.
         train_seconds: seconds spent in steps, over all sessions of the run.
         val_bpb: newest validation bits per byte, or None before the first.
@@ -59,6 +61,7 @@ class TrainState:
     model: GPT
     optimizer: MuonAdamW
     loader: TrainLoader
+    loss_scale: LossScale
     smoothed_loss: float = 0.0
     train_seconds: float = 0.0
     val_bpb: float | None = None
@@ -105,6 +108,7 @@ def save(state: TrainState, plan: Plan, fingerprints: dict[str, str], world: Wor
             "made_by": f"nanochat {version('nanochat')}",
             **{name: getattr(state, name) for name in COUNTERS},
             "loader": loader,
+            "loss_scale": state.loss_scale.state(),
             "fingerprints": fingerprints,
             "plan": plan.to_dict(),
         }
@@ -250,6 +254,7 @@ def load(state: TrainState, folder: Path, plan: Plan, fingerprints: dict[str, st
     _load_weights(state.model, folder / MODEL)
     state.optimizer.load_state_tensors(_read_tensors(folder / OPTIMIZER))
     state.loader.load_state_dict(meta["loader"])
+    state.loss_scale.load(meta["loss_scale"])
     for name in COUNTERS:
         setattr(state, name, meta[name])
 

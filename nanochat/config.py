@@ -57,7 +57,7 @@ class TrainArgs:
     seed: int = flag(0, "seed of the initial weights, the order of the data and the samples")
     # Machine
     device_type: str = flag("auto", "where to compute", choices=("auto", "cuda", "cpu", "mps"))
-    dtype: str = flag("auto", "dtype of activations", choices=("auto", "bfloat16", "float32"))
+    dtype: str = flag("auto", "dtype of activations", choices=("auto", "bfloat16", "float16", "float32"))
     attention: str = flag("auto", "attention backend", choices=("auto", "fa3", "fa2", "flex", "sdpa"))
     recompute: str = flag(
         "none",
@@ -105,7 +105,7 @@ class EvalArgs:
     device_batch_size: int = flag(16, "rows of a batch")
     max_new_tokens: int = flag(64, "tokens of each sample")
     device_type: str = flag("auto", "where to compute", choices=("auto", "cuda", "cpu", "mps"))
-    dtype: str = flag("auto", "dtype of activations", choices=("auto", "bfloat16", "float32"))
+    dtype: str = flag("auto", "dtype of activations", choices=("auto", "bfloat16", "float16", "float32"))
     attention: str = flag("auto", "attention backend", choices=("auto", "fa3", "fa2", "flex", "sdpa"))
     dist_timeout: float = flag(1800.0, "seconds that a rank waits for another before it gives up")
 
@@ -162,7 +162,7 @@ class GenerateArgs:
     num_samples: int = flag(1, "continuations of each prompt")
     seed: int = flag(0, "seed of the samples")
     device_type: str = flag("auto", "where to compute", choices=("auto", "cuda", "cpu", "mps"))
-    dtype: str = flag("auto", "dtype of activations", choices=("auto", "bfloat16", "float32"))
+    dtype: str = flag("auto", "dtype of activations", choices=("auto", "bfloat16", "float16", "float32"))
     attention: str = flag("auto", "attention backend", choices=("auto", "fa3", "fa2", "flex", "sdpa"))
 
 

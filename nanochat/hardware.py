@@ -13,7 +13,7 @@ import torch
 
 from nanochat.errors import UserError
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 # Dense bf16 peak in FLOP/s, by a part of the name that the driver reports; the first match counts, so that
 # "h100 pcie" stands before "h100". Sources: the makers' data sheets (without sparsity).
@@ -79,7 +79,9 @@ def cpu_multiplies_bf16() -> bool:
 
 
 def choose_dtype(device: torch.device, requested: str = "auto") -> tuple[torch.dtype, str]:
-    """The compute dtype and why: bf16 where the hardware multiplies it natively, else fp32.
+    """The compute dtype and why: bf16 where the hardware multiplies it natively, else fp16 or fp32.
+
+    fp16 is for GPUs that have matrix units for it alone, Volta and Turing; training then scales the loss.
 
     Raises:
         UserError: a dtype that we do not know.
@@ -89,7 +91,10 @@ def choose_dtype(device: torch.device, requested: str = "auto") -> tuple[torch.d
             raise UserError(f"--dtype={requested}: expected auto, {' or '.join(DTYPES)}.")
         return DTYPES[requested], "asked for"
     if device.type == "cuda":
-        native = torch.cuda.get_device_capability(device) >= (8, 0)
+        capability = torch.cuda.get_device_capability(device)
+        native = capability >= (8, 0)
+        if (7, 0) <= capability < (8, 0):
+            return torch.float16, "this GPU multiplies fp16 natively, and not bf16"
     else:
         native = device.type == "cpu" and cpu_multiplies_bf16()
     if native:
@@ -136,7 +141,8 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
         for part, peak in PEAK_BF16_FLOPS_PER_S.items():
             if part in name:
                 return peak, "table"
-    size = 8192 if device.type == "cuda" else 2048
+    # CPUs emulate fp16: there a product of 2048 takes 40 s.
+    size = 8192 if device.type == "cuda" else 256 if dtype == torch.float16 else 2048
     return measured_flops_per_s(device, dtype, size), "measured"
 
 

@@ -27,6 +27,10 @@ Reduction = Literal["mean", "sum", "none"]
 CHUNK_ELEMENTS = {"cpu": 1 << 25, "cuda": 1 << 27}
 TILE_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 25}
 
+# Factor on the derivatives by the logits while fp16 holds them: most are near 1 / (4 V), and fp16 has its
+# full precision from 6e-5 up. A larger one risks that a sum over the rows of a chunk passes 65,504.
+FP16_BOOST = 32.0
+
 
 def softcapped_cross_entropy(
     x: Tensor,
@@ -142,6 +146,7 @@ class _SummedLoss(torch.autograd.Function):
             elif grad_weight is not None:
                 grad_weight[:vocab_size].addmm_(z.t(), counted[rows])
         ctx.grads = (None if grad_x is None else grad_x.mul_(valid), grad_weight)
+        ctx.boost = _boost(x.dtype)
         return (losses * valid[:, 0]).sum()
 
     @staticmethod
@@ -150,7 +155,7 @@ class _SummedLoss(torch.autograd.Function):
             "the gradients of this loss were given out already (backward called twice)"
         )
         (grad_x, grad_weight), ctx.grads = ctx.grads, None
-        factor = 4 * grad  # the 4 of 4 s (1 - s), left out of the pass over the logits
+        factor = 4 / ctx.boost * grad  # the 4 of 4 s (1 - s), left out of the pass over the logits
         return (
             None if grad_x is None else grad_x.mul_(factor),
             None if grad_weight is None else grad_weight.mul_(factor),
@@ -161,7 +166,7 @@ class _SummedLoss(torch.autograd.Function):
 def _losses_of_chunk(z: Tensor, targets: Tensor, softcap: float, losses: Tensor, with_grad: bool) -> None:
     """Fill the losses (R,) of the logits z (R, V), which are before the softcap.
 
-    with_grad, z turns into (d loss / d z) / 4 in place.
+    with_grad, z turns into (d loss / d z) / 4, times _boost, in place.
     """
     tile = _default_rows(TILE_ELEMENTS, z, z.size(1))
     wide = torch.promote_types(z.dtype, torch.float32)
@@ -177,7 +182,13 @@ def _losses_of_chunk(z: Tensor, targets: Tensor, softcap: float, losses: Tensor,
         if with_grad:
             p.scatter_add_(1, target, p.new_full(target.shape, -1.0))
             torch.ops.aten.sigmoid_backward.grad_input(p, s, grad_input=p)  # p s (1 - s) in one pass
+            if (boost := _boost(z.dtype)) != 1:
+                p.mul_(boost)
             z[rows] = p
+
+
+def _boost(dtype: torch.dtype) -> float:
+    return FP16_BOOST if dtype == torch.float16 else 1.0
 
 
 def _new_losses(x: Tensor) -> Tensor:

@@ -21,12 +21,25 @@ SMOOTHING = 0.9  # of the training loss that the console shows
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step measured, still on the device: reading it waits for the device."""
+    """What a step measured, still on the device: reading it waits for the device.
+
+    Attributes:
+        loss: 0-dim, mean over the ranks, in nats.
+        grad_norm: 0-dim, of the gradient averaged over the ranks.
+        applied: 0-dim bool, False if the update was held back.
+        overflow: 0-dim bool, it was held back because fp16 gradients overflowed, which the loss scale mends.
+        lr_mult: the schedule's factor on every learning rate.
+    """
 
     loss: Tensor
     grad_norm: Tensor
     applied: Tensor
+    overflow: Tensor
     lr_mult: float
+
+    def on_device(self) -> Tensor:
+        """(4,) fp32: loss, gradient norm, applied, overflow."""
+        return torch.stack((self.loss, self.grad_norm, self.applied.float(), self.overflow.float()))
 
 
 class StepReporter:
@@ -59,14 +72,15 @@ class StepReporter:
         """
         if not self._pending:
             return
-        device_values = [torch.stack((r.loss, r.grad_norm, r.applied.float())) for r, _ in self._pending]
-        values = torch.stack(device_values).tolist()
+        values = torch.stack([result.on_device() for result, _ in self._pending]).tolist()
         seconds = (time.perf_counter() - self._mark) / len(values)
         if self.seconds_to_first_step is None:
             self.seconds_to_first_step = hardware.process_age_seconds()
         first = state.step - len(values)
-        for step, (loss, grad_norm, applied) in enumerate(values, start=first):
-            if not applied:
+        for step, (loss, grad_norm, applied, overflow) in enumerate(values, start=first):
+            if overflow:
+                self._log.say(f"step {step}: fp16 gradients overflowed; step skipped, loss scale halved")
+            elif not applied:
                 raise UserError(
                     f"step {step}: loss {loss}, gradient norm {grad_norm}: not finite, so the weights were "
                     "left as they were. Lower --matrix-lr and --embedding-lr; --resume=auto goes on from the "
@@ -75,7 +89,8 @@ class StepReporter:
             result, epoch = self._pending[step - first]
             state.train_seconds += seconds
             state.smoothed_loss += (1 - SMOOTHING) * (loss - state.smoothed_loss)
-            figures = {"loss": loss, "grad_norm": grad_norm, "lr_mult": result.lr_mult, "epoch": epoch}
+            norm = None if overflow else grad_norm
+            figures = {"loss": loss, "grad_norm": norm, "lr_mult": result.lr_mult, "epoch": epoch}
             self._report(state, step, seconds, **figures)
         self._pending.clear()
         self.restart_clock()
@@ -87,7 +102,7 @@ class StepReporter:
         seconds: float,
         *,
         loss: float,
-        grad_norm: float,
+        grad_norm: float | None,
         lr_mult: float,
         epoch: float,
     ) -> None:

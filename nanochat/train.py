@@ -18,6 +18,7 @@ from nanochat.errors import UserError
 from nanochat.gpt import GPT
 from nanochat.hardware import Precision
 from nanochat.hooks import Hook, default_hooks
+from nanochat.loss_scale import LossScale
 from nanochat.optim import MuonAdamW
 from nanochat.reporter import StepReporter, StepResult, summarize
 from nanochat.runlog import RunLog
@@ -55,7 +56,8 @@ def create_state(
         device_batch_size=plan.device_batch_size,
         keep_tails=plan.args.keep_tails,
     )
-    return TrainState(step=0, model=model, optimizer=optimizer, loader=loader)
+    scale = LossScale(precision.compute_dtype, world.device)
+    return TrainState(step=0, model=model, optimizer=optimizer, loader=loader, loss_scale=scale)
 
 
 def train_step(plan: Plan, state: TrainState, world: World) -> StepResult:
@@ -67,8 +69,9 @@ def train_step(plan: Plan, state: TrainState, world: World) -> StepResult:
     loss = torch.zeros((), device=world.device)
     for inputs, targets in micro_batches:
         micro_loss = state.model.loss(inputs, targets) / len(micro_batches)
-        micro_loss.backward()  # type: ignore[no-untyped-call]
+        state.loss_scale.up(micro_loss).backward()  # type: ignore[no-untyped-call]
         loss += micro_loss.detach()
+    state.loss_scale.down(state.model.parameters())
     lr_mult = lr_multiplier(state.step, plan.schedule)
     update = state.optimizer.step(
         lr_mult,
@@ -77,7 +80,8 @@ def train_step(plan: Plan, state: TrainState, world: World) -> StepResult:
         ok=torch.isfinite(loss),
     )
     mean_loss = world.all_reduce_sum(loss) / world.size
-    return StepResult(mean_loss, update.grad_norm, update.applied, lr_mult)
+    overflow = state.loss_scale.adjust(update.applied, mean_loss)
+    return StepResult(mean_loss, update.grad_norm, update.applied, overflow, lr_mult)
 
 
 @contextlib.contextmanager

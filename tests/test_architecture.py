@@ -20,7 +20,7 @@ from tests.conftest import REPO
 LAYERS = (
     ("errors", "files", "hardware", "world", "runlog", "charts", "progress"),
     ("config", "recipe", "schedule", "scaling", "tokenizer", "shards", "packing", "core_results"),
-    ("arrival", "corpora", "hub", "dataset", "attention", "update_rules", "optim", "loss")
+    ("arrival", "corpora", "hub", "dataset", "attention", "update_rules", "optim", "loss_scale", "loss")
     + ("core_tasks", "core_mini"),
     ("lanes", "dataloader", "gpt", "tok_train", "tok_eval"),
     ("loss_eval", "engine", "core_eval", "checkpoint", "reporter"),

@@ -164,3 +164,19 @@ def test_no_tensor_holds_all_logits():
     with Watch():
         softcapped_cross_entropy(x, weight, targets, SOFTCAP, chunk_rows=chunk).backward()
     assert 0 < largest <= max(chunk * v, n * c)
+
+
+def test_fp16_keeps_the_small_derivatives():
+    """With a large vocabulary most derivatives by the logits would be below fp16's full precision."""
+    x, weight, targets = problem(n=64, c=16, v=20_000, dtype=torch.float16, scale=0.3)
+    loss = softcapped_cross_entropy(x, weight, targets, SOFTCAP)
+    (loss * 2.0**10).backward()
+    exact = [p.detach().double().requires_grad_() for p in (x, weight)]
+    want = textbook(*exact, targets)
+    assert abs(loss.item() - want.item()) < 1e-3 * want.item()
+    for got, expected in zip((x.grad, weight.grad), torch.autograd.grad(want, exact), strict=True):
+        assert (got.double() / 2**10 - expected).norm() < 0.002 * expected.norm()
+    rare = [i for i in range(20_000) if i not in set(targets.tolist())]
+    (_, expected) = torch.autograd.grad(textbook(*exact, targets), exact)
+    error = (weight.grad[rare].double() / 2**10 - expected[rare]).norm()
+    assert error < 0.002 * expected[rare].norm()
