@@ -14,7 +14,7 @@ from nanochat import attention, checkpoint, core_eval, files
 from nanochat.config import EvalArgs, TrainArgs, from_dict
 from nanochat.core_results import GPT2_CORE, CoreResult, TaskScore
 from nanochat.core_tasks import Bundle
-from nanochat.dataloader import val_batches
+from nanochat.dataloader import ValBatches
 from nanochat.dataset import Corpus
 from nanochat.engine import sample_texts
 from nanochat.errors import UserError
@@ -122,7 +122,7 @@ def _score_bpb(
     token_bytes = tokenizer.token_bytes()
     found = {}
     for split in ("train", "val"):
-        batches = val_batches(
+        batches = ValBatches(
             corpus,
             tokenizer,
             sequence_len=model.config.sequence_len,

@@ -261,14 +261,23 @@ class ValBatches:
         self,
         corpus: Corpus,
         tokenizer: Encoder,
-        *,
         sequence_len: int,
         rows: int,
         world: World,
         max_tokens: int | None = None,
         split: str = "val",
     ) -> None:
-        """See `val_batches`."""
+        """Nothing is read yet.
+
+        Args:
+            corpus: what to read.
+            tokenizer: how.
+            sequence_len: T.
+            rows: of a batch; the last may have fewer.
+            world: each rank gets its share; one may get a row more than another, or none.
+            max_tokens: how many targets at least, over all ranks; None for the whole split.
+            split: "val", or "train" to compare with it.
+        """
         self._corpus, self._tokenizer, self._world = corpus, tokenizer, world
         self._row_slots, self._batch_rows, self._split = sequence_len + 1, rows, split
         self._max_rows = math.inf if max_tokens is None else max(1, -(-max_tokens // sequence_len))
@@ -300,37 +309,3 @@ class ValBatches:
             parts.append(rows[(self._world.rank - seen) % self._world.size :: self._world.size])
             seen += len(rows)
         return np.concatenate(parts)
-
-
-def val_batches(
-    corpus: Corpus,
-    tokenizer: Encoder,
-    sequence_len: int,
-    rows: int,
-    world: World,
-    max_tokens: int | None = None,
-    split: str = "val",
-) -> ValBatches:
-    """The batches on which a model is validated: the same rows for any number of ranks and any batch.
-
-    Args:
-        corpus: what to read.
-        tokenizer: how.
-        sequence_len: T.
-        rows: of a batch; the last may have fewer.
-        world: each rank gets its share; one may get a row more than another, or none.
-        max_tokens: how many targets at least, over all ranks; None for the whole split.
-        split: "val", or "train" to compare with it.
-
-    Returns:
-        Iterable, as often as wanted, of (inputs, targets), each (B, T) int64; a target of -1 does not count.
-    """
-    return ValBatches(
-        corpus,
-        tokenizer,
-        sequence_len=sequence_len,
-        rows=rows,
-        world=world,
-        max_tokens=max_tokens,
-        split=split,
-    )

@@ -25,6 +25,8 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pyarrow as pa
+
 from nanochat import arrival, config, corpora, files, hub, shards
 from nanochat.errors import UserError, cli
 from nanochat.progress import bytes_bar
@@ -123,7 +125,12 @@ class Corpus:
         return self.folder / shard.name
 
     def read_block(self, shard: Shard, row_group: int) -> list[str]:
-        """The documents of a row group, without nulls and empty strings; thread-safe.
+        """The documents of a row group; see `read_column`."""
+        texts: list[str] = self.read_column(shard, row_group).to_pylist()
+        return texts
+
+    def read_column(self, shard: Shard, row_group: int) -> pa.Array:
+        """The documents of a row group as an array of Arrow, without nulls and empty strings; thread-safe.
 
         The shard is hashed at its first use, and page checksums are verified at every one.
 
@@ -132,25 +139,9 @@ class Corpus:
         """
         self.verify(shard)
         try:
-            return shards.read_texts(self.path(shard), row_group)
+            return shards.read_column(self.path(shard), row_group)
         except UserError as error:
             raise UserError(f"{error} {self.repair(shard)}") from None
-
-    def texts(self, *, max_chars: int, doc_cap: int) -> Iterator[str]:
-        """Training documents in the order of the shards, until `max_chars` characters have been given.
-
-        Args:
-            max_chars: about how many characters in all; the last document may go over.
-            doc_cap: characters taken of each document, from its beginning.
-        """
-        given = 0
-        for shard in self.train_shards:
-            for row_group in range(shard.row_groups):
-                for text in self.read_block(shard, row_group):
-                    if given >= max_chars:
-                        return
-                    yield text[:doc_cap]
-                    given += min(len(text), doc_cap)
 
     def verify(self, shard: Shard) -> None:
         """Hash a shard once in the life of this object, and compare with the manifest.

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from nanochat import process
 from nanochat.errors import UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -150,12 +151,7 @@ def peak_memory_bytes(device: torch.device) -> int:
     """Most memory held so far: of the GPU where there is one, else of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource  # not on Windows
-    except ImportError:
-        return 0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if platform.system() == "Darwin" else peak * 1024
+    return process.peak_memory_bytes()
 
 
 def process_age_seconds() -> float | None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from nanochat import checkpoint, core_eval
 from nanochat.checkpoint import TrainState
-from nanochat.dataloader import val_batches
+from nanochat.dataloader import ValBatches
 from nanochat.dataset import Corpus
 from nanochat.engine import sample_texts
 from nanochat.loss_eval import evaluate_bpb
@@ -70,7 +70,7 @@ def _validator(
     plan: Plan, corpus: Corpus, tokenizer: Tokenizer, world: World, log: RunLog
 ) -> Callable[[TrainState], None]:
     token_bytes = tokenizer.token_bytes()
-    batches = val_batches(
+    batches = ValBatches(
         corpus,
         tokenizer,
         sequence_len=plan.model.sequence_len,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from nanochat import files
@@ -173,7 +174,13 @@ def _check_schema(path: Path | str, schema: pa.Schema) -> None:
 
 
 def read_texts(path: Path, row_group: int) -> list[str]:
-    """The documents of one row group, page checksums verified; nulls and empty strings are dropped.
+    """The documents of one row group; see `read_column`."""
+    texts: list[str] = read_column(path, row_group).to_pylist()
+    return texts
+
+
+def read_column(path: Path, row_group: int) -> pa.Array:
+    """The documents of one row group as an array of Arrow, page checksums verified, nulls and "" dropped.
 
     Raises:
         UserError: the file is absent, damaged, of another schema, or the row group is over the limits.
@@ -189,27 +196,28 @@ def read_texts(path: Path, row_group: int) -> list[str]:
                     f"bytes, at most {MAX_GROUP_ROWS} rows and {MAX_GROUP_BYTES} bytes are read at a time. "
                     f"Rewrite the file with row groups of {GROUP_DOCUMENTS}."
                 )
-            texts = _read_group(file, row_group)
-            if len(texts) != group.num_rows:
+            column = _read_group(file, row_group)
+            if len(column) != group.num_rows:
                 raise UserError(
-                    f"{path}: row group {row_group} holds {len(texts)} rows, not {group.num_rows}."
+                    f"{path}: row group {row_group} holds {len(column)} rows, not {group.num_rows}."
                 )
+            column.validate(full=True)  # UTF-8 too
+            return column.filter(pc.greater(pc.binary_length(column), 0))
     except (pa.ArrowException, OSError, UnicodeDecodeError, OverflowError) as error:
         raise UserError(f"{path}: row group {row_group} cannot be read ({_first_line(error)}).") from None
-    return [text for text in texts if text]
 
 
-def _read_group(file: pq.ParquetFile, row_group: int) -> list[str | None]:
+def _read_group(file: pq.ParquetFile, row_group: int) -> pa.Array:
     """All rows of a group, decoded a few at a time; stops where they are more than the footer may say."""
-    texts: list[str | None] = []
+    parts: list[pa.Array] = []
     left = MAX_GROUP_BYTES
     batches = file.iter_batches(BATCH_ROWS, row_groups=[row_group], columns=[TEXT_COLUMN], use_threads=False)
     for batch in batches:
         left -= batch.nbytes
         if left < 0:
             raise OSError(f"it holds more than {MAX_GROUP_BYTES} bytes")
-        texts += batch.column(0).to_pylist()
-    return texts
+        parts.append(batch.column(0))
+    return pa.concat_arrays(parts) if parts else pa.array([], pa.string())
 
 
 def _first_line(error: BaseException) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -14,17 +13,16 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from rich.progress import BarColumn, Progress, TextColumn
 
-from nanochat import shards
 from nanochat.config import TokTrainArgs
 from nanochat.dataset import Corpus
-from nanochat.errors import UserError
+from nanochat.process import peak_memory_bytes
 from nanochat.tokenizer import SPECIALS, Tokenizer
 
 Report = Callable[[int, int, int], None]
 
 
 def columns(corpus: Corpus, *, max_chars: int, doc_cap: int) -> Iterator[pa.Array]:
-    """What `Corpus.texts` gives, as string arrays of Arrow: no document becomes a `str`.
+    """Training documents in the order of the shards, as arrays of Arrow: none becomes a `str`.
 
     Args:
         corpus: shards are verified at their first use.
@@ -39,31 +37,11 @@ def columns(corpus: Corpus, *, max_chars: int, doc_cap: int) -> Iterator[pa.Arra
         for row_group in range(shard.row_groups):
             if left <= 0:
                 return
-            corpus.verify(shard)
-            texts = pc.utf8_slice_codeunits(_column(corpus, shard, row_group), 0, doc_cap)
+            texts = pc.utf8_slice_codeunits(corpus.read_column(shard, row_group), 0, doc_cap)
             given = np.cumsum(pc.utf8_length(texts).to_numpy(zero_copy_only=False))
             wanted = int(np.searchsorted(given, left)) + 1
             yield texts.slice(0, wanted)
             left -= int(given[min(wanted, len(given)) - 1]) if len(given) else 0
-
-
-def _column(corpus: Corpus, shard: shards.Shard, row_group: int) -> pa.Array:
-    """The documents of a row group, page checksums verified, without nulls and empty strings."""
-    path = corpus.path(shard)
-    try:
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            group = file.metadata.row_group(row_group)
-            if group.num_rows > shards.MAX_GROUP_ROWS or group.total_byte_size > shards.MAX_GROUP_BYTES:
-                raise UserError(f"{path}: row group {row_group} is larger than any of ours may be.")
-            read = file.read_row_group(row_group, columns=[shards.TEXT_COLUMN], use_threads=False)
-            column = read.column(0).combine_chunks()
-            column.validate(full=True)
-            return column.filter(pc.greater(pc.binary_length(column), 0))
-    except (pa.ArrowException, OSError) as error:
-        reason = str(error).partition("\n")[0]
-        raise UserError(
-            f"{path}: row group {row_group} cannot be read ({reason}). {corpus.repair(shard)}"
-        ) from None
 
 
 @contextlib.contextmanager
@@ -84,7 +62,7 @@ def bar(corpus: Corpus, args: TokTrainArgs) -> Iterator[Report]:
                 speed = read / max(time.perf_counter() - started, 1e-9) / 1e6
                 detail = f"{read / 1e6:,.0f} MB, {pieces / 1e6:,.1f} M pieces, {speed:.0f} MB/s"
                 progress.update(
-                    counting, completed=read, detail=f"{detail}, {peak_memory() / 1e6:,.0f} MB held"
+                    counting, completed=read, detail=f"{detail}, {peak_memory_bytes() / 1e6:,.0f} MB held"
                 )
             else:
                 progress.update(counting, completed=total)
@@ -103,12 +81,6 @@ def _text_bytes(corpus: Corpus) -> int:
     return int(share * sum(shard.bytes for shard in corpus.train_shards))
 
 
-def peak_memory() -> int:
-    """The most memory this process has held, in bytes."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
 def train(corpus: Corpus, args: TokTrainArgs) -> Tokenizer:
     """Train on a corpus and say how it went."""
     texts = columns(corpus, max_chars=args.max_chars, doc_cap=args.doc_cap)
@@ -120,7 +92,7 @@ def train(corpus: Corpus, args: TokTrainArgs) -> Tokenizer:
     seconds, read = time.perf_counter() - started, int(tokenizer.trained_on["bytes"])
     print(
         f"trained {tokenizer.vocab_size} entries on {read / 1e6:,.1f} MB in {seconds:.1f} s "
-        f"({read / 1e6 / seconds:,.0f} MB/s), peak memory {peak_memory() / 1e6:,.0f} MB"
+        f"({read / 1e6 / seconds:,.0f} MB/s), peak memory {peak_memory_bytes() / 1e6:,.0f} MB"
     )
     if tokenizer.vocab_size < args.vocab_size:
         print(f"the corpus has no more pairs: {args.vocab_size} entries were asked")

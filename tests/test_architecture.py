@@ -18,7 +18,7 @@ from tests.conftest import REPO
 
 # A module imports modules of lower layers, and those before it in its own. A new module takes its place here.
 LAYERS = (
-    ("errors", "files", "hardware", "world", "runlog", "charts", "progress"),
+    ("errors", "files", "process", "hardware", "world", "runlog", "charts", "progress"),
     ("config", "recipe", "schedule", "scaling", "tokenizer", "shards", "packing", "core_results"),
     ("arrival", "corpora", "hub", "dataset", "attention", "update_rules", "optim", "loss_scale", "loss")
     + ("core_tasks", "core_mini"),

@@ -9,7 +9,7 @@ import scripts.generate
 from nanochat import base_eval, checkpoint, dataset, files, scaling, train
 from nanochat.config import EvalArgs
 from nanochat.core_tasks import Bundle
-from nanochat.dataloader import val_batches
+from nanochat.dataloader import ValBatches
 from nanochat.errors import UserError
 from nanochat.hardware import Precision
 from nanochat.loss_eval import evaluate_bpb
@@ -40,7 +40,7 @@ def state(base_dir, tmp_path):
     checkpoint.save(state, plan, fingerprints, world)
     state.expected_bpb = evaluate_bpb(
         state.model,
-        val_batches(corpus, tokenizer, sequence_len=32, rows=3, world=world, max_tokens=512),
+        ValBatches(corpus, tokenizer, sequence_len=32, rows=3, world=world, max_tokens=512),
         tokenizer.token_bytes(),
         world,
     )

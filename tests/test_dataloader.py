@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from nanochat import dataloader, files, shards
-from nanochat.dataloader import Batch, TrainLoader, epochs_for, val_batches
+from nanochat.dataloader import Batch, TrainLoader, ValBatches, epochs_for
 from nanochat.dataset import Corpus
 from nanochat.errors import UserError
 from nanochat.lanes import fit_lanes
@@ -357,7 +357,7 @@ def test_validation_holds_every_token_once_for_any_ranks_and_batch(monkeypatch: 
     letters = sorted(ord(letter) for i in range(60) for letter in document("val", i))
     expected: list[list[int]] = []
     for size, rows in [(1, 8), (1, 1), (2, 3), (4, 5), (64, 2)]:
-        parts = [list(val_batches(corpus, Letters(), T, rows, world)) for world in Ranks(size).worlds]
+        parts = [list(ValBatches(corpus, Letters(), T, rows, world)) for world in Ranks(size).worlds]
         targets = [row.tolist() for batches in parts for _, batch in batches for row in batch]
         spelled = sorted(t for row in targets for t in row if 0 <= t < Letters.bos_id)
         assert spelled == letters
@@ -373,13 +373,13 @@ def test_validation_of_so_many_tokens_is_a_part_of_the_whole_and_repeats(
 ) -> None:
     corpus = make(monkeypatch)
     for size in (1, 2, 4):
-        batches = [val_batches(corpus, Letters(), T, 4, w, max_tokens=10 * T - 1) for w in Ranks(size).worlds]
+        batches = [ValBatches(corpus, Letters(), T, 4, w, max_tokens=10 * T - 1) for w in Ranks(size).worlds]
         first = [row.tolist() for part in batches for _, targets in part for row in targets]
         again = [row.tolist() for part in batches for _, targets in part for row in targets]
         assert len(first) == 10
         assert first == again
     whole = [
-        row.tolist() for _, targets in val_batches(corpus, Letters(), T, 4, World.solo()) for row in targets
+        row.tolist() for _, targets in ValBatches(corpus, Letters(), T, 4, World.solo()) for row in targets
     ]
     assert all(row in whole for row in first)
 

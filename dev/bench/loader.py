@@ -25,10 +25,10 @@ from typing import Any
 
 import torch
 
-from dev.bench import peak_memory
-from nanochat import corpora, files, shards
+from nanochat import corpora, files, shards, tok_train
 from nanochat.dataloader import TrainLoader
 from nanochat.dataset import Corpus
+from nanochat.process import peak_memory_bytes
 from nanochat.tokenizer import Tokenizer
 from nanochat.world import World
 
@@ -158,7 +158,7 @@ def measure(folder: Path, tokenizer_folder: Path, who: str, threads: int) -> dic
     torch.set_num_threads(1)
     corpus, tokenizer = corpus_of(folder), Tokenizer.load(tokenizer_folder)
     found = (ours if who == "ours" else theirs)(corpus, tokenizer, threads)
-    return {**found, "peak_memory": peak_memory()}
+    return {**found, "peak_memory": peak_memory_bytes()}
 
 
 def run(folder: Path, tokenizer_folder: Path, rounds: int) -> list[dict[str, Any]]:
@@ -189,7 +189,7 @@ def run(folder: Path, tokenizer_folder: Path, rounds: int) -> list[dict[str, Any
 
 def prepare(folder: Path, corpus: Corpus) -> None:
     """Train the vocabulary that both use."""
-    texts = corpus.texts(max_chars=TRAIN_CHARS, doc_cap=10_000)
+    texts = tok_train.columns(corpus, max_chars=TRAIN_CHARS, doc_cap=10_000)
     Tokenizer.train(texts, VOCAB).save(folder)
 
 

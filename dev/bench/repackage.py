@@ -21,9 +21,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dev.bench import peak_memory
 from dev.repackage_data import Source, repackage
 from nanochat import files
+from nanochat.process import peak_memory_bytes
 
 FILE_BYTES = 1 << 28  # of text in a file
 MEAN_CHARS = 4000
@@ -57,7 +57,7 @@ def measure(folder: Path, name: str, backwards: bool) -> None:
     paths = sorted(folder.glob("*.parquet"), reverse=backwards)
     corpus = repackage(Source(tuple(paths)), name, seed=1)
     documents = sum(shard.documents for shard in corpus.shards)
-    print(corpus.fingerprint, documents, peak_memory(), round(time.perf_counter() - started, 1))
+    print(corpus.fingerprint, documents, peak_memory_bytes(), round(time.perf_counter() - started, 1))
 
 
 def main() -> None:
