@@ -246,16 +246,15 @@ prepare_data() { # CORPUS NPROC TRAIN_FLAG...: its shards, and the tokenizer of 
       ;;
   esac
   shards=$(shards_needed "$@")
-  # 8 shards have the 2e9 characters that the tokenizer is trained on; the others arrive meanwhile.
-  step "first 8 shards of $corpus" "$PYTHON" -m nanochat.dataset --corpus "$corpus" -n 8
+  # 8 shards have the 2e9 characters that the tokenizer is trained on. The others arrive while it and the model
+  # are trained: base_train waits for the shard that it needs next, and says so.
+  step "first shards of $corpus" "$PYTHON" -m nanochat.dataset --corpus "$corpus" -n "$shards" --first 8
   say "Fetching $shards shards in all, in the background."
   "$PYTHON" -m nanochat.dataset --corpus "$corpus" -n "$shards" &
   download=$!
   # shellcheck disable=SC2064 # the process id of now
   trap "kill $download 2>/dev/null || true" EXIT
   train_tokenizer "$corpus"
-  step "remaining shards of $corpus" wait "$download"
-  trap - EXIT
 }
 
 write_table() { # CSV RUN...: one row a run, and the same as markdown on the console
