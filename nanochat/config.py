@@ -75,8 +75,12 @@ class TrainArgs:
     eval_bundle: str = flag("", "CORE tasks: a folder, a zip, or mini; by default the base directory's")
     sample_every: int = flag(2000, "steps between samples")
     save_every: int = flag(1000, "steps between checkpoints")
+    save_minutes: float = flag(0.0, "save also when the last save is so many minutes ago; 0 means never")
     keep_last: int = flag(2, "checkpoints to keep")
+    keep_every: int = flag(0, "also keep the checkpoints of steps that this divides; 0 means none")
     resume: str = flag("", "go on from a checkpoint: auto (the newest valid one, if any) or a step")
+    extend: bool = flag(False, "let a resumed run have another horizon than before")
+    check_ranks_every: int = flag(0, "steps between comparisons of the weights over the ranks; 0 means never")
     # Logging
     wandb: str = flag("off", "also log to Weights & Biases", choices=("off", "online", "offline"))
     dry_run: bool = flag(False, "print the plan and stop")
@@ -90,6 +94,16 @@ class TrainArgs:
     def tokenizer_name(self) -> str:
         """The tokenizer's name, given or the corpus's."""
         return self.tokenizer or self.corpus
+
+
+@dataclass(frozen=True)
+class CheckpointArgs:
+    """List, verify or prune the checkpoints of a run."""
+
+    do: str = flag("list", "what to do", choices=("list", "verify", "prune"), positional=True)
+    run: str = flag("", "name of the run", positional=True)
+    keep_last: int = flag(2, "how many of the newest prune keeps")
+    keep_every: int = flag(0, "prune also keeps those of steps that this divides; 0 means none")
 
 
 @dataclass(frozen=True)
@@ -222,11 +236,28 @@ def from_dict(cls: type[Args], values: dict[str, Any]) -> Args:
     """An instance from what config.json holds.
 
     Raises:
-        UserError: a field that this version does not know.
+        UserError: a field that this version does not know, or a value of another type.
     """
     known = {item.name for item in dataclasses.fields(cls)}  # type: ignore[arg-type]
     if unknown := sorted(set(values) - known):
         raise UserError(
             f"{cls.__name__}: unknown fields {unknown}. The file is of another version of nanochat."
         )
+    hints = typing.get_type_hints(cls)
+    for name, value in values.items():
+        if not _fits(value, hints[name]):
+            raise UserError(
+                f"{cls.__name__}: {name} is {value!r}, expected {hints[name]}. The file is damaged."
+            )
     return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value out of JSON is of a field's type."""
+    if isinstance(hint, types.UnionType):
+        return any(_fits(value, kind) for kind in typing.get_args(hint))
+    if typing.get_origin(hint) is tuple:
+        return isinstance(value, list | tuple) and all(isinstance(item, str) for item in value)
+    if hint is float:
+        return type(value) in (int, float)
+    return type(value) is hint

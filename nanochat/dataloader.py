@@ -205,17 +205,26 @@ class TrainLoader:
                     f"{state.get(name)!r} and {ours!r}. Resume with the same, or start a new run."
                 )
         cursors = state.get("cursors")
-        if not isinstance(cursors, list) or len(cursors) != self.n_lanes:
+        if not isinstance(cursors, list) or len(cursors) != self.n_lanes or not all(map(_is_cursor, cursors)):
             raise UserError(
                 f"the loader's state has no cursors for {self.n_lanes} lanes; the checkpoint is damaged."
             )
         for index, lane in self._lanes.items():
-            epoch, position, row = (int(value) for value in cursors[index])
-            if min(epoch, position, row) < 0 or position >= lane.blocks:
+            epoch, position, row = cursors[index]
+            if position >= lane.blocks:
                 raise UserError(
                     f"the loader's state has the cursor {cursors[index]}; the checkpoint is damaged."
                 )
             lane.move(epoch, position, row)
+
+
+def _is_cursor(value: Any) -> bool:
+    """(epoch, block, row), as the state holds them: not negative, and small enough for a tensor of them."""
+    return (
+        isinstance(value, list)
+        and len(value) == 3
+        and all(type(n) is int and 0 <= n < 1 << 40 for n in value)
+    )
 
 
 def block_order(shard_of: NDArray[np.int64], seed: int, epoch: int, in_order: bool) -> NDArray[np.int64]:

@@ -135,13 +135,19 @@ def remove_dir(path: Path) -> None:
     _move_aside(path)
 
 
-def sweep_temporaries(folder: Path) -> None:
-    """Delete what killed writers left in `folder`; a temporary whose process still lives is kept."""
+def sweep_temporaries(folder: Path, own: bool = False) -> None:
+    """Delete what killed writers left in `folder`; a temporary whose process still lives is kept.
+
+    Args:
+        folder: where to look.
+        own: also those with the id of this process, which writes nothing there now: in a container the
+            process that was killed may have had it.
+    """
     if not folder.is_dir():
         return
     for path in [*folder.glob(".tmp-*"), *folder.glob(".old-*")]:
         pid = path.name.rpartition(".")[2]
-        if pid.isdigit() and not _alive(int(pid)):
+        if pid.isdigit() and (own and int(pid) == os.getpid() or not _alive(int(pid))):
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
             else:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from nanochat import checkpoint, core_eval
+from nanochat import core_eval
 from nanochat.checkpoint import TrainState
 from nanochat.dataloader import ValBatches
 from nanochat.dataset import Corpus
 from nanochat.engine import sample_texts
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.runlog import RunLog
+from nanochat.saver import Saver
 from nanochat.scaling import Plan
 from nanochat.tokenizer import Tokenizer
 from nanochat.world import World
@@ -25,11 +26,13 @@ class Hook:
         action: what is done; it may read the state and set its validation figures.
         every: steps between two times; 0 means only at the end.
         at_start: also before the first step.
+        also: asked on every rank between any two steps; it is time too where this says so.
     """
 
     action: Callable[[TrainState], None]
     every: int
     at_start: bool = False
+    also: Callable[[], bool] = lambda: False
 
     def due(self, step: int, last: int) -> bool:
         """Whether it is time, when `step` of `last` steps are done."""
@@ -37,33 +40,23 @@ class Hook:
             return True
         if step == 0:
             return self.at_start
-        return self.every > 0 and step % self.every == 0
+        extra = self.also()
+        return extra or (self.every > 0 and step % self.every == 0)
 
 
 def default_hooks(
-    plan: Plan, corpus: Corpus, tokenizer: Tokenizer, fingerprints: dict[str, str], world: World, log: RunLog
+    plan: Plan, corpus: Corpus, tokenizer: Tokenizer, saver: Saver, world: World, log: RunLog
 ) -> list[Hook]:
     """The hooks of base_train. Saving comes first, so that nothing after it can lose the weights."""
     args = plan.args
     hooks = [
-        Hook(_saver(plan, fingerprints, world, log), args.save_every),
+        Hook(saver.save, args.save_every, also=saver.is_time),
         Hook(_validator(plan, corpus, tokenizer, world, log), args.eval_every, at_start=True),
         Hook(_sampler(tokenizer, world, log), args.sample_every),
     ]
     if args.core_metric_every is not None:
         hooks.append(Hook(_scorer(plan, tokenizer, world, log), args.core_metric_every))
     return hooks
-
-
-def _saver(
-    plan: Plan, fingerprints: dict[str, str], world: World, log: RunLog
-) -> Callable[[TrainState], None]:
-    def save(state: TrainState) -> None:
-        if state.step in checkpoint.steps_of(plan.args.run_name):
-            return  # the one this run has just gone on from
-        log.say(f"saved {checkpoint.save(state, plan, fingerprints, world)}")
-
-    return save
 
 
 def _validator(

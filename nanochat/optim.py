@@ -121,8 +121,8 @@ class _Shard(Protocol):
     def finish(self) -> None:
         """Wait for the parameters."""
 
-    def state(self) -> dict[str, Tensor]:
-        """Whole moments by "<parameter>.<moment>", copied to host memory."""
+    def state(self, keep: bool) -> dict[str, Tensor]:
+        """Whole moments by "<parameter>.<moment>", one after another, copied to host memory if kept."""
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Keep this rank's part of whole moments."""
@@ -195,11 +195,13 @@ class _MuonStack:
         torch._foreach_copy_(self.params, list(updated[: len(self.params)].unbind()))
         self.pending = None
 
-    def state(self) -> dict[str, Tensor]:
+    def state(self, keep: bool) -> dict[str, Tensor]:
         out = {}
         for moment, own in (("momentum", self.momentum), ("second_moment", self.second_moment)):
-            whole = _gather(own, self.world).wait()
-            out.update({f"{name}.{moment}": whole[i].cpu().clone() for i, name in enumerate(self.names)})
+            for i in range(self.each):  # matrix by matrix, so that no device ever holds a second stack
+                for j, matrix in enumerate(_gather(own[i : i + 1], self.world).wait()):
+                    if keep and (index := j * self.each + i) < len(self.names):
+                        out[f"{self.names[index]}.{moment}"] = matrix.to("cpu", copy=True)
         return out
 
     def load(self, state: Mapping[str, Tensor]) -> None:
@@ -258,12 +260,13 @@ class _AdamTable:
             self.flat.copy_(whole[: self.flat.numel()])
         self.pending = None
 
-    def state(self) -> dict[str, Tensor]:
-        out = {f"{self.name}.step": self.steps.cpu().clone()}
+    def state(self, keep: bool) -> dict[str, Tensor]:
+        out = {}
         for moment, own in (("exp_avg", self.exp_avg), ("exp_avg_sq", self.exp_avg_sq)):
-            whole = _gather(own, self.world).wait()[: self.flat.numel()]
-            out[f"{self.name}.{moment}"] = whole.view(self.param.shape).cpu().clone()
-        return out
+            whole = _gather(own, self.world).wait()[: self.flat.numel()].view(self.param.shape)
+            if keep:
+                out[f"{self.name}.{moment}"] = whole.to("cpu", copy=True)
+        return {**out, f"{self.name}.step": self.steps.to("cpu", copy=True)} if keep else {}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         self.steps.copy_(_whole(state, f"{self.name}.step", torch.Size()))
@@ -308,8 +311,8 @@ class _AdamSmall:
         kinds = {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq, "step": self.steps}
         return {f"{name}.{kind}": t for kind, by_name in kinds.items() for name, t in by_name.items()}
 
-    def state(self) -> dict[str, Tensor]:
-        return {name: t.cpu().clone() for name, t in self._moments().items()}
+    def state(self, keep: bool) -> dict[str, Tensor]:
+        return {name: t.to("cpu", copy=True) for name, t in self._moments().items()} if keep else {}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         for name, t in self._moments().items():
@@ -404,11 +407,15 @@ class MuonAdamW:
         return StepResult(grad_norm=total_square.sqrt(), applied=applied)
 
     @torch.no_grad()
-    def state_tensors(self) -> dict[str, Tensor]:
-        """Whole moments by "<parameter>.<moment>" in host memory, alike on all ranks, which all call it."""
+    def state_tensors(self, keep: bool = True) -> dict[str, Tensor]:
+        """Whole moments by "<parameter>.<moment>" in host memory; all ranks call it.
+
+        Args:
+            keep: False on a rank that only takes part: it gets nothing, and uses no memory for it.
+        """
         out: dict[str, Tensor] = {}
         for shard in self.shards:
-            out.update(shard.state())
+            out.update(shard.state(keep))
         return out
 
     @torch.no_grad()

@@ -276,7 +276,8 @@ def _check(args: TrainArgs) -> None:
         raise UserError(f"--window-pattern={args.window_pattern!r}: expected letters S and L, such as SSSL.")
     if args.warmdown_ratio is not None and not 0 <= args.warmdown_ratio <= 1:
         raise UserError(f"--warmdown-ratio={args.warmdown_ratio}: expected a share between 0 and 1.")
-    for name in ("warmup_steps", "eval_every", "sample_every", "save_every", "core_metric_every", "seed"):
+    cadences = ("eval_every", "sample_every", "save_every", "save_minutes", "keep_every", "check_ranks_every")
+    for name in (*cadences, "core_metric_every", "warmup_steps", "seed"):
         if (value := getattr(args, name)) is not None and value < 0:
             raise UserError(f"--{name.replace('_', '-')}={value}: expected 0 or more.")
 

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import signal
-from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,16 +10,18 @@ from nanochat import checkpoint, files, hardware
 from nanochat.checkpoint import TrainState
 from nanochat.dataloader import TrainLoader, epochs_for
 from nanochat.dataset import Corpus
-from nanochat.errors import UserError
 from nanochat.gpt import GPT
 from nanochat.hardware import Precision
 from nanochat.hooks import Hook, default_hooks
 from nanochat.loss_scale import LossScale
 from nanochat.optim import MuonAdamW
 from nanochat.reporter import StepReporter, StepResult, summarize
+from nanochat.resume import starting_point, summary_of_finished
 from nanochat.runlog import RunLog
+from nanochat.saver import Saver
 from nanochat.scaling import Plan
 from nanochat.schedule import lr_multiplier, muon_momentum, muon_weight_decay
+from nanochat.stopping import stop_signals
 from nanochat.tokenizer import Tokenizer
 from nanochat.world import World
 
@@ -84,27 +82,8 @@ def train_step(plan: Plan, state: TrainState, world: World) -> StepResult:
     return StepResult(mean_loss, update.grad_norm, update.applied, overflow, lr_mult)
 
 
-@contextlib.contextmanager
-def stop_signals() -> Iterator[Callable[[], bool]]:
-    """Within, a first SIGINT or SIGTERM only raises the flag that is yielded; a second one acts at once."""
-    received: list[int] = []
-    previous: dict[signal.Signals, Any] = {}
-
-    def note(number: int, _frame: object) -> None:
-        received.append(number)
-        signal.signal(number, previous[signal.Signals(number)])
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        previous[number] = signal.signal(number, note)
-    try:
-        yield lambda: bool(received)
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
 def train(plan: Plan, state: TrainState, world: World, reporter: StepReporter, hooks: list[Hook]) -> str:
-    """Step until the plan's end, or until a signal asks to stop; the last state is saved either way.
+    """Step until the plan's end, or until a signal on any rank asks all of them to stop at the same step.
 
     Hooks run between steps, in their order. A run that goes on from a checkpoint runs again those that are
     due at its step, so that its metrics are those of a run that never stopped.
@@ -118,6 +97,8 @@ def train(plan: Plan, state: TrainState, world: World, reporter: StepReporter, h
             if due:
                 reporter.flush(state)
                 for hook in due:
+                    if world.agree(stop_requested()):
+                        return "stopped"
                     hook.action(state)
                 reporter.restart_clock()
             if state.step >= plan.steps:
@@ -125,7 +106,7 @@ def train(plan: Plan, state: TrainState, world: World, reporter: StepReporter, h
             result = train_step(plan, state, world)
             state.step += 1
             reporter.add(state, result)
-            if state.step % reporter.every == 0 and world.agree(stop_requested()):
+            if world.agree(stop_requested()):
                 reporter.flush(state)
                 return "stopped"
 
@@ -143,13 +124,12 @@ def run(
     """
     folder = files.run_dir(plan.args.run_name)
     fingerprints = {"corpus": corpus.fingerprint, "tokenizer": tokenizer.fingerprint}
-    if world.is_main:
-        files.require_writable(folder)
-    start = _starting_point(plan, world)
+    start = starting_point(plan, world)
     state = create_state(plan, corpus, tokenizer, precision, world)
     if start is not None:
-        checkpoint.load(state, start, plan, fingerprints)
-        if (summary := _summary_of_finished(folder, state.step, plan)) is not None:
+        for change in checkpoint.load(state, start, plan, fingerprints):
+            world.print0(f"extended: {change}")
+        if (summary := summary_of_finished(plan, state.step, world)) is not None:
             world.print0(f"{folder} is finished already: {plan.steps} steps.")
             return summary
         world.print0(f"going on from {start}")
@@ -168,37 +148,15 @@ def run(
     with RunLog(folder, enabled=world.is_main, total_steps=plan.steps, first_step=state.step) as log:
         log.start_tracker(plan.args.wandb, plan.args.run_name, config, folder)
         reporter = StepReporter(plan, world, log, peak)
-        hooks = default_hooks(plan, corpus, tokenizer, fingerprints, world, log)
+        saver = Saver(plan, fingerprints, world, log.say, saved_step=state.step if start else None)
+        hooks = default_hooks(plan, corpus, tokenizer, saver, world, log)
         status = train(plan, state, world, reporter, hooks)
         if status == "stopped":
-            log.say(f"stopped by a signal; saved {checkpoint.save(state, plan, fingerprints, world)}")
+            log.say(f"stopped by a signal after step {state.step}")
+            saver.save(state)
+        saver.finish()
         state.loader.close()
         summary = summarize(plan, state, reporter, world, status)
         if world.is_main:
             files.write_json(folder / "summary.json", summary)
     return summary
-
-
-def _summary_of_finished(folder: Path, step: int, plan: Plan) -> dict[str, Any] | None:
-    """What summary.json holds, if the run has come to its end and nothing was left undone."""
-    path = folder / "summary.json"
-    if step < plan.steps or not path.exists():
-        return None
-    summary: dict[str, Any] = files.read_json(path)
-    return summary if summary.get("steps") == plan.steps and summary.get("status") == "finished" else None
-
-
-def _starting_point(plan: Plan, world: World) -> Path | None:
-    """The checkpoint that --resume asks for; for a run started anew, proof that it overwrites nothing."""
-    args = plan.args
-    if args.resume and args.resume != "auto" and not args.resume.isdigit():
-        raise UserError(f"--resume={args.resume}: expected auto or the step of a checkpoint.")
-    if args.resume:
-        step = None if args.resume == "auto" else int(args.resume)
-        return checkpoint.find(args.run_name, step, say=world.print0)
-    if present := checkpoint.steps_of(args.run_name):
-        raise UserError(
-            f"run {args.run_name!r} has checkpoints already (steps {', '.join(map(str, present))}). "
-            "Go on with --resume=auto, name another with --run, or delete its folder."
-        )
-    return None

@@ -16,9 +16,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from nanochat.errors import UserError
 from nanochat.hardware import detect_device
+
+BACKSTOP_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,11 @@ class World:
         size: number of ranks.
         device: where this rank computes.
         backend: "nccl", "gloo", or None when alone.
+        control: a gloo group of all ranks, for words that must not wait for a device.
+        store: the torch.distributed.Store where ranks leave notes for each other, on a connection of its own.
+        node: number of this machine among those of the run.
+        launch: what torchrun calls this start of it; the same after it has restarted its workers.
+        restarts: how often it has restarted them because one failed.
     """
 
     rank: int
@@ -38,6 +46,11 @@ class World:
     size: int
     device: torch.device
     backend: str | None
+    control: dist.ProcessGroup | None = None
+    store: Any = None
+    node: int = 0
+    launch: str = ""
+    restarts: int = 0
 
     @staticmethod
     def solo(device: torch.device | str = "cpu") -> World:
@@ -66,16 +79,39 @@ class World:
         return tensor
 
     def agree(self, flag: bool) -> bool:
-        """True on every rank if `flag` is true on any."""
+        """True on every rank if `flag` is true on any. Waits for no device."""
+        return bool(self.highest(int(flag)))
+
+    def highest(self, value: int) -> int:
+        """The highest of the ranks' values, on every rank. Waits for no device."""
         if self.backend is None:
-            return flag
-        votes = torch.tensor([int(flag)], device=self.device)
-        dist.all_reduce(votes, op=dist.ReduceOp.MAX)
-        return bool(votes.item())
+            return value
+        votes = torch.tensor([value])
+        dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=self.control)
+        return int(votes.item())
+
+    def gather_bytes(self, data: bytes) -> list[bytes]:
+        """The equally long `data` of all ranks, in their order, on every rank. Waits for no device."""
+        if self.backend is None:
+            return [data]
+        own = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        parts = [torch.empty_like(own) for _ in range(self.size)]
+        dist.all_gather(parts, own, group=self.control)
+        return [bytes(part.tolist()) for part in parts]
+
+    def collectives_begun(self) -> int:
+        """Collectives that this rank has entered: of two, the one with fewer keeps the other waiting."""
+        groups: list[Any] = [group for group in (dist.group.WORLD, self.control) if group is not None]
+        return sum(group._get_sequence_number_for_group() for group in groups)
 
     def describe(self) -> dict[str, Any]:
         """What config.json records."""
-        return {"world_size": self.size, "backend": self.backend, "device": str(self.device)}
+        return {
+            "world_size": self.size,
+            "backend": self.backend,
+            "device": str(self.device),
+            "launch": self.launch,
+        }
 
 
 def _rank_from_environment(name: str) -> int:
@@ -93,7 +129,8 @@ def join(device_type: str = "auto", timeout_s: float = 600.0) -> Iterator[World]
 
     Args:
         device_type: "auto", "cuda", "cpu" or "mps".
-        timeout_s: how long a collective may wait for another rank.
+        timeout_s: how long a rank may keep the others waiting. Collectives give up BACKSTOP_S later, so that
+            a watchdog has time to say which rank it is.
 
     Raises:
         UserError: the device is absent, or torchrun's variables are unusable.
@@ -106,12 +143,30 @@ def join(device_type: str = "auto", timeout_s: float = 600.0) -> Iterator[World]
     backend = "nccl" if device.type == "cuda" else "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    timeout = datetime.timedelta(seconds=timeout_s + BACKSTOP_S)
+    store, _, _ = next(rendezvous("env://", timeout=timeout))
     dist.init_process_group(
         backend,
-        timeout=datetime.timedelta(seconds=timeout_s),
+        store=store,
+        rank=rank,
+        world_size=size,
+        timeout=timeout,
         device_id=device if device.type == "cuda" else None,
     )
+    control = dist.new_group(backend="gloo", timeout=timeout)
+    assert isinstance(control, dist.ProcessGroup)
     try:
-        yield World(rank=rank, local_rank=local_rank, size=size, device=device, backend=backend)
+        yield World(
+            rank=rank,
+            local_rank=local_rank,
+            size=size,
+            device=device,
+            backend=backend,
+            control=control,
+            store=store.clone(),
+            node=int(os.environ.get("GROUP_RANK", "0")),
+            launch=os.environ.get("TORCHELASTIC_RUN_ID", ""),
+            restarts=int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")),
+        )
     finally:
         dist.destroy_process_group()

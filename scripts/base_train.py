@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
 
 from nanochat import attention, config, errors, files, scaling, train, world
 from nanochat.config import TrainArgs
 from nanochat.dataset import Corpus
 from nanochat.report import write_report
+from nanochat.stopping import STOPPED
 from nanochat.tokenizer import Tokenizer
 
 
@@ -29,6 +31,8 @@ def main() -> None:
         if ranks.is_main:
             print(f"{summary['status']} after {summary['steps']} steps, validation bpb {summary['val_bpb']}")
             print(f"report: {write_report(args.run_name)}")
+    if summary["status"] == "stopped":
+        sys.exit(STOPPED)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,9 @@ def state(base_dir, tmp_path):
             parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)) * 0.1)
     state.step = 7
     fingerprints = {"corpus": corpus.fingerprint, "tokenizer": tokenizer.fingerprint}
-    checkpoint.save(state, plan, fingerprints, world)
+    snapshot = checkpoint.take(state, plan, fingerprints, world)
+    assert snapshot is not None
+    snapshot.write()
     state.expected_bpb = evaluate_bpb(
         state.model,
         ValBatches(corpus, tokenizer, sequence_len=32, rows=3, world=world, max_tokens=512),

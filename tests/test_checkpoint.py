@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from nanochat import checkpoint, files
+from nanochat import checkpoint, checkpoint_files, files
 from nanochat.errors import UserError
 from nanochat.hardware import Precision
 from nanochat.tokenizer import Tokenizer
@@ -41,8 +41,8 @@ def run(trained: Path, base_dir: Path) -> None:
 
 
 def test_a_checkpoint_has_its_four_files_and_retention_keeps_two() -> None:
-    assert checkpoint.steps_of("tiny") == [8, 12]
-    folder = checkpoint.folder_of("tiny", 12)
+    assert checkpoint_files.steps_of("tiny") == [8, 12]
+    folder = checkpoint_files.folder_of("tiny", 12)
     assert folder.name == "step_000012"
     assert sorted(path.name for path in folder.iterdir()) == [
         "MANIFEST.json",
@@ -55,7 +55,7 @@ def test_a_checkpoint_has_its_four_files_and_retention_keeps_two() -> None:
 
 def test_tensors_are_whole_and_fp32_under_their_parameter_names() -> None:
     model, _, meta = checkpoint.load_model("tiny", device=torch.device("cpu"), precision=FP32)
-    tensors = load_file(checkpoint.folder_of("tiny", 12) / "model.safetensors")
+    tensors = load_file(checkpoint_files.folder_of("tiny", 12) / "model.safetensors")
     assert {name: p.shape for name, p in model.named_parameters()} == {n: t.shape for n, t in tensors.items()}
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
     assert meta["step"] == 12
@@ -76,7 +76,7 @@ def test_a_loaded_model_has_no_uninitialised_buffer() -> None:
 def test_damage_is_named_and_the_last_good_one_is_used(
     name: str, damage: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = checkpoint.folder_of("tiny", 12) / name
+    path = checkpoint_files.folder_of("tiny", 12) / name
     data = bytearray(path.read_bytes())
     if damage == "flip":
         rng = random.Random(name)
@@ -84,26 +84,26 @@ def test_damage_is_named_and_the_last_good_one_is_used(
     path.write_bytes({"flip": data, "truncate": data[: len(data) // 2], "empty": b""}.get(damage, data))
     if damage == "remove":
         path.unlink()
-    assert checkpoint.find("tiny", None) == checkpoint.folder_of("tiny", 8)
+    assert checkpoint_files.find("tiny", None) == checkpoint_files.folder_of("tiny", 8)
     if (name, damage) != ("MANIFEST.json", "remove"):  # without a manifest there is no checkpoint to name
         named = (
             "step_000012" if name == "MANIFEST.json" else name
         )  # a wrong entry accuses the file it describes
         assert named in capsys.readouterr().out
         with pytest.raises(UserError, match=named):
-            checkpoint.find("tiny", 12)
+            checkpoint_files.find("tiny", 12)
 
 
 def test_all_damaged_is_an_error_not_a_new_start() -> None:
     for step in (8, 12):
-        (checkpoint.folder_of("tiny", step) / "model.safetensors").write_bytes(b"")
+        (checkpoint_files.folder_of("tiny", step) / "model.safetensors").write_bytes(b"")
     with pytest.raises(UserError, match="none of its 2 checkpoints is whole"):
-        checkpoint.find("tiny", None)
+        checkpoint_files.find("tiny", None)
 
 
 def test_absent_step_lists_those_that_are_there() -> None:
     with pytest.raises(UserError, match=r"no checkpoint of step 5. There are: 8, 12"):
-        checkpoint.find("tiny", 5)
+        checkpoint_files.find("tiny", 5)
     with pytest.raises(UserError, match="unknown run 'other'.*tiny"):
         checkpoint.load_model("other", device=torch.device("cpu"), precision=FP32)
 
@@ -111,12 +111,12 @@ def test_absent_step_lists_those_that_are_there() -> None:
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"depth": 3}, "model"),
+        ({"depth": 3}, "model.n_layer"),
         ({"seed": 1}, "--seed"),
         ({"num_iterations": 13}, "steps"),
         ({"total_batch_size": 512}, "batch_tokens"),
-        ({"matrix_lr": 0.5}, "groups"),
-        ({"warmup_steps": 3}, "schedule"),
+        ({"matrix_lr": 0.5}, "groups.matrix.lr"),
+        ({"warmup_steps": 3}, "schedule.warmup_steps"),
         ({"keep_tails": True}, "--keep-tails"),
     ],
 )
@@ -161,4 +161,4 @@ def test_a_full_disk_costs_nothing_but_the_save(share: float) -> None:
     assert done.stderr.startswith("error: ")
     assert len(done.stderr.splitlines()) == 1
     assert [path.name for path in folder.iterdir()] == ["step_000008"]
-    checkpoint.verify(folder / "step_000008")
+    checkpoint_files.verify(folder / "step_000008")

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from nanochat import checkpoint, files, train
+from nanochat import checkpoint_files, files, train
 from nanochat.errors import UserError
 from nanochat.hooks import Hook
 from nanochat.runlog import read_metrics
@@ -42,8 +42,8 @@ def metrics(run: str = "tiny", kind: str = "") -> list[dict[str, Any]]:
 
 
 def weights(run: str, step: int) -> bytes:
-    folder = checkpoint.folder_of(run, step)
-    return (folder / checkpoint.MODEL).read_bytes() + (folder / checkpoint.OPTIMIZER).read_bytes()
+    folder = checkpoint_files.folder_of(run, step)
+    return (folder / checkpoint_files.MODEL).read_bytes() + (folder / checkpoint_files.OPTIMIZER).read_bytes()
 
 
 def test_a_run_learns_and_leaves_its_files() -> None:
@@ -127,11 +127,11 @@ def test_a_killed_process_resumes_to_the_bit(base_dir: Path) -> None:
     command = [sys.executable, "-m", "scripts.base_train", *flags]
     process = subprocess.Popen(command, cwd=REPO, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
-    while not checkpoint.steps_of("parts") and time.monotonic() < deadline:
+    while not checkpoint_files.steps_of("parts") and time.monotonic() < deadline:
         time.sleep(0.01)
     process.kill()
     process.wait()
-    assert 4 <= checkpoint.steps_of("parts")[-1] < 40
+    assert 4 <= checkpoint_files.steps_of("parts")[-1] < 40
     subprocess.run(command, cwd=REPO, check=True, stdout=subprocess.DEVNULL, timeout=200)
     assert weights("parts", 40) == weights("whole", 40)
     assert [entry["step"] for entry in metrics("parts", "step")] == list(range(40))

@@ -1,0 +1,84 @@
+"""Where a run begins: anew, or at the checkpoint that --resume or a restarted launch asks for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from nanochat import checkpoint_files, files
+from nanochat.config import TrainArgs
+from nanochat.errors import UserError
+from nanochat.scaling import Plan
+from nanochat.world import World
+
+
+def starting_point(plan: Plan, world: World) -> Path | None:
+    """The verified checkpoint to go on from; for a run started anew, proof that it overwrites nothing.
+
+    The main rank looks and the others take its word, so that all begin at the same step.
+
+    Returns:
+        Its folder, or None to begin at step 0.
+
+    Raises:
+        UserError: what was asked for is not there or damaged, or the run exists without --resume.
+    """
+    found, error = None, None
+    if world.is_main:
+        try:
+            files.require_writable(files.run_dir(plan.args.run_name))
+            found = _look(plan.args, world)
+        except UserError as refused:
+            error = refused
+    if world.agree(error is not None):
+        raise error or UserError("the main rank cannot begin; it says why.")
+    step = world.highest(-1 if found is None else int(found.name.removeprefix("step_")))
+    if step < 0:
+        return None
+    folder = checkpoint_files.folder_of(plan.args.run_name, step)
+    if not folder.is_dir():
+        raise UserError(
+            f"{folder}: rank {world.rank} does not see it. All machines of a run need NANOCHAT_BASE_DIR on a "
+            "disk that they share."
+        )
+    return folder
+
+
+def _look(args: TrainArgs, world: World) -> Path | None:
+    if args.resume and args.resume != "auto" and not args.resume.isdigit():
+        raise UserError(f"--resume={args.resume}: expected auto or the step of a checkpoint.")
+    if args.resume.isdigit() and not _is_same_launch(args, world):
+        return checkpoint_files.find(args.run_name, int(args.resume))
+    if args.resume or _is_same_launch(args, world):
+        return checkpoint_files.find(args.run_name, None, say=world.print0)
+    if present := checkpoint_files.steps_of(args.run_name):
+        raise UserError(
+            f"run {args.run_name!r} has checkpoints already (steps {', '.join(map(str, present))}). "
+            "Go on with --resume=auto, name another with --run, or delete its folder."
+        )
+    return None
+
+
+def _is_same_launch(args: TrainArgs, world: World) -> bool:
+    """Whether torchrun has started this run before and only restarts its workers.
+
+    A failure raises its count of restarts; a machine that comes or goes (--nnodes=MIN:MAX) does not, but the
+    launch keeps its name, which config.json holds. "none" is what torchrun calls a launch without a name.
+    """
+    if world.restarts:
+        return True
+    path = files.run_dir(args.run_name) / "config.json"
+    if world.launch in ("", "none") or not path.exists():
+        return False
+    config = files.read_json(path)
+    machine = config.get("machine") if isinstance(config, dict) else None
+    return isinstance(machine, dict) and machine.get("launch") == world.launch
+
+
+def summary_of_finished(plan: Plan, step: int, world: World) -> dict[str, Any] | None:
+    """What summary.json holds, if the run has come to its end and nothing was left undone. All ranks ask."""
+    path = files.run_dir(plan.args.run_name) / "summary.json"
+    if step < plan.steps or not world.agree(world.is_main and path.exists()):
+        return None
+    summary: dict[str, Any] = files.read_json(path)
+    return summary if summary.get("steps") == plan.steps and summary.get("status") == "finished" else None

@@ -1,0 +1,69 @@
+"""Whether a checkpoint is of the run that wants to go on from it. Pure."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from nanochat.errors import UserError
+from nanochat.scaling import Plan
+
+# What a resumed run may not change: these decide the weights and the data. World size, micro-batch, cadences,
+# names and the machine are free. --extend lets the horizon through, with what follows from it.
+FIXED_ARGS = ("corpus", "keep_tails", "seed")
+FIXED_PLAN = ("model", "batch_tokens", "lanes", "steps", "groups", "schedule")
+HORIZON = ("steps", "schedule.", "groups.matrix.weight_decay")
+
+
+def _flat(value: Any, name: str) -> dict[str, Any]:
+    """Leaves of nested dictionaries by dotted name."""
+    if not isinstance(value, dict):
+        return {name: value}
+    return {leaf: v for key, inner in value.items() for leaf, v in _flat(inner, f"{name}.{key}").items()}
+
+
+def _fixed(plan: dict[str, Any], fingerprints: dict[str, str]) -> dict[str, Any]:
+    """What may not change, by the name under which a difference is shown."""
+    out = {f"--{name.replace('_', '-')}": plan["args"].get(name) for name in FIXED_ARGS}
+    for name in FIXED_PLAN:
+        out |= _flat(plan.get(name), name)
+    return out | {f"{name} hash": value for name, value in fingerprints.items()}
+
+
+def require_same_run(
+    meta: dict[str, Any], plan: Plan, fingerprints: dict[str, str], folder: Path
+) -> list[str]:
+    """Compare the run of a checkpoint with the run that would go on from it.
+
+    Args:
+        meta: what the checkpoint's state.json holds.
+        plan: of the run now; `plan.args.extend` lets a changed horizon through.
+        fingerprints: hashes of corpus and tokenizer now.
+        folder: the checkpoint, for the message.
+
+    Returns:
+        The differences that were let through.
+
+    Raises:
+        UserError: any other difference; each is shown with both values.
+    """
+    then = _fixed(meta["plan"], meta["fingerprints"])
+    now = _fixed(json.loads(json.dumps(plan.to_dict())), fingerprints)
+    absent = "nothing"
+    changed = {
+        name: f"{name}: {then.get(name, absent)!r} then, {now.get(name, absent)!r} now"
+        for name in sorted(then.keys() | now.keys())
+        if then.get(name, absent) != now.get(name, absent)
+    }
+    allowed = {name for name in changed if plan.args.extend and name.startswith(HORIZON)}
+    if refused := [text for name, text in changed.items() if name not in allowed]:
+        only_horizon = all(name.startswith(HORIZON) for name in changed)
+        advice = (
+            "Change the horizon with --extend, " if only_horizon else "Give the same arguments as before, "
+        )
+        raise UserError(
+            f"{folder}: cannot be resumed, since these differ: {'; '.join(refused)}. "
+            f"{advice}or start another run with --run."
+        )
+    return [changed[name] for name in sorted(allowed)]
