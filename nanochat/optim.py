@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from nanochat.collectives import Pending, gather, mean, mean_scatter
 from nanochat.errors import UserError
 from nanochat.scaling import GroupPlan
 from nanochat.update_rules import AdamRates, adamw_update, muon_update
@@ -39,53 +39,6 @@ class StepResult:
 
     grad_norm: Tensor
     applied: Tensor
-
-
-# ----------------------------------------------------------------------------------------------------
-# collectives: every handle is kept, with the tensors it reads, until it has been waited for
-
-
-@dataclass
-class _Pending:
-    """A collective under way: `result` is whole after wait()."""
-
-    result: Tensor
-    source: Tensor
-    work: dist.Work | None
-    divide_by: int = 1
-
-    def wait(self) -> Tensor:
-        """Block until it has ended. On the handle: gloo has no future for reduce_scatter_tensor."""
-        if self.work is not None:
-            self.work.wait()
-            self.work = None
-            if self.divide_by > 1:
-                self.result.div_(self.divide_by)
-        return self.result
-
-
-def _mean_scatter(full: Tensor, world: World) -> _Pending:
-    """This rank's 1/W of the first dimension of `full`, averaged over the ranks."""
-    if world.backend is None:
-        return _Pending(full, full, None)
-    own = full.new_empty(full.size(0) // world.size, *full.shape[1:])
-    return _Pending(own, full, dist.reduce_scatter_tensor(own, full, async_op=True), world.size)
-
-
-def _mean(tensor: Tensor, world: World) -> _Pending:
-    """`tensor` averaged over the ranks, in place."""
-    if world.backend is None:
-        return _Pending(tensor, tensor, None)
-    return _Pending(tensor, tensor, dist.all_reduce(tensor, async_op=True), world.size)
-
-
-def _gather(own: Tensor, world: World, into: Tensor | None = None) -> _Pending:
-    """The parts of all ranks, one after the other along the first dimension; `into` is where, if given."""
-    if world.backend is None:
-        return _Pending(own, own, None)
-    if into is None:
-        into = own.new_empty(own.size(0) * world.size, *own.shape[1:])
-    return _Pending(into, own, dist.all_gather_into_tensor(into, own, async_op=True))
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -153,7 +106,7 @@ class _MuonStack:
         self.momentum = like.new_zeros(self.each, self.m, self.n)
         moment_shape = (self.m, 1) if self.m >= self.n else (1, self.n)
         self.second_moment = like.new_zeros(self.each, *moment_shape)
-        self.pending: _Pending | None = None
+        self.pending: Pending | None = None
 
     def _stack(self, tensors: Sequence[Tensor], count: int) -> Tensor:
         """(count, ...) of the tensors, zeros after the last."""
@@ -164,7 +117,7 @@ class _MuonStack:
 
     def reduce(self) -> None:
         grads = [_take_grad(p) for p in self.params]
-        self.pending = _mean_scatter(self._stack(grads, self.each * self.world.size), self.world)
+        self.pending = mean_scatter(self._stack(grads, self.each * self.world.size), self.world)
 
     def owned_grads(self) -> list[Tensor]:
         assert self.pending is not None
@@ -187,7 +140,7 @@ class _MuonStack:
             dtype=self.dtype,
             norm_factor=self.norm_factor,
         )
-        self.pending = _gather(params, self.world)
+        self.pending = gather(params, self.world)
 
     def finish(self) -> None:
         assert self.pending is not None
@@ -199,7 +152,7 @@ class _MuonStack:
         out = {}
         for moment, own in (("momentum", self.momentum), ("second_moment", self.second_moment)):
             for i in range(self.each):  # matrix by matrix, so that no device ever holds a second stack
-                for j, matrix in enumerate(_gather(own[i : i + 1], self.world).wait()):
+                for j, matrix in enumerate(gather(own[i : i + 1], self.world).wait()):
                     if keep and (index := j * self.each + i) < len(self.names):
                         out[f"{self.names[index]}.{moment}"] = matrix.to("cpu", copy=True)
         return out
@@ -222,7 +175,7 @@ class _AdamTable:
         self.own = self.flat[world.rank * self.length : (world.rank + 1) * self.length]
         self.exp_avg, self.exp_avg_sq = self.flat.new_zeros(2, self.length).unbind()
         self.steps = self.flat.new_zeros(())
-        self.pending: _Pending | None = None
+        self.pending: Pending | None = None
 
     def _pad(self, flat: Tensor, length: int) -> Tensor:
         """`flat` with zeros up to the length; itself if it is as long."""
@@ -231,7 +184,7 @@ class _AdamTable:
 
     def reduce(self) -> None:
         grad = _take_grad(self.param).reshape(-1)
-        self.pending = _mean_scatter(self._pad(grad, self.padded), self.world)
+        self.pending = mean_scatter(self._pad(grad, self.padded), self.world)
 
     def owned_grads(self) -> list[Tensor]:
         assert self.pending is not None
@@ -251,7 +204,7 @@ class _AdamTable:
         into = self.flat if self.padded == self.flat.numel() else None
         # A copy goes out, for the parts may not be read from where they are written to.
         source = self.own if self.world.backend is None else self._pad(self.own.clone(), self.length)
-        self.pending = _gather(source, self.world, into)
+        self.pending = gather(source, self.world, into)
 
     def finish(self) -> None:
         assert self.pending is not None
@@ -263,7 +216,7 @@ class _AdamTable:
     def state(self, keep: bool) -> dict[str, Tensor]:
         out = {}
         for moment, own in (("exp_avg", self.exp_avg), ("exp_avg_sq", self.exp_avg_sq)):
-            whole = _gather(own, self.world).wait()[: self.flat.numel()].view(self.param.shape)
+            whole = gather(own, self.world).wait()[: self.flat.numel()].view(self.param.shape)
             if keep:
                 out[f"{self.name}.{moment}"] = whole.to("cpu", copy=True)
         return {**out, f"{self.name}.step": self.steps.to("cpu", copy=True)} if keep else {}
@@ -285,11 +238,11 @@ class _AdamSmall:
         self.exp_avg = {name: torch.zeros_like(p) for name, p in self.params.items()}
         self.exp_avg_sq = {name: torch.zeros_like(p) for name, p in self.params.items()}
         self.steps = {name: p.new_zeros(()) for name, p in self.params.items()}
-        self.pending: _Pending | None = None
+        self.pending: Pending | None = None
 
     def reduce(self) -> None:
         flat = [_take_grad(p).reshape(-1) for p in self.sources.values()]
-        self.pending = _mean(torch.cat(flat), self.world)
+        self.pending = mean(torch.cat(flat), self.world)
 
     def owned_grads(self) -> list[Tensor]:
         # Every rank holds the whole of these: scaled so that the squares add up to one copy over the ranks.
