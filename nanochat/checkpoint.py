@@ -46,6 +46,7 @@ class TrainState:
         optimizer: its moments.
         loader: the position in the data.
         loss_scale: the factor on the loss where the compute dtype is fp16.
+        skipped_steps: steps among them whose update was held back, since it was not finite.
         smoothed_loss: exponential average of the training loss, in nats.
         train_seconds: seconds spent in steps, over all sessions of the run.
         val_bpb: newest validation bits per byte, or None before the first.
@@ -57,13 +58,14 @@ class TrainState:
     optimizer: MuonAdamW
     loader: TrainLoader
     loss_scale: LossScale
+    skipped_steps: int = 0
     smoothed_loss: float = 0.0
     train_seconds: float = 0.0
     val_bpb: float | None = None
     min_val_bpb: float | None = None
 
 
-COUNTERS = ("step", "smoothed_loss", "train_seconds", "val_bpb", "min_val_bpb")
+COUNTERS = ("step", "skipped_steps", "smoothed_loss", "train_seconds", "val_bpb", "min_val_bpb")
 
 
 def take(state: TrainState, plan: Plan, fingerprints: dict[str, str], world: World) -> Snapshot | None:

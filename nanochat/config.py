@@ -55,6 +55,9 @@ class TrainArgs:
     warmdown_ratio: float | None = flag(None, "last share of the run in which the learning rate falls")
     final_lr_frac: float | None = flag(None, "share of the learning rate left at the end")
     seed: int = flag(0, "seed of the initial weights, the order of the data and the samples")
+    on_nonfinite: str = flag(
+        "stop", "a step whose loss or gradient is not finite: stop, or skip it", choices=("stop", "skip")
+    )
     # Machine
     device_type: str = flag("auto", "where to compute", choices=("auto", "cuda", "cpu", "mps"))
     dtype: str = flag("auto", "dtype of activations", choices=("auto", "bfloat16", "float16", "float32"))

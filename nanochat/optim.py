@@ -20,7 +20,7 @@ from torch import Tensor
 from nanochat.collectives import Pending, gather, mean, mean_scatter
 from nanochat.errors import UserError
 from nanochat.scaling import GroupPlan
-from nanochat.update_rules import AdamRates, adamw_update, muon_update
+from nanochat.update_rules import AdamRates, adamw_update, muon_update, sum_of_squares
 from nanochat.world import World
 
 # AdamW tensors below this are averaged together, and updated by every rank (RECIPE 1.6).
@@ -28,17 +28,24 @@ SMALL_ELEMENTS = 1024
 
 
 @dataclass(frozen=True)
-class StepResult:
-    """What a step reports, as tensors on the device: reading them is what synchronizes.
+class UpdateResult:
+    """What an update reports, alike on all ranks, as tensors on the device: reading them synchronizes.
 
     Attributes:
         grad_norm: 0-dim fp32, L2 norm of the gradient averaged over the ranks.
         applied: 0-dim bool, False if the gradient or the caller's `ok` was not fine on some rank; then no
             parameter and no moment has changed.
+        grad_squares: (P,) fp32, sum of squares of each parameter's averaged gradient, in the order of
+            `MuonAdamW.names`; not finite where the gradient is not.
+        update_squares: (P,) fp32, sum of squares of what was added to each parameter.
+        not_ok: (W,) fp32, 1 for the ranks whose `ok` was False.
     """
 
     grad_norm: Tensor
     applied: Tensor
+    grad_squares: Tensor
+    update_squares: Tensor
+    not_ok: Tensor
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -47,9 +54,10 @@ class StepResult:
 
 @dataclass(frozen=True)
 class _Rates:
-    """Scalars of one step."""
+    """Scalars of one step. Tensors are made by a fill on the device: copied there, they would be waited for."""
 
     lr_mult: float
+    muon_lr_mult: Tensor
     momentum: Tensor
     muon_weight_decay: Tensor
     ok: Tensor
@@ -62,14 +70,16 @@ def _adam_rates(group: GroupPlan, rates: _Rates) -> AdamRates:
 class _Shard(Protocol):
     """Some parameters and this rank's part of their state; a step calls the first four in this order."""
 
+    names: list[str]
+
     def reduce(self) -> None:
         """Take the gradients from the parameters and start to average them."""
 
-    def owned_grads(self) -> list[Tensor]:
-        """Wait for the average; this rank's part of it."""
+    def grad_squares(self) -> Tensor:
+        """Wait for the average; the squares of this rank's part of it, summed by parameter."""
 
-    def update(self, rates: _Rates) -> None:
-        """Update what this rank owns and start to gather the parameters."""
+    def update(self, rates: _Rates) -> Tensor:
+        """Update what this rank owns, start to gather the parameters; squares as in grad_squares."""
 
     def finish(self) -> None:
         """Wait for the parameters."""
@@ -119,20 +129,27 @@ class _MuonStack:
         grads = [_take_grad(p) for p in self.params]
         self.pending = mean_scatter(self._stack(grads, self.each * self.world.size), self.world)
 
-    def owned_grads(self) -> list[Tensor]:
-        assert self.pending is not None
-        return [self.pending.wait()]
+    def _of_all(self, owned: Tensor) -> Tensor:
+        """(K,) from (each,) figures of the owned matrices; 0 for those of other ranks."""
+        out = owned.new_zeros(self.each * self.world.size)
+        out[self.own] = owned
+        return out[: len(self.names)]
 
-    def update(self, rates: _Rates) -> None:
-        (grads,) = self.owned_grads()
+    def grad_squares(self) -> Tensor:
+        assert self.pending is not None
+        return self._of_all(sum_of_squares(self.pending.wait()))
+
+    def update(self, rates: _Rates) -> Tensor:
+        assert self.pending is not None
+        grads = self.pending.wait()
         params = self._stack(self.params[self.own], self.each)
-        lr = self.group.lr * rates.lr_mult * math.sqrt(max(1.0, self.m / self.n))
-        muon_update(
+        lr = self.group.lr * math.sqrt(max(1.0, self.m / self.n))
+        squares = muon_update(
             params,
             grads,
             self.momentum,
             self.second_moment,
-            lr=torch.tensor(lr),
+            lr=rates.muon_lr_mult * lr,
             momentum=rates.momentum,
             weight_decay=rates.muon_weight_decay,
             beta2=self.group.beta2,
@@ -141,6 +158,7 @@ class _MuonStack:
             norm_factor=self.norm_factor,
         )
         self.pending = gather(params, self.world)
+        return self._of_all(squares)
 
     def finish(self) -> None:
         assert self.pending is not None
@@ -168,7 +186,8 @@ class _AdamTable:
     """One large AdamW tensor, flat and cut into W slices of equal length, the last ones padded."""
 
     def __init__(self, name: str, param: Tensor, group: GroupPlan, world: World) -> None:
-        self.name, self.param, self.group, self.world = name, param, group, world
+        self.names, self.name, self.param = [name], name, param
+        self.group, self.world = group, world
         self.flat = param.detach().view(-1)
         self.length = -(-self.flat.numel() // world.size)
         self.padded = self.length * world.size
@@ -186,18 +205,21 @@ class _AdamTable:
         grad = _take_grad(self.param).reshape(-1)
         self.pending = mean_scatter(self._pad(grad, self.padded), self.world)
 
-    def owned_grads(self) -> list[Tensor]:
+    def _owned_grad(self) -> Tensor:
         assert self.pending is not None
-        return [self.pending.wait()[: self.own.numel()]]
+        return self.pending.wait()[: self.own.numel()]
 
-    def update(self, rates: _Rates) -> None:
+    def grad_squares(self) -> Tensor:
+        return sum_of_squares(self._owned_grad()[None])
+
+    def update(self, rates: _Rates) -> Tensor:
         count = self.own.numel()
-        adamw_update(
-            [self.own],
-            self.owned_grads(),
-            [self.exp_avg[:count]],
-            [self.exp_avg_sq[:count]],
-            [self.steps],
+        squares = adamw_update(
+            self.own,
+            self._owned_grad(),
+            self.exp_avg[:count],
+            self.exp_avg_sq[:count],
+            self.steps,
             rates=_adam_rates(self.group, rates),
             ok=rates.ok,
         )
@@ -205,6 +227,7 @@ class _AdamTable:
         # A copy goes out, for the parts may not be read from where they are written to.
         source = self.own if self.world.backend is None else self._pad(self.own.clone(), self.length)
         self.pending = gather(source, self.world, into)
+        return squares
 
     def finish(self) -> None:
         assert self.pending is not None
@@ -233,6 +256,7 @@ class _AdamSmall:
     """All small AdamW tensors: averaged in one buffer, updated alike by every rank."""
 
     def __init__(self, params: dict[str, Tensor], groups: dict[str, GroupPlan], world: World) -> None:
+        self.names = list(params)
         self.params = {name: p.detach() for name, p in params.items()}
         self.sources, self.groups, self.world = params, groups, world
         self.exp_avg = {name: torch.zeros_like(p) for name, p in self.params.items()}
@@ -244,18 +268,22 @@ class _AdamSmall:
         flat = [_take_grad(p).reshape(-1) for p in self.sources.values()]
         self.pending = mean(torch.cat(flat), self.world)
 
-    def owned_grads(self) -> list[Tensor]:
-        # Every rank holds the whole of these: scaled so that the squares add up to one copy over the ranks.
-        assert self.pending is not None
-        return [self.pending.wait() / math.sqrt(self.world.size)]
-
-    def update(self, rates: _Rates) -> None:
+    def _grads(self) -> list[Tensor]:
         assert self.pending is not None
         parts = torch.split(self.pending.wait(), [p.numel() for p in self.params.values()])
-        for (name, p), grad in zip(self.params.items(), parts, strict=True):
-            group = self.groups[name]
-            state = ([self.exp_avg[name]], [self.exp_avg_sq[name]], [self.steps[name]])
-            adamw_update([p], [grad.view_as(p)], *state, rates=_adam_rates(group, rates), ok=rates.ok)
+        return [part.view_as(p) for part, p in zip(parts, self.params.values(), strict=True)]
+
+    def grad_squares(self) -> Tensor:
+        # Every rank holds the whole of these: scaled so that the sum over the ranks is one copy's.
+        return torch.stack(torch._foreach_norm(self._grads())).square() / self.world.size
+
+    def update(self, rates: _Rates) -> Tensor:
+        squares = []
+        for (name, p), grad in zip(self.params.items(), self._grads(), strict=True):
+            state = (self.exp_avg[name], self.exp_avg_sq[name], self.steps[name])
+            adam = _adam_rates(self.groups[name], rates)
+            squares.append(adamw_update(p, grad, *state, rates=adam, ok=rates.ok))
+        return torch.cat(squares) / self.world.size
 
     def finish(self) -> None:
         self.pending = None
@@ -330,11 +358,14 @@ class MuonAdamW:
         if small:
             shards.append(_AdamSmall(small, {name: groups[kinds[name]] for name in small}, world))
         self.shards = shards
+        self.names = [name for shard in shards for name in shard.names]
+        self._kinds = [kinds[name] for name in self.names]
+        self._sizes = [params[name].numel() for name in self.names]
 
     @torch.no_grad()
     def step(
         self, lr_mult: float, momentum: float, muon_weight_decay: float, ok: Tensor | None = None
-    ) -> StepResult:
+    ) -> UpdateResult:
         """Average the gradients over the ranks and update the parameters; every rank calls it.
 
         A gradient that is not finite, on any rank, leaves all parameters and moments as they were.
@@ -347,17 +378,30 @@ class MuonAdamW:
         """
         for shard in self.shards:
             shard.reduce()
-        grads = [grad for shard in self.shards for grad in shard.owned_grads()]
-        square = torch.nn.utils.get_total_norm(grads).square()
-        bad = torch.zeros_like(square) if ok is None else (~ok).to(square)
-        total_square, total_bad = self.world.all_reduce_sum(torch.stack((square, bad))).unbind()
-        applied = torch.isfinite(total_square) & (total_bad == 0)
-        rates = _Rates(lr_mult, torch.tensor(momentum), torch.tensor(muon_weight_decay), applied)
-        for shard in self.shards:
-            shard.update(rates)
+        squares = torch.cat([shard.grad_squares() for shard in self.shards])
+        not_ok = squares.new_zeros(self.world.size)
+        if ok is not None:
+            not_ok[self.world.rank] = (~ok).to(squares)
+        squares, not_ok = self.world.all_reduce_sum(torch.cat((squares, not_ok))).split(
+            (len(self.names), self.world.size)
+        )
+        total = squares.sum()
+        applied = torch.isfinite(total) & (not_ok.sum() == 0)
+        scalars = (total.new_full((), value) for value in (lr_mult, momentum, muon_weight_decay))
+        rates = _Rates(lr_mult, *scalars, applied)
+        update_squares = torch.cat([shard.update(rates) for shard in self.shards])
         for shard in self.shards:
             shard.finish()
-        return StepResult(grad_norm=total_square.sqrt(), applied=applied)
+        update_squares = self.world.all_reduce_sum(update_squares)
+        return UpdateResult(total.sqrt(), applied, squares, update_squares, not_ok)
+
+    def rms_by_kind(self, squares: Sequence[float]) -> dict[str, float]:
+        """Root mean squares over all elements of each kind, from sums of squares by parameter."""
+        totals, counts = dict.fromkeys(self._kinds, 0.0), dict.fromkeys(self._kinds, 0)
+        for kind, size, square in zip(self._kinds, self._sizes, squares, strict=True):
+            totals[kind] += square
+            counts[kind] += size
+        return {kind: math.sqrt(total / counts[kind]) for kind, total in totals.items()}
 
     @torch.no_grad()
     def state_tensors(self, keep: bool = True) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -12,11 +13,13 @@ from torch import Tensor
 from nanochat import hardware
 from nanochat.checkpoint import TrainState
 from nanochat.errors import UserError
+from nanochat.optim import UpdateResult
 from nanochat.runlog import RunLog
 from nanochat.scaling import Plan
 from nanochat.world import World
 
 SMOOTHING = 0.9  # of the training loss that the console shows
+MOST_SKIPPED = 10  # steps in a row, after which no later one will do better
 
 
 @dataclass(frozen=True)
@@ -25,21 +28,21 @@ class StepResult:
 
     Attributes:
         loss: 0-dim, mean over the ranks, in nats.
-        grad_norm: 0-dim, of the gradient averaged over the ranks.
-        applied: 0-dim bool, False if the update was held back.
-        overflow: 0-dim bool, it was held back because fp16 gradients overflowed, which the loss scale mends.
+        update: what the optimizer says of its step.
+        overflow: 0-dim bool, the update was held back because fp16 gradients overflowed, which the loss scale mends.
         lr_mult: the schedule's factor on every learning rate.
     """
 
     loss: Tensor
-    grad_norm: Tensor
-    applied: Tensor
+    update: UpdateResult
     overflow: Tensor
     lr_mult: float
 
     def on_device(self) -> Tensor:
-        """(4,) fp32: loss, gradient norm, applied, overflow."""
-        return torch.stack((self.loss, self.grad_norm, self.applied.float(), self.overflow.float()))
+        """(4 + P,) fp32: loss, gradient norm, applied, overflow, squares of the update by parameter."""
+        update = self.update
+        figures = (self.loss, update.grad_norm, update.applied.float(), self.overflow.float())
+        return torch.cat((torch.stack(figures), update.update_squares))
 
 
 class StepReporter:
@@ -50,6 +53,7 @@ class StepReporter:
         self._plan, self._world, self._log = plan, world, log
         self.peak_flops_per_s = peak_flops_per_s * world.size
         self._pending: list[tuple[StepResult, float]] = []
+        self._skipped_in_a_row = 0
         self._mark = time.perf_counter()
         self.every = 10 if world.device.type == "cuda" else 1
         self.seconds_to_first_step: float | None = None
@@ -68,7 +72,8 @@ class StepReporter:
         """Read the pending results, waiting for the device once, and report them.
 
         Raises:
-            UserError: a loss or gradient was not finite; the weights are those of the step before it.
+            UserError: a loss or gradient was not finite, which left the weights as they were, and we are to
+                stop there; or too many steps in a row were like that.
         """
         if not self._pending:
             return
@@ -77,57 +82,77 @@ class StepReporter:
         if self.seconds_to_first_step is None:
             self.seconds_to_first_step = hardware.process_age_seconds()
         first = state.step - len(values)
-        for step, (loss, grad_norm, applied, overflow) in enumerate(values, start=first):
+        for step, (loss, grad_norm, applied, overflow, *squares) in enumerate(values, start=first):
+            result, epoch = self._pending[step - first]
+            state.train_seconds += seconds
             if overflow:
                 self._log.say(f"step {step}: fp16 gradients overflowed; step skipped, loss scale halved")
             elif not applied:
-                raise UserError(
-                    f"step {step}: loss {loss}, gradient norm {grad_norm}: not finite, so the weights were "
-                    "left as they were. Lower --matrix-lr and --embedding-lr; --resume=auto goes on from the "
-                    "last checkpoint."
-                )
-            result, epoch = self._pending[step - first]
-            state.train_seconds += seconds
+                self._held_back(state, step, loss, grad_norm, result.update)
+                continue
+            self._skipped_in_a_row = 0
             state.smoothed_loss += (1 - SMOOTHING) * (loss - state.smoothed_loss)
             norm = None if overflow else grad_norm
             figures = {"loss": loss, "grad_norm": norm, "lr_mult": result.lr_mult, "epoch": epoch}
-            self._report(state, step, seconds, **figures)
+            self._report(state, step, seconds, figures, state.optimizer.rms_by_kind(squares))
         self._pending.clear()
         self.restart_clock()
+
+    def _held_back(
+        self, state: TrainState, step: int, loss: float, grad_norm: float, update: UpdateResult
+    ) -> None:
+        """Say which step changed nothing and why; stop, or count it."""
+        what = f"step {step}: loss {loss}, gradient norm {grad_norm}: not finite ({_origin(state, update)})"
+        advice = "Lower --matrix-lr and --embedding-lr; --resume=auto goes on from the last checkpoint."
+        if self._plan.args.on_nonfinite == "stop":
+            raise UserError(f"{what}, so the weights were left as they were. {advice}")
+        state.skipped_steps += 1
+        self._skipped_in_a_row += 1
+        self._log.write("skip", step, reason=what)
+        self._log.say(f"{what}; skipped, {state.skipped_steps} so far")
+        if self._skipped_in_a_row == MOST_SKIPPED:
+            raise UserError(f"{what}, as were the {MOST_SKIPPED - 1} steps before it. {advice}")
 
     def _report(
         self,
         state: TrainState,
         step: int,
         seconds: float,
-        *,
-        loss: float,
-        grad_norm: float | None,
-        lr_mult: float,
-        epoch: float,
+        figures: dict[str, Any],
+        update_rms: dict[str, float],
     ) -> None:
         plan = self._plan
-        smoothed = state.smoothed_loss / (1 - SMOOTHING ** (step + 1))
+        smoothed = state.smoothed_loss / (1 - SMOOTHING ** (step + 1 - state.skipped_steps))
         tokens_per_s = plan.batch_tokens / seconds
         mfu = tokens_per_s * plan.flops_per_token / self.peak_flops_per_s
         left_s = (plan.steps - step - 1) * state.train_seconds / (step + 1)
-        lr = plan.groups["matrix"].lr * lr_mult
+        lr = plan.groups["matrix"].lr * figures["lr_mult"]
+        skipped = f" | skipped {state.skipped_steps}" if state.skipped_steps else ""
         self._log.step(
             step,
             f"step {step + 1:5d}/{plan.steps} | loss {smoothed:.4f} | lr {lr:.2e} | "
-            f"{tokens_per_s:,.0f} tok/s | mfu {100 * mfu:.1f}% | epoch {epoch:.2f} | "
-            f"eta {left_s / 60:.1f} min",
-            loss=loss,
+            f"{tokens_per_s:,.0f} tok/s | mfu {100 * mfu:.1f}% | epoch {figures['epoch']:.2f} | "
+            f"eta {left_s / 60:.1f} min{skipped}",
+            **figures,
             smoothed_loss=smoothed,
             lr=lr,
-            lr_mult=lr_mult,
-            grad_norm=grad_norm,
             tokens_per_second=tokens_per_s,
             mfu=mfu,
-            epoch=epoch,
             tokens=(step + 1) * plan.batch_tokens,
             train_seconds=state.train_seconds,
+            skipped_steps=state.skipped_steps,
+            **{f"update_rms_{kind}": rms for kind, rms in update_rms.items()},
         )
+
+
+def _origin(state: TrainState, update: UpdateResult) -> str:
+    """Where a number that is not finite was met: ranks by their loss, the first parameter by its gradient."""
+    ranks = [str(rank) for rank, bad in enumerate(update.not_ok.tolist()) if bad]
+    places = [f"in the loss of rank {', '.join(ranks)}"] if ranks else []
+    squares = zip(state.optimizer.names, update.grad_squares.tolist(), strict=True)
+    if first := next((name for name, square in squares if not math.isfinite(square)), None):
+        places.append(f"first in the gradient of {first}")
+    return ", ".join(places) or "the sum of the gradient's squares overflows"
 
 
 def summarize(
@@ -141,6 +166,7 @@ def summarize(
         "status": status,
         "depth": plan.args.depth,
         "steps": state.step,
+        "skipped_steps": state.skipped_steps,
         "tokens": tokens,
         "val_bpb": state.val_bpb,
         "min_val_bpb": state.min_val_bpb,

@@ -79,7 +79,7 @@ def train_step(plan: Plan, state: TrainState, world: World) -> StepResult:
     )
     mean_loss = world.all_reduce_sum(loss) / world.size
     overflow = state.loss_scale.adjust(update.applied, mean_loss)
-    return StepResult(mean_loss, update.grad_norm, update.applied, overflow, lr_mult)
+    return StepResult(mean_loss, update, overflow, lr_mult)
 
 
 def train(plan: Plan, state: TrainState, world: World, reporter: StepReporter, hooks: list[Hook]) -> str:
