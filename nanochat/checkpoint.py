@@ -131,7 +131,7 @@ def _require_counters(meta: dict[str, Any], folder: Path) -> None:
         not isinstance(scale, list)
         or len(scale) not in (0, 2)
         or not all(type(number) in (int, float) for number in (*numbers, *scale) if number is not None)
-        or None in (*numbers[:3], *scale)
+        or None in (*numbers[:4], *scale)
         or type(meta["step"]) is not int
         or folder.name != f"step_{meta['step']:06d}"
         or not isinstance(meta.get("loader"), dict)

@@ -1,4 +1,4 @@
-"""Collectives that are left under way: every handle is kept, with the tensors it reads, until it is waited for."""
+"""Collectives left under way: every handle is kept, with the tensors it reads, until it is waited for."""
 
 from __future__ import annotations
 

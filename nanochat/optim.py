@@ -54,7 +54,7 @@ class UpdateResult:
 
 @dataclass(frozen=True)
 class _Rates:
-    """Scalars of one step. Tensors are made by a fill on the device: copied there, they would be waited for."""
+    """Scalars of one step. Tensors are filled on the device: copied there, they would be waited for."""
 
     lr_mult: float
     muon_lr_mult: Tensor
@@ -382,13 +382,12 @@ class MuonAdamW:
         not_ok = squares.new_zeros(self.world.size)
         if ok is not None:
             not_ok[self.world.rank] = (~ok).to(squares)
-        squares, not_ok = self.world.all_reduce_sum(torch.cat((squares, not_ok))).split(
-            (len(self.names), self.world.size)
-        )
+        both = self.world.all_reduce_sum(torch.cat((squares, not_ok)))
+        squares, not_ok = both[: len(self.names)], both[len(self.names) :]
         total = squares.sum()
         applied = torch.isfinite(total) & (not_ok.sum() == 0)
-        scalars = (total.new_full((), value) for value in (lr_mult, momentum, muon_weight_decay))
-        rates = _Rates(lr_mult, *scalars, applied)
+        lr, mu, decay = (total.new_full((), value) for value in (lr_mult, momentum, muon_weight_decay))
+        rates = _Rates(lr_mult, lr, mu, decay, applied)
         update_squares = torch.cat([shard.update(rates) for shard in self.shards])
         for shard in self.shards:
             shard.finish()

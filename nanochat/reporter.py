@@ -29,7 +29,7 @@ class StepResult:
     Attributes:
         loss: 0-dim, mean over the ranks, in nats.
         update: what the optimizer says of its step.
-        overflow: 0-dim bool, the update was held back because fp16 gradients overflowed, which the loss scale mends.
+        overflow: 0-dim bool, it was held back because fp16 gradients overflowed, which the loss scale mends.
         lr_mult: the schedule's factor on every learning rate.
     """
 

@@ -136,7 +136,7 @@ def adamw_update(
     found_inf = (~ok).to(torch.float32)
     square = param.new_zeros(1)
     size = CHANGE_ELEMENTS.get(param.device.type, CHANGE_ELEMENTS["cuda"])
-    parts = (tensor.view(-1).split(size) for tensor in (param, grad, exp_avg, exp_avg_sq))
+    parts = (torch.split(tensor.view(-1), size) for tensor in (param, grad, exp_avg, exp_avg_sq))
     for p, g, m, v in zip(*parts, strict=True):
         before = p.clone()
         torch._fused_adamw_(
@@ -161,7 +161,8 @@ def adamw_update(
 
 def sum_of_squares(x: Tensor) -> Tensor:
     """(K, ...) -> (K,) fp32."""
-    return torch.linalg.vector_norm(x.flatten(1), dim=1).square()
+    norms: Tensor = torch.linalg.vector_norm(x.flatten(1), dim=1)
+    return norms.square()
 
 
 def _frobenius(x: Tensor) -> Tensor:

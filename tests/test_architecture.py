@@ -20,8 +20,8 @@ from tests.conftest import REPO
 LAYERS = (
     ("errors", "files", "process", "hardware", "world", "runlog", "charts", "progress", "stopping"),
     ("config", "recipe", "schedule", "scaling", "tokenizer", "shards", "packing", "core_results"),
-    ("arrival", "corpora", "hub", "dataset", "attention", "update_rules", "optim", "loss_scale", "loss")
-    + ("core_tasks", "core_mini", "checkpoint_files", "same_run"),
+    ("arrival", "corpora", "hub", "dataset", "attention", "update_rules", "collectives", "optim")
+    + ("loss_scale", "loss", "core_tasks", "core_mini", "checkpoint_files", "same_run"),
     ("lanes", "dataloader", "gpt", "tok_train", "tok_eval"),
     ("loss_eval", "engine", "core_eval", "checkpoint", "reporter"),
     ("saver", "resume", "base_eval", "hooks", "train", "report"),

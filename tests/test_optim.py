@@ -193,6 +193,25 @@ def test_what_is_not_finite_changes_nothing_and_the_next_step_is_as_if_it_never_
     assert all(torch.equal(disturbed[name], calm[name]) for name in calm)
 
 
+def test_a_step_tells_the_squares_of_what_it_changed():
+    params, kinds = random_problem()
+    optimizer = MuonAdamW(params, kinds, GROUPS, World.solo(), torch.float32, NORM_FACTOR)
+    for step in range(3):
+        before = {name: p.detach().clone() for name, p in params.items()}
+        set_random_grads(params, step)
+        grads = {name: p.grad.clone() for name, p in params.items()}
+        result = optimizer.step(*schedule(step))
+        for name, grad, update in zip(
+            optimizer.names, result.grad_squares, result.update_squares, strict=True
+        ):
+            change = (params[name].detach() - before[name]).double()
+            torch.testing.assert_close(update.double(), change.square().sum(), rtol=1e-3, atol=1e-9)
+            torch.testing.assert_close(grad, grads[name].square().sum())
+    rms = optimizer.rms_by_kind(result.update_squares.tolist())
+    changes = [(params[n].detach() - before[n]).flatten() for n, kind in kinds.items() if kind == "matrix"]
+    assert rms["matrix"] == pytest.approx(torch.cat(changes).square().mean().sqrt().item(), rel=1e-3)
+
+
 def test_the_state_continues_in_another_optimizer_bit_for_bit():
     def start():
         params, kinds = random_problem()

@@ -172,6 +172,53 @@ def test_nan_never_reaches_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     assert clean
 
 
+def poison(steps: range, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the loss of these steps be nan."""
+    real_step = train.train_step
+
+    def poisoned(plan: Any, state: Any, world: Any) -> Any:
+        real_loss = state.model.loss
+        if state.step in steps:
+            state.model.loss = lambda *batch: real_loss(*batch) * math.nan
+        result = real_step(plan, state, world)
+        state.model.__dict__.pop("loss", None)
+        return result
+
+    monkeypatch.setattr(train, "train_step", poisoned)
+
+
+def test_on_request_a_step_that_is_not_finite_is_skipped_and_counted(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    poison(range(3, 5), monkeypatch)
+    summary = train_tiny(on_nonfinite="skip")
+    assert (summary["status"], summary["steps"], summary["skipped_steps"]) == ("finished", 12, 2)
+    taken = metrics(kind="step")
+    assert [entry["step"] for entry in taken] == [0, 1, 2, *range(5, 12)]
+    assert [entry["skipped_steps"] for entry in taken] == [0, 0, 0] + 7 * [2]
+    assert all(math.isfinite(entry["smoothed_loss"]) for entry in taken)
+    assert [entry["step"] for entry in metrics(kind="skip")] == [3, 4]
+    assert "first in the gradient of embed.weight" in metrics(kind="skip")[0]["reason"]
+    told = capsys.readouterr().out
+    assert "step 3: loss nan" in told
+    assert "| skipped 2" in told
+
+
+def test_ten_bad_steps_in_a_row_end_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    poison(range(1, 12), monkeypatch)
+    with pytest.raises(UserError, match="step 10: .* as were the 9 steps before it"):
+        train_tiny(on_nonfinite="skip")
+
+
+def test_the_metrics_have_the_size_of_each_kind_of_update() -> None:
+    train_tiny(num_iterations=2)
+    for entry in metrics(kind="step"):
+        found = {name for name in entry if name.startswith("update_rms_")}
+        kinds = ["matrix", "embedding", "value_embedding", "unembedding", "resid", "x0", "smear"]
+        assert found == {f"update_rms_{kind}" for kind in kinds}
+        assert all(0 < entry[name] < 1 for name in found)
+
+
 @pytest.mark.parametrize(
     ("every", "at_start", "expected"),
     [(4, False, [4, 8, 10]), (4, True, [0, 4, 8, 10]), (0, False, [10]), (5, False, [5, 10])],
