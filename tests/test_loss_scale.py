@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from nanochat import checkpoint, files, loss_scale, scaling, train
+from nanochat import checkpoint_files, files, loss_scale, scaling, train
 from nanochat.dataset import Corpus
 from nanochat.errors import UserError
 from nanochat.hardware import Precision, choose_dtype
@@ -35,7 +35,9 @@ def steps_of(run: str) -> list[dict[str, Any]]:
 
 
 def scale_of(run: str, step: int) -> list[float]:
-    kept: list[float] = json.loads((checkpoint.folder_of(run, step) / "state.json").read_text())["loss_scale"]
+    kept: list[float] = json.loads((checkpoint_files.folder_of(run, step) / "state.json").read_text())[
+        "loss_scale"
+    ]
     return kept
 
 
