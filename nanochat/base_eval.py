@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from nanochat import attention, checkpoint, core_eval, files
+from nanochat import attention, checkpoint, core_compare, core_eval, files
 from nanochat.config import EvalArgs, TrainArgs, from_dict
-from nanochat.core_results import GPT2_CORE, CoreResult, TaskScore
+from nanochat.core_compare import Combined, Difference
+from nanochat.core_results import CoreResult, TaskScore, verdict
+from nanochat.core_stats import probability_above
 from nanochat.core_tasks import Bundle
 from nanochat.dataloader import ValBatches
 from nanochat.dataset import Corpus
@@ -25,7 +28,25 @@ from nanochat.world import World
 
 PARTS = ("core", "bpb", "sample")
 LOG_COLUMNS = 110  # of a table in a log; a terminal knows its own
-CORE_TASKS = 22  # another suite must not be compared to that bar
+SIGNIFICANT = 0.01  # p-value at which a task's difference is marked
+
+
+def main(args: EvalArgs, world: World) -> None:
+    """Do what is asked: score a run, compare two scored ones, or combine several.
+
+    Raises:
+        UserError: as `run`, `core_compare.compare` and `core_compare.combine`.
+    """
+    if args.compare:
+        if len(args.compare) != 2:
+            raise UserError(f"--compare {' '.join(args.compare)}: expected two runs, A and B.")
+        if world.is_main:
+            show_difference(args.compare, core_compare.compare(*args.compare))
+    elif args.combine:
+        if world.is_main:
+            show_combined(core_compare.combine(args.combine))
+    else:
+        run(args, world)
 
 
 def run(args: EvalArgs, world: World) -> dict[str, Any]:
@@ -101,17 +122,21 @@ def parse_parts(text: str) -> tuple[str, ...]:
 def _score_core(model: GPT, tokenizer: Tokenizer, bundle: Bundle, args: EvalArgs, world: World) -> CoreResult:
     def tell(score: TaskScore) -> None:
         world.print0(
-            f"  {score.label:34s} {score.accuracy:.4f} of {score.examples:5d}, centered {score.centered:+.4f}"
+            f"  {score.label:34s} {score.accuracy:.4f} of {score.examples:5d}, "
+            f"centered {score.centered():+.4f}"
         )
 
-    world.print0(f"CORE on {bundle.name}")
+    world.print0(f"CORE on {bundle.name}, prompts of {args.core_variant}")
     return core_eval.evaluate(
-        model,
+        core_eval.GPTScorer(model),
         tokenizer,
         bundle,
         max_per_task=args.core_metric_max_per_task,
         world=world,
-        batch_tokens=args.device_batch_size * model.config.sequence_len,
+        variant=args.core_variant,
+        batch_tokens=args.eval_batch_tokens,
+        crop_tokens=args.core_crop_tokens,
+        keep_going=args.keep_going,
         on_task=tell,
     )
 
@@ -141,25 +166,41 @@ def _score_bpb(
     return found
 
 
+def _console() -> Console:
+    console = Console()
+    return console if console.is_terminal else Console(width=LOG_COLUMNS)
+
+
 def show(found: dict[str, Any], core: CoreResult | None) -> None:
     """Print the scores as a table, CORE beside GPT-2's, and the samples."""
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=LOG_COLUMNS)
+    console = _console()
     if core is not None:
         console.print(_table(core))
-        bar = f" (GPT-2 1558M: {GPT2_CORE})" if len(core.tasks) == CORE_TASKS else ""
-        console.print(f"CORE {core.core_metric:.4f} +- {core.core_stderr:.4f}{bar}", highlight=False)
-        console.print(
-            f"{len(core.predictions)} examples, {core.examples_per_second:.1f} per second", highlight=False
-        )
-        cropped = sum(task.cropped_prompts for task in core.tasks)
-        if cropped:
-            console.print(
-                f"{cropped} prompts were cropped to the last {core.crop_tokens} tokens", highlight=False
-            )
+        for line in core_lines(core):
+            console.print(line, highlight=False, markup=False)
     for sample in found["samples"]:
         console.print("-" * 40, sample, sep="\n", highlight=False, markup=False)
+
+
+def core_lines(core: CoreResult) -> list[str]:
+    """What is said below the table."""
+    lines = [f"left out: {message}" for message in core.faults.values()]
+    metric, stderr, boot = core.core_metric, core.core_stderr, core.bootstrapped()
+    if metric is None or stderr is None or boot is None:
+        lines.append("CORE is not reported: a task is missing")
+    else:
+        lines.append(
+            f"CORE {metric:.4f} +- {stderr:.4f}, 95 % of resampled examples from {boot['low']:.4f} to "
+            f"{boot['high']:.4f}; baselines v1 {core.core(1):.4f}, v2 {core.core(2):.4f}"
+        )
+    if judged := verdict((task.label for task in core.tasks), core.variant, metric, stderr):
+        lines.append(f"This is {judged}.")
+    lines.append(f"{len(core.predictions)} examples, {core.examples_per_second:.1f} per second")
+    shares = ", ".join(f"{part} {seconds:.1f}" for part, seconds in core.seconds_of.items())
+    lines.append(f"{core.computed_tokens:,} tokens computed in {core.seconds:.1f} s: {shares}")
+    if cropped := sum(task.cropped_prompts for task in core.tasks):
+        lines.append(f"{cropped} prompts were cropped to the last {core.crop_tokens} tokens")
+    return lines
 
 
 def _table(core: CoreResult) -> Table:
@@ -174,7 +215,60 @@ def _table(core: CoreResult) -> Table:
             str(task.examples),
             f"{task.accuracy:.4f}",
             f"{task.stderr:.4f}",
-            f"{task.baseline_percent / 100:.3f}",
-            f"{task.centered:+.4f}",
+            f"{task.baseline(core.version) / 100:.3f}",
+            f"{task.centered(core.version):+.4f}",
         )
     return table
+
+
+def show_difference(runs: Sequence[str], found: Sequence[Difference]) -> None:
+    """Print what run B has more than run A; a star marks a task's difference that is hardly chance."""
+    table = Table(title=f"{runs[1]} against {runs[0]}, by example", box=SIMPLE)
+    table.add_column("task")
+    for heading in (
+        "examples",
+        runs[0],
+        runs[1],
+        "difference",
+        "+-",
+        f"only {runs[0]}",
+        f"only {runs[1]}",
+        "p",
+    ):
+        table.add_column(heading, justify="right")
+    for row in found:
+        table.add_row(
+            row.name,
+            str(row.pairs),
+            f"{row.first:.4f}",
+            f"{row.second:.4f}",
+            f"{row.second - row.first:+.4f}",
+            f"{row.stderr:.4f}",
+            str(row.only_first),
+            str(row.only_second),
+            f"{row.p_value:.3f}{' *' if row.p_value < SIGNIFICANT else ''}",
+        )
+    console = _console()
+    console.print(table)
+    whole = found[0]
+    above = probability_above(whole.second - whole.first, whole.stderr, 0.0)
+    console.print(
+        f"CORE of {runs[1]} is {whole.second - whole.first:+.4f} +- {whole.stderr:.4f} from that of "
+        f"{runs[0]}: higher with probability {above:.3f}, before the spread between seeds.",
+        highlight=False,
+        markup=False,
+    )
+
+
+def show_combined(found: Combined) -> None:
+    """Print the mean of several seeds."""
+    console = _console()
+    for name, value in zip(found.runs, found.values, strict=True):
+        console.print(f"  {name:30s} CORE {value:.4f}", highlight=False, markup=False)
+    judged = f": {found.verdict}" if found.verdict else ""
+    console.print(
+        f"CORE {found.mean:.4f} +- {found.stderr:.4f}, mean and standard error of {len(found.runs)} runs"
+        f"{judged}",
+        highlight=False,
+        markup=False,
+    )

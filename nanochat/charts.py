@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -69,7 +69,12 @@ def line_chart(
 
 
 def bar_chart(
-    name: str, labels: Sequence[str], values: Sequence[float], errors: Sequence[float], label: str
+    name: str,
+    labels: Sequence[str],
+    values: Sequence[float],
+    errors: Sequence[float],
+    label: str,
+    marks: Mapping[str, Sequence[float]] | None = None,
 ) -> str:
     """Horizontal bars with error bars, the first on top, as an `<svg>` element.
 
@@ -79,10 +84,15 @@ def bar_chart(
         values: lengths of the bars; may be negative.
         errors: standard error of each value.
         label: what the values are.
+        marks: by name, values to compare with, each set in a colour of its own.
     """
     figure, axes = _figure(9.0, 0.8 + 0.24 * len(labels))
     places = range(len(labels))
     axes.barh(places, values, xerr=errors, color=COLORS[0], ecolor=INK, height=0.7, capsize=2)
+    for (mark, points), color in zip((marks or {}).items(), COLORS[1:], strict=False):
+        axes.plot(points, places, linestyle="none", marker="D", markersize=4, color=color, label=mark)
+    if marks:
+        axes.legend(frameon=False, labelcolor=INK)
     axes.set_yticks(places, labels)
     axes.invert_yaxis()
     axes.axvline(0, color=INK, linewidth=0.8)

@@ -117,9 +117,21 @@ class EvalArgs:
     step: int | None = flag(None, "checkpoint to score; by default the newest")
     eval: str = flag("core,bpb,sample", "what to do, separated by commas")
     eval_bundle: str = flag("", "CORE tasks: a folder, a zip, or mini for the small suite made on the spot")
+    core_variant: str = flag(
+        "nanochat",
+        "prompts, shots and baselines of CORE (GPT-2's 0.256525 is nanochat's)",
+        choices=("nanochat", "dclm"),
+    )
     core_metric_max_per_task: int = flag(0, "examples of each task; 0 means all")
+    core_crop_tokens: int | None = flag(
+        None, "longer prompts of CORE lose their beginning; by default the model's context"
+    )
+    eval_batch_tokens: int = flag(16384, "most positions in a forward pass of CORE: bounds its memory")
+    keep_going: bool = flag(False, "leave out tasks of CORE whose file is faulty; then there is no CORE")
+    compare: tuple[str, ...] = flag((), "two scored runs: test their difference, example by example")
+    combine: tuple[str, ...] = flag((), "scored runs that differ in their seed: mean and standard error")
     eval_tokens: int = flag(10_485_760, "tokens for bits per byte, of each split")
-    device_batch_size: int = flag(16, "rows of a batch")
+    device_batch_size: int = flag(16, "rows of a batch for bits per byte")
     max_new_tokens: int = flag(64, "tokens of each sample")
     device_type: str = flag("auto", "where to compute", choices=("auto", "cuda", "cpu", "mps"))
     dtype: str = flag("auto", "dtype of activations", choices=("auto", "bfloat16", "float16", "float32"))

@@ -4,11 +4,51 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+
+import numpy as np
+
+from nanochat import core_stats
+from nanochat.core_stats import Stratum
 
 # CORE of GPT-2, 1558 M parameters (CORE.md part 7: at most 1000 examples a task): the bar of the speedrun.
 GPT2_CORE = 0.256525
+
+# Accuracies of GPT-2 with 124 M (all examples) and 1558 M parameters (at most 1000 a task), nanochat's
+# prompts: openai-community-gpt2.csv and openai-community-gpt2-xl.csv of the bundle.
+GPT2_ACCURACY = {
+    "hellaswag_zeroshot": (0.308504, 0.502),
+    "jeopardy": (0.001889, 0.092),
+    "bigbench_qa_wikidata": (0.282663, 0.531),
+    "arc_easy": (0.412458, 0.595),
+    "arc_challenge": (0.221843, 0.299),
+    "copa": (0.6, 0.67),
+    "commonsense_qa": (0.224406, 0.227),
+    "piqa": (0.622960, 0.725),
+    "openbook_qa": (0.278, 0.346),
+    "lambada_openai": (0.322919, 0.523),
+    "hellaswag": (0.307907, 0.512),
+    "winograd": (0.578755, 0.714286),
+    "winogrande": (0.486188, 0.569),
+    "bigbench_dyck_languages": (0.155, 0.247),
+    "agi_eval_lsat_ar": (0.226087, 0.273913),
+    "bigbench_cs_algorithms": (0.419697, 0.417),
+    "bigbench_operators": (0.085714, 0.157143),
+    "bigbench_repeat_copy_logic": (0.03125, 0.09375),
+    "squad": (0.058278, 0.309),
+    "coqa": (0.133659, 0.28),
+    "boolq": (0.552294, 0.619),
+    "bigbench_language_identification": (0.2566, 0.25),
+}
+
+# What DCLM corrected in September 2025; the bundle's own table is the first version.
+BASELINES_V2 = {"commonsense_qa": 40.3, "agi_eval_lsat_ar": 25.0, "bigbench_language_identification": 25.0}
+
+
+def is_core(labels: Iterable[str]) -> bool:
+    """Whether these are CORE's tasks: no other suite may be compared to GPT-2's figure."""
+    return set(labels) == set(GPT2_ACCURACY)
 
 
 @dataclass(frozen=True)
@@ -17,12 +57,14 @@ class Prediction:
 
     Attributes:
         task: label of the task.
-        index: place of the example in the shuffled task.
+        index: place of the example in the order it was asked.
         line: line of the example in the task's file, from 1.
         losses: mean nats per token of each option; NaN where the span is empty.
         answer: the option taken; -1 where a continuation was not the likeliest.
         gold: the right option.
         cropped: how many of its rows were cut to the context.
+        passage: number of the passage it is about.
+        category: of the example, where its task is scored by categories; else empty.
     """
 
     task: str
@@ -32,21 +74,42 @@ class Prediction:
     answer: int
     gold: int
     cropped: int
+    passage: int
+    category: str = ""
+
+    @property
+    def correct(self) -> bool:
+        """Whether the answer is the right one."""
+        return self.answer == self.gold
 
     def as_json(self) -> str:
         """One line of core_predictions.jsonl."""
-        losses = [None if math.isnan(nats) else round(nats, 6) for nats in self.losses]
-        fields = {"task": self.task, "index": self.index, "line": self.line, "losses": losses}
-        return json.dumps({**fields, "answer": self.answer, "gold": self.gold, "cropped": self.cropped})
+        fields = {
+            "task": self.task,
+            "index": self.index,
+            "line": self.line,
+            "losses": [None if math.isnan(nats) else round(nats, 6) for nats in self.losses],
+            "answer": self.answer,
+            "gold": self.gold,
+            "cropped": self.cropped,
+            "passage": self.passage,
+        }
+        return json.dumps(fields | ({"category": self.category} if self.category else {}))
 
 
 @dataclass(frozen=True)
 class TaskScore:
     """The score of one task.
 
-    >>> score = TaskScore("t", "multiple_choice", 0, 25.0, examples=100, correct=40, cropped_prompts=0)
-    >>> round(score.accuracy, 6), round(score.centered, 6), round(score.stderr, 6)
-    (0.4, 0.2, 0.04899)
+    Attributes:
+        label: its name.
+        kind: its type.
+        shots: solved examples shown before each question.
+        baseline_percent: accuracy of guessing, as the bundle has it (v1).
+        examples: how many were asked.
+        strata: right answers by category, or of all examples.
+        cropped_prompts: how many rows lost their beginning.
+        controls: accuracies of answers that need no model, by name.
     """
 
     label: str
@@ -54,45 +117,125 @@ class TaskScore:
     shots: int
     baseline_percent: float
     examples: int
-    correct: int
+    strata: tuple[Stratum, ...]
     cropped_prompts: int
+    controls: dict[str, float]
 
     @property
     def accuracy(self) -> float:
-        """Share of examples answered rightly."""
-        return self.correct / self.examples
+        """Share of examples answered rightly; with categories, the plain mean of theirs."""
+        return sum(stratum.mean for stratum in self.strata) / len(self.strata)
 
     @property
     def stderr(self) -> float:
-        """Binomial standard error of the accuracy."""
-        return math.sqrt(self.accuracy * (1 - self.accuracy) / self.examples)
+        """Standard error of the accuracy: binomial, or of passages where prompts repeat them."""
+        return core_stats.stderr_of_mean(self.strata)
 
     @property
-    def centered(self) -> float:
+    def passages(self) -> int:
+        """How many independent draws there are."""
+        return sum(len(stratum.sizes) for stratum in self.strata)
+
+    def baseline(self, version: int) -> float:
+        """Accuracy of guessing in percent, by DCLM's first table or its second."""
+        return BASELINES_V2.get(self.label, self.baseline_percent) if version == 2 else self.baseline_percent
+
+    def centered(self, version: int = 1) -> float:
         """Accuracy on a scale where guessing is 0 and perfection 1."""
-        return centre(self.accuracy, self.baseline_percent)
+        return centre(self.accuracy, self.baseline(version))
+
+    def scale(self, version: int = 1) -> float:
+        """What an accuracy is multiplied by on that scale."""
+        return 1 / (1 - self.baseline(version) / 100)
+
+
+def score_task(
+    label: str,
+    kind: str,
+    shots: int,
+    baseline_percent: float,
+    answers: Sequence[Prediction],
+    controls: dict[str, float],
+) -> TaskScore:
+    """Count the right answers of one task, by category where it has them."""
+    by_category: dict[str, list[Prediction]] = {}
+    for answer in answers:
+        by_category.setdefault(answer.category, []).append(answer)
+    strata = tuple(
+        Stratum.of([float(answer.correct) for answer in own], [answer.passage for answer in own])
+        for own in by_category.values()
+    )
+    cropped = sum(answer.cropped for answer in answers)
+    return TaskScore(label, kind, shots, baseline_percent, len(answers), strata, cropped, controls)
 
 
 @dataclass(frozen=True)
 class CoreResult:
-    """All that an evaluation found."""
+    """All that an evaluation found.
+
+    Attributes:
+        bundle: name of the bundle.
+        variant: of the prompts.
+        tasks: their scores, in the order of the bundle.
+        predictions: the answers to all examples.
+        crop_tokens: longest prompt; longer ones lost their beginning.
+        seconds: of all of it.
+        seconds_of: of its parts, on the first rank.
+        computed_tokens: positions that went through the model, over all ranks.
+        faults: by label, what was wrong with the tasks left out.
+    """
 
     bundle: str
+    variant: str
     tasks: tuple[TaskScore, ...]
     predictions: tuple[Prediction, ...]
     crop_tokens: int
     seconds: float
+    seconds_of: dict[str, float]
+    computed_tokens: int
+    faults: dict[str, str]
 
     @property
-    def core_metric(self) -> float:
-        """Plain mean of the centered accuracies."""
-        return sum(task.centered for task in self.tasks) / len(self.tasks)
+    def version(self) -> int:
+        """Which table of baselines the variant means."""
+        return 2 if self.variant == "dclm" else 1
 
     @property
-    def core_stderr(self) -> float:
-        """Standard error of the mean, from the tasks' binomial errors; the set of tasks is taken as given."""
-        variances = (task.stderr**2 / (1 - task.baseline_percent / 100) ** 2 for task in self.tasks)
+    def core_metric(self) -> float | None:
+        """Plain mean of the centered accuracies; None where a task is missing."""
+        return self.core(self.version)
+
+    def core(self, version: int) -> float | None:
+        """CORE by one of the two tables of baselines."""
+        if self.faults:
+            return None
+        return sum(task.centered(version) for task in self.tasks) / len(self.tasks)
+
+    @property
+    def core_stderr(self) -> float | None:
+        """Standard error of the mean, from the tasks' errors; the set of tasks is taken as given."""
+        if self.faults:
+            return None
+        variances = ((task.stderr * task.scale(self.version)) ** 2 for task in self.tasks)
         return math.sqrt(sum(variances)) / len(self.tasks)
+
+    def bootstrapped(self) -> dict[str, float] | None:
+        """Standard error and 95 % interval of CORE from resampled examples."""
+        metric = self.core_metric
+        if metric is None:
+            return None
+        scales = [task.scale(self.version) for task in self.tasks]
+        values = core_stats.bootstrap([task.strata for task in self.tasks], scales)
+        low, high = np.percentile(values, [2.5, 97.5])
+        offset = metric - sum(
+            task.accuracy * scale for task, scale in zip(self.tasks, scales, strict=True)
+        ) / len(scales)
+        return {
+            "stderr": float(values.std(ddof=1)),
+            "low": float(low + offset),
+            "high": float(high + offset),
+            "samples": float(len(values)),
+        }
 
     @property
     def examples_per_second(self) -> float:
@@ -101,32 +244,62 @@ class CoreResult:
 
     def as_dict(self) -> dict[str, object]:
         """The fields of base_eval.json."""
-        tasks = {
-            task.label: {
-                "accuracy": task.accuracy,
-                "centered": task.centered,
-                "stderr": task.stderr,
-                "examples": task.examples,
-                "baseline": task.baseline_percent / 100,
-                "shots": task.shots,
-                "type": task.kind,
-                "cropped_prompts": task.cropped_prompts,
-            }
-            for task in self.tasks
-        }
         return {
             "core_metric": self.core_metric,
             "core_stderr": self.core_stderr,
-            "tasks": tasks,
+            "core_bootstrap": self.bootstrapped(),
+            "core_v1": self.core(1),
+            "core_v2": self.core(2),
+            "core_variant": self.variant,
+            "tasks": {task.label: self._task_fields(task) for task in self.tasks},
+            "faults": self.faults,
             "bundle": self.bundle,
             "crop_tokens": self.crop_tokens,
             "seconds": self.seconds,
+            "core_seconds": {"all": self.seconds, **self.seconds_of},
             "examples_per_second": self.examples_per_second,
+            "computed_tokens": self.computed_tokens,
+        }
+
+    def _task_fields(self, task: TaskScore) -> dict[str, object]:
+        return {
+            "accuracy": task.accuracy,
+            "centered": task.centered(self.version),
+            "stderr": task.stderr,
+            "examples": task.examples,
+            "passages": task.passages,
+            "baseline": task.baseline(self.version) / 100,
+            "baseline_v1": task.baseline(1) / 100,
+            "baseline_v2": task.baseline(2) / 100,
+            "shots": task.shots,
+            "type": task.kind,
+            "cropped_prompts": task.cropped_prompts,
+            "controls": task.controls,
         }
 
     def predictions_jsonl(self) -> str:
         """The text of core_predictions.jsonl."""
         return "".join(prediction.as_json() + "\n" for prediction in self.predictions)
+
+
+def verdict(labels: Iterable[str], variant: str, value: float | None, stderr: float | None) -> str:
+    """One sentence on GPT-2's figure; empty where the score is not comparable to it."""
+    if value is None or stderr is None or variant != "nanochat" or not is_core(labels):
+        return ""
+    return describe_probability(core_stats.probability_above(value, stderr, GPT2_CORE))
+
+
+def describe_probability(above: float) -> str:
+    """The verdict on GPT-2's figure.
+
+    >>> describe_probability(0.9)
+    'above the 0.256525 of GPT-2 1558M with probability 0.900'
+    >>> describe_probability(0.0004)
+    'below the 0.256525 of GPT-2 1558M with probability above 0.999'
+    """
+    side, sure = ("above", above) if above >= 0.5 else ("below", 1 - above)
+    shown = f"{sure:.3f}" if sure < 0.9995 else "above 0.999"
+    return f"{side} the {GPT2_CORE} of GPT-2 1558M with probability {shown}"
 
 
 def centre(accuracy: float, baseline_percent: float) -> float:

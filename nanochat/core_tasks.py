@@ -1,18 +1,18 @@
-"""CORE's tasks: reading a bundle, drawing the few-shot examples and writing the prompts. Pure text, no model.
+"""CORE's tasks: reading and checking a bundle. Pure text, no model.
 
 A bundle is a folder or a zip file with `core.yaml` (the tasks), `eval_meta_data.csv` (the random baselines)
-and `eval_data/*.jsonl` (the examples). Prompts, shots and order are those of karpathy/nanochat 92d63d4, which
-differ from DCLM's in the separator between shots, the draw and the stripping.
+and `eval_data/*.jsonl` (the examples).
 """
 
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import json
-import random
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -26,10 +26,6 @@ MULTIPLE_CHOICE = "multiple_choice"
 SCHEMA = "schema"
 LANGUAGE_MODELING = "language_modeling"
 KINDS = (MULTIPLE_CHOICE, SCHEMA, LANGUAGE_MODELING)
-
-SHUFFLE_SEED = 1337
-SHOT_SEED = 1234  # plus the index of the example
-SHOT_SEPARATOR = "\n\n"
 
 # The largest file of the public bundle unpacks to 19 MB; more than this is not an evaluation set.
 MAX_MEMBER_BYTES = 1 << 30
@@ -83,6 +79,7 @@ class Task:
         delimiter: what stands between a context and its continuation.
         member: path of the examples inside the bundle.
         baseline_percent: accuracy of guessing, as `eval_meta_data.csv` has it.
+        has_categories: whether its examples name the category they are of.
     """
 
     label: str
@@ -91,6 +88,7 @@ class Task:
     delimiter: str
     member: str
     baseline_percent: float
+    has_categories: bool = False
 
 
 @dataclass(frozen=True)
@@ -102,25 +100,19 @@ class Example:
         continuations: the choices, or the one continuation.
         gold: index of the right option; 0 for language modeling.
         line: its line in the task's file, from 1.
+        category: what it is about, where the task has categories.
     """
 
     contexts: tuple[str, ...]
     continuations: tuple[str, ...]
     gold: int
     line: int
+    category: str = ""
 
-
-@dataclass(frozen=True)
-class Prompt:
-    """The texts to be scored for one question.
-
-    Attributes:
-        rows: one full text per option.
-        stem: language modeling only: the text before the continuation; else None.
-    """
-
-    rows: tuple[str, ...]
-    stem: str | None
+    @property
+    def options(self) -> int:
+        """How many texts are compared, or 1."""
+        return len(self.contexts) * len(self.continuations)
 
 
 def open_bundle(path: Path) -> Bundle:
@@ -228,7 +220,10 @@ def _parse_task(where: str, number: int, entry: Any, baselines: Mapping[str, flo
         raise UserError(f"{here}: continuation_delimiter is {delimiter!r}, expected a text.")
     if label not in baselines:
         raise UserError(f"{here}: eval_meta_data.csv has no random baseline for it.")
-    return Task(label, kind, shots, delimiter, f"eval_data/{uri}", baselines[label])
+    categories = entry.get("has_categories", False)
+    if type(categories) is not bool:
+        raise UserError(f"{here}: has_categories is {categories!r}, expected true or false.")
+    return Task(label, kind, shots, delimiter, f"eval_data/{uri}", baselines[label], categories)
 
 
 def _load_baselines(bundle: Bundle) -> dict[str, float]:
@@ -268,7 +263,10 @@ def load_examples(bundle: Bundle, task: Task) -> list[Example]:
             raise UserError(f"{where}: not valid JSON ({error.msg}). Is the file cut?") from error
         if not isinstance(record, dict):
             raise UserError(f"{where}: expected an object, found {type(record).__name__}.")
-        examples.append(_parse_example(where, task.kind, record, number))
+        example = _parse_example(where, task.kind, record, number)
+        if task.has_categories:
+            example = dataclasses.replace(example, category=_field_text(where, record, "category"))
+        examples.append(example)
     if not examples:
         raise UserError(f"{bundle.name}/{task.member}: holds no examples.")
     return examples
@@ -311,40 +309,21 @@ def _gold(where: str, record: dict[str, Any], options: int) -> int:
     return gold
 
 
-def arrange(examples: Sequence[Example], max_examples: int) -> list[Example]:
-    """Shuffle with the fixed seed and keep the first `max_examples`; 0 or less keeps all."""
-    shuffled = list(examples)
-    random.Random(SHUFFLE_SEED).shuffle(shuffled)  # noqa: S311
-    return shuffled[:max_examples] if max_examples > 0 else shuffled
+def controls(examples: Sequence[Example]) -> dict[str, float]:
+    """Accuracies of answers that need no model: the commonest one, the longest and the shortest option.
 
-
-def draw_shots(index: int, total: int, shots: int) -> list[int]:
-    """Indices of the solved examples shown before example `index` of `total`, in the order they are shown.
-
-    The draw depends on `total`, so a cut list has other shots than the whole one. Where the list is too short
-    to give so many, all others are shown (nanochat fails there).
+    Of language modeling the commonest continuation, and no more.
     """
-    # `sample` chooses places, so drawing from a range gives what drawing from the list without `index` gives.
-    rng = random.Random(SHOT_SEED + index)  # noqa: S311
-    places = rng.sample(range(total - 1), min(shots, total - 1))
-    return [place + (place >= index) for place in places]
-
-
-def render(task: Task, example: Example, shots: Sequence[Example]) -> Prompt:
-    """Write the texts to be scored for an example after its shots."""
-    prefix = "".join(_rows(task, shot)[shot.gold] + SHOT_SEPARATOR for shot in shots)
-    rows = tuple(prefix + row for row in _rows(task, example))
-    if task.kind != LANGUAGE_MODELING:
-        return Prompt(rows, None)
-    return Prompt(rows, (prefix + example.contexts[0].strip() + task.delimiter).strip())
-
-
-def _rows(task: Task, example: Example) -> list[str]:
-    """An example's options as text; the right one is what it looks like as a shot."""
-    if task.kind == LANGUAGE_MODELING:  # the only kind whose context is stripped
-        return [example.contexts[0].strip() + task.delimiter + example.continuations[0]]
-    return [
-        context + task.delimiter + continuation
-        for context in example.contexts
-        for continuation in example.continuations
+    options = [
+        example.continuations if len(example.contexts) == 1 else example.contexts for example in examples
     ]
+    if max(map(len, options)) == 1:
+        [(_, count)] = Counter(texts[0].strip() for texts in options).most_common(1)
+        return {"majority": count / len(examples)}
+    golds = [example.gold for example in examples]
+    right = {"majority": Counter(golds).most_common(1)[0][1], "longest": 0, "shortest": 0}
+    for texts, gold in zip(options, golds, strict=True):
+        sizes = [len(text) for text in texts]
+        right["longest"] += sizes.index(max(sizes)) == gold
+        right["shortest"] += sizes.index(min(sizes)) == gold
+    return {name: count / len(examples) for name, count in right.items()}

@@ -84,9 +84,13 @@ class KVCache:
     def repeat_rows(self, times: int) -> None:
         """Replace each row by `times` copies of it, side by side."""
         if times > 1:
-            self._k = self._k.repeat_interleave(times, dim=1)
-            self._v = self._v.repeat_interleave(times, dim=1)
-            self._last = self._last.repeat_interleave(times, dim=0)
+            self.take_rows(torch.arange(self._k.size(1)).repeat_interleave(times))
+
+    def take_rows(self, rows: Tensor) -> None:
+        """Let row i be a copy of the former row rows[i]; rows is (B,) int64."""
+        rows = rows.to(self._k.device)
+        self._k, self._v = self._k.index_select(1, rows), self._v.index_select(1, rows)
+        self._last = self._last.index_select(0, rows)
 
 
 @dataclass(frozen=True)

@@ -64,6 +64,11 @@ def eval_bundle_dir() -> Path:
     return base_dir() / "eval_bundle"
 
 
+def token_cache_file(key: str) -> Path:
+    """The tokens of some texts of CORE; `key` is the hash of the texts and of the tokenizer."""
+    return base_dir() / "eval_tokens" / f"{key}.safetensors"
+
+
 def fsync_dir(path: Path) -> None:
     """Make the names in a folder durable, where the platform can open a folder at all."""
     if os.name == "nt":

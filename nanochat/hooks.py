@@ -87,7 +87,11 @@ def _scorer(plan: Plan, tokenizer: Tokenizer, world: World, log: RunLog) -> Call
 
     def score(state: TrainState) -> None:
         result = core_eval.evaluate(
-            state.model, tokenizer, bundle, max_per_task=plan.args.core_metric_max_per_task, world=world
+            core_eval.GPTScorer(state.model),
+            tokenizer,
+            bundle,
+            max_per_task=plan.args.core_metric_max_per_task,
+            world=world,
         )
         log.write("core", state.step, core_metric=result.core_metric, core_stderr=result.core_stderr)
         log.say(

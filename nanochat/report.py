@@ -15,10 +15,9 @@ from typing import Any
 
 from nanochat import charts, config, errors, files, runlog
 from nanochat.charts import Series
-from nanochat.core_results import GPT2_CORE
+from nanochat.core_results import GPT2_ACCURACY, centre, is_core, verdict
 from nanochat.errors import UserError
 
-CORE_TASKS = 22  # tasks of the real bundle; another suite must not be compared to that bar
 TABLE_ROWS = 25  # of a curve, where it cannot be drawn
 
 CSS = """
@@ -267,27 +266,50 @@ def _core(found: RunFiles) -> str:
     tasks = scores.get("tasks") or {}
     if tasks:
         parts.append(f"<h3>CORE by task ({escape(str(scores.get('bundle', 'unnamed bundle')))})</h3>\n")
-        parts.append(f"<p>{escape(_core_sentence(scores, len(tasks)))}</p>\n")
+        parts.append(f"<p>{escape(_core_sentence(scores))}</p>\n")
         if charts.available():
-            values = [task["centered"] for task in tasks.values()]
-            spread = [task["stderr"] / (1 - task.get("baseline", 0.0)) for task in tasks.values()]
-            label = "centered accuracy: 0 is guessing, 1 is perfect"
-            parts.append(charts.bar_chart("core", list(tasks), values, spread, label))
+            parts.append(_core_chart(tasks))
         parts.append(_task_table(tasks, _commonest_answers(found.predictions)))
+        parts.append(_controls_table(tasks))
     return "".join(parts)
 
 
-def _core_sentence(scores: dict[str, Any], tasks: int) -> str:
+def _core_chart(tasks: dict[str, Any]) -> str:
+    """Bars with the errors of this run; GPT-2's scores as marks where the suite is CORE."""
+    baselines = [task.get("baseline", 0.0) for task in tasks.values()]
+    values = [task["centered"] for task in tasks.values()]
+    spread = [
+        task["stderr"] / (1 - baseline) for task, baseline in zip(tasks.values(), baselines, strict=True)
+    ]
+    marks = {}
+    if is_core(tasks):
+        for place, name in enumerate(("GPT-2 124M", "GPT-2 1558M")):
+            marks[name] = [
+                centre(GPT2_ACCURACY[label][place], 100 * baseline)
+                for label, baseline in zip(tasks, baselines, strict=True)
+            ]
+    label = "centered accuracy: 0 is guessing, 1 is perfect; bars of one standard error"
+    return charts.bar_chart("core", list(tasks), values, spread, label, marks)
+
+
+def _core_sentence(scores: dict[str, Any]) -> str:
     """CORE and its error; compared to GPT-2 only where the suite is the one GPT-2's figure is of."""
-    value, error = scores["core_metric"], scores.get("core_stderr")
+    tasks, value, error = scores["tasks"], scores["core_metric"], scores.get("core_stderr")
+    if value is None:
+        missing = ", ".join(scores.get("faults") or {}) or "a task"
+        return f"CORE is not reported: {missing} could not be read."
+    variant = scores.get("core_variant", "nanochat")
     text = (
-        f"CORE is {number(value)}, standard error {number(error)}, the mean of {tasks} centered accuracies."
+        f"CORE is {number(value)}, standard error {number(error)}, the mean of {len(tasks)} centered "
+        f"accuracies with the prompts of {variant}, cropped to {scores.get('crop_tokens')} tokens. By the "
+        f"first table of baselines it is {number(scores.get('core_v1'))}, by the corrected one "
+        f"{number(scores.get('core_v2'))}."
     )
-    if scores.get("bundle") == "core_mini" or tasks != CORE_TASKS:
+    if not is_core(tasks):
         return f"{text} This is not the suite of the published CORE figures and is not comparable to them."
-    side = "above" if value > GPT2_CORE else "below"
-    distance = f", {abs(value - GPT2_CORE) / error:.1f} standard errors away" if error else ""
-    return f"{text} GPT-2 has {GPT2_CORE:.4f}: this is {side} it{distance}."
+    if judged := verdict(tasks, variant, value, error):
+        return f"{text} This is {judged}."
+    return text
 
 
 def _commonest_answers(predictions: list[dict[str, Any]]) -> dict[str, float]:
@@ -310,6 +332,30 @@ def _task_table(tasks: dict[str, Any], commonest: dict[str, float]) -> str:
         row = [label, str(task.get("type", "-")), *counts, *percents, number(task.get("centered"), ".3f")]
         rows.append([*row, number(commonest.get(label), ".0f", 100, "%")] if commonest else row)
     return table(head, rows, first_number=2)
+
+
+def _controls_table(tasks: dict[str, Any]) -> str:
+    """What answers that need no model would score, as CORE and by task."""
+    names = ("majority", "longest", "shortest")
+    controls = {label: task.get("controls") or {} for label, task in tasks.items()}
+    if not any(controls.values()):
+        return ""
+
+    def centered(name: str) -> float:
+        # Where an answer is not defined (language modeling has no options) it scores nothing.
+        values = [
+            centre(controls[label][name], 100 * task.get("baseline", 0.0)) if name in controls[label] else 0.0
+            for label, task in tasks.items()
+        ]
+        return sum(values) / len(values)
+
+    head = ["answers without a model", "commonest answer", "longest option", "shortest option"]
+    rows = [["CORE", *(number(centered(name)) for name in names)]]
+    rows += [
+        [label, *(number(own.get(name), ".1f", 100, "%") for name in names)]
+        for label, own in controls.items()
+    ]
+    return "<h3>Controls</h3>\n" + table(head, rows)
 
 
 def _samples(found: RunFiles) -> str:

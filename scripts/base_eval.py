@@ -11,7 +11,7 @@ def main() -> None:
     """Parse, score."""
     args = config.parse(EvalArgs)
     with world.join(args.device_type, args.dist_timeout) as ranks:
-        base_eval.run(args, ranks)
+        base_eval.main(args, ranks)
 
 
 if __name__ == "__main__":

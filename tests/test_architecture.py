@@ -19,12 +19,13 @@ from tests.conftest import REPO
 # A module imports modules of lower layers, and those before it in its own. A new module takes its place here.
 LAYERS = (
     ("errors", "files", "process", "hardware", "world", "runlog", "charts", "progress", "stopping"),
-    ("config", "recipe", "schedule", "scaling", "tokenizer", "shards", "packing", "core_results"),
+    ("config", "recipe", "schedule", "scaling", "tokenizer", "shards", "packing")
+    + ("core_stats", "core_results", "core_batches"),
     ("arrival", "corpora", "hub", "dataset", "attention", "update_rules", "collectives", "optim")
-    + ("loss_scale", "loss", "core_tasks", "core_mini", "checkpoint_files", "same_run"),
+    + ("loss_scale", "loss", "core_tasks", "core_mini", "core_prompts", "core_tokens", "checkpoint_files", "same_run"),
     ("lanes", "dataloader", "gpt", "tok_train", "tok_eval"),
     ("loss_eval", "engine", "core_eval", "checkpoint", "reporter"),
-    ("saver", "resume", "base_eval", "hooks", "train", "report"),
+    ("saver", "resume", "core_compare", "base_eval", "hooks", "train", "report"),
 )
 ORDER = [name for layer in LAYERS for name in layer]
 

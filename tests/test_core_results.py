@@ -7,10 +7,16 @@ import pytest
 
 from nanochat import core_results, core_tasks
 from nanochat.core_results import CoreResult, Prediction, TaskScore, centre, choose
+from nanochat.core_stats import Stratum
 
 
-def result_of(*tasks):
-    return CoreResult("b", tuple(tasks), (), 512, 1.0)
+def score(label, baseline, correct, examples, cropped=0, passages=None):
+    stratum = Stratum.of([1.0] * correct + [0.0] * (examples - correct), passages or range(examples))
+    return TaskScore(label, "multiple_choice", 0, baseline, examples, (stratum,), cropped, {})
+
+
+def result_of(*tasks, variant="nanochat", predictions=(), faults=None):
+    return CoreResult("b", variant, tuple(tasks), tuple(predictions), 512, 1.0, {}, 0, faults or {})
 
 
 def gpt2_row(bundle, name, cap):
@@ -23,33 +29,71 @@ def gpt2_row(bundle, name, cap):
         n = min(total, cap) if cap else total
         correct = round(accuracies[task.label] * n)
         assert correct / n == pytest.approx(accuracies[task.label], abs=6e-7)
-        scores.append(TaskScore(task.label, task.kind, task.shots, task.baseline_percent, n, correct, 0))
-    return result_of(*scores)
+        scores.append(score(task.label, task.baseline_percent, correct, n))
+    return scores
 
 
 @pytest.mark.parametrize(
-    ("name", "cap", "core", "stderr"),
+    ("name", "cap", "v1", "v2", "stderr"),
     [
-        ("", 0, 0.113891, 0.0063),
-        ("-medium", 1000, 0.184903, 0.0070),
-        ("-large", 1000, 0.214641, 0.0070),
-        ("-xl", 1000, 0.256525, 0.0071),
+        ("", 0, 0.113891, 0.088095, 0.0063),
+        ("-medium", 1000, 0.184903, 0.158706, 0.0070),
+        ("-large", 1000, 0.214641, 0.189887, 0.0070),
+        ("-xl", 1000, 0.256525, 0.230890, 0.0071),
     ],
 )
-def test_core_of_gpt2_is_reproduced_from_its_accuracies(shared_data, name, cap, core, stderr):
-    bundle = core_tasks.open_bundle(shared_data / "eval_bundle.zip")
-    result = gpt2_row(bundle, name, cap)
-    assert len(result.tasks) == 22
-    assert result.core_metric == pytest.approx(core, abs=1e-6)
+def test_core_of_gpt2_is_reproduced_from_its_accuracies(shared_data, name, cap, v1, v2, stderr):
+    scores = gpt2_row(core_tasks.open_bundle(shared_data / "eval_bundle.zip"), name, cap)
+    result = result_of(*scores)
+    assert core_results.is_core(task.label for task in result.tasks)
+    assert result.core_metric == pytest.approx(v1, abs=1e-6)
+    assert (result.core(1), result.core(2)) == (result.core_metric, pytest.approx(v2, abs=1e-6))
     assert result.core_stderr == pytest.approx(stderr, abs=5e-5)
+    boot = result.bootstrapped()
+    assert boot["stderr"] == pytest.approx(result.core_stderr, rel=0.04)
+    assert boot["low"] == pytest.approx(v1 - 1.96 * stderr, abs=1e-3)
+    assert boot["high"] == pytest.approx(v1 + 1.96 * stderr, abs=1e-3)
+    assert result_of(*scores, variant="dclm").core_metric == result.core(2)
+
+
+def test_the_table_of_gpt2_is_that_of_the_bundle(shared_data):
+    bundle = core_tasks.open_bundle(shared_data / "eval_bundle.zip")
+    for place, (name, cap) in enumerate([("", 0), ("-xl", 1000)]):
+        for task in gpt2_row(bundle, name, cap):
+            assert core_results.GPT2_ACCURACY[task.label][place] == pytest.approx(task.accuracy, abs=1e-6)
+
+
+def test_the_verdict_is_only_for_core_by_nanochats_prompts():
+    labels = list(core_results.GPT2_ACCURACY)
+    said = core_results.verdict(labels, "nanochat", 0.256525 + 0.00635, 0.00635)
+    assert said == "above the 0.256525 of GPT-2 1558M with probability 0.841"
+    assert core_results.verdict(labels, "nanochat", 0.1, 0.006).startswith("below the 0.256525")
+    assert core_results.verdict(labels[1:], "nanochat", 0.3, 0.006) == ""
+    assert core_results.verdict(labels, "dclm", 0.3, 0.006) == ""
+    assert core_results.verdict(labels, "nanochat", None, None) == ""
+
+
+def test_without_a_task_there_is_no_core():
+    fields = result_of(score("a", 0, 3, 6), faults={"b": "b.jsonl:1: bad"}).as_dict()
+    assert {fields[name] for name in ("core_metric", "core_stderr", "core_v1", "core_v2")} == {None}
+    assert fields["faults"] == {"b": "b.jsonl:1: bad"}
+    assert fields["tasks"]["a"]["accuracy"] == 0.5
+
+
+def test_categories_count_alike():
+    answers = [Prediction("t", n, n, (1.0,), int(n < 2), 1, 0, n, "ab"[n > 3]) for n in range(5)]
+    task = core_results.score_task("t", "language_modeling", 0, 0.0, answers, {})
+    # Category a: 2 of 4; b: 0 of 1. Errors: 0.25 / 4 and 0.
+    assert task.accuracy == pytest.approx(0.25)
+    assert task.stderr == pytest.approx(math.sqrt(0.25 / 4) / 2)
 
 
 def test_core_and_its_error_by_hand():
     # 60 of 100 with a baseline of 20 %: (0.6 - 0.2) / 0.8 = 0.5; its error sqrt(0.24 / 100) / 0.8.
     # 25 of 50 with a baseline of 0: 0.5; its error sqrt(0.25 / 50).
     result = result_of(
-        TaskScore("a", "multiple_choice", 0, 20, 100, 60, 0),
-        TaskScore("b", "language_modeling", 0, 0, 50, 30, 3),
+        score("a", 20, 60, 100),
+        score("b", 0, 30, 50, cropped=3),
     )
     assert result.core_metric == pytest.approx((0.5 + 0.6) / 2)
     assert result.core_stderr == pytest.approx(math.sqrt(0.0024 / 0.64 + 0.0048) / 2)
@@ -79,10 +123,10 @@ def test_an_empty_span_wins_only_when_it_comes_first():
 
 def test_predictions_are_one_json_object_a_line():
     predictions = (
-        Prediction("mc", 0, 7, (1.25, math.nan), 0, 1, 1),
-        Prediction("lm", 1, 2, (0.1234567,), -1, 0, 0),
+        Prediction("mc", 0, 7, (1.25, math.nan), 0, 1, 1, 5),
+        Prediction("lm", 1, 2, (0.1234567,), -1, 0, 0, 6, "ART"),
     )
-    lines = CoreResult("b", (), predictions, 512, 1.0).predictions_jsonl().splitlines()
+    lines = result_of(predictions=predictions).predictions_jsonl().splitlines()
     assert json.loads(lines[0]) == {
         "task": "mc",
         "index": 0,
@@ -91,8 +135,10 @@ def test_predictions_are_one_json_object_a_line():
         "answer": 0,
         "gold": 1,
         "cropped": 1,
+        "passage": 5,
     }
     assert json.loads(lines[1])["losses"] == [0.123457]
+    assert json.loads(lines[1])["category"] == "ART"
 
 
 def test_examples_in_the_docstrings_hold():

@@ -1,7 +1,4 @@
-import ast
 import json
-import random
-import re
 import zipfile
 
 import pytest
@@ -33,7 +30,7 @@ TEXTS = {
     "core.yaml": CORE_YAML,
     "eval_meta_data.csv": META,
     "eval_data/mc.jsonl": '{"query": "q", "choices": ["a", "b"], "gold": 1}\n',
-    "eval_data/lm.jsonl": '{"context": "c", "continuation": "d"}\n',
+    "eval_data/lm.jsonl": '{"context": "c", "continuation": "d", "category": "e"}\n',
 }
 
 
@@ -60,10 +57,10 @@ def test_a_folder_a_zip_and_a_zip_with_a_top_folder_read_the_same(tmp_path):
         tasks = core_tasks.load_tasks(bundle)
         assert tasks == [
             Task("mc", "multiple_choice", 2, "\nAnswer: ", "eval_data/mc.jsonl", 25.0),
-            Task("lm", "language_modeling", 0, " ", "eval_data/lm.jsonl", 0.0),
+            Task("lm", "language_modeling", 0, " ", "eval_data/lm.jsonl", 0.0, has_categories=True),
         ]
         assert core_tasks.load_examples(bundle, tasks[0]) == [Example(("q",), ("a", "b"), 1, 1)]
-        assert core_tasks.load_examples(bundle, tasks[1]) == [Example(("c",), ("d",), 0, 1)]
+        assert core_tasks.load_examples(bundle, tasks[1]) == [Example(("c",), ("d",), 0, 1, "e")]
 
 
 def test_a_missing_bundle_a_cut_zip_and_paths_out_of_it_are_refused(tmp_path):
@@ -155,52 +152,6 @@ def test_texts_are_kept_exactly_and_only_newlines_end_a_line():
     assert core_tasks.load_examples(bundle, MC) == [Example((query,), (" x", "y "), 0, 1)]
 
 
-def test_multiple_choice_prompts_keep_the_query_as_it_is():
-    shot, item = Example(("2+2? ",), ("3", "4"), 1, 1), Example((" 1+1? ",), ("2", "5"), 0, 2)
-    prompt = core_tasks.render(MC, item, [shot])
-    head = "2+2? \nAnswer: 4\n\n 1+1? \nAnswer: "
-    assert prompt.rows == (head + "2", head + "5")
-    assert prompt.stem is None
-
-
-def test_schema_prompts_vary_the_context_and_share_the_continuation():
-    shot = Example(("The cat", "The dog"), ("barked.",), 1, 1)
-    item = Example(("It rained, so", "It shone, so"), ("we got wet.",), 0, 2)
-    prompt = core_tasks.render(SCHEMA, item, [shot])
-    assert prompt.rows == (
-        "The dog barked.\n\nIt rained, so we got wet.",
-        "The dog barked.\n\nIt shone, so we got wet.",
-    )
-
-
-def test_language_modeling_prompts_strip_contexts_but_not_continuations():
-    shot, item = Example(("\none two ",), (" three ",), 0, 1), Example(("four ",), ("five ",), 0, 2)
-    prompt = core_tasks.render(LM, item, [shot])
-    assert prompt.rows == ("one two  three \n\nfour five ",)
-    assert prompt.stem == "one two  three \n\nfour"
-
-
-def test_shots_are_those_of_sampling_the_list_without_the_example():
-    for total, shots, index in [(5, 2, 0), (30, 10, 29), (30, 10, 7), (200, 10, 199), (20321, 10, 12345)]:
-        others = [place for place in range(total) if place != index]
-        expected = random.Random(1234 + index).sample(others, shots)
-        assert core_tasks.draw_shots(index, total, shots) == expected
-
-
-def test_shots_are_clamped_to_the_other_examples():
-    assert sorted(core_tasks.draw_shots(1, 4, 10)) == [0, 2, 3]
-    assert core_tasks.draw_shots(0, 1, 10) == []
-
-
-def test_a_cut_list_is_the_beginning_of_the_shuffled_one():
-    examples = [Example((str(n),), ("x",), 0, n) for n in range(50)]
-    expected = list(range(50))
-    random.Random(1337).shuffle(expected)
-    assert [example.line for example in core_tasks.arrange(examples, 0)] == expected
-    assert [example.line for example in core_tasks.arrange(examples, 8)] == expected[:8]
-    assert [example.line for example in examples] == list(range(50))
-
-
 @pytest.mark.slow  # reads all 50 MB
 def test_the_real_bundle_has_22_tasks_and_91037_examples(shared_data):
     bundle = core_tasks.open_bundle(shared_data / "eval_bundle.zip")
@@ -208,28 +159,3 @@ def test_the_real_bundle_has_22_tasks_and_91037_examples(shared_data):
     assert len(tasks) == 22
     assert sum(len(core_tasks.load_examples(bundle, task)) for task in tasks) == 91_037
     assert {task.label: task.baseline_percent for task in tasks}["boolq"] == 62
-
-
-def test_prompts_of_the_real_bundle_equal_nanochats(shared_data):
-    """The first example of each task after the second, where it has shots; long ones are abridged."""
-    bundle = core_tasks.open_bundle(shared_data / "eval_bundle.zip")
-    tasks = {task.label: task for task in core_tasks.load_tasks(bundle)}
-    text = (shared_data / "core_rendered_examples.txt").read_text(encoding="utf-8")
-    blocks = re.findall(
-        r"^##### (\S+) .*\n +nanochat\[0\]: (.*)\n +nanochat\[1\]: (.*)\n", text, re.MULTILINE
-    )
-    assert len(blocks) == 22
-    for label, first, second in blocks:
-        task = tasks[label]
-        lines = bundle.text(task.member).split("\n", 2)[:2]
-        item, shot = (core_tasks._parse_example("f", task.kind, json.loads(line), 1) for line in lines)
-        prompt = core_tasks.render(task, item, [shot] if task.shots else [])
-        texts = list(prompt.rows) if prompt.stem is None else [prompt.stem, *prompt.rows]
-        # A Python literal each; the second is the end of the text only, and " ... " may stand for a middle.
-        first, second = ast.literal_eval(first), ast.literal_eval(second)
-        begin, _, end = first.partition(" ... ")
-        assert texts[0].startswith(begin), label
-        assert texts[0].endswith(end), label
-        assert texts[1].endswith(second), label
-        if " ... " not in first:
-            assert texts[0] == first, label

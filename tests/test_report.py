@@ -13,6 +13,7 @@ import pytest
 
 from nanochat import charts, files, report, scaling
 from nanochat.config import TrainArgs
+from nanochat.core_results import GPT2_ACCURACY
 from nanochat.errors import UserError
 from nanochat.report import RunFiles, render, write_report
 
@@ -87,13 +88,16 @@ def task(centered: float, accuracy: float = 0.5) -> dict[str, Any]:
     }
 
 
-def write_scores(folder: Path, bundle: str, tasks: int, core: float = 0.3) -> None:
-    scores = {
+def write_scores(folder: Path, bundle: str, tasks: int, core: float = 0.3, **changes: Any) -> None:
+    labels = list(GPT2_ACCURACY) if tasks == 22 else [f"task_{i}" for i in range(tasks)]
+    scores: dict[str, Any] = {
         "core_metric": core,
         "core_stderr": 0.005,
         "bundle": bundle,
-        "tasks": {f"task_{i}": task(core) for i in range(tasks)},
+        "core_variant": "nanochat",
+        "tasks": {label: task(core) for label in labels},
         "bpb": {"train": 1.7, "val": 1.75},
+        **changes,
     }
     files.write_json(folder / "base_eval.json", scores)
 
@@ -208,13 +212,35 @@ def test_without_matplotlib_the_curves_are_tables_and_it_says_how_to_get_plots(
 
 def test_core_of_the_real_suite_is_compared_to_gpt2(run: Path) -> None:
     write_scores(run, "eval_bundle", 22, core=0.2665)
-    assert (
-        "GPT-2 has 0.2565: this is above it, 2.0 standard errors away"
-        in Page(text_of(write_report(RUN))).text
-    )
+    text = text_of(write_report(RUN))
+    assert "This is above the 0.256525 of GPT-2 1558M with probability 0.977." in Page(text).text
+    assert not charts.available() or "GPT-2 124M" in text
 
 
-@pytest.mark.parametrize(("bundle", "tasks"), [("core_mini", 22), ("core_mini", 3), ("eval_bundle", 5)])
+def test_the_other_variant_is_not_compared_and_both_tables_of_baselines_are_named(run: Path) -> None:
+    write_scores(run, "eval_bundle", 22, core=0.2665, core_variant="dclm", core_v1=0.2912, core_v2=0.2665)
+    text = Page(text_of(write_report(RUN))).text
+    assert "0.256525" not in text
+    assert "prompts of dclm" in text
+    assert "it is 0.2912, by the corrected one 0.2665" in text
+
+
+def test_where_a_task_is_missing_no_core_is_shown(run: Path) -> None:
+    write_scores(run, "b", 3, core_metric=None, core_stderr=None, faults={"squad": "squad.jsonl:1: bad"})
+    assert "CORE is not reported: squad could not be read." in Page(text_of(write_report(RUN))).text
+
+
+def test_controls_show_what_needs_no_model(run: Path) -> None:
+    controls = {"majority": 0.4, "longest": 0.25, "shortest": 0.1}
+    tasks = {"mc": task(0.3) | {"controls": controls}, "lm": task(0.3)}
+    files.write_json(run / "base_eval.json", {"core_metric": 0.3, "core_stderr": 0.1, "tasks": tasks})
+    text = Page(text_of(write_report(RUN))).text
+    # (0.4 - 0.25) / 0.75 for one task and 0 for the other.
+    assert "0.1000" in text
+    assert "40.0%" in text
+
+
+@pytest.mark.parametrize(("bundle", "tasks"), [("core_mini", 3), ("eval_bundle", 5)])
 def test_another_suite_is_never_compared_to_gpt2(run: Path, bundle: str, tasks: int) -> None:
     write_scores(run, bundle, tasks, core=0.9)
     text = text_of(write_report(RUN))

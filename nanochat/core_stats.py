@@ -1,0 +1,140 @@
+"""How sure a score is: errors of accuracies and of CORE, paired differences, probabilities. Pure.
+
+Examples of one passage (coqa's turns, squad's questions) are answered alike, so passages, not examples, are
+the independent draws. A stratum is what is averaged with equal weight: a task, or a category of it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+BOOTSTRAP_SAMPLES = 4000  # standard error of the standard error: 1.1 %
+BOOTSTRAP_SEED = 0
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Stratum:
+    """Values of examples (1 right, 0 wrong, or a difference of two such), added up by passage.
+
+    Attributes:
+        sums: (G,) sum of the values of each passage.
+        sizes: (G,) examples of each passage.
+        squares: sum of the squared values of all examples.
+    """
+
+    sums: Floats
+    sizes: Floats
+    squares: float
+
+    @staticmethod
+    def of(values: Sequence[float], passages: Sequence[int]) -> Stratum:
+        """Add up values by the number of their passage."""
+        _, place = np.unique(np.asarray(passages), return_inverse=True)
+        numbers = np.asarray(values, np.float64)
+        sizes = np.bincount(place).astype(np.float64)
+        return Stratum(np.bincount(place, numbers).astype(np.float64), sizes, float((numbers**2).sum()))
+
+    @property
+    def mean(self) -> float:
+        """Mean over examples."""
+        return float(self.sums.sum() / self.sizes.sum())
+
+    @property
+    def variance(self) -> float:
+        """Variance of the mean.
+
+        With one example a passage, and with one passage, it is that of independent examples, which for
+        0 and 1 is the binomial p (1 - p) / n. Otherwise that of clusters, with the factor G / (G - 1) for
+        the mean being estimated.
+        """
+        n, groups = float(self.sizes.sum()), len(self.sizes)
+        if groups in (1, n):
+            return max(0.0, self.squares / n - self.mean**2) / n
+        residuals = self.sums - self.mean * self.sizes
+        return float(groups / (groups - 1) * (residuals**2).sum() / n**2)
+
+    def resampled(self, rng: np.random.Generator, samples: int) -> Floats:
+        """Means (samples,) of passages drawn with replacement."""
+        groups = len(self.sizes)
+        if groups == self.sizes.sum() and set(np.unique(self.sums)) <= {0.0, 1.0}:
+            return rng.binomial(groups, self.mean, samples) / groups  # the same distribution, at once
+        means = np.empty(samples)
+        for first in range(0, samples, 100):
+            drawn = rng.integers(groups, size=(min(100, samples - first), groups))
+            means[first : first + 100] = self.sums[drawn].sum(axis=1) / self.sizes[drawn].sum(axis=1)
+        return means
+
+
+def stderr_of_mean(strata: Sequence[Stratum]) -> float:
+    """Standard error of the plain mean of the strata's means."""
+    return math.sqrt(sum(stratum.variance for stratum in strata)) / len(strata)
+
+
+def bootstrap(tasks: Sequence[Sequence[Stratum]], scales: Sequence[float]) -> Floats:
+    """CORE, up to a constant, of `BOOTSTRAP_SAMPLES` resamplings of the examples.
+
+    Args:
+        tasks: the strata of each.
+        scales: 1 / (1 - baseline) of each task.
+    """
+    rng = np.random.default_rng(BOOTSTRAP_SEED)
+    total = np.zeros(BOOTSTRAP_SAMPLES)
+    for strata, scale in zip(tasks, scales, strict=True):
+        means = sum(stratum.resampled(rng, BOOTSTRAP_SAMPLES) for stratum in strata)
+        total += scale * np.asarray(means) / len(strata)
+    return total / len(tasks)
+
+
+def probability_above(value: float, stderr: float, bar: float, degrees: int | None = None) -> float:
+    """How probable it is that what was measured with an error lies above a bar.
+
+    Args:
+        value: the measurement.
+        stderr: its standard error.
+        bar: what to be above, taken as exact.
+        degrees: of freedom, where the error was estimated from so few values (n - 1); None for a normal one.
+
+    >>> round(probability_above(1.96, 1.0, 0.0), 3), probability_above(1.0, 0.0, 2.0)
+    (0.975, 0.0)
+    """
+    if stderr == 0:
+        return 0.5 if value == bar else float(value > bar)
+    distance = (value - bar) / stderr
+    return normal_cdf(distance) if degrees is None else student_cdf(distance, degrees)
+
+
+def normal_cdf(z: float) -> float:
+    """Share of a normal distribution below z standard deviations."""
+    return 0.5 * math.erfc(-z / math.sqrt(2))
+
+
+def student_cdf(t: float, degrees: int) -> float:
+    """Share of Student's distribution below t (Abramowitz and Stegun 26.7.3 and 26.7.4).
+
+    >>> round(student_cdf(2.920, 2), 4), round(student_cdf(-3.182, 3), 4), student_cdf(0.0, 5)
+    (0.95, 0.025, 0.5)
+    """
+    angle = math.atan2(t, math.sqrt(degrees))
+    sine, cosine = math.sin(angle), math.cos(angle)
+    odd = degrees % 2
+    term = cosine if odd else 1.0
+    total = term if degrees > 1 else 0.0
+    for k in range(2 + odd, degrees - 1, 2):
+        term *= cosine * cosine * (k - 1) / k
+        total += term
+    inside = 2 / math.pi * (angle + sine * total) if odd else sine * total
+    return 0.5 + inside / 2
+
+
+def mean_and_stderr(values: Sequence[float]) -> tuple[float, float]:
+    """Mean of independent values, two or more, and the standard error that their spread gives it."""
+    mean = sum(values) / len(values)
+    spread = sum((value - mean) ** 2 for value in values) / (len(values) - 1)
+    return mean, math.sqrt(spread / len(values))

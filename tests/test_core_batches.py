@@ -1,0 +1,103 @@
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nanochat import core_batches
+from nanochat.core_batches import Family, Inputs, Span
+
+# Few token ids, so that prefixes, repeats and ties are common.
+ROWS = st.lists(
+    st.tuples(st.lists(st.integers(0, 2), min_size=2, max_size=70), st.integers(0, 10**6)),
+    min_size=1,
+    max_size=12,
+)
+
+
+def spans_of(rows):
+    return [Span(np.array(ids, np.int32), 1 + pick % (len(ids) - 1), len(ids)) for ids, pick in rows]
+
+
+@given(ROWS)
+def test_every_span_finds_its_inputs_and_none_begins_another(rows):
+    spans = spans_of(rows)
+    inputs = Inputs.of(spans)
+    for span, number in zip(spans, inputs.of_span, strict=True):
+        wanted = span.ids[: span.end - 1]
+        np.testing.assert_array_equal(inputs.ids[number][: len(wanted)], wanted)
+        assert inputs.first_scored[number] <= span.start - 1
+    texts = [tuple(ids) for ids in inputs.ids]
+    assert texts == sorted(texts)
+    assert not any(a != b and b[: len(a)] == a for a in texts for b in texts)
+
+
+@given(ROWS, st.integers(0, 40), st.integers(1, 400))
+def test_families_and_batches_hold_everything_once_share_truly_and_keep_the_bound(rows, overhead, bound):
+    core_batches.MIN_SHARED, before = 2, core_batches.MIN_SHARED
+    try:
+        inputs = Inputs.of(spans_of(rows))
+        found = core_batches.families(inputs, overhead, bound)
+        plan = core_batches.batches(found, overhead, bound)
+    finally:
+        core_batches.MIN_SHARED = before
+    seen = sorted(number for batch in plan for family in batch for number in family.inputs)
+    assert seen == list(range(len(inputs.ids)))
+    for batch in plan:
+        shared = min(family.shared for family in batch)
+        longest = max(family.longest for family in batch)
+        for family in batch:
+            assert bool(family.shared) == bool(shared)
+            assert family.longest == max(len(inputs.ids[number]) for number in family.inputs)
+            first = inputs.ids[family.inputs[0]]
+            for number in family.inputs:
+                np.testing.assert_array_equal(inputs.ids[number][: family.shared], first[: family.shared])
+                # What is scored lies in the part that each row reads for itself.
+                assert not family.shared or family.shared <= inputs.first_scored[number]
+                assert len(inputs.ids[number]) > shared
+        if len(batch) > 1:
+            assert sum(len(family.inputs) for family in batch) * longest <= bound
+
+
+def test_options_that_differ_in_their_last_token_are_one_input():
+    prompt = list(range(100))
+    inputs = Inputs.of([Span(np.array([*prompt, option], np.int32), 100, 101) for option in (7, 8, 9)])
+    assert len(inputs.ids) == 1
+    assert inputs.of_span == (0, 0, 0)
+
+
+def test_a_long_common_beginning_is_shared_and_a_short_one_is_not():
+    story = list(range(200))
+    spans = [Span(np.array([*story, 500 + n, 600, 700], np.int32), 201, 203) for n in range(4)]
+    spans += [Span(np.array([900, 901, 902 + n, 903], np.int32), 3, 4) for n in range(2)]
+    found = core_batches.families(Inputs.of(spans), 10, 10_000)
+    assert sorted((family.shared, len(family.inputs)) for family in found) == [(0, 1), (0, 1), (200, 4)]
+
+
+def test_the_cut_into_batches_is_the_cheapest_of_all():
+    lengths = [90, 80, 79, 40, 39, 38, 12]
+    rows = [Family(0, (n,), length) for n, length in enumerate(lengths)]
+
+    def cost(groups):
+        return sum(len(group) * max(group) + 30 for group in groups)
+
+    def ways(items):
+        if not items:
+            yield []
+        for size in range(1, len(items) + 1):
+            if size * items[0] <= 250:
+                for rest in ways(items[size:]):
+                    yield [items[:size], *rest]
+
+    plan = core_batches.batches(rows, 30, 250)
+    found = cost([[family.longest for family in batch] for batch in plan])
+    assert found == min(cost(groups) for groups in ways(lengths))
+
+
+def test_work_is_dealt_evenly_and_units_stay_whole():
+    rng = np.random.default_rng(0)
+    costs = rng.integers(10, 1000, 500).tolist()
+    units = rng.integers(0, 120, 500).tolist()
+    homes = core_batches.share_out(costs, units, 3)
+    assert len(set(zip(units, homes, strict=True))) == len(set(units))
+    loads = [sum(cost for cost, home in zip(costs, homes, strict=True) if home == rank) for rank in range(3)]
+    assert max(loads) - min(loads) < 0.02 * sum(loads)
+    assert core_batches.share_out(costs, units, 1) == [0] * 500

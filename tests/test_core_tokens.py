@@ -1,0 +1,118 @@
+"""Joined ids against the whole text tokenized; the cache on disk."""
+
+import random
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nanochat import core_prompts, core_tasks, core_tokens, files
+from nanochat.core_tasks import Example, Task
+from nanochat.core_tokens import Prompts
+from nanochat.tokenizer import Tokenizer
+
+PROSE = ["The cat sat; on the mat's 12 edges.\n\nAnswer: yes  no\n", "naïve   café\t\n\n x", "1, 2, 3...\n"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer.train([*PROSE, "Question: what is a cat?\nAnswer: a pet\n\n" * 3], 340)
+
+
+def whole_rows(tokenizer, task, examples, index):
+    """The rows by tokenizing nanochat's whole texts."""
+    shots = [
+        examples[place] for place in core_prompts.draw_shots(len(examples), task.shots, "nanochat")[index]
+    ]
+    prefix = "".join(core_prompts.write(task, shot, "nanochat").shot + "\n\n" for shot in shots)
+    question = core_prompts.write(task, examples[index], "nanochat")
+    rows = [tokenizer.encode(prefix + text, bos=True) for (text,) in question.blocks]
+    stem = None if question.stem is None else tokenizer.encode((prefix + question.stem).strip(), bos=True)
+    return rows, stem
+
+
+# Much white space: that is where joining could go wrong.
+TEXTS = st.text(st.sampled_from("ab1 .\n\r\t\u2028\x85\x1f\u00a0'"), max_size=8)
+
+
+@given(st.lists(st.tuples(TEXTS, TEXTS), min_size=3, max_size=3), st.sampled_from(["mc", "lm", "schema"]))
+def test_joined_ids_are_those_of_the_whole_text(tokenizer, pairs, kind):
+    if kind == "mc":
+        examples = [Example((query,), (choice, "b"), 0, n) for n, (query, choice) in enumerate(pairs)]
+        task = Task("t", "multiple_choice", 2, "\nAnswer: ", "f", 0)
+    elif kind == "schema":
+        examples = [Example((one, two), ("x",), 1, n) for n, (one, two) in enumerate(pairs)]
+        task = Task("t", "schema", 2, " ", "f", 0)
+    else:
+        examples = [Example((context,), (tail + "b",), 0, n) for n, (context, tail) in enumerate(pairs)]
+        task = Task("t", "language_modeling", 2, " ", "f", 0)
+    prompts = Prompts(tokenizer, task, examples, "nanochat", keep=False)
+    for index in range(3):
+        expected, stem = whole_rows(tokenizer, task, examples, index)
+        rows = prompts.rows(index, 10**6)
+        assert [row.ids.tolist() for row in rows] == expected
+        if stem is not None and expected[0][: len(stem)] == stem:
+            assert rows[0].start == len(stem)
+
+
+def test_shots_of_ordinary_text_are_joined_and_not_tokenized_again(tokenizer, monkeypatch):
+    task = Task("t", "multiple_choice", 2, "\nAnswer: ", "f", 0)
+    examples = [
+        Example((text,), ("yes", "no"), 0, n) for n, text in enumerate(["What", "Who", "Why", " When"])
+    ]
+    prompts = Prompts(tokenizer, task, examples, "nanochat", keep=False)
+
+    def refuse(*_):
+        raise AssertionError("tokenized again")
+
+    monkeypatch.setattr(Tokenizer, "encode_batch", refuse)
+    assert all(len(prompts.rows(index, 99)) == 2 for index in range(4))
+
+
+def test_tokens_are_read_from_the_disk_the_second_time(tokenizer, monkeypatch):
+    texts = ["a cat", "", "sat on\n"]
+    first = core_tokens.encode_kept(tokenizer, texts, keep=True)
+    [path] = list(files.token_cache_file("x").parent.iterdir())
+
+    def refuse(*_):
+        raise AssertionError("tokenized again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Tokenizer, "encode_batch", refuse)
+        again = core_tokens.encode_kept(tokenizer, texts, keep=True)
+        for one, two in zip(first, again, strict=True):
+            np.testing.assert_array_equal(one, two)
+        with pytest.raises(AssertionError, match="tokenized again"):  # other boundaries, other texts
+            core_tokens.encode_kept(tokenizer, ["a catsat", "", " on\n"], keep=True)
+        other = Tokenizer.train(["other words altogether " * 9], 300)
+        with pytest.raises(AssertionError, match="tokenized again"):
+            core_tokens.encode_kept(other, texts, keep=True)
+    good = path.read_bytes()
+    for damaged in (good[:-3], good[:-1] + bytes([good[-1] ^ 1]), b"", b"{}"):
+        path.write_bytes(damaged)
+        ids, _ = core_tokens.encode_kept(tokenizer, texts, keep=True)
+        np.testing.assert_array_equal(ids, first[0])
+        assert path.read_bytes() == good
+
+
+def test_another_rank_writes_nothing(tokenizer):
+    core_tokens.encode_kept(tokenizer, ["a cat"], keep=False)
+    assert not files.token_cache_file("x").parent.exists()
+
+
+@pytest.mark.slow
+def test_prompts_of_the_real_bundle_are_joined_exactly(shared_data):
+    """60 prompts of each task, with their real shots, against the whole text."""
+    bundle = core_tasks.open_bundle(shared_data / "eval_bundle.zip")
+    text = bundle.text("eval_data/reading_comprehension/boolq.jsonl")[:400_000]
+    tokenizer = Tokenizer.train([text], 2000)
+    rng = random.Random(0)
+    for task in core_tasks.load_tasks(bundle):
+        [group] = core_prompts.arrange(task, core_tasks.load_examples(bundle, task), 300, "nanochat")
+        prompts = Prompts(tokenizer, task, group, "nanochat", keep=False)
+        for index in rng.sample(range(len(group)), min(60, len(group))):
+            expected, stem = whole_rows(tokenizer, task, group, index)
+            rows = prompts.rows(index, 10**6)
+            assert [row.ids.tolist() for row in rows] == expected, task.label
+            assert stem is None or rows[0].start == len(stem)
