@@ -22,7 +22,16 @@ LAYERS = (
     ("config", "recipe", "schedule", "scaling", "tokenizer", "shards", "packing")
     + ("core_stats", "core_results", "core_batches"),
     ("arrival", "corpora", "hub", "dataset", "attention", "update_rules", "collectives", "optim")
-    + ("loss_scale", "loss", "core_tasks", "core_mini", "core_prompts", "core_tokens", "checkpoint_files", "same_run"),
+    + (
+        "loss_scale",
+        "loss",
+        "core_tasks",
+        "core_mini",
+        "core_prompts",
+        "core_tokens",
+        "checkpoint_files",
+        "same_run",
+    ),
     ("lanes", "dataloader", "gpt", "tok_train", "tok_eval"),
     ("loss_eval", "engine", "core_eval", "checkpoint", "reporter"),
     ("saver", "resume", "core_compare", "base_eval", "hooks", "train", "report"),

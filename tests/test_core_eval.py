@@ -400,10 +400,9 @@ def stories_bundle():
     for number in range(4):
         text = f"story {number} " + " ".join(rng.choices(WORDS, k=60))
         for _ in range(6):
-            text += "\nQ: " + " ".join(rng.choices(WORDS, k=4)) + "\nA:"
-            answer = rng.choice(WORDS)
-            records.append({"context": text, "continuation": answer})
-            text += " " + answer
+            question, answer = " ".join(rng.choices(WORDS, k=4)), rng.choice(WORDS)
+            records.append({"context": f"{text}\nLast question: {question}\nA:", "continuation": answer})
+            text += f"\nQuestion: {question}\nA: {answer}"
     return Bundle.from_texts(
         "stories",
         {
@@ -415,7 +414,8 @@ def stories_bundle():
     )
 
 
-def test_stories_are_read_once_for_all_their_questions(model, tokenizer):
+def test_stories_are_read_once_for_all_their_questions(tokenizer):
+    model = tiny_gpt(tokenizer.vocab_size, sequence_len=512)
     result = assert_same(model, tokenizer, stories_bundle(), 0)
     assert result.tasks[0].passages == 4
     alone = assert_same(model, tokenizer, stories_bundle(), 0, batch_tokens=1)
