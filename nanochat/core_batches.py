@@ -96,15 +96,14 @@ def families(inputs: Inputs, overhead: int, batch_tokens: int) -> list[Family]:
     for j in range(1, len(lengths) + 1):
         i = j - 1
         cost, begin, shared = best[i] + lengths[i] + overhead, i, 0
-        total, longest, limit = lengths[i], lengths[i], inputs.first_scored[i]
+        longest, limit = lengths[i], inputs.first_scored[i]
         while i > 0 and j - i < MAX_FAMILY:
             limit = min(limit, common[i], inputs.first_scored[i - 1])
             i -= 1
-            total, longest = total + lengths[i], max(longest, lengths[i])
-            size = j - i
+            longest, size = max(longest, lengths[i]), j - i
             if limit < MIN_SHARED or size * longest > batch_tokens:
                 break
-            computed = total - (size - 1) * limit + size * limit / COPIES_PER_TOKEN
+            computed = limit + size * (longest - limit) + size * limit / COPIES_PER_TOKEN
             if best[i] + computed + 2 * overhead < cost:
                 cost, begin, shared = best[i] + computed + 2 * overhead, i, limit
         best.append(cost)

@@ -419,7 +419,7 @@ def test_stories_are_read_once_for_all_their_questions(tokenizer):
     result = assert_same(model, tokenizer, stories_bundle(), 0)
     assert result.tasks[0].passages == 4
     alone = assert_same(model, tokenizer, stories_bundle(), 0, batch_tokens=1)
-    assert result.computed_tokens < 0.5 * alone.computed_tokens
+    assert result.computed_tokens < 0.6 * alone.computed_tokens
 
 
 def test_a_crop_beyond_the_context_is_no_crop(tokenizer):
