@@ -13,7 +13,7 @@ use crate::split::Splitter;
 use crate::vocab::Vocab;
 
 /// Pairs of entries in a thread's cache, 64 bytes a pair: one line of a processor's cache.
-const CACHE_LINES: usize = 1 << 15;
+const CACHE_LINES: usize = 1 << 17;
 
 /// Pieces looked up together: the reads of one batch do not wait for each other, so their cache misses overlap.
 const BATCH: usize = 64;
@@ -73,11 +73,10 @@ fn halves(key: u128) -> [u64; 2] {
     [key as u64, (key >> 64) as u64]
 }
 
-/// Pieces found but not yet looked up. The key of a piece of more than 15 bytes is 0.
-struct Batch {
-    keys: [u128; BATCH],
-    spans: [(usize, usize); BATCH],
-    len: usize,
+/// The key of a piece; 0 if it has more than 15 bytes.
+#[inline]
+fn key_of(text: &[u8], start: usize, end: usize) -> u128 {
+    if end - start <= MAX_SHORT { pack(text, start, end) } else { 0 }
 }
 
 /// A vocabulary with a pattern.
@@ -202,36 +201,38 @@ impl Encoder {
         if text.len() >= u32::MAX as usize {
             return Err(Error::invalid(format!("a text of {} bytes is too long; 4 GiB is the most", text.len())));
         }
-        let mut batch = Batch { keys: [0; BATCH], spans: [(0, 0); BATCH], len: 0 };
+        let mut spans = [(0, 0); BATCH];
+        let mut len = 0;
         self.splitter.for_each(text, |bytes, start, end| {
-            batch.keys[batch.len] = if end - start <= MAX_SHORT { pack(bytes, start, end) } else { 0 };
-            batch.spans[batch.len] = (start, end);
-            batch.len += 1;
-            if batch.len == BATCH {
-                self.encode_pieces(bytes, &batch, cache, out);
-                batch.len = 0;
+            spans[len] = (start as u32, end as u32);
+            len += 1;
+            if len == BATCH {
+                self.encode_pieces(bytes, &spans, cache, out);
+                len = 0;
             }
         })?;
-        self.encode_pieces(text.as_bytes(), &batch, cache, out);
+        self.encode_pieces(text.as_bytes(), &spans[..len], cache, out);
         Ok(())
     }
 
-    fn encode_pieces(&self, text: &[u8], batch: &Batch, cache: &mut Cache, out: &mut Vec<u32>) {
-        let keys = &batch.keys[..batch.len];
+    #[inline(never)]
+    fn encode_pieces(&self, text: &[u8], spans: &[(u32, u32)], cache: &mut Cache, out: &mut Vec<u32>) {
         let mut slots = [Slot::default(); BATCH];
         let mut unknown = [0u8; BATCH];
         let mut unknowns = 0;
-        for (i, &key) in keys.iter().enumerate() {
-            slots[i] = cache.get(key);
+        for (i, (slot, &(start, end))) in slots.iter_mut().zip(spans).enumerate() {
+            let key = key_of(text, start as usize, end as usize);
+            *slot = cache.get(key);
             unknown[unknowns] = i as u8;
-            unknowns += usize::from(slots[i].key != halves(key));
+            unknowns += usize::from(slot.key != halves(key));
         }
         for &i in &unknown[..unknowns] {
-            slots[usize::from(i)] = self.look_up(text, batch, usize::from(i), cache);
+            let (start, end) = spans[usize::from(i)];
+            slots[usize::from(i)] = self.look_up(text, start as usize, end as usize, cache);
         }
-        for (slot, &(start, end)) in slots.iter().zip(&batch.spans[..batch.len]) {
+        for (slot, &(start, end)) in slots.iter().zip(spans) {
             match slot.len {
-                0 => self.merge(text, start, end, cache, out),
+                0 => self.merge(text, start as usize, end as usize, cache, out),
                 1 => out.push(slot.ids[0]),
                 len => out.extend_from_slice(&slot.ids[..len as usize]),
             }
@@ -239,9 +240,8 @@ impl Encoder {
     }
 
     /// A piece that the cache does not hold, if it is a token; else an empty slot.
-    fn look_up(&self, text: &[u8], batch: &Batch, i: usize, cache: &mut Cache) -> Slot {
-        let key = batch.keys[i];
-        let (start, end) = batch.spans[i];
+    fn look_up(&self, text: &[u8], start: usize, end: usize, cache: &mut Cache) -> Slot {
+        let key = key_of(text, start, end);
         let id = if key == 0 { self.vocab.find(text, start, end) } else { self.vocab.find_short(key) };
         let Some(id) = id else { return Slot::default() };
         let slot = Slot { key: halves(key), ids: [id, 0, 0], len: 1 };

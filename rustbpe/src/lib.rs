@@ -1,6 +1,6 @@
 //! Byte-level BPE: a parallel trainer and an encoder whose ids equal tiktoken's.
 //!
-//! By stage: [`split`] cuts text into pieces, [`count`] counts them, [`stream`] does so on all cores, [`train`] finds the merges, [`vocab`] holds what
+//! By stage: [`split`] cuts text into pieces (`window` does so for ASCII), [`count`] counts them, [`stream`] does so on all cores, [`train`] finds the merges, [`vocab`] holds what
 //! came of it, `merge` and [`encode`] turn text into ids. `python` is the only file that knows Python.
 
 mod classes;
@@ -14,6 +14,7 @@ pub mod split;
 pub mod stream;
 pub mod train;
 pub mod vocab;
+mod window;
 
 #[cfg(feature = "python")]
 mod python;
