@@ -11,7 +11,7 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from nanochat import attention, checkpoint, core_compare, core_eval, files
+from nanochat import backends, checkpoint, core_compare, core_eval, files
 from nanochat.config import EvalArgs, TrainArgs, from_dict
 from nanochat.core_compare import Combined, Difference
 from nanochat.core_results import CoreResult, TaskScore, verdict
@@ -63,7 +63,7 @@ def run(args: EvalArgs, world: World) -> dict[str, Any]:
     if not args.run:
         raise UserError("--run is missing. Name the run to score, for example --run d12.")
     bundle = core_eval.find_bundle(args.eval_bundle) if "core" in parts else None
-    precision, reason = attention.choose_precision(world.device, args.dtype, args.attention)
+    precision, reason = backends.choose_precision(world.device, args.dtype, args.attention)
     model, tokenizer, meta = checkpoint.load_model(
         args.run, args.step, device=world.device, precision=precision
     )

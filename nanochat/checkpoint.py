@@ -197,7 +197,7 @@ def load_model(
     weights = checkpoint_files.read_tensors(folder / MODEL)
     shape = _model_config(meta["plan"]["model"], weights, folder / STATE)
     with torch.device("meta"):
-        model = GPT(shape, precision)
+        model = GPT(shape, precision, tokenizer.bos_id if args.document_mask else None)
     _require_fit(weights, model, folder / MODEL)
     model.to_empty(device=device)
     model.reserve_positions(shape.sequence_len)  # the rotary tables are not in the file

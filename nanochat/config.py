@@ -37,6 +37,7 @@ class TrainArgs:
     window_pattern: str = flag("SSSL", "attention window of each layer, tiled: S is a quarter of T, L is T")
     aspect_ratio: int = flag(64, "width = depth * aspect ratio, raised to a whole number of heads")
     head_dim: int = flag(128, "width of an attention head")
+    document_mask: bool = flag(False, "keep attention within a document where a row holds several")
     # Horizon: the first that is given counts
     num_iterations: int | None = flag(None, "number of optimizer steps")
     target_flops: float | None = flag(None, "train for this many floating-point operations")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from nanochat.attention import attention
+from nanochat.attention import Layout, attention, block_masks, layout_of
 from nanochat.hardware import Precision
 from nanochat.loss import Reduction, softcapped_cross_entropy, token_losses
 from nanochat.scaling import GPTConfig
@@ -56,6 +57,23 @@ class DecodeCache(Protocol):
     def advance(self, count: int) -> None:
         """Count the new positions as stored."""
         ...
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What all layers of a forward pass over T positions share.
+
+    Attributes:
+        cos: (T, 1, D/2), of the rotary angles.
+        sin: likewise.
+        layout: the documents of the rows, for attention.
+        cache: earlier positions, if any.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    layout: Layout
+    cache: DecodeCache | None
 
 
 class Linear(nn.Module):
@@ -137,9 +155,7 @@ class Attention(nn.Module):
         has_gate = config.has_value_embedding(layer)
         self.value_gate = Linear(self.gate_channels, config.n_kv_head) if has_gate else None
 
-    def forward(
-        self, x: Tensor, value: Tensor | None, cos: Tensor, sin: Tensor, cache: DecodeCache | None
-    ) -> Tensor:
+    def forward(self, x: Tensor, value: Tensor | None, shared: Shared) -> Tensor:
         """(B, T, C) normed stream, (B, T, Hkv * D) value embedding or None -> (B, T, C)."""
         q = self.q(x).unflatten(-1, (self.heads, self.head_dim))
         k = self.k(x).unflatten(-1, (self.kv_heads, self.head_dim))
@@ -147,10 +163,12 @@ class Attention(nn.Module):
         if self.value_gate is not None and value is not None:
             gate = self.gate_scale * torch.sigmoid(self.value_gate(x[..., : self.gate_channels]))
             v = v + gate[..., None] * value.view_as(v)
-        q, k = norm(rotate(q, cos, sin)), norm(rotate(k, cos, sin))
-        if cache is not None:
-            k, v = cache.append(self.layer, k, v)
-        y = attention(q, k, v, window=self.window, backend=self.backend, scale=self.scale)
+        q, k = (norm(rotate(x, shared.cos, shared.sin)) for x in (q, k))
+        if shared.cache is not None:
+            k, v = shared.cache.append(self.layer, k, v)
+        y = attention(
+            q, k, v, window=self.window, backend=self.backend, scale=self.scale, layout=shared.layout
+        )
         out: Tensor = self.out(y.flatten(-2))
         return out
 
@@ -179,17 +197,9 @@ class Block(nn.Module):
         self.attn = Attention(config, layer, backend)
         self.mlp = MLP(config)
 
-    def forward(
-        self,
-        x: Tensor,
-        value: Tensor | None,
-        cos: Tensor,
-        sin: Tensor,
-        cache: DecodeCache | None,
-        recompute_mlp: bool = False,
-    ) -> Tensor:
+    def forward(self, x: Tensor, value: Tensor | None, shared: Shared, recompute_mlp: bool) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
-        x = x + self.attn(norm(x), value, cos, sin, cache)
+        x = x + self.attn(norm(x), value, shared)
         return _recomputed(self._add_mlp, x) if recompute_mlp else self._add_mlp(x)
 
     def _add_mlp(self, x: Tensor) -> Tensor:
@@ -215,17 +225,21 @@ class GPT(nn.Module):
     cos: Tensor
     sin: Tensor
 
-    def __init__(self, config: GPTConfig, precision: Precision) -> None:
+    def __init__(self, config: GPTConfig, precision: Precision, document_bos: int | None = None) -> None:
         """Build the shape of a model, on the meta device too.
 
         Args:
             config: shape and constants.
             precision: compute dtype and the name of the attention backend.
+            document_bos: the id with which documents begin, if attention is to stay within them.
         """
         super().__init__()
         self.config = config
         self.dtype = precision.compute_dtype
         self.recompute = "none"
+        self.document_bos = document_bos
+        self.backend = precision.attention
+        self.block_masks: dict[int, Any] = {}
         rows, kv_width = config.padded_vocab_size, config.n_kv_head * config.head_dim
         self.embed = Embedding(rows, config.n_embd, self.dtype)
         self.smear_gate = Linear(config.smear_gate_channels, 1)
@@ -242,7 +256,10 @@ class GPT(nn.Module):
         self.reserve_positions(config.sequence_len)
 
     def reserve_positions(self, count: int) -> None:
-        """Make the rotary tables for `count` positions, (count, 1, D/2); a cache may need more than T."""
+        """Make the rotary tables for `count` positions, (count, 1, D/2); a cache may need more than T.
+
+        The masks of backends that want them ahead are made too, for T.
+        """
         half = self.config.head_dim // 2
         device = self.embed.weight.device
         frequency = torch.arange(half, dtype=torch.float32, device=device).div_(-half)
@@ -251,6 +268,7 @@ class GPT(nn.Module):
         angle = torch.outer(position, frequency)[:, None, :]
         self.register_buffer("cos", angle.cos().to(self.dtype), persistent=False)
         self.register_buffer("sin", angle.sin().to(self.dtype), persistent=False)
+        self.block_masks = block_masks(self.backend, self.config.sequence_len, self.config.windows, device)
 
     def init_weights(self, seed: int) -> None:
         """Fill every parameter (RECIPE 1.2, 2.4) and table.
@@ -274,6 +292,7 @@ class GPT(nn.Module):
         count, start = ids.size(1), 0 if cache is None else cache.length
         assert start + count <= self.cos.size(0), "reserve_positions was not called for this length"
         cos, sin = self.cos[start : start + count], self.sin[start : start + count]
+        shared = Shared(cos, sin, self._layout(ids, cache), cache)
         x = norm(self.embed(ids))
         before = F.pad(x[:, :-1], (0, 0, 1, 0)) if cache is None else cache.shift(x)
         gate = torch.sigmoid(self.smear_gate(x[..., : self.config.smear_gate_channels]))
@@ -281,7 +300,7 @@ class GPT(nn.Module):
         middle = x
         whole_layers = self.recompute == "block" and cache is None and torch.is_grad_enabled()
         for i in range(self.config.n_layer):
-            args = (i, x, x0, ids, cos, sin, cache)
+            args = (i, x, x0, ids, shared)
             x = _recomputed(self._layer, *args) if whole_layers else self._layer(*args)
             if i == self.config.n_layer // 2:
                 middle = x
@@ -289,21 +308,18 @@ class GPT(nn.Module):
             cache.advance(count)
         return norm(x - self.backout_scale * middle)
 
-    def _layer(
-        self,
-        i: int,
-        x: Tensor,
-        x0: Tensor,
-        ids: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        cache: DecodeCache | None,
-    ) -> Tensor:
+    def _layout(self, ids: Tensor, cache: DecodeCache | None) -> Layout:
+        """Where documents begin; a prompt behind a cache is one document, whatever is in it."""
+        if self.document_bos is not None and cache is None:
+            return layout_of(ids == self.document_bos, self.backend, self.config.windows)
+        return Layout(block_masks=self.block_masks if ids.size(1) == self.config.sequence_len else {})
+
+    def _layer(self, i: int, x: Tensor, x0: Tensor, ids: Tensor, shared: Shared) -> Tensor:
         """Layer i with its residual scalars and its value table: (B, T, C) -> (B, T, C)."""
         value = self.value_embeds[str(i)](ids) if str(i) in self.value_embeds else None
         mixed = self.resid_scale[i] * x + self.x0_scale[i] * x0
-        recompute_mlp = self.recompute == "mlp" and cache is None and torch.is_grad_enabled()
-        out: Tensor = self.blocks[i](mixed, value, cos, sin, cache, recompute_mlp)
+        recompute_mlp = self.recompute == "mlp" and shared.cache is None and torch.is_grad_enabled()
+        out: Tensor = self.blocks[i](mixed, value, shared, recompute_mlp)
         return out
 
     def loss(self, ids: Tensor, targets: Tensor, reduction: Reduction = "mean") -> Tensor:

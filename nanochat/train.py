@@ -31,7 +31,7 @@ def create_state(
 ) -> TrainState:
     """A run at step 0: initial weights from the seed, empty moments, the beginning of the data."""
     with torch.device("meta"):
-        model = GPT(plan.model, precision)
+        model = GPT(plan.model, precision, tokenizer.bos_id if plan.args.document_mask else None)
     model.to_empty(device=world.device)
     model.init_weights(plan.args.seed)
     model.recompute = plan.args.recompute

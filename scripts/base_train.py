@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 
-from nanochat import attention, config, errors, files, scaling, train, world
+from nanochat import backends, config, errors, files, scaling, train, world
 from nanochat.config import TrainArgs
 from nanochat.dataset import Corpus
 from nanochat.report import write_report
@@ -24,7 +24,7 @@ def main() -> None:
             ranks.print0(json.dumps(plan.to_dict(), indent=2))
             return
         corpus = Corpus.open(args.corpus)
-        precision, reason = attention.choose_precision(ranks.device, args.dtype, args.attention)
+        precision, reason = backends.choose_precision(ranks.device, args.dtype, args.attention)
         for line in (reason, *scaling.describe(plan), *plan.notices):
             ranks.print0(line)
         summary = train.run(plan, corpus, tokenizer, precision, ranks)

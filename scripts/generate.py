@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nanochat import attention, checkpoint, config, errors, hardware
+from nanochat import backends, checkpoint, config, errors, hardware
 from nanochat.config import GenerateArgs
 from nanochat.engine import Engine, Sampling
 from nanochat.errors import UserError
@@ -18,7 +18,7 @@ def main() -> None:
         )
     sampling = Sampling(args.max_new_tokens, args.temperature, args.top_k, args.seed)
     device = hardware.detect_device(args.device_type)
-    precision, _ = attention.choose_precision(device, args.dtype, args.attention)
+    precision, _ = backends.choose_precision(device, args.dtype, args.attention)
     model, tokenizer, _ = checkpoint.load_model(args.run, args.step, device=device, precision=precision)
     engine = Engine(model, tokenizer)
     prompts = [engine.encode(prompt) for prompt in args.prompt]

@@ -21,8 +21,10 @@ LAYERS = (
     ("errors", "files", "process", "hardware", "world", "runlog", "charts", "progress", "stopping"),
     ("config", "recipe", "schedule", "scaling", "tokenizer", "shards", "packing")
     + ("core_stats", "core_results", "core_batches"),
-    ("arrival", "corpora", "hub", "dataset", "attention", "update_rules", "collectives", "optim")
+    ("arrival", "corpora", "hub", "dataset", "sdpa", "attention", "backends", "update_rules")
     + (
+        "collectives",
+        "optim",
         "loss_scale",
         "loss",
         "core_tasks",

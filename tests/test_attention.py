@@ -7,12 +7,15 @@ import torch
 
 from nanochat.attention import (
     BACKENDS,
+    Layout,
     attention,
     attention_reference,
-    available_backends,
-    choose_backend,
+    block_masks,
+    layout_of,
 )
+from nanochat.backends import available_backends, choose_backend
 from nanochat.errors import UserError
+from nanochat.sdpa import _stacked_blocks
 
 
 def naive(q, k, v, window):
@@ -132,3 +135,61 @@ def test_an_explicit_choice_that_is_not_available_is_an_error():
         choose_backend(torch.device("cpu"), "fa3")
     with pytest.raises(UserError, match="--attention=fa4.*no such"):
         choose_backend(torch.device("cpu"), "fa4")
+
+
+def several_documents(b, t, seed=0):
+    """(B, T) bool: documents of 1 to 40 positions."""
+    return torch.rand(b, t, generator=torch.Generator().manual_seed(seed)) < 0.06
+
+
+@pytest.mark.parametrize("window", [0, 5, 63, 100, 199, 10_000])
+@pytest.mark.parametrize("t", [1, 40, 192, 200, 700])
+def test_attention_stays_within_documents_forward_and_backward(t, window):
+    q, k, v = random_qkv(t, t, dtype=torch.float32)
+    layout = layout_of(several_documents(2, t), "sdpa", [window])
+    out = attention(q, k, v, window=window, backend="sdpa", layout=layout)
+    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+    grads = torch.autograd.grad((out * weights).sum(), (q, k, v))
+    exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    want = attention_reference(*exact, window=window, documents=layout.documents)
+    want_grads = torch.autograd.grad((want * weights).sum(), exact)
+    torch.testing.assert_close(out.double(), want, rtol=1e-5, atol=1e-5)
+    for got, expected in zip(grads, want_grads, strict=True):
+        torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("window", [0, 7, 31, 32, 40, 64, 99, 200])
+@pytest.mark.parametrize("documents", [False, True])
+def test_blocks_that_stack_for_other_devices_equal_the_reference(window, documents):
+    q, k, v = random_qkv(100, 100, hkv=4)
+    layout = layout_of(several_documents(2, 100), "sdpa", [window]) if documents else Layout()
+    heads_first = (x.transpose(1, 2) for x in (q, k, v))
+    got = _stacked_blocks(*heads_first, window, None, layout.documents).transpose(1, 2)
+    want = attention_reference(q, k, v, window=window, documents=layout.documents)
+    torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("window", [5, 128, 1000])
+def test_flex_sees_what_the_reference_sees(window):
+    """Forward, where FlexAttention runs on any device as the dense formula."""
+    q, k, v = (x.detach() for x in random_qkv(300, 300, d=16, dtype=torch.float32))
+    plain = attention(q, k, v, window=window, backend="flex")
+    torch.testing.assert_close(plain, attention_reference(q, k, v, window=window), rtol=1e-5, atol=1e-5)
+    ahead = Layout(block_masks=block_masks("flex", 300, [window], q.device))
+    assert torch.equal(attention(q, k, v, window=window, backend="flex", layout=ahead), plain)
+    layout = layout_of(several_documents(2, 300), "flex", [window])
+    got = attention(q, k, v, window=window, backend="flex", layout=layout)
+    want = attention_reference(q, k, v, window=window, documents=layout.documents)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_boundaries_for_the_flash_packages_are_those_of_the_documents():
+    begins = torch.zeros(2, 16, dtype=torch.bool)
+    begins[0, [0, 5]] = True
+    begins[1, 9] = True  # its first position begins a document unsaid
+    layout = layout_of(begins, "fa2", [16])
+    assert layout.boundaries.dtype == torch.int32
+    assert layout.boundaries.tolist() == [0, 5, 16, 25, 32]
+    assert layout.documents[1].tolist() == [1] * 9 + [2] * 7
+    with pytest.raises(RuntimeError, match="documents of under 8 tokens"):
+        layout_of(torch.ones(2, 16, dtype=torch.bool), "fa2", [16])

@@ -159,6 +159,45 @@ def test_recomputing_changes_no_gradient_and_keeps_less():
     assert ends_only < 0.2 * everything
 
 
+def two_documents(model, first=70, second=90, seed=3):
+    """A row of two documents, BOS 0 before each, and the second alone."""
+    ids = torch.randint(
+        1, model.config.vocab_size, (1, first + second), generator=torch.Generator().manual_seed(seed)
+    )
+    ids[0, 0] = ids[0, first] = 0
+    return ids, ids[:, first:]
+
+
+def test_with_a_document_mask_a_document_is_read_as_if_alone():
+    """All but what smear mixes: the embedding of the token before, which reaches the BOS from before it."""
+    config = config_of()
+    model = random_model(config)
+    ids, alone = two_documents(model)
+    together = model.logits(ids)[:, 70:]
+    assert (together - model.logits(alone)).abs().max() > 0.1
+    masked = GPT(config, FP32, document_bos=0)
+    masked.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        masked.smear_scale.zero_()
+    torch.testing.assert_close(masked.logits(ids)[:, 70:], masked.logits(alone), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(masked.logits(ids)[:, :70], masked.logits(ids[:, :70]), rtol=1e-4, atol=1e-4)
+
+
+def test_with_a_document_mask_no_gradient_crosses():
+    model = random_model(config_of())
+    ids, _ = two_documents(model)
+    ids[0, 1:70] = ids[0, 1:70] % 30 + 1  # ids that the second document does not have
+    ids[0, 71:] = ids[0, 71:] % 30 + 31
+    model.document_bos = 0
+    with torch.no_grad():
+        model.smear_scale.zero_()
+    targets = torch.full_like(ids, -1)
+    targets[0, 70:] = 5
+    model.loss(ids, targets).backward()
+    assert not model.embed.weight.grad[1:31].any()
+    assert model.embed.weight.grad[31:61].any()
+
+
 def test_padding_of_the_vocabulary_never_shows():
     config = config_of(vocab_size=70)
     model, (ids, targets) = random_model(config), batch(config)
@@ -254,11 +293,12 @@ def test_odd_shapes_step_on_the_meta_device(depth):
     assert all(p.grad is not None for name, p in model.named_parameters() if name != "head.weight")
 
 
+@pytest.mark.parametrize("document_bos", [None, 0])
 @pytest.mark.parametrize("recompute", ["none", "mlp", "block"])
-def test_the_forward_pass_is_one_graph_and_never_recompiles(recompute):
+def test_the_forward_pass_is_one_graph_and_never_recompiles(recompute, document_bos):
     config = config_of(sequence_len=160)
     model, (ids, targets) = random_model(config), batch(config)
-    model.recompute = recompute
+    model.recompute, model.document_bos = recompute, document_bos
     counter = torch._dynamo.testing.CompileCounter()
     compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=False)
     for shift in range(3):

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from nanochat.attention import BACKENDS, attention, attention_reference, available_backends
+from nanochat.attention import BACKENDS, attention, attention_reference
+from nanochat.backends import available_backends
 
 pytestmark = [
     pytest.mark.gpu,
