@@ -197,6 +197,16 @@ class GenerateArgs:
 
 
 @dataclass(frozen=True)
+class ExportArgs:
+    """Write a trained model for other programs."""
+
+    run: str = flag("", "name of the run")
+    step: int | None = flag(None, "checkpoint to write; by default the newest")
+    format: str = flag("hf", "hf: a folder that transformers loads", choices=("hf",))
+    out: str = flag("", "folder to make; by default <run>/<format>")
+
+
+@dataclass(frozen=True)
 class ReportArgs:
     """Make report.html from the files of a run."""
 

@@ -36,7 +36,7 @@ LAYERS = (
     ),
     ("lanes", "dataloader", "gpt", "tok_train", "tok_eval"),
     ("loss_eval", "engine", "core_eval", "checkpoint", "reporter"),
-    ("saver", "resume", "core_compare", "base_eval", "hooks", "train", "report"),
+    ("saver", "resume", "export", "core_compare", "base_eval", "hooks", "train", "report"),
 )
 ORDER = [name for layer in LAYERS for name in layer]
 

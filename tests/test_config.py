@@ -12,6 +12,7 @@ from nanochat import config
 from nanochat.config import (
     DatasetArgs,
     EvalArgs,
+    ExportArgs,
     GenerateArgs,
     ReportArgs,
     TokEvalArgs,
@@ -20,7 +21,7 @@ from nanochat.config import (
 )
 from nanochat.errors import UserError
 
-ALL = [TrainArgs, EvalArgs, TokTrainArgs, TokEvalArgs, DatasetArgs, GenerateArgs, ReportArgs]
+ALL = [TrainArgs, EvalArgs, TokTrainArgs, TokEvalArgs, DatasetArgs, GenerateArgs, ReportArgs, ExportArgs]
 
 
 @pytest.mark.parametrize("cls", ALL)

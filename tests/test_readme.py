@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 
-from nanochat.config import DatasetArgs, EvalArgs, GenerateArgs, TokTrainArgs, TrainArgs
+from nanochat.config import DatasetArgs, EvalArgs, ExportArgs, GenerateArgs, TokTrainArgs, TrainArgs
 from nanochat.scaling import plan
 from tests.conftest import REPO
 
@@ -35,6 +35,6 @@ def test_every_file_it_names_is_there() -> None:
 
 def test_every_flag_it_names_exists() -> None:
     known = {"--standalone", "--nproc_per_node", "--slow"}
-    for cls in (TrainArgs, EvalArgs, TokTrainArgs, DatasetArgs, GenerateArgs):
+    for cls in (TrainArgs, EvalArgs, TokTrainArgs, DatasetArgs, GenerateArgs, ExportArgs):
         known |= {"--" + item.name.replace("_", "-") for item in dataclasses.fields(cls)}
     assert sorted(set(re.findall(r"--[a-z][\w-]*", README)) - known) == []

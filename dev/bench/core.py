@@ -1,0 +1,143 @@
+"""CORE, examples per second: ours beside one example at a time (dev/bench/naive_core.py), with equal answers.
+
+    python -m dev.bench.core [--eval-bundle PATH] [--run RUN] [--examples 20] [--json FILE]
+
+Both score the same examples of every task with the same model, a run's or a random one of depth 4, from
+reading the bundle to the last answer; nothing is kept on the disk between two measurements. They take turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dev.bench import naive_core
+from nanochat import attention, checkpoint, core_eval, core_tasks, files, hardware, scaling
+from nanochat.config import TrainArgs
+from nanochat.core_results import CoreResult
+from nanochat.core_tasks import Bundle
+from nanochat.gpt import GPT
+from nanochat.tokenizer import Tokenizer
+from nanochat.world import World
+
+VOCAB = 32768
+TRAIN_CHARS = 4_000_000  # of the bundle's own texts, for the vocabulary of a random model
+
+
+def random_model(bundle: Bundle, depth: int) -> tuple[GPT, Tokenizer]:
+    """A model of random weights, with a vocabulary trained on the bundle."""
+    texts = [bundle.text(task.member)[: TRAIN_CHARS // 22] for task in core_tasks.load_tasks(bundle)]
+    tokenizer = Tokenizer.train(texts, VOCAB)
+    plan = scaling.plan(TrainArgs(depth=depth, num_iterations=1, device_type="cpu"), tokenizer.vocab_size, 1)
+    precision, _ = attention.choose_precision(torch.device("cpu"), "float32", "sdpa")
+    model = GPT(plan.model, precision)
+    model.init_weights(0)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():  # the recipe's zeros would make all answers alike
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.02)
+    return model, tokenizer
+
+
+def ours(model: GPT, tokenizer: Tokenizer, bundle: Bundle, examples: int, batch_tokens: int) -> CoreResult:
+    """Our scores, with an empty cache of tokens."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["NANOCHAT_BASE_DIR"] = folder
+        return core_eval.evaluate(
+            core_eval.GPTScorer(model),
+            tokenizer,
+            bundle,
+            max_per_task=examples,
+            world=World.solo(),
+            batch_tokens=batch_tokens,
+        )
+
+
+def theirs(
+    model: GPT, tokenizer: Tokenizer, bundle: Bundle, examples: int
+) -> tuple[float, list[naive_core.Answer]]:
+    """The naive answers, and the seconds they took."""
+    started = time.perf_counter()
+    found: list[naive_core.Answer] = []
+    for task in core_tasks.load_tasks(bundle):
+        crop = model.config.sequence_len
+        all_of_it = core_tasks.load_examples(bundle, task)
+        found += naive_core.answers(model, tokenizer, task, all_of_it, examples, crop)
+    return time.perf_counter() - started, found
+
+
+def compare(result: CoreResult, naive: list[naive_core.Answer]) -> tuple[int, float]:
+    """Answers that differ, and the largest difference of a loss."""
+    differ, largest = 0, 0.0
+    for mine, other in zip(result.predictions, naive, strict=True):
+        assert mine.line == other.line
+        differ += mine.answer != other.answer
+        pairs = zip(mine.losses, other.losses, strict=True)
+        largest = max([largest, *(abs(a - b) for a, b in pairs if a == a or b == b)])
+    return differ, largest
+
+
+def forward_share(model: GPT, result: CoreResult) -> float:
+    """FLOPs of the block matrices on the tokens computed, over those of a matmul in the forward's time."""
+    weights = sum(p.numel() for name, p in model.named_parameters() if name.startswith("blocks."))
+    rate = hardware.measured_flops_per_s(torch.device("cpu"), torch.float32)
+    return 2 * weights * result.computed_tokens / (result.seconds_of["forward"] * rate)
+
+
+def main() -> None:
+    """Measure, print a table, and write JSON where asked."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--eval-bundle", default="mini", help="a folder, a zip, or mini")
+    parser.add_argument("--run", default="", help="score this run's model; by default a random one")
+    parser.add_argument("--depth", type=int, default=4, help="of the random model")
+    parser.add_argument("--examples", type=int, default=20, help="of each task")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--eval-batch-tokens", type=int, default=16384)
+    parser.add_argument("--json", type=Path, help="write the figures there")
+    args = parser.parse_args()
+    bundle = core_eval.find_bundle(args.eval_bundle)
+    if args.run:
+        precision, _ = attention.choose_precision(torch.device("cpu"), "float32", "sdpa")
+        model, tokenizer, _ = checkpoint.load_model(
+            args.run, None, device=torch.device("cpu"), precision=precision
+        )
+    else:
+        model, tokenizer = random_model(bundle, args.depth)
+    mine, others = [], []
+    for _ in range(args.rounds):
+        result = ours(model, tokenizer, bundle, args.examples, args.eval_batch_tokens)
+        mine.append(result.examples_per_second)
+        seconds, naive = theirs(model, tokenizer, bundle, args.examples)
+        others.append(len(naive) / seconds)
+    differ, largest = compare(result, naive)
+    row: dict[str, Any] = {"metric": "examples_per_second", "peer": "naive", "unit": "examples/s"}
+    row |= {"ours": statistics.median(mine), "theirs": statistics.median(others)}
+    row["ratio"] = row["ours"] / row["theirs"]
+    rows = [row]
+    print(f"{len(naive)} examples of {len(result.tasks)} tasks, context {model.config.sequence_len}")
+    print(f"ours {row['ours']:.2f}, naive {row['theirs']:.2f} examples/s: {row['ratio']:.1f} times")
+    print(f"answers that differ: {differ}; largest difference of a loss: {largest:.1e}")
+    print("seconds of ours:", json.dumps({name: round(s, 2) for name, s in result.seconds_of.items()}))
+    share = forward_share(model, result)
+    print(f"{result.computed_tokens:,} tokens computed; forward at {share:.0%} of the measured matmul rate")
+    rows.append(
+        {"metric": "forward_roofline_share", "peer": None, "ours": share, "unit": "share of matmul rate"}
+    )
+    if args.json:
+        machine = {"cpu": platform.machine(), "cores": os.cpu_count(), "python": platform.python_version()}
+        files.write_json(args.json, {"machine": {**machine, "torch": torch.__version__}, "rows": rows})
+    sys.exit(1 if largest > 1e-4 else 0)
+
+
+if __name__ == "__main__":
+    main()
