@@ -63,6 +63,12 @@ class TrainArgs:
     device_type: str = flag("auto", "where to compute", choices=("auto", "cuda", "cpu", "mps"))
     dtype: str = flag("auto", "dtype of activations", choices=("auto", "bfloat16", "float16", "float32"))
     attention: str = flag("auto", "attention backend", choices=("auto", "fa3", "fa2", "flex", "sdpa"))
+    compile: str = flag(
+        "auto",
+        "torch.compile of the model and the optimizer; auto is on for CUDA",
+        choices=("auto", "on", "off"),
+    )
+    profile: bool = flag(False, "write a torch.profiler trace of steps 4 to 6 to the run's trace.json")
     recompute: str = flag(
         "none",
         "compute again in the backward pass, to save memory: the MLPs or whole blocks",

@@ -69,6 +69,14 @@ def token_cache_file(key: str) -> Path:
     return base_dir() / "eval_tokens" / f"{key}.safetensors"
 
 
+def keep_compiled() -> Path:
+    """The folder where torch.compile keeps what it makes: TORCHINDUCTOR_CACHE_DIR, by default a part of ours.
+
+    It has no setting for that but the environment, so the variable is set; before anything is compiled.
+    """
+    return Path(os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(base_dir() / "compiled")))
+
+
 def fsync_dir(path: Path) -> None:
     """Make the names in a folder durable, where the platform can open a folder at all."""
     if os.name == "nt":

@@ -240,6 +240,7 @@ class GPT(nn.Module):
         self.document_bos = document_bos
         self.backend = precision.attention
         self.block_masks: dict[int, Any] = {}
+        self._compiled: tuple[torch.Size, Callable[[Tensor], Tensor]] | None = None
         rows, kv_width = config.padded_vocab_size, config.n_kv_head * config.head_dim
         self.embed = Embedding(rows, config.n_embd, self.dtype)
         self.smear_gate = Linear(config.smear_gate_channels, 1)
@@ -322,6 +323,22 @@ class GPT(nn.Module):
         out: Tensor = self.blocks[i](mixed, value, shared, recompute_mlp)
         return out
 
+    def compile_for(self, rows: int) -> None:
+        """Let torch.compile make the forward pass of `loss` for batches of (rows, sequence_len).
+
+        Batches of another shape, and what goes behind a cache, run as they are, so that nothing is compiled
+        again later. The loss itself stays outside: its kernels are fused already, and its loop over chunks
+        would be unrolled into the graph.
+        """
+        shape = torch.Size((rows, self.config.sequence_len))
+        self._compiled = shape, torch.compile(self.forward, dynamic=False)
+
+    def _hidden(self, ids: Tensor) -> Tensor:
+        if self._compiled is not None and ids.shape == self._compiled[0]:
+            return self._compiled[1](ids)
+        hidden: Tensor = self(ids)
+        return hidden
+
     def loss(self, ids: Tensor, targets: Tensor, reduction: Reduction = "mean") -> Tensor:
         """Cross-entropy in nats.
 
@@ -334,7 +351,7 @@ class GPT(nn.Module):
         Returns:
             fp32 scalar, or (B, T) fp32.
         """
-        hidden = self(ids).flatten(0, 1)
+        hidden = self._hidden(ids).flatten(0, 1)
         softcap, vocab_size = self.config.constants.softcap, self.config.vocab_size
         loss = softcapped_cross_entropy(
             hidden, self.head.weight, targets.flatten(), softcap, vocab_size=vocab_size, reduction=reduction

@@ -108,6 +108,7 @@ class _MuonStack:
         norm_factor: float,
     ) -> None:
         self.names, self.params = list(params), list(params.values())
+        self.rule = muon_update
         self.group, self.world, self.dtype, self.norm_factor = group, world, dtype, norm_factor
         self.m, self.n = self.params[0].shape
         self.each = -(-len(params) // world.size)
@@ -144,7 +145,7 @@ class _MuonStack:
         grads = self.pending.wait()
         params = self._stack(self.params[self.own], self.each)
         lr = self.group.lr * math.sqrt(max(1.0, self.m / self.n))
-        squares = muon_update(
+        squares = self.rule(
             params,
             grads,
             self.momentum,
@@ -393,6 +394,12 @@ class MuonAdamW:
             shard.finish()
         update_squares = self.world.all_reduce_sum(update_squares)
         return UpdateResult(total.sqrt(), applied, squares, update_squares, not_ok)
+
+    def compile_updates(self) -> None:
+        """Let torch.compile make Muon's update of each shape; AdamW's is one kernel already."""
+        for shard in self.shards:
+            if isinstance(shard, _MuonStack):
+                shard.rule = torch.compile(muon_update, dynamic=False)
 
     def rms_by_kind(self, squares: Sequence[float]) -> dict[str, float]:
         """Root mean squares over all elements of each kind, from sums of squares by parameter."""

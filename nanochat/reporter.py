@@ -48,15 +48,29 @@ class StepResult:
 class StepReporter:
     """Turns results on the device into lines, several steps at a time: a step never waits for a print."""
 
-    def __init__(self, plan: Plan, world: World, log: RunLog, peak_flops_per_s: float) -> None:
-        """`peak_flops_per_s` is one device's peak, for the share of it that is used (MFU)."""
+    def __init__(self, plan: Plan, world: World, log: RunLog, speed: hardware.Speed) -> None:
+        """`speed` is one device's, for the share of it that is used (MFU)."""
         self._plan, self._world, self._log = plan, world, log
-        self.peak_flops_per_s = peak_flops_per_s * world.size
+        self._speed = speed
+        self._steps = 0
         self._pending: list[tuple[StepResult, float]] = []
         self._skipped_in_a_row = 0
         self._mark = time.perf_counter()
         self.every = 10 if world.device.type == "cuda" else 1
         self.seconds_to_first_step: float | None = None
+
+    def shares(self, tokens_per_s: float) -> dict[str, float]:
+        """Model FLOPs as a share of the devices' peak, and of what they multiply matrices at."""
+        flops_per_s = tokens_per_s * self._plan.flops_per_token / self._world.size
+        return {
+            "mfu": flops_per_s / self._speed.peak_flops,
+            "mfu_measured": flops_per_s / self._speed.matmul_flops,
+        }
+
+    def tokens_per_second_overall(self) -> float | None:
+        """Tokens of the steps over the age of this process: start, evaluation and saving included."""
+        age = hardware.process_age_seconds()
+        return None if age is None else self._steps * self._plan.batch_tokens / age
 
     def restart_clock(self) -> None:
         """Leave out what happened since the last step: evaluation, saving, samples."""
@@ -81,10 +95,13 @@ class StepReporter:
         seconds = (time.perf_counter() - self._mark) / len(values)
         if self.seconds_to_first_step is None:
             self.seconds_to_first_step = hardware.process_age_seconds()
+            if self.seconds_to_first_step is not None:
+                self._log.say(f"first step {self.seconds_to_first_step:.1f} s after the start")
         first = state.step - len(values)
         for step, (loss, grad_norm, applied, overflow, *squares) in enumerate(values, start=first):
             result, epoch = self._pending[step - first]
             state.train_seconds += seconds
+            self._steps += 1
             if overflow:
                 self._log.say(f"step {step}: fp16 gradients overflowed; step skipped, loss scale halved")
             elif not applied:
@@ -124,20 +141,21 @@ class StepReporter:
         plan = self._plan
         smoothed = state.smoothed_loss / (1 - SMOOTHING ** (step + 1 - state.skipped_steps))
         tokens_per_s = plan.batch_tokens / seconds
-        mfu = tokens_per_s * plan.flops_per_token / self.peak_flops_per_s
+        shares = self.shares(tokens_per_s)
         left_s = (plan.steps - step - 1) * state.train_seconds / (step + 1)
         lr = plan.groups["matrix"].lr * figures["lr_mult"]
         skipped = f" | skipped {state.skipped_steps}" if state.skipped_steps else ""
         self._log.step(
             step,
             f"step {step + 1:5d}/{plan.steps} | loss {smoothed:.4f} | lr {lr:.2e} | "
-            f"{tokens_per_s:,.0f} tok/s | mfu {100 * mfu:.1f}% | epoch {figures['epoch']:.2f} | "
+            f"{tokens_per_s:,.0f} tok/s | mfu {100 * shares['mfu']:.1f}% "
+            f"({100 * shares['mfu_measured']:.1f}% of a matmul) | epoch {figures['epoch']:.2f} | "
             f"eta {left_s / 60:.1f} min{skipped}",
             **figures,
             smoothed_loss=smoothed,
             lr=lr,
             tokens_per_second=tokens_per_s,
-            mfu=mfu,
+            **shares,
             tokens=(step + 1) * plan.batch_tokens,
             train_seconds=state.train_seconds,
             skipped_steps=state.skipped_steps,
@@ -174,6 +192,7 @@ def summarize(
         "tokens_per_second": tokens_per_s,
         "seconds_to_first_step": reporter.seconds_to_first_step,
         "peak_memory_bytes": hardware.peak_memory_bytes(world.device),
-        "mfu": tokens_per_s * plan.flops_per_token / reporter.peak_flops_per_s,
+        "tokens_per_second_overall": reporter.tokens_per_second_overall(),
+        **reporter.shares(tokens_per_s),
         "world_size": world.size,
     }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import gc
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from nanochat.dataset import Corpus
 from nanochat.gpt import GPT
 from nanochat.hardware import Precision
 from nanochat.hooks import Hook, default_hooks
+from nanochat.loop import collector_held, traced
 from nanochat.loss_scale import LossScale
 from nanochat.optim import MuonAdamW
 from nanochat.reporter import StepReporter, StepResult, summarize
@@ -91,7 +94,8 @@ def train(plan: Plan, state: TrainState, world: World, reporter: StepReporter, h
     Returns:
         "finished" or "stopped".
     """
-    with stop_signals() as stop_requested:
+    trace = files.run_dir(plan.args.run_name) / "trace.json" if plan.args.profile and world.is_main else None
+    with stop_signals() as stop_requested, collector_held(), traced(trace) as step_traced:
         while True:
             due = [hook for hook in hooks if hook.due(state.step, plan.steps)]
             if due:
@@ -100,12 +104,14 @@ def train(plan: Plan, state: TrainState, world: World, reporter: StepReporter, h
                     if world.agree(stop_requested()):
                         return "stopped"
                     hook.action(state)
+                gc.collect()
                 reporter.restart_clock()
             if state.step >= plan.steps:
                 return "finished"
             result = train_step(plan, state, world)
             state.step += 1
             reporter.add(state, result)
+            step_traced()
             if world.agree(stop_requested()):
                 reporter.flush(state)
                 return "stopped"
@@ -135,19 +141,20 @@ def run(
         world.print0(f"going on from {start}")
     if (epochs := epochs_for(corpus, tokenizer, plan.tokens)) > 1:
         world.print0(f"the corpus is smaller than the horizon: it will be read about {epochs:.1f} times")
-    peak, source = hardware.peak_flops(world.device, precision.compute_dtype)
-    machine = {
-        **hardware.describe(world.device),
-        **world.describe(),
-        "peak_flops": peak,
-        "peak_source": source,
-    }
+    compiles, reason = hardware.choose_compile(world.device, plan.args.compile)
+    world.print0(f"torch.compile is {'on' if compiles else 'off'} ({reason})")
+    if compiles:
+        world.print0(f"compiling with the first step, kept in {files.keep_compiled()} ...")
+        state.model.compile_for(plan.device_batch_size)
+        state.optimizer.compile_updates()
+    speed = hardware.speed(world.device, precision.compute_dtype)
+    machine = {**hardware.describe(world.device), **world.describe(), **dataclasses.asdict(speed)}
     config = {**plan.to_dict(), "fingerprints": fingerprints, "machine": machine}
     if world.is_main:
         files.write_json(folder / "config.json", config)
     with RunLog(folder, enabled=world.is_main, total_steps=plan.steps, first_step=state.step) as log:
         log.start_tracker(plan.args.wandb, plan.args.run_name, config, folder)
-        reporter = StepReporter(plan, world, log, peak)
+        reporter = StepReporter(plan, world, log, speed)
         saver = Saver(plan, fingerprints, world, log.say, saved_step=state.step if start else None)
         hooks = default_hooks(plan, corpus, tokenizer, saver, world, log)
         status = train(plan, state, world, reporter, hooks)

@@ -20,7 +20,7 @@ from nanochat import files, optim, scaling, train
 from nanochat.checkpoint import TrainState
 from nanochat.dataset import Corpus
 from nanochat.errors import UserError
-from nanochat.hardware import Precision
+from nanochat.hardware import Precision, Speed
 from nanochat.reporter import StepReporter
 from nanochat.runlog import RunLog
 from nanochat.scaling import Plan
@@ -101,7 +101,7 @@ def outcomes(world: World, folder: Path) -> Iterator[dict[str, Any]]:
             before = digest(state)
             result = poisoned_step(plan, state, world, case, bad_rank)
             state.step += 1
-            reporter = StepReporter(plan, world, log, 1e12)
+            reporter = StepReporter(plan, world, log, Speed(1e12, "table", 1e12))
             message = ""
             try:
                 reporter.add(state, result)
