@@ -8,7 +8,7 @@ import torch
 
 from nanochat.attention import BACKENDS
 from nanochat.errors import UserError
-from nanochat.hardware import Precision, choose_dtype
+from nanochat.hardware import Precision, choose_dtype, require_fp8
 
 
 def available_backends(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> dict[str, str]:
@@ -68,7 +68,7 @@ def choose_backend(
 
 
 def choose_precision(
-    device: torch.device, dtype: str = "auto", backend: str = "auto"
+    device: torch.device, dtype: str = "auto", backend: str = "auto", fp8: bool = False
 ) -> tuple[Precision, str]:
     """How a model computes on a device, and a line that says why.
 
@@ -76,11 +76,15 @@ def choose_precision(
         device: where the model runs.
         dtype: what --dtype asks for.
         backend: what --attention asks for.
+        fp8: what --fp8 asks for.
 
     Raises:
         UserError: one of them is unknown, or cannot be had here.
     """
     compute_dtype, dtype_reason = choose_dtype(device, dtype)
+    if fp8:
+        require_fp8(device, compute_dtype)
+        dtype_reason += ", wide linear layers in fp8 while training"
     name, reason = choose_backend(device, backend, compute_dtype)
     line = f"computing in {compute_dtype} ({dtype_reason}), attention by {name} ({reason})"
-    return Precision(compute_dtype, name), line
+    return Precision(compute_dtype, name, fp8), line

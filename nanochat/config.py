@@ -62,6 +62,7 @@ class TrainArgs:
     # Machine
     device_type: str = flag("auto", "where to compute", choices=("auto", "cuda", "cpu", "mps"))
     dtype: str = flag("auto", "dtype of activations", choices=("auto", "bfloat16", "float16", "float32"))
+    fp8: bool = flag(False, "products of wide linear layers in fp8 while training (Hopper and later)")
     attention: str = flag("auto", "attention backend", choices=("auto", "fa3", "fa2", "flex", "sdpa"))
     compile: str = flag(
         "auto",

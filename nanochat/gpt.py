@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from nanochat.attention import Layout, attention, block_masks, layout_of
+from nanochat.fp8 import fits
+from nanochat.fp8 import linear as fp8_linear
 from nanochat.hardware import Precision
 from nanochat.loss import Reduction, softcapped_cross_entropy, token_losses
 from nanochat.scaling import GPTConfig
@@ -77,15 +79,22 @@ class Shared:
 
 
 class Linear(nn.Module):
-    """A matrix without bias: (..., in) -> (..., out). The fp32 master is cast to the dtype of the input."""
+    """A matrix without bias: (..., in) -> (..., out). The fp32 master is cast to the dtype of the input.
 
-    def __init__(self, in_features: int, out_features: int) -> None:
+    With fp8 it is cast to that where gradients are wanted and both sides are wide enough: evaluation is not
+    in fp8.
+    """
+
+    def __init__(self, in_features: int, out_features: int, fp8: bool = False) -> None:
         """Leave the weight (out, in) uninitialised: GPT.init_weights or a checkpoint fills it."""
         super().__init__()
+        self.fp8 = fp8 and fits(in_features, out_features)
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
+        if self.fp8 and torch.is_grad_enabled():
+            return fp8_linear(x, self.weight)
         return F.linear(x, self.weight.to(x.dtype))
 
 
@@ -137,21 +146,21 @@ class ReluSquared(torch.autograd.Function):
 class Attention(nn.Module):
     """Causal attention with rotary positions, normed queries and keys, and gated value embeddings."""
 
-    def __init__(self, config: GPTConfig, layer: int, backend: str) -> None:
+    def __init__(self, config: GPTConfig, layer: int, precision: Precision) -> None:
         """Build layer `layer` (from 0)."""
         super().__init__()
         self.layer = layer
-        self.backend = backend
+        self.backend = precision.attention
         self.window = config.windows[layer]
         self.heads, self.kv_heads, self.head_dim = config.n_head, config.n_kv_head, config.head_dim
         # Queries and keys are both multiplied by qk_scale after their norm: its square goes on the scores.
         self.scale = config.constants.qk_scale**2 * config.head_dim**-0.5
         self.gate_channels, self.gate_scale = config.value_gate_channels, config.constants.value_gate_scale
         q_width, kv_width = config.n_head * config.head_dim, config.n_kv_head * config.head_dim
-        self.q = Linear(config.n_embd, q_width)
-        self.k = Linear(config.n_embd, kv_width)
-        self.v = Linear(config.n_embd, kv_width)
-        self.out = Linear(q_width, config.n_embd)
+        self.q = Linear(config.n_embd, q_width, precision.fp8)
+        self.k = Linear(config.n_embd, kv_width, precision.fp8)
+        self.v = Linear(config.n_embd, kv_width, precision.fp8)
+        self.out = Linear(q_width, config.n_embd, precision.fp8)
         has_gate = config.has_value_embedding(layer)
         self.value_gate = Linear(self.gate_channels, config.n_kv_head) if has_gate else None
 
@@ -176,11 +185,11 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """C -> 4 C -> C with relu squared between."""
 
-    def __init__(self, config: GPTConfig) -> None:
+    def __init__(self, config: GPTConfig, fp8: bool) -> None:
         """Build both matrices."""
         super().__init__()
-        self.up = Linear(config.n_embd, 4 * config.n_embd)
-        self.down = Linear(4 * config.n_embd, config.n_embd)
+        self.up = Linear(config.n_embd, 4 * config.n_embd, fp8)
+        self.down = Linear(4 * config.n_embd, config.n_embd, fp8)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
@@ -191,11 +200,11 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Attention and MLP, each added to the stream after its norm."""
 
-    def __init__(self, config: GPTConfig, layer: int, backend: str) -> None:
+    def __init__(self, config: GPTConfig, layer: int, precision: Precision) -> None:
         """Build layer `layer` (from 0)."""
         super().__init__()
-        self.attn = Attention(config, layer, backend)
-        self.mlp = MLP(config)
+        self.attn = Attention(config, layer, precision)
+        self.mlp = MLP(config, precision.fp8)
 
     def forward(self, x: Tensor, value: Tensor | None, shared: Shared, recompute_mlp: bool) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
@@ -249,7 +258,7 @@ class GPT(nn.Module):
         self.resid_scale = nn.Parameter(torch.empty(config.n_layer))
         self.x0_scale = nn.Parameter(torch.empty(config.n_layer))
         layers = range(config.n_layer)
-        self.blocks = nn.ModuleList(Block(config, layer, precision.attention) for layer in layers)
+        self.blocks = nn.ModuleList(Block(config, layer, precision) for layer in layers)
         self.value_embeds = nn.ModuleDict(
             {str(i): Embedding(rows, kv_width, self.dtype) for i in layers if config.has_value_embedding(i)}
         )

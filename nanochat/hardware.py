@@ -49,10 +49,12 @@ class Precision:
     Attributes:
         compute_dtype: dtype of activations and matrix products; master weights stay fp32.
         attention: name of the attention backend (`nanochat.attention`).
+        fp8: whether training computes the products of wide linear layers in fp8 (`nanochat.fp8`).
     """
 
     compute_dtype: torch.dtype
     attention: str
+    fp8: bool = False
 
 
 def detect_device(device_type: str = "auto", local_rank: int = 0) -> torch.device:
@@ -133,6 +135,20 @@ def _missing_compiler(device: torch.device) -> str:
     if device.type == "cpu" and any(shutil.which(name) for name in ("g++", "clang++", "c++")):
         return ""
     return "there is no C++ compiler" if device.type == "cpu" else f"not supported on {device.type}"
+
+
+def require_fp8(device: torch.device, compute_dtype: torch.dtype) -> None:
+    """Refuse --fp8 where it cannot be had.
+
+    Raises:
+        UserError: the GPU has no fp8 matrix units that we use, or the other numbers are not bf16.
+    """
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0):
+        raise UserError(
+            f"--fp8: needs a Hopper GPU (sm90) or later, the device is {device_name(device)}. Leave it out."
+        )
+    if compute_dtype != torch.bfloat16:
+        raise UserError(f"--fp8: goes with bfloat16, the compute dtype is {compute_dtype}. Use --dtype=auto.")
 
 
 def device_name(device: torch.device) -> str:

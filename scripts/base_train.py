@@ -24,7 +24,7 @@ def main() -> None:
             ranks.print0(json.dumps(plan.to_dict(), indent=2))
             return
         corpus = Corpus.open(args.corpus)
-        precision, reason = backends.choose_precision(ranks.device, args.dtype, args.attention)
+        precision, reason = backends.choose_precision(ranks.device, args.dtype, args.attention, args.fp8)
         for line in (reason, *scaling.describe(plan), *plan.notices):
             ranks.print0(line)
         summary = train.run(plan, corpus, tokenizer, precision, ranks)

@@ -27,6 +27,7 @@ LAYERS = (
         "collectives",
         "optim",
         "loss_scale",
+        "fp8",
         "loss",
         "core_tasks",
         "core_mini",
