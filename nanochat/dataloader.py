@@ -113,7 +113,7 @@ class TrainLoader:
         self._corpus, self._tokenizer, self._world = corpus, tokenizer, world
         self._row_slots, self._seed, self._keep_tails = sequence_len + 1, seed, keep_tails
         self._rows_per_lane = rows_per_batch // self.n_lanes
-        self._micro_rows = device_batch_size
+        self.device_batch_size = device_batch_size
         rows = range(world.rank, rows_per_batch, world.size)
         self._mine = [(row % self.n_lanes, row // self.n_lanes) for row in rows]
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="loader")
@@ -157,8 +157,8 @@ class TrainLoader:
             tokens = tokens.pin_memory()
         tokens = tokens.to(self._world.device, non_blocking=True)
         inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-        starts = range(0, len(tokens), self._micro_rows)
-        return [(inputs[i : i + self._micro_rows], targets[i : i + self._micro_rows]) for i in starts]
+        size = self.device_batch_size
+        return [(inputs[i : i + size], targets[i : i + size]) for i in range(0, len(tokens), size)]
 
     @property
     def epoch(self) -> float:

@@ -332,6 +332,11 @@ class GPT(nn.Module):
         out: Tensor = self.blocks[i](mixed, value, shared, recompute_mlp)
         return out
 
+    @property
+    def is_compiled(self) -> bool:
+        """Whether compile_for was called."""
+        return self._compiled is not None
+
     def compile_for(self, rows: int) -> None:
         """Let torch.compile make the forward pass of `loss` for batches of (rows, sequence_len).
 

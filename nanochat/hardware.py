@@ -211,6 +211,18 @@ def speed(device: torch.device, dtype: torch.dtype) -> Speed:
     return Speed(measured, "measured", measured)
 
 
+def available_memory_bytes(device: torch.device) -> int | None:
+    """What can still be allocated: of the GPU where there is one, else of the machine; None if not told."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    info = Path("/proc/meminfo")
+    if device.type != "cpu" or not info.exists():
+        return None
+    lines = dict(line.split(":", 1) for line in info.read_text("utf-8").splitlines())
+    return int(lines["MemAvailable"].split()[0]) * 1024 if "MemAvailable" in lines else None
+
+
 def peak_memory_bytes(device: torch.device) -> int:
     """Most memory held so far: of the GPU where there is one, else of this process."""
     if device.type == "cuda":

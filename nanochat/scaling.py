@@ -261,6 +261,13 @@ def plan(args: TrainArgs, vocab_size: int, world_size: int = 1) -> Plan:
     )
 
 
+def with_micro_batch(p: Plan, rows: int) -> Plan:
+    """The same plan in micro-batches of `rows` rows, a divisor of a rank's; the global batch stays."""
+    return dataclasses.replace(
+        p, device_batch_size=rows, grad_accum_steps=p.batch_rows // (rows * p.world_size)
+    )
+
+
 def _check(args: TrainArgs) -> None:
     """Refuse arguments that no model can have."""
     positive = ("depth", "max_seq_len", "aspect_ratio", "head_dim", "num_iterations", "total_batch_size")

@@ -7,8 +7,9 @@ import gc
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from nanochat import checkpoint, files, hardware
+from nanochat import checkpoint, files, hardware, memory, scaling
 from nanochat.checkpoint import TrainState
 from nanochat.dataloader import TrainLoader, epochs_for
 from nanochat.dataset import Corpus
@@ -66,12 +67,7 @@ def train_step(plan: Plan, state: TrainState, world: World) -> StepResult:
 
     A loss or gradient that is not finite, on any rank, never reaches the weights.
     """
-    micro_batches = state.loader.next_batch()
-    loss = torch.zeros((), device=world.device)
-    for inputs, targets in micro_batches:
-        micro_loss = state.model.loss(inputs, targets) / len(micro_batches)
-        state.loss_scale.up(micro_loss).backward()  # type: ignore[no-untyped-call]
-        loss += micro_loss.detach()
+    loss = _gradients(state, world)
     state.loss_scale.down(state.model.parameters())
     lr_mult = lr_multiplier(state.step, plan.schedule)
     update = state.optimizer.step(
@@ -83,6 +79,29 @@ def train_step(plan: Plan, state: TrainState, world: World) -> StepResult:
     mean_loss = world.all_reduce_sum(loss) / world.size
     overflow = state.loss_scale.adjust(update.applied, mean_loss)
     return StepResult(mean_loss, update, overflow, lr_mult)
+
+
+def _gradients(state: TrainState, world: World) -> Tensor:
+    """Gradients of the mean loss over this rank's rows of the next batch, and that loss.
+
+    Where memory runs out, on any rank, all begin the batch again in smaller micro-batches.
+    """
+    micro_batches = state.loader.next_batch()
+    while True:
+        loss = torch.zeros((), device=world.device)
+        fits = True
+        try:
+            for inputs, targets in micro_batches:
+                micro_loss = state.model.loss(inputs, targets) / len(micro_batches)
+                state.loss_scale.up(micro_loss).backward()  # type: ignore[no-untyped-call]
+                loss += micro_loss.detach()
+        except (MemoryError, RuntimeError) as error:
+            if not memory.is_out_of_memory(error):
+                raise
+            fits = False
+        if not world.agree(not fits):
+            return loss
+        micro_batches = memory.halve(state, micro_batches, world)
 
 
 def train(plan: Plan, state: TrainState, world: World, reporter: StepReporter, hooks: list[Hook]) -> str:
@@ -141,12 +160,7 @@ def run(
         world.print0(f"going on from {start}")
     if (epochs := epochs_for(corpus, tokenizer, plan.tokens)) > 1:
         world.print0(f"the corpus is smaller than the horizon: it will be read about {epochs:.1f} times")
-    compiles, reason = hardware.choose_compile(world.device, plan.args.compile)
-    world.print0(f"torch.compile is {'on' if compiles else 'off'} ({reason})")
-    if compiles:
-        world.print0(f"compiling with the first step, kept in {files.keep_compiled()} ...")
-        state.model.compile_for(plan.device_batch_size)
-        state.optimizer.compile_updates()
+    plan = _prepare(plan, state, precision, world)
     speed = hardware.speed(world.device, precision.compute_dtype)
     machine = {**hardware.describe(world.device), **world.describe(), **dataclasses.asdict(speed)}
     config = {**plan.to_dict(), "fingerprints": fingerprints, "machine": machine}
@@ -167,3 +181,18 @@ def run(
         if world.is_main:
             files.write_json(folder / "summary.json", summary)
     return summary
+
+
+def _prepare(plan: Plan, state: TrainState, precision: Precision, world: World) -> Plan:
+    """Choose the rows of a micro-batch that fit, and compile; the plan with those rows."""
+    needed = memory.plan_memory(plan, state, world, precision.compute_dtype)
+    world.print0(needed.describe(hardware.available_memory_bytes(world.device)))
+    plan = scaling.with_micro_batch(plan, needed.rows)
+    state.loader.device_batch_size = plan.device_batch_size
+    compiles, reason = hardware.choose_compile(world.device, plan.args.compile)
+    world.print0(f"torch.compile is {'on' if compiles else 'off'} ({reason})")
+    if compiles:
+        world.print0(f"compiling with the first step, kept in {files.keep_compiled()} ...")
+        state.model.compile_for(plan.device_batch_size)
+        state.optimizer.compile_updates()
+    return plan

@@ -1,0 +1,171 @@
+"""What a step needs of one device's memory, the rows of a micro-batch that fit, and half of them if need be.
+
+Legend: B rows of a micro-batch, T positions, C model width, V vocabulary, W ranks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+
+from nanochat import hardware
+from nanochat.checkpoint import TrainState
+from nanochat.dataloader import Batch
+from nanochat.errors import UserError
+from nanochat.loss import CHUNK_ELEMENTS
+from nanochat.scaling import GPTConfig, Plan
+from nanochat.world import World
+
+# Activations kept for the backward pass, in multiples of C a token and layer, counted by saved_tensors_hooks
+# at depths 4 and 6: 25.1 in bf16 and 20.2 in fp32, 14.1 in bf16 without the MLPs', 1.0 without any.
+KEPT = {"none": 26, "mlp": 15, "block": 1}
+WORKING = 36  # of one layer, while it runs backward: its own activations and their gradients
+USABLE = 0.9  # of the memory that is free; the rest is lost between blocks, and the system's
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes on one device.
+
+    Attributes:
+        rows: of the micro-batch it is for.
+        parameters: fp32 masters, and their copies in the compute dtype.
+        gradients: fp32.
+        optimizer: moments of this rank's share.
+        activations: of one micro-batch.
+        logits: of the chunk that the loss holds at a time.
+        measured: whether activations and logits were measured by a step.
+    """
+
+    rows: int
+    parameters: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+    measured: bool
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.parameters + self.gradients + self.optimizer + self.activations + self.logits
+
+    def describe(self, available: int | None) -> str:
+        """One line for the console."""
+        parts = [
+            f"{name} {getattr(self, name) / 1e9:.2f}" for name in ("parameters", "gradients", "optimizer")
+        ]
+        step = f"activations and logits {(self.activations + self.logits) / 1e9:.2f}"
+        whole = "" if available is None else f" of {available / 1e9:.2f} available"
+        return (
+            f"memory, {'measured' if self.measured else 'estimated'}, in GB: {', '.join(parts)}, {step} "
+            f"({self.rows} rows), together {self.total / 1e9:.2f}{whole}"
+        )
+
+
+def estimate(plan: Plan, rows: int, dtype: torch.dtype, device_type: str) -> MemoryPlan:
+    """The plan for micro-batches of `rows` rows, from the shape of the model."""
+    model, params, tokens = plan.model, plan.params, rows * plan.model.sequence_len
+    copies = 0 if dtype == torch.float32 else (params.matrix + params.unembedding) * dtype.itemsize
+    rest = params.total - params.matrix  # two moments under AdamW, one under Muon
+    chunk = min(tokens * model.padded_vocab_size, CHUNK_ELEMENTS.get(device_type, CHUNK_ELEMENTS["cuda"]))
+    return MemoryPlan(
+        rows=rows,
+        parameters=4 * params.total + copies,
+        gradients=4 * params.total,
+        optimizer=4 * (params.matrix + 2 * rest) // plan.world_size,
+        activations=tokens * _activations(model, plan.args.recompute) * dtype.itemsize,
+        logits=chunk * dtype.itemsize + 4 * params.unembedding,
+        measured=False,
+    )
+
+
+def _activations(model: GPTConfig, recompute: str) -> int:
+    """Elements a token."""
+    return (KEPT[recompute] * model.n_layer + WORKING) * model.n_embd
+
+
+def measure(plan: Plan, state: TrainState, world: World, dtype: torch.dtype) -> list[MemoryPlan]:
+    """Plans for one and two rows, from a forward and backward pass of each on CUDA. No parameter changes."""
+    plans = []
+    for rows in (1, 2):
+        ids = torch.zeros(rows, plan.model.sequence_len, dtype=torch.int64, device=world.device)
+        torch.cuda.synchronize(world.device)
+        torch.cuda.reset_peak_memory_stats(world.device)
+        before = torch.cuda.memory_allocated(world.device)
+        state.model.loss(ids, ids).backward()  # type: ignore[no-untyped-call]
+        step = torch.cuda.max_memory_allocated(world.device) - before
+        state.model.zero_grad(set_to_none=True)
+        known = estimate(plan, rows, dtype, world.device.type)
+        activations = max(0, step - known.gradients)
+        plans.append(dataclasses.replace(known, activations=activations, logits=0, measured=True))
+    return plans
+
+
+def plan_memory(plan: Plan, state: TrainState, world: World, dtype: torch.dtype) -> MemoryPlan:
+    """The rows of a micro-batch that fit every rank, the plan's at most, and what they need.
+
+    A size that was asked for is kept. On CUDA each rank measures a step of one and of two rows, and the rest
+    follows on a line; elsewhere the shape of the model tells.
+    """
+    rows_per_rank = plan.batch_rows // world.size
+    known = estimate(plan, 1, dtype, world.device.type)
+    free = hardware.available_memory_bytes(world.device)
+    # Parameters and moments are there already.
+    budget = None if free is None else free + known.optimizer + 4 * plan.params.total
+    asked = plan.args.device_batch_size is not None
+    measured = measure(plan, state, world, dtype) if world.device.type == "cuda" and not asked else []
+
+    def of(rows: int) -> MemoryPlan:
+        if not measured:
+            return estimate(plan, rows, dtype, world.device.type)
+        one, two = (found.activations for found in measured)
+        return dataclasses.replace(measured[0], rows=rows, activations=one + (rows - 1) * max(0, two - one))
+
+    rows = plan.device_batch_size
+    while not asked and budget is not None and rows > 1 and of(rows).total > USABLE * budget:
+        rows = divisor_below(rows_per_rank, rows)
+    return of(-world.highest(-rows))
+
+
+def divisor_below(whole: int, n: int) -> int:
+    """The largest divisor of `whole` below n.
+
+    >>> divisor_below(24, 12), divisor_below(7, 7)
+    (8, 1)
+    """
+    return next(d for d in range(n - 1, 0, -1) if whole % d == 0)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an allocation failed: PyTorch's CPU allocator has no exception of its own."""
+    text = str(error)
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and ("not enough memory" in text or "can't allocate memory" in text)
+    )
+
+
+def halve(state: TrainState, micro_batches: list[Batch], world: World) -> list[Batch]:
+    """Take the same rows in micro-batches of half the rows, from here on; half-made gradients are dropped.
+
+    Raises:
+        UserError: there is one row in each already.
+    """
+    rows = len(micro_batches[0][0])
+    if rows == 1:
+        raise UserError("out of memory with one row in a micro-batch. Lower --max-seq-len or --depth.")
+    smaller = rows // 2 if rows % 2 == 0 else divisor_below(rows, rows)
+    world.print0(f"out of memory with {rows} rows in a micro-batch: going on with {smaller}")
+    state.model.zero_grad(set_to_none=True)
+    if world.device.type == "cuda":
+        torch.cuda.empty_cache()
+    state.loader.device_batch_size = smaller
+    if state.model.is_compiled:
+        state.model.compile_for(smaller)
+    return [
+        pair
+        for inputs, targets in micro_batches
+        for pair in zip(inputs.split(smaller), targets.split(smaller), strict=True)  # type: ignore[no-untyped-call]
+    ]

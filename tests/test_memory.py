@@ -1,0 +1,132 @@
+"""The memory plan covers what a step keeps, the micro-batch obeys it, a step that did not fit is mended."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nanochat import files, hardware, memory, scaling, train
+from nanochat.dataset import Corpus
+from nanochat.errors import UserError
+from nanochat.gpt import GPT
+from nanochat.hardware import Precision
+from nanochat.scaling import Plan
+from nanochat.tokenizer import Tokenizer
+from nanochat.world import World
+from tests.conftest import REPO
+from tests.tiny import tiny_args, tiny_corpus, train_tiny
+
+MIB = 1 << 20
+
+
+def plan_of(**changes: Any) -> Plan:
+    return scaling.plan(tiny_args(device_batch_size=None, **changes), 300)
+
+
+@pytest.mark.parametrize("recompute", ["none", "mlp", "block"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_estimate_covers_what_a_forward_pass_keeps(recompute: str, dtype: torch.dtype) -> None:
+    plan = plan_of(depth=4, max_seq_len=256, aspect_ratio=64, head_dim=64, recompute=recompute)
+    model = GPT(plan.model, Precision(dtype, "sdpa"))
+    model.init_weights(0)
+    model.recompute = recompute
+    own = {p.data_ptr() for p in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(torch.zeros(8, 256, dtype=torch.int64))
+    copies = 0 if dtype == torch.float32 else plan.params.matrix * dtype.itemsize
+    estimated = memory.estimate(plan, 8, dtype, "cpu")
+    ratio = (sum(kept.values()) - copies) / estimated.activations
+    assert ratio < 1
+    assert recompute == "block" or ratio > 0.4  # the rest is for one layer's way back
+
+
+def test_the_parameters_are_those_of_the_model() -> None:
+    plan = plan_of()
+    found = memory.estimate(plan, 1, torch.float32, "cpu")
+    assert found.parameters == found.gradients == 4 * plan.params.total
+    assert memory.estimate(plan, 2, torch.float32, "cpu").activations == 2 * found.activations
+    assert "estimated" in found.describe(None)
+
+
+def test_the_micro_batch_is_made_to_fit_and_the_batch_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_corpus(tmp_path)
+    train_tiny(run="roomy", device_batch_size=None, num_iterations=3)
+    plan = scaling.plan(
+        tiny_args(device_batch_size=None), Tokenizer.load(files.tokenizer_dir("local")).vocab_size
+    )
+    assert plan.device_batch_size == 8
+    needed = {rows: memory.estimate(plan, rows, torch.float32, "cpu") for rows in (2, 4)}
+    there_already = needed[2].optimizer + 4 * plan.params.total
+    free = int(needed[2].total / memory.USABLE) + 1 - there_already
+    assert needed[4].total > needed[2].total
+    monkeypatch.setattr(hardware, "available_memory_bytes", lambda device: free)
+    train_tiny(run="narrow", device_batch_size=None, num_iterations=3)
+    train_tiny(run="asked", device_batch_size=8, num_iterations=3)
+    derived = {
+        run: files.read_json(files.run_dir(run) / "config.json") for run in ("roomy", "narrow", "asked")
+    }
+    found = {run: (each["device_batch_size"], each["grad_accum_steps"]) for run, each in derived.items()}
+    assert found == {"roomy": (8, 1), "narrow": (2, 4), "asked": (8, 1)}
+    assert derived["narrow"]["batch_tokens"] == derived["roomy"]["batch_tokens"]
+
+
+def run_within(spare_mib: int) -> tuple[dict[str, Any], str]:
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.memory_script", str(spare_mib)],
+        cwd=REPO,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    *told, last = done.stdout.splitlines()
+    return json.loads(last), "\n".join(told)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_AS and /proc")
+def test_a_step_that_runs_out_of_memory_goes_on_with_smaller_micro_batches(tmp_path: Path) -> None:
+    tiny_corpus(tmp_path)
+    whole, told = run_within(0)
+    assert whole["rows"] == 32
+    assert "out of memory" not in told
+    # A micro-batch of 32 rows keeps 2 layers x 20 x 128 x 8,192 tokens x 4 bytes = 170 MB.
+    halved, told = run_within(90)
+    assert halved["rows"] in (16, 8, 4)
+    assert "out of memory with 32 rows in a micro-batch: going on with 16" in told
+    assert halved["losses"] == pytest.approx(whole["losses"], abs=1e-4)
+    assert halved["end"] == whole["end"]
+
+
+def test_an_error_of_another_kind_is_not_taken_for_it() -> None:
+    assert memory.is_out_of_memory(MemoryError())
+    assert not memory.is_out_of_memory(RuntimeError("shapes do not match"))
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(1 << 60)
+    assert memory.is_out_of_memory(caught.value)
+
+
+def test_one_row_that_does_not_fit_is_the_users_to_mend(tmp_path: Path) -> None:
+    tiny_corpus(tmp_path)
+    tokenizer = Tokenizer.load(files.tokenizer_dir("local"))
+    plan = scaling.plan(tiny_args(device_batch_size=1), tokenizer.vocab_size)
+    precision, world = Precision(torch.float32, "sdpa"), World.solo()
+    state = train.create_state(plan, Corpus.open("local"), tokenizer, precision, world)
+    with pytest.raises(UserError, match="one row"):
+        memory.halve(state, state.loader.next_batch(), world)
+    state.loader.close()
