@@ -11,6 +11,7 @@ from nanochat.dataloader import ValBatches
 from nanochat.dataset import Corpus
 from nanochat.engine import sample_texts
 from nanochat.loss_eval import evaluate_bpb
+from nanochat.replicas import require_equal
 from nanochat.runlog import RunLog
 from nanochat.saver import Saver
 from nanochat.scaling import Plan
@@ -49,7 +50,10 @@ def default_hooks(
 ) -> list[Hook]:
     """The hooks of base_train. Saving comes first, so that nothing after it can lose the weights."""
     args = plan.args
-    hooks = [
+    hooks = []
+    if args.check_ranks_every:  # before saving: what differs must not become a checkpoint
+        hooks.append(Hook(_comparer(world), args.check_ranks_every))
+    hooks += [
         Hook(saver.save, args.save_every, also=saver.is_time),
         Hook(_validator(plan, corpus, tokenizer, world, log), args.eval_every, at_start=True),
         Hook(_sampler(tokenizer, world, log), args.sample_every),
@@ -57,6 +61,13 @@ def default_hooks(
     if args.core_metric_every is not None:
         hooks.append(Hook(_scorer(plan, tokenizer, world, log), args.core_metric_every))
     return hooks
+
+
+def _comparer(world: World) -> Callable[[TrainState], None]:
+    def compare(state: TrainState) -> None:
+        require_equal(dict(state.model.named_parameters()), world, state.step)
+
+    return compare
 
 
 def _validator(

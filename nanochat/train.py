@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nanochat import checkpoint, files, hardware, memory, scaling
+from nanochat import checkpoint, files, hardware, links, memory, scaling
 from nanochat.checkpoint import TrainState
 from nanochat.dataloader import TrainLoader, epochs_for
 from nanochat.dataset import Corpus
@@ -27,6 +28,7 @@ from nanochat.scaling import Plan
 from nanochat.schedule import lr_multiplier, muon_momentum, muon_weight_decay
 from nanochat.stopping import stop_signals
 from nanochat.tokenizer import Tokenizer
+from nanochat.watchdog import Watchdog
 from nanochat.world import World
 
 
@@ -104,7 +106,14 @@ def _gradients(state: TrainState, world: World) -> Tensor:
         micro_batches = memory.halve(state, micro_batches, world)
 
 
-def train(plan: Plan, state: TrainState, world: World, reporter: StepReporter, hooks: list[Hook]) -> str:
+def train(
+    plan: Plan,
+    state: TrainState,
+    world: World,
+    reporter: StepReporter,
+    hooks: list[Hook],
+    stop_requested: Callable[[], bool],
+) -> str:
     """Step until the plan's end, or until a signal on any rank asks all of them to stop at the same step.
 
     Hooks run between steps, in their order. A run that goes on from a checkpoint runs again those that are
@@ -114,7 +123,7 @@ def train(plan: Plan, state: TrainState, world: World, reporter: StepReporter, h
         "finished" or "stopped".
     """
     trace = files.run_dir(plan.args.run_name) / "trace.json" if plan.args.profile and world.is_main else None
-    with stop_signals() as stop_requested, collector_held(), traced(trace) as step_traced:
+    with collector_held(), traced(trace) as step_traced:
         while True:
             due = [hook for hook in hooks if hook.due(state.step, plan.steps)]
             if due:
@@ -166,12 +175,18 @@ def run(
     config = {**plan.to_dict(), "fingerprints": fingerprints, "machine": machine}
     if world.is_main:
         files.write_json(folder / "config.json", config)
-    with RunLog(folder, enabled=world.is_main, total_steps=plan.steps, first_step=state.step) as log:
+    for line in links.report(world):
+        world.print0(line)
+    with (
+        stop_signals() as stop_requested,
+        Watchdog(world, folder, plan.args.dist_timeout, lambda: f"step {state.step}"),
+        RunLog(folder, enabled=world.is_main, total_steps=plan.steps, first_step=state.step) as log,
+    ):
         log.start_tracker(plan.args.wandb, plan.args.run_name, config, folder)
         reporter = StepReporter(plan, world, log, speed)
         saver = Saver(plan, fingerprints, world, log.say, saved_step=state.step if start else None)
         hooks = default_hooks(plan, corpus, tokenizer, saver, world, log)
-        status = train(plan, state, world, reporter, hooks)
+        status = train(plan, state, world, reporter, hooks, stop_requested)
         if status == "stopped":
             log.say(f"stopped by a signal after step {state.step}")
             saver.save(state)

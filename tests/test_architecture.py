@@ -19,7 +19,7 @@ from tests.conftest import REPO
 # A module imports modules of lower layers, and those before it in its own. A new module takes its place here.
 LAYERS = (
     ("errors", "files", "process", "hardware", "world", "runlog", "charts", "progress", "stopping")
-    + ("loop",),
+    + ("loop", "links", "replicas", "watchdog"),
     ("config", "recipe", "schedule", "scaling", "tokenizer", "shards", "packing")
     + ("core_stats", "core_results", "core_batches"),
     ("arrival", "corpora", "hub", "dataset", "sdpa", "attention", "backends", "update_rules")

@@ -1,0 +1,145 @@
+"""P1, P2, P17: a run is the same run however it is cut, and whatever the number of ranks."""
+
+from __future__ import annotations
+
+import sys
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from nanochat import checkpoint_files, files
+from nanochat.optim import MuonAdamW
+from nanochat.world import World
+from tests.dist.launch import digest, lines, losses
+from tests.dist.world import run_ranks, train_world
+from tests.reliability import record
+from tests.test_optim import GROUPS, NORM_FACTOR, random_problem, schedule
+from tests.tiny import tiny_corpus
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform != "linux", reason="forks: 0.3 s a world, 5 s if spawned"),
+]
+# Eight blocks would be eight lanes; one is what a small text has. 8 rows a batch divide over 8 ranks.
+COMMON: dict[str, Any] = {"device_batch_size": 1, "eval_every": 10, "keep_last": 99, "save_every": 1000}
+
+
+@pytest.fixture(autouse=True)
+def corpus(tmp_path: Path) -> None:
+    tiny_corpus(tmp_path)
+
+
+def parameters(run: str, step: int) -> dict[str, torch.Tensor]:
+    return load_file(checkpoint_files.folder_of(run, step) / checkpoint_files.MODEL)
+
+
+# At the start every block adds nothing, and what the model says does not depend on the length of activations:
+# the gradient of this scalar is then zero but for rounding (9e-11, of either sign), and AdamW makes a step of
+# full length of it. Mathematics does not decide where it goes.
+UNDECIDED = ("backout_scale",)
+
+
+def furthest(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    assert a.keys() == b.keys()
+    return max((a[name] - b[name]).abs().max().item() for name in a if name not in UNDECIDED)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_a_resumed_run_is_the_same_run_bit_for_bit(size: int, tmp_path: Path) -> None:
+    common = {**COMMON, "num_iterations": 40}
+    train_world(size, tmp_path, run="whole", **common)
+    cuts = (1, 7, 20, 21)
+    for at in cuts:
+        run = f"cut{at}"
+        train_world(size, tmp_path, stop_at=at, run=run, **common)
+        assert files.read_json(files.run_dir(run) / "summary.json")["status"] == "stopped"
+        assert checkpoint_files.steps_of(run) == [at]
+        train_world(size, tmp_path, run=run, resume="auto", **common)
+        assert lines(run, "") == lines("whole", "")
+        assert digest(run, 40) == digest("whole", 40)
+    record("P1", n=len(cuts), failures=0, worst=0, unit=f"runs of {size} ranks, cut and resumed: bits")
+
+
+def test_a_run_that_changes_its_ranks_is_the_same_run(tmp_path: Path) -> None:
+    """1 -> 2 -> 4 -> 1 ranks, and the other changes, beside one rank all the way."""
+    common = {**COMMON, "num_iterations": 40}
+    train_world(1, tmp_path, run="whole", **common)
+    worst_loss, worst_weight = 0.0, 0.0
+    paths = [(1, 2, 4, 1), (2, 1, 4, 2), (4, 2, 1, 4)]
+    for path in paths:
+        run = "to".join(map(str, path))
+        for index, size in enumerate(path):
+            stop = (10, 20, 30, None)[index]
+            train_world(size, tmp_path, stop_at=stop, run=run, resume="auto", **common)
+        gaps = [abs(a - b) for a, b in zip(losses(run), losses("whole"), strict=True)]
+        worst_loss = max(worst_loss, *gaps)
+        worst_weight = max(worst_weight, furthest(parameters(run, 40), parameters("whole", 40)))
+        states = [checkpoint_files.folder_of(name, 40) / "state.json" for name in (run, "whole")]
+        assert files.read_json(states[0])["loader"] == files.read_json(states[1])["loader"]
+    assert worst_loss < 1e-5
+    assert worst_weight < 1e-4
+    changes = sum(a != b for path in paths for a, b in pairwise(path))
+    record(
+        "P2",
+        n=changes,
+        failures=0,
+        worst=worst_loss,
+        unit="changes of the number of ranks",
+        note="worst: loss",
+    )
+
+
+def test_ranks_that_do_not_divide_the_batch_are_refused_with_those_that_do(tmp_path: Path) -> None:
+    with pytest.raises(Exception, match="multiple of"):
+        train_world(3, tmp_path, run="three", **COMMON)
+
+
+def test_any_number_of_ranks_trains_the_same_model(tmp_path: Path) -> None:
+    common = {**COMMON, "num_iterations": 50}
+    sizes = (1, 2, 4, 8)
+    for size in sizes:
+        train_world(size, tmp_path, run=f"on{size}", check_ranks_every=5, **common)
+    gaps = [max(abs(a - b) for a, b in zip(losses("on1"), losses(f"on{n}"), strict=True)) for n in sizes]
+    far = [furthest(parameters("on1", 50), parameters(f"on{n}", 50)) for n in sizes]
+    assert max(gaps) < 1e-5
+    assert max(far) < 1e-4
+    record("P17", n=4, failures=0, worst=max(gaps), unit="world sizes 1, 2, 4, 8: losses of 50 steps")
+    record("P17", n=4, failures=0, worst=max(far), unit="world sizes 1, 2, 4, 8: weights of 50 steps")
+
+
+def held(world: World, folder: str) -> None:
+    """Write how many elements of moments this rank holds, for a model of many matrices."""
+    params, kinds = random_problem()
+    many = {f"{name}.{i}": p.detach().clone() for i in range(16) for name, p in params.items()}
+    kinds = {name: kinds[name.split(".")[0]] for name in many}
+    optimizer = MuonAdamW(many, kinds, GROUPS, world, torch.float32, NORM_FACTOR)
+    for p in many.values():
+        p.grad = torch.ones_like(p)
+    optimizer.step(*schedule(0))
+    names = ("momentum", "second_moment", "exp_avg", "exp_avg_sq")
+    tensors = [t for shard in optimizer.shards for name, t in vars(shard).items() if name in names]
+    own = sum(t.numel() for t in tensors if isinstance(t, torch.Tensor))
+    Path(f"{folder}/held{world.size}.{world.rank}").write_text(str(own))
+
+
+def test_the_optimizers_memory_is_shared_out(tmp_path: Path) -> None:
+    most = {}
+    for size in (1, 2, 3, 4, 5, 8):
+        run_ranks(size, tmp_path, held, str(tmp_path))
+        most[size] = max(int(path.read_text()) for path in tmp_path.glob(f"held{size}.*"))
+    shares = {size: most[size] * size / most[1] for size in most}
+    # 16 matrices of a shape: 3 and 5 ranks hold 6 and 4 of them, 18 / 16 and 20 / 16 of an equal share.
+    assert all(share <= 1.27 for share in shares.values())
+    assert all(share <= 1.03 for size, share in shares.items() if 16 % size == 0)
+    record(
+        "P17",
+        n=len(shares),
+        failures=0,
+        worst=round(max(shares.values()), 3),
+        unit="moments of a rank",
+        note="worst: times 1 / world size, with padding",
+    )
