@@ -11,12 +11,14 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from nanochat import backends, checkpoint, core_compare, core_eval, files
+from nanochat import backends, checkpoint, core_compare, core_eval, core_scoring, files, hardware, hf_model
 from nanochat.config import EvalArgs, TrainArgs, from_dict
 from nanochat.core_compare import Combined, Difference
 from nanochat.core_results import CoreResult, TaskScore, verdict
+from nanochat.core_scoring import Scorer
 from nanochat.core_stats import probability_above
 from nanochat.core_tasks import Bundle
+from nanochat.core_tokens import Encoder
 from nanochat.dataloader import ValBatches
 from nanochat.dataset import Corpus
 from nanochat.engine import sample_texts
@@ -45,6 +47,8 @@ def main(args: EvalArgs, world: World) -> None:
     elif args.combine:
         if world.is_main:
             show_combined(core_compare.combine(args.combine))
+    elif args.hf:
+        run_hf(args, world)
     else:
         run(args, world)
 
@@ -84,7 +88,9 @@ def run(args: EvalArgs, world: World) -> dict[str, Any]:
         "attention": precision.attention,
         "world_size": world.size,
     }
-    core = _score_core(model, tokenizer, bundle, args, world) if bundle is not None else None
+    core = None
+    if bundle is not None:
+        core = _score_core(core_scoring.GPTScorer(model), tokenizer, bundle, args, world)
     if core is not None:
         found.update(core.as_dict(), max_per_task=args.core_metric_max_per_task)
     if "bpb" in parts:
@@ -119,7 +125,44 @@ def parse_parts(text: str) -> tuple[str, ...]:
     return parts
 
 
-def _score_core(model: GPT, tokenizer: Tokenizer, bundle: Bundle, args: EvalArgs, world: World) -> CoreResult:
+def run_hf(args: EvalArgs, world: World) -> dict[str, Any]:
+    """Score a model of Hugging Face with CORE, into a run folder of its own: runs can be compared to it.
+
+    Raises:
+        UserError: as `run`; the model cannot be loaded.
+    """
+    started = time.perf_counter()
+    bundle = core_eval.find_bundle(args.eval_bundle)
+    dtype, reason = hardware.choose_dtype(world.device, args.dtype)
+    scorer, tokenizer = hf_model.load(args.hf, world.device, dtype)
+    name = args.run or "hf-" + "".join(c if c.isalnum() or c in "-_." else "-" for c in args.hf).strip("-.")
+    folder = files.run_dir(name)
+    if world.is_main:
+        files.require_writable(folder)
+    world.print0(f"{args.hf} on {world.device} x {world.size}, computing in {dtype} ({reason})")
+    core = _score_core(scorer, tokenizer, bundle, args, world)
+    found: dict[str, Any] = {
+        "run": name,
+        "model": args.hf,
+        "samples": [],
+        "dtype": str(dtype).removeprefix("torch."),
+        "world_size": world.size,
+        **core.as_dict(),
+        "max_per_task": args.core_metric_max_per_task,
+        "seconds": time.perf_counter() - started,
+    }
+    if world.is_main:
+        files.atomic_write(folder / "core_predictions.jsonl", core.predictions_jsonl())
+        files.write_json(folder / "base_eval.json", found)
+        show(found, core)
+        print(f"written: {folder / 'base_eval.json'}")
+    world.barrier()
+    return found
+
+
+def _score_core(
+    scorer: Scorer, tokenizer: Encoder, bundle: Bundle, args: EvalArgs, world: World
+) -> CoreResult:
     def tell(score: TaskScore) -> None:
         world.print0(
             f"  {score.label:34s} {score.accuracy:.4f} of {score.examples:5d}, "
@@ -128,7 +171,7 @@ def _score_core(model: GPT, tokenizer: Tokenizer, bundle: Bundle, args: EvalArgs
 
     world.print0(f"CORE on {bundle.name}, prompts of {args.core_variant}")
     return core_eval.evaluate(
-        core_eval.GPTScorer(model),
+        scorer,
         tokenizer,
         bundle,
         max_per_task=args.core_metric_max_per_task,

@@ -124,6 +124,7 @@ class EvalArgs:
     run: str = flag("", "name of the run")
     step: int | None = flag(None, "checkpoint to score; by default the newest")
     eval: str = flag("core,bpb,sample", "what to do, separated by commas")
+    hf: str = flag("", "score this model of Hugging Face with CORE instead: a folder or a name on the hub")
     eval_bundle: str = flag("", "CORE tasks: a folder, a zip, or mini for the small suite made on the spot")
     core_variant: str = flag(
         "nanochat",

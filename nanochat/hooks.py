@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from nanochat import core_eval
+from nanochat import core_eval, core_scoring
 from nanochat.checkpoint import TrainState
 from nanochat.dataloader import ValBatches
 from nanochat.dataset import Corpus
@@ -98,7 +98,7 @@ def _scorer(plan: Plan, tokenizer: Tokenizer, world: World, log: RunLog) -> Call
 
     def score(state: TrainState) -> None:
         result = core_eval.evaluate(
-            core_eval.GPTScorer(state.model),
+            core_scoring.GPTScorer(state.model),
             tokenizer,
             bundle,
             max_per_task=plan.args.core_metric_max_per_task,

@@ -37,8 +37,8 @@ LAYERS = (
         "same_run",
     ),
     ("lanes", "dataloader", "gpt", "tok_train", "tok_eval"),
-    ("loss_eval", "engine", "core_eval", "checkpoint", "memory", "reporter"),
-    ("saver", "resume", "export", "core_compare", "base_eval", "hooks", "train", "report"),
+    ("loss_eval", "engine", "core_scoring", "core_eval", "hf_model", "checkpoint", "memory", "reporter"),
+    ("saver", "resume", "export", "harness", "core_compare", "base_eval", "hooks", "train", "report"),
 )
 ORDER = [name for layer in LAYERS for name in layer]
 

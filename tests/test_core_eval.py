@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dev.bench import naive_core
-from nanochat import core_eval, core_tasks
+from nanochat import core_eval, core_scoring, core_tasks
 from nanochat.core_tasks import Bundle, Example, Task
 from nanochat.core_tokens import Prompts
 from nanochat.errors import UserError
@@ -79,7 +79,7 @@ def model(tokenizer):
 
 def assert_same(model, tokenizer, bundle, max_per_task, variant="nanochat", **options):
     """The answers equal those of the plain scorer (dev/bench/naive_core.py); returns the result."""
-    scorer = core_eval.GPTScorer(model)
+    scorer = core_scoring.GPTScorer(model)
     options = {"world": SOLO, "variant": variant, **options}
     result = core_eval.evaluate(scorer, tokenizer, bundle, max_per_task=max_per_task, **options)
     crop = options.get("crop_tokens", model.config.sequence_len)
@@ -199,7 +199,7 @@ def test_a_continuation_longer_than_the_context_is_scored_from_its_second_token_
 
 def test_equal_options_tie_exactly_whatever_batch_they_fall_in(model, tokenizer):
     result = core_eval.evaluate(
-        core_eval.GPTScorer(model), tokenizer, small_bundle(), world=SOLO, batch_tokens=1
+        core_scoring.GPTScorer(model), tokenizer, small_bundle(), world=SOLO, batch_tokens=1
     )
     by_line = {(prediction.task, prediction.line): prediction for prediction in result.predictions}
     ties = by_line["mc", 6].losses
@@ -250,7 +250,7 @@ def test_answers_worked_by_hand(tokenizer):
         "eval_data/l": '{"context": "A", "continuation": "B"}\n{"context": "A", "continuation": "CD"}\n',
     }
     result = core_eval.evaluate(
-        core_eval.GPTScorer(model), tokenizer, Bundle.from_texts("hand", texts), world=SOLO
+        core_scoring.GPTScorer(model), tokenizer, Bundle.from_texts("hand", texts), world=SOLO
     )
     choice, *words = result.predictions
     # Probabilities are the table's over its column sums.
@@ -286,7 +286,7 @@ def test_spans_are_the_common_prefix_and_suffix(tokenizer):
 
 
 def test_every_rank_reports_the_sum_of_what_the_ranks_found(model, tokenizer):
-    whole = core_eval.evaluate(core_eval.GPTScorer(model), tokenizer, small_bundle(), world=SOLO)
+    whole = core_eval.evaluate(core_scoring.GPTScorer(model), tokenizer, small_bundle(), world=SOLO)
     tables = []
 
     class Rank(World):
@@ -297,7 +297,7 @@ def test_every_rank_reports_the_sum_of_what_the_ranks_found(model, tokenizer):
 
     for rank in range(3):
         world = Rank(rank=rank, local_rank=rank, size=3, device=torch.device("cpu"), backend=None)
-        core_eval.evaluate(core_eval.GPTScorer(model), tokenizer, small_bundle(), world=world)
+        core_eval.evaluate(core_scoring.GPTScorer(model), tokenizer, small_bundle(), world=world)
     for task in range(3):
         total = tables[task] + tables[3 + task] + tables[6 + task]
         answers = [prediction.answer for prediction in whole.predictions[24 * task : 24 * task + 24]]
@@ -310,7 +310,7 @@ def test_scores_are_told_task_by_task_and_all_files_are_checked_first(model, tok
     told = []
     bundle = small_bundle(12)
     result = core_eval.evaluate(
-        core_eval.GPTScorer(model), tokenizer, bundle, world=SOLO, on_task=told.append
+        core_scoring.GPTScorer(model), tokenizer, bundle, world=SOLO, on_task=told.append
     )
     assert tuple(told) == result.tasks
 
@@ -320,13 +320,15 @@ def test_scores_are_told_task_by_task_and_all_files_are_checked_first(model, tok
     told.clear()
     with pytest.raises(UserError, match=r"eval_data/lm.jsonl:1"):
         core_eval.evaluate(
-            core_eval.GPTScorer(model), tokenizer, Bundle("bad", read), world=SOLO, on_task=told.append
+            core_scoring.GPTScorer(model), tokenizer, Bundle("bad", read), world=SOLO, on_task=told.append
         )
     assert told == []
 
 
 def test_the_result_has_the_fields_of_base_eval_json(model, tokenizer):
-    fields = core_eval.evaluate(core_eval.GPTScorer(model), tokenizer, small_bundle(12), world=SOLO).as_dict()
+    fields = core_eval.evaluate(
+        core_scoring.GPTScorer(model), tokenizer, small_bundle(12), world=SOLO
+    ).as_dict()
     assert json.loads(json.dumps(fields)) == fields
     assert set(fields) >= {"core_metric", "core_stderr", "tasks", "seconds", "examples_per_second"}
     assert set(fields["tasks"]) == {"mc", "schema", "lm"}
@@ -386,7 +388,7 @@ def test_with_keep_going_a_faulty_task_is_left_out_and_there_is_no_core(model, t
     def read(member):
         return b"{" if member == "eval_data/lm.jsonl" else bundle.read(member)
 
-    scorer = core_eval.GPTScorer(model)
+    scorer = core_scoring.GPTScorer(model)
     result = core_eval.evaluate(scorer, tokenizer, Bundle("bad", read), world=SOLO, keep_going=True)
     assert [task.label for task in result.tasks] == ["mc", "schema"]
     assert result.core_metric is None
@@ -424,7 +426,7 @@ def test_stories_are_read_once_for_all_their_questions(tokenizer):
 
 def test_a_crop_beyond_the_context_is_no_crop(tokenizer):
     model = tiny_gpt(tokenizer.vocab_size, sequence_len=64)
-    cropped = core_eval.evaluate(core_eval.GPTScorer(model), tokenizer, small_bundle(), world=SOLO)
+    cropped = core_eval.evaluate(core_scoring.GPTScorer(model), tokenizer, small_bundle(), world=SOLO)
     assert sum(task.cropped_prompts for task in cropped.tasks) > 0
     result = assert_same(model, tokenizer, small_bundle(), 0, crop_tokens=1000)
     assert sum(task.cropped_prompts for task in result.tasks) == 0

@@ -22,15 +22,17 @@ from typing import Any
 import torch
 
 from dev.bench import naive_core
-from nanochat import attention, checkpoint, core_eval, core_tasks, files, hardware, scaling
+from nanochat import checkpoint, core_eval, core_scoring, core_tasks, files, hardware, scaling
 from nanochat.config import TrainArgs
 from nanochat.core_results import CoreResult
 from nanochat.core_tasks import Bundle
 from nanochat.gpt import GPT
+from nanochat.hardware import Precision
 from nanochat.tokenizer import Tokenizer
 from nanochat.world import World
 
 VOCAB = 32768
+PRECISION = Precision(torch.float32, "sdpa")
 TRAIN_CHARS = 4_000_000  # of the bundle's own texts, for the vocabulary of a random model
 
 
@@ -39,8 +41,7 @@ def random_model(bundle: Bundle, depth: int) -> tuple[GPT, Tokenizer]:
     texts = [bundle.text(task.member)[: TRAIN_CHARS // 22] for task in core_tasks.load_tasks(bundle)]
     tokenizer = Tokenizer.train(texts, VOCAB)
     plan = scaling.plan(TrainArgs(depth=depth, num_iterations=1, device_type="cpu"), tokenizer.vocab_size, 1)
-    precision, _ = attention.choose_precision(torch.device("cpu"), "float32", "sdpa")
-    model = GPT(plan.model, precision)
+    model = GPT(plan.model, PRECISION)
     model.init_weights(0)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -54,7 +55,7 @@ def ours(model: GPT, tokenizer: Tokenizer, bundle: Bundle, examples: int, batch_
     with tempfile.TemporaryDirectory() as folder:
         os.environ["NANOCHAT_BASE_DIR"] = folder
         return core_eval.evaluate(
-            core_eval.GPTScorer(model),
+            core_scoring.GPTScorer(model),
             tokenizer,
             bundle,
             max_per_task=examples,
@@ -107,9 +108,8 @@ def main() -> None:
     args = parser.parse_args()
     bundle = core_eval.find_bundle(args.eval_bundle)
     if args.run:
-        precision, _ = attention.choose_precision(torch.device("cpu"), "float32", "sdpa")
         model, tokenizer, _ = checkpoint.load_model(
-            args.run, None, device=torch.device("cpu"), precision=precision
+            args.run, None, device=torch.device("cpu"), precision=PRECISION
         )
     else:
         model, tokenizer = random_model(bundle, args.depth)
@@ -117,6 +117,7 @@ def main() -> None:
     for _ in range(args.rounds):
         result = ours(model, tokenizer, bundle, args.examples, args.eval_batch_tokens)
         mine.append(result.examples_per_second)
+        print(f"ours: {len(result.predictions)} examples in {result.seconds:.1f} s", flush=True)
         seconds, naive = theirs(model, tokenizer, bundle, args.examples)
         others.append(len(naive) / seconds)
     differ, largest = compare(result, naive)
