@@ -21,9 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dev.bench import peak_memory
 from nanochat import files
 from nanochat.attention import attention, band_mask
+from nanochat.process import peak_memory_bytes
 
 T, WINDOW, HEADS, HEAD_DIM = 8192, 512, 4, 128
 WAYS = ("window", "full", "mask")
@@ -47,14 +47,14 @@ def measure(way: str) -> dict[str, float]:
     q, k, v = (torch.randn(shape, generator=g).bfloat16().requires_grad_() for _ in range(3))
     small = [torch.zeros(1, 64, 1, HEAD_DIM, dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
     attention(*small, window=8, backend="sdpa").sum().backward()  # loads what both need
-    before, seconds = peak_memory(), []
+    before, seconds = peak_memory_bytes(), []
     for _ in range(3):
         for x in (q, k, v):
             x.grad = None
         start = time.perf_counter()
         one_pass(way, q, k, v)
         seconds.append(time.perf_counter() - start)
-    return {"time": min(seconds[1:]), "memory": peak_memory() - before}
+    return {"time": min(seconds[1:]), "memory": peak_memory_bytes() - before}
 
 
 def run(rounds: int = ROUNDS) -> list[dict[str, Any]]:
