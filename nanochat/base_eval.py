@@ -94,8 +94,9 @@ def run(args: EvalArgs, world: World) -> dict[str, Any]:
     if core is not None:
         found.update(core.as_dict(), max_per_task=args.core_metric_max_per_task)
     if "bpb" in parts:
-        corpus = from_dict(TrainArgs, meta["plan"]["args"]).corpus
-        found["bpb"] = _score_bpb(model, tokenizer, Corpus.open(corpus), args, world)
+        trained = from_dict(TrainArgs, meta["plan"]["args"])
+        corpus = Corpus.open(trained.corpus)
+        found["bpb"] = _score_bpb(model, tokenizer, corpus, args, trained.keep_tails, world)
     if "sample" in parts and world.is_main:
         found["samples"] = sample_texts(model, tokenizer, max_tokens=args.max_new_tokens)
     found["seconds"] = time.perf_counter() - started
@@ -185,7 +186,7 @@ def _score_core(
 
 
 def _score_bpb(
-    model: GPT, tokenizer: Tokenizer, corpus: Corpus, args: EvalArgs, world: World
+    model: GPT, tokenizer: Tokenizer, corpus: Corpus, args: EvalArgs, keep_tails: bool, world: World
 ) -> dict[str, float]:
     token_bytes = tokenizer.token_bytes()
     found = {}
@@ -198,6 +199,7 @@ def _score_bpb(
             world=world,
             max_tokens=args.eval_tokens,
             split=split,
+            keep_tails=keep_tails,
         )
         found[split] = evaluate_bpb(model, batches, token_bytes, world)
         if not math.isfinite(found[split]):

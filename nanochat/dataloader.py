@@ -261,9 +261,9 @@ def epochs_for(corpus: Corpus, tokenizer: Encoder, tokens: int) -> float:
 class ValBatches:
     """A fixed list of rows of one split, of which each rank has every W-th, to iterate over again and again.
 
-    Rows are packed with their tails, so that every token of the split is in one row and is a target once (BOS
-    aside); targets in what is left of a block's last row are -1. The rows are tokenized in the first pass and
-    kept (4 bytes a token).
+    Rows are packed like those of training, by default with the tails, so that every token of the split is in
+    one row and is a target once (BOS aside); targets in what is left of a block's last row are -1. The rows
+    are tokenized in the first pass and kept (4 bytes a token).
     """
 
     def __init__(
@@ -275,6 +275,7 @@ class ValBatches:
         world: World,
         max_tokens: int | None = None,
         split: str = "val",
+        keep_tails: bool = True,
     ) -> None:
         """Nothing is read yet.
 
@@ -286,9 +287,11 @@ class ValBatches:
             world: each rank gets its share; one may get a row more than another, or none.
             max_tokens: how many targets at least, over all ranks; None for the whole split.
             split: "val", or "train" to compare with it.
+            keep_tails: as the run has it: without, figures compare with those of loaders that crop.
         """
         self._corpus, self._tokenizer, self._world = corpus, tokenizer, world
         self._row_slots, self._batch_rows, self._split = sequence_len + 1, rows, split
+        self._keep_tails = keep_tails
         self._max_rows = math.inf if max_tokens is None else max(1, -(-max_tokens // sequence_len))
         self._rows: NDArray[np.int32] | None = None  # (n, T + 1); -1 where the documents ran out
 
@@ -309,7 +312,7 @@ class ValBatches:
             if seen >= self._max_rows:
                 break
             packed = _pack_block(
-                self._corpus, self._tokenizer, shard, group, self._row_slots, keep_tails=True
+                self._corpus, self._tokenizer, shard, group, self._row_slots, keep_tails=self._keep_tails
             )
             rows = packed.rows
             rows[len(rows) - 1 :, self._row_slots - packed.filled :] = -1

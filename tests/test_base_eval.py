@@ -42,7 +42,7 @@ def state(base_dir, tmp_path):
     snapshot.write()
     state.expected_bpb = evaluate_bpb(
         state.model,
-        ValBatches(corpus, tokenizer, sequence_len=32, rows=3, world=world, max_tokens=512),
+        ValBatches(corpus, tokenizer, sequence_len=32, rows=3, world=world, max_tokens=512, keep_tails=False),
         tokenizer.token_bytes(),
         world,
     )
@@ -92,7 +92,7 @@ def test_weights_that_give_no_number_are_one_clear_error(state):
     corpus = dataset.Corpus.open("local")
     tokenizer = Tokenizer.load(files.tokenizer_dir("local"))
     with pytest.raises(UserError, match="train is not a number"):
-        base_eval._score_bpb(state.model, tokenizer, corpus, args(), World.solo())
+        base_eval._score_bpb(state.model, tokenizer, corpus, args(), False, World.solo())
 
 
 def test_requests_that_cannot_be_met_are_one_clear_error(base_dir):

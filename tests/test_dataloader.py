@@ -22,7 +22,7 @@ from nanochat.dataloader import Batch, TrainLoader, ValBatches, epochs_for
 from nanochat.dataset import Corpus
 from nanochat.errors import UserError
 from nanochat.lanes import fit_lanes
-from nanochat.packing import shuffled
+from nanochat.packing import pack, shuffled
 from nanochat.world import World
 from tests.conftest import REPO
 
@@ -366,6 +366,23 @@ def test_validation_holds_every_token_once_for_any_ranks_and_batch(monkeypatch: 
         assert all(len(inputs) <= rows for batches in parts for inputs, _ in batches)
         assert all((inputs[:, 0] == Letters.bos_id).all() for batches in parts for inputs, _ in batches)
         assert all((inputs >= 0).all() for batches in parts for inputs, _ in batches)
+
+
+def test_validation_without_tails_has_the_rows_that_training_would_make(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    corpus = make(monkeypatch)
+    whole = ValBatches(corpus, Letters(), T, 8, World.solo(), keep_tails=False)
+    rows = {
+        (inputs[0].item(), *targets.tolist()) for x, y in whole for inputs, targets in zip(x, y, strict=True)
+    }
+    shard = corpus.val_shards[0]
+    expected: set[tuple[int, ...]] = set()
+    for group in range(shard.row_groups):
+        ids, offsets = Letters().encode_batch(corpus.read_block(shard, group))
+        packed = pack(ids, offsets, bos_id=Letters.bos_id, row_slots=T + 1, keep_tails=False)
+        expected |= {tuple(row) for row in packed.rows.tolist()}
+    assert rows == expected
 
 
 def test_validation_of_so_many_tokens_is_a_part_of_the_whole_and_repeats(
