@@ -66,8 +66,12 @@ def run(rounds: int) -> list[dict[str, Any]]:
             done = subprocess.run(command, capture_output=True, text=True, check=True)
             found[way].append(json.loads(done.stdout.splitlines()[-1]))
     rows = []
-    metrics = {"pass_time": ("seconds", "s"), "peak_memory": ("memory", "bytes"), "added_memory": ("added", "bytes")}
-    for metric, (key, unit) in metrics.items():
+    metrics = (
+        ("pass_time", "seconds", "s"),
+        ("peak_memory", "memory", "bytes"),
+        ("added_memory", "added", "bytes"),
+    )
+    for metric, key, unit in metrics:
         ours, theirs = (statistics.median(x[key] for x in found[way]) for way in WAYS)
         figures = {"ours": ours, "theirs": theirs, "ratio": theirs / ours}
         rows.append({"metric": metric, "peer": "unfused", **figures, "unit": unit})
