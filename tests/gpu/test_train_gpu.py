@@ -1,0 +1,67 @@
+"""The trainer on CUDA: a step waits for nothing, compiled it learns the same, the micro-batch is measured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nanochat import files, memory, scaling, train
+from nanochat.checkpoint import TrainState
+from nanochat.dataset import Corpus
+from nanochat.hardware import Precision
+from nanochat.scaling import Plan
+from nanochat.tokenizer import Tokenizer
+from nanochat.world import World
+from tests.tiny import tiny_args, tiny_corpus
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"),
+]
+
+
+def prepare(tmp_path: Path, **changes: Any) -> tuple[Plan, TrainState, World]:
+    tiny_corpus(tmp_path)
+    tokenizer, world = Tokenizer.load(files.tokenizer_dir("local")), World.solo("cuda")
+    plan = scaling.plan(tiny_args(**changes), tokenizer.vocab_size)
+    precision = Precision(torch.bfloat16, "sdpa")
+    return plan, train.create_state(plan, Corpus.open("local"), tokenizer, precision, world), world
+
+
+def test_a_step_waits_for_nothing(tmp_path: Path) -> None:
+    plan, state, world = prepare(tmp_path)
+    for _ in range(2):
+        train.train_step(plan, state, world)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        result = train.train_step(plan, state, world)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert result.update.applied.item()
+    state.loader.close()
+
+
+def test_a_compiled_step_has_the_loss_of_a_plain_one(tmp_path: Path) -> None:
+    losses = []
+    for compiled in (False, True):
+        plan, state, world = prepare(tmp_path)
+        if compiled:
+            state.model.compile_for(plan.device_batch_size)
+            state.optimizer.compile_updates()
+        losses.append([train.train_step(plan, state, world).loss.item() for _ in range(3)])
+        state.loader.close()
+    assert losses[0] == pytest.approx(losses[1], abs=0.02)
+
+
+def test_two_measured_steps_tell_what_rows_cost(tmp_path: Path) -> None:
+    shape = {"max_seq_len": 256, "aspect_ratio": 64, "total_batch_size": 32 * 256, "device_batch_size": None}
+    plan, state, world = prepare(tmp_path, **shape)
+    one, two = memory.measure(plan, state, world, torch.bfloat16)
+    assert one.measured
+    assert 0 < one.activations < two.activations
+    assert all(p.grad is None for p in state.model.parameters())
+    assert memory.plan_memory(plan, state, world, torch.bfloat16).rows == plan.device_batch_size
+    state.loader.close()
