@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 from collections.abc import Callable
@@ -178,6 +179,7 @@ def run(
     for line in links.report(world):
         world.print0(line)
     with (
+        contextlib.closing(state.loader),
         stop_signals() as stop_requested,
         Watchdog(world, folder, plan.args.dist_timeout, lambda: f"step {state.step}"),
         RunLog(folder, enabled=world.is_main, total_steps=plan.steps, first_step=state.step) as log,
@@ -191,7 +193,6 @@ def run(
             log.say(f"stopped by a signal after step {state.step}")
             saver.save(state)
         saver.finish()
-        state.loader.close()
         summary = summarize(plan, state, reporter, world, status)
         if world.is_main:
             files.write_json(folder / "summary.json", summary)
