@@ -164,10 +164,16 @@ def _document_block_mask(documents: Tensor, window: int) -> Any:
     )
 
 
-@lru_cache(maxsize=4)
 def _compiled(function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
     """FlexAttention is block-sparse only when compiled; on a CPU, where it is for tests, it stays plain."""
-    return function if device.type == "cpu" else torch.compile(function, dynamic=False)
+    if device.type == "cpu" or torch.compiler.is_compiling():
+        return function
+    return _compiled_once(function)
+
+
+@lru_cache(maxsize=2)
+def _compiled_once(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function, dynamic=False)
 
 
 def _flex(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float | None, layout: Layout) -> Tensor:

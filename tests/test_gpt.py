@@ -306,3 +306,16 @@ def test_the_forward_pass_is_one_graph_and_never_recompiles(recompute, document_
     assert counter.frame_count == 1
     loss = torch.compile(model.loss, backend="eager")(ids, targets)
     torch.testing.assert_close(loss, model.loss(ids, targets))
+
+
+@pytest.mark.parametrize("document_bos", [None, 0])
+def test_flex_takes_its_masks_into_one_graph(document_bos):
+    config = config_of(sequence_len=160)
+    model, (ids, _) = random_model(config, Precision(torch.float32, "flex")), batch(config)
+    model.document_bos = document_bos
+    counter = torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=False)
+    with torch.no_grad():  # on a CPU FlexAttention has no backward
+        for shift in range(2):
+            torch.testing.assert_close(compiled(ids.roll(shift)), model(ids.roll(shift)))
+    assert counter.frame_count == 1
