@@ -24,7 +24,7 @@ from nanochat.dataset import Corpus
 from nanochat.engine import sample_texts
 from nanochat.errors import UserError
 from nanochat.gpt import GPT
-from nanochat.loss_eval import evaluate_bpb
+from nanochat.loss_eval import BpbProfile, profile_bpb
 from nanochat.tokenizer import Tokenizer
 from nanochat.world import World
 
@@ -96,7 +96,9 @@ def run(args: EvalArgs, world: World) -> dict[str, Any]:
     if "bpb" in parts:
         trained = from_dict(TrainArgs, meta["plan"]["args"])
         corpus = Corpus.open(trained.corpus)
-        found["bpb"] = _score_bpb(model, tokenizer, corpus, args, trained.keep_tails, world)
+        profiles = _score_bpb(model, tokenizer, corpus, args, trained.keep_tails, world)
+        found["bpb"] = {split: profile.bpb for split, profile in profiles.items()}
+        found["bpb_profile"] = {split: profile.as_dict() for split, profile in profiles.items()}
     if "sample" in parts and world.is_main:
         found["samples"] = sample_texts(model, tokenizer, max_tokens=args.max_new_tokens)
     found["seconds"] = time.perf_counter() - started
@@ -187,7 +189,7 @@ def _score_core(
 
 def _score_bpb(
     model: GPT, tokenizer: Tokenizer, corpus: Corpus, args: EvalArgs, keep_tails: bool, world: World
-) -> dict[str, float]:
+) -> dict[str, BpbProfile]:
     token_bytes = tokenizer.token_bytes()
     found = {}
     for split in ("train", "val"):
@@ -201,13 +203,13 @@ def _score_bpb(
             split=split,
             keep_tails=keep_tails,
         )
-        found[split] = evaluate_bpb(model, batches, token_bytes, world)
-        if not math.isfinite(found[split]):
+        found[split] = profile_bpb(model, batches, token_bytes, world, tokenizer.bos_id)
+        if not math.isfinite(found[split].bpb):
             raise UserError(
                 f"bits per byte of {split} is not a number: the training of run {args.run!r} diverged. "
                 "Score an earlier checkpoint with --step, or train again."
             )
-        world.print0(f"bits per byte, {split}: {found[split]:.4f}")
+        world.print0(f"bits per byte, {split}: {found[split].bpb:.4f}")
     return found
 
 

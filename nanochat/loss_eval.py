@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -12,6 +13,11 @@ from torch import Tensor
 from nanochat.errors import UserError
 from nanochat.gpt import GPT
 from nanochat.world import World
+
+Batches = Iterable[tuple[Tensor, Tensor]]
+
+HISTOGRAM_STEP = 0.1  # bits per byte
+HISTOGRAM_BINS = 80  # the last holds all documents from 7.9 on
 
 
 def bits_per_byte(nats: float, n_bytes: int) -> float:
@@ -23,10 +29,32 @@ def bits_per_byte(nats: float, n_bytes: int) -> float:
     return nats / (math.log(2) * n_bytes)
 
 
-@torch.no_grad()
-def evaluate_bpb(
-    model: GPT, batches: Iterable[tuple[Tensor, Tensor]], token_bytes: np.ndarray, world: World
-) -> float:
+@dataclass(frozen=True)
+class BpbProfile:
+    """Bits per byte, taken apart.
+
+    Attributes:
+        bpb: of all bytes.
+        positions: (first, last, bits per byte) of the targets at these places of a row, from 1; the places
+            double from one to the next, so they show what a longer context is worth.
+        documents: how many documents, or pieces that a row cuts of one, have bits per byte from
+            i * HISTOGRAM_STEP on, by i; without the empty bins at the end.
+    """
+
+    bpb: float
+    positions: tuple[tuple[int, int, float], ...]
+    documents: tuple[int, ...]
+
+    def as_dict(self) -> dict[str, object]:
+        """The fields of base_eval.json."""
+        return {
+            "positions": [list(part) for part in self.positions],
+            "documents": list(self.documents),
+            "documents_step": HISTOGRAM_STEP,
+        }
+
+
+def evaluate_bpb(model: GPT, batches: Batches, token_bytes: np.ndarray, world: World) -> float:
     """Bits per byte of a model over batches, each rank giving its own.
 
     Tokens that spell no bytes (the special ones) count neither in the loss nor in the bytes.
@@ -40,22 +68,73 @@ def evaluate_bpb(
     Raises:
         UserError: no batch on any rank has a token that spells a byte.
     """
-    bytes_of = torch.as_tensor(token_bytes, dtype=torch.int64, device=world.device)
     # fp32 sums of one batch, added in float64 at the end: no wait for the device, no loss of digits.
-    nats: list[Tensor] = []
-    counts: list[Tensor] = []
+    sums = [(nats.sum(), spelled.sum()) for _, nats, spelled in _losses(model, batches, token_bytes, world)]
+    mine = [float(torch.stack(part).to("cpu", torch.float64).sum()) for part in zip(*sums, strict=True)]
+    total_nats, total_bytes = _summed(mine or [0.0, 0.0], world)
+    _require_bytes(total_bytes)
+    return bits_per_byte(total_nats, int(total_bytes))
+
+
+def profile_bpb(
+    model: GPT, batches: Batches, token_bytes: np.ndarray, world: World, bos_id: int
+) -> BpbProfile:
+    """Bits per byte, by position and by document; arguments as in `evaluate_bpb`.
+
+    A document begins with `bos_id`. What a row holds of it counts as one document.
+    """
+    length = model.config.sequence_len
+    by_place = torch.zeros(2, length, dtype=torch.float64)
+    histogram = torch.zeros(HISTOGRAM_BINS, dtype=torch.float64)
+    for inputs, nats, spelled in _losses(model, batches, token_bytes, world):
+        places = torch.stack((nats.sum(0).cpu(), spelled.sum(0).cpu())).double()
+        by_place[:, : places.size(1)] += places
+        starts = inputs == bos_id
+        starts[:, 0] = True
+        owner = (starts.flatten().cumsum(0) - 1).cpu()
+        own = torch.zeros(2, int(owner[-1]) + 1, dtype=torch.float64)
+        own[0].index_add_(0, owner, nats.flatten().double().cpu())
+        own[1].index_add_(0, owner, spelled.flatten().double().cpu())
+        bits = own[0, own[1] > 0] / (math.log(2) * own[1, own[1] > 0])
+        bins = (bits / HISTOGRAM_STEP).nan_to_num(HISTOGRAM_BINS).floor().clamp(0, HISTOGRAM_BINS - 1)
+        histogram += torch.bincount(bins.long(), minlength=HISTOGRAM_BINS)
+    flat = _summed([*by_place.flatten().tolist(), *histogram.tolist()], world)
+    nats_at, bytes_at, counts = flat[:length], flat[length : 2 * length], flat[2 * length :]
+    _require_bytes(sum(bytes_at))
+    positions = []
+    first = 1
+    while first <= length:
+        last = min(2 * first - 1, length)
+        if total := sum(bytes_at[first - 1 : last]):
+            positions.append((first, last, bits_per_byte(sum(nats_at[first - 1 : last]), int(total))))
+        first = last + 1
+    while counts and not counts[-1]:
+        counts.pop()
+    bpb = bits_per_byte(sum(nats_at), int(sum(bytes_at)))
+    return BpbProfile(bpb, tuple(positions), tuple(map(int, counts)))
+
+
+@torch.no_grad()
+def _losses(
+    model: GPT, batches: Batches, token_bytes: np.ndarray, world: World
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Of each batch the inputs, the losses in nats where a target spells bytes (else 0), and these bytes."""
+    bytes_of = torch.as_tensor(token_bytes, dtype=torch.int64, device=world.device)
     for inputs, targets in batches:
         targets = targets.to(world.device)
         spelled = torch.where(targets >= 0, bytes_of[targets.clamp(min=0)], 0)
         losses = model.loss(inputs.to(world.device), targets, reduction="none").view(targets.shape)
-        nats.append((losses.float() * (spelled > 0)).sum())
-        counts.append(spelled.sum())
+        yield inputs, losses.float() * (spelled > 0), spelled
+
+
+def _summed(values: list[float], world: World) -> list[float]:
+    """Each value added up over the ranks."""
     # The device of a lone rank may lack float64 (mps); the CPU has it.
     where = "cpu" if world.backend is None else world.device
-    mine = [torch.stack(part).to("cpu", torch.float64).sum() if part else 0.0 for part in (nats, counts)]
-    total_nats, total_bytes = world.all_reduce_sum(
-        torch.tensor([float(part) for part in mine], dtype=torch.float64, device=where)
-    ).tolist()
-    if not total_bytes:
+    total = world.all_reduce_sum(torch.tensor(values, dtype=torch.float64, device=where))
+    return [float(value) for value in total.tolist()]
+
+
+def _require_bytes(count: float) -> None:
+    if not count:
         raise UserError("bits per byte: no tokens to evaluate on. Give a larger --eval-tokens or more data.")
-    return bits_per_byte(total_nats, int(total_bytes))

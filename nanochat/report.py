@@ -263,6 +263,7 @@ def _core(found: RunFiles) -> str:
         parts.append(
             table(["split", "bits per byte"], [[name, number(value)] for name, value in bpb.items()])
         )
+        parts.append(_bpb_charts(scores.get("bpb_profile") or {}))
     tasks = scores.get("tasks") or {}
     if tasks:
         parts.append(f"<h3>CORE by task ({escape(str(scores.get('bundle', 'unnamed bundle')))})</h3>\n")
@@ -272,6 +273,23 @@ def _core(found: RunFiles) -> str:
         parts.append(_task_table(tasks, _commonest_answers(found.predictions)))
         parts.append(_controls_table(tasks))
     return "".join(parts)
+
+
+def _bpb_charts(profiles: dict[str, Any]) -> str:
+    """Bits per byte by the place in a row, and their distribution over documents."""
+    by_place, by_document = [], []
+    for split, profile in profiles.items():
+        places = profile["positions"]
+        by_place.append(Series(split, [math.log2(first) for first, _, _ in places], [p[2] for p in places]))
+        step, counts = profile["documents_step"], profile["documents"]
+        shares = [count / max(1, sum(counts)) for count in counts]
+        by_document.append(Series(split, [step * (place + 0.5) for place in range(len(counts))], shares))
+    if not by_place:
+        return ""
+    place_label = "log2 of the place in the row, each point up to the next"
+    return _chart("bpb-places", "Bits per byte by position", by_place, place_label, "bits per byte") + _chart(
+        "bpb-documents", "Documents by bits per byte", by_document, "bits per byte", "share"
+    )
 
 
 def _core_chart(tasks: dict[str, Any]) -> str:

@@ -1,5 +1,7 @@
 import doctest
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from nanochat.hardware import Precision
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.tokenizer import Tokenizer
 from nanochat.world import World
+from tests.conftest import REPO
 from tests.tiny import tiny_args, tokenizer_named, write_text
 
 SUITE = {
@@ -70,6 +73,8 @@ def test_a_checkpoint_is_scored_into_the_files_of_its_run(state, monkeypatch, ca
     # Bits per byte of the loaded weights are those of the weights that were saved.
     assert found["bpb"]["val"] == pytest.approx(state.expected_bpb, rel=1e-6)
     assert found["bpb"]["train"] > 0
+    places = found["bpb_profile"]["val"]["positions"]
+    assert [first for first, _, _ in places] == [1, 2, 4, 8, 16, 32]
     assert len(found["samples"]) == 6
     lines = [json.loads(line) for line in (folder / "core_predictions.jsonl").read_text().splitlines()]
     assert [line["index"] for line in lines] == list(range(6))
@@ -146,3 +151,33 @@ def test_generate_prints_the_prompt_and_what_follows(state, monkeypatch, capsys)
 def test_the_example_in_the_docstring_holds():
     results = doctest.testmod(base_eval)
     assert (results.attempted, results.failed) == (1, 0)
+
+
+@pytest.mark.slow
+def test_two_ranks_find_what_one_finds(state, base_dir):
+    """CORE by gloo: answers and losses are those of one rank, whatever the batch."""
+    alone = {}
+    for batch_tokens in (64, 16384):
+        base_eval.run(
+            args(eval="core", eval_bundle="mini", core_metric_max_per_task=9, eval_batch_tokens=batch_tokens),
+            World.solo(),
+        )
+        alone[batch_tokens] = predictions_of("tiny")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += [str(REPO / "scripts" / "base_eval.py"), "--", "--run=tiny", "--eval=core"]
+    command += ["--eval-bundle=mini", "--core-metric-max-per-task=9", "--device-type=cpu", "--dtype=float32"]
+    subprocess.run(command, check=True, capture_output=True, timeout=240)
+    both = predictions_of("tiny")
+    assert files.read_json(files.run_dir("tiny") / "base_eval.json")["world_size"] == 2
+    assert len(both) == 54
+    for other in alone.values():
+        for one, two in zip(both, other, strict=True):
+            assert one["losses"] == pytest.approx(two["losses"], abs=1e-4)
+            assert {name: one[name] for name in ("task", "line", "answer")} == {
+                name: two[name] for name in ("task", "line", "answer")
+            }
+
+
+def predictions_of(run):
+    text = (files.run_dir(run) / "core_predictions.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines()]

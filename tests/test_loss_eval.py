@@ -9,7 +9,7 @@ from nanochat import loss_eval
 from nanochat.errors import UserError
 from nanochat.gpt import GPT
 from nanochat.hardware import Precision
-from nanochat.loss_eval import evaluate_bpb
+from nanochat.loss_eval import evaluate_bpb, profile_bpb
 from nanochat.scaling import GPTConfig
 from nanochat.world import World
 
@@ -90,6 +90,47 @@ def test_ranks_add_nats_and_bytes_before_dividing(model):
         result = evaluate_bpb(model, pairs, TOKEN_BYTES, world)
     assert result == pytest.approx(naive_bpb(model, shares[0] + shares[1]), rel=1e-6)
     assert given[0].dtype == torch.float64
+
+
+def plain_profile(model, pairs):
+    """(place, document, nats, bytes) of every target that spells something."""
+    found, document = [], -1
+    for inputs, targets in pairs:
+        with torch.no_grad():
+            log_p = model.logits(inputs).double().log_softmax(-1)
+        for row in range(len(targets)):
+            for t, token in enumerate(targets[row].tolist()):
+                document += t == 0 or int(inputs[row, t]) == BOS
+                if token >= 0 and TOKEN_BYTES[token]:
+                    found.append((t + 1, document, -log_p[row, t, token].item(), int(TOKEN_BYTES[token])))
+    return found
+
+
+def bpb_of(entries):
+    return sum(nats for _, _, nats, _ in entries) / math.log(2) / sum(count for *_, count in entries)
+
+
+BOS = 10
+
+
+def test_a_profile_takes_bits_per_byte_apart_by_position_and_by_document(model):
+    pairs = batches(5)
+    pairs[1][1][0, 3:6] = -1
+    entries = plain_profile(model, pairs)
+    profile = profile_bpb(model, pairs, TOKEN_BYTES, World.solo(), BOS)
+    assert profile.bpb == pytest.approx(evaluate_bpb(model, pairs, TOKEN_BYTES, World.solo()), rel=1e-6)
+    assert [part[:2] for part in profile.positions] == [(1, 1), (2, 3), (4, 7), (8, 12)]
+    for first, last, bpb in profile.positions:
+        expected = bpb_of([entry for entry in entries if first <= entry[0] <= last])
+        assert bpb == pytest.approx(expected, rel=1e-6)
+    documents = {entry[1] for entry in entries}
+    assert len(documents) > 15
+    counts = [0] * loss_eval.HISTOGRAM_BINS
+    for number in documents:
+        bpb = bpb_of([entry for entry in entries if entry[1] == number])
+        counts[min(int(bpb / loss_eval.HISTOGRAM_STEP), loss_eval.HISTOGRAM_BINS - 1)] += 1
+    assert list(profile.documents) == counts[: len(profile.documents)]
+    assert sum(profile.documents) == len(documents)
 
 
 def test_nothing_to_evaluate_is_one_clear_error(model):

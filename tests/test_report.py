@@ -225,6 +225,15 @@ def test_the_other_variant_is_not_compared_and_both_tables_of_baselines_are_name
     assert "it is 0.2912, by the corrected one 0.2665" in text
 
 
+def test_bits_per_byte_are_shown_by_position_and_by_document(run: Path) -> None:
+    places = {"positions": [[1, 1, 3.5], [2, 3, 2.25]], "documents": [0, 1, 3], "documents_step": 0.1}
+    write_scores(run, "core_mini", 3, bpb_profile={"train": places, "val": places})
+    text = text_of(write_report(RUN))
+    assert "Bits per byte by position" in text
+    assert "Documents by bits per byte" in text
+    assert charts.available() or "2.2500" in text
+
+
 def test_where_a_task_is_missing_no_core_is_shown(run: Path) -> None:
     write_scores(run, "b", 3, core_metric=None, core_stderr=None, faults={"squad": "squad.jsonl:1: bad"})
     assert "CORE is not reported: squad could not be read." in Page(text_of(write_report(RUN))).text
