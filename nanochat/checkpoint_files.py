@@ -204,12 +204,21 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """
     with path.open("rb") as file:
         header_bytes = int.from_bytes(file.read(8), "little")
-    if header_bytes > min(MAX_HEADER_BYTES, path.stat().st_size):
-        raise UserError(f"{path}: its header would have {header_bytes:,} bytes. Use another checkpoint.")
+        if header_bytes > min(MAX_HEADER_BYTES, path.stat().st_size):
+            raise UserError(f"{path}: its header would have {header_bytes:,} bytes. Use another checkpoint.")
+        header = file.read(header_bytes)
     try:
+        json.loads(header, object_pairs_hook=_without_twins)  # of two entries, the library takes the last
         return load_file(path)
-    except (SafetensorError, ValueError, KeyError, RuntimeError, OverflowError) as error:
+    except (SafetensorError, RecursionError, ValueError, KeyError, RuntimeError, OverflowError) as error:
         raise UserError(f"{path}: not a safetensors file ({error}). Use another checkpoint.") from None
+
+
+def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    entries = dict(pairs)
+    if len(entries) < len(pairs):
+        raise ValueError("it has two entries of one name")
+    return entries
 
 
 def read_state(folder: Path) -> dict[str, Any]:

@@ -1,0 +1,306 @@
+"""P11, and P5 for checkpoints: what does not come from us is refused by name; nothing in it is run."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import random
+import shutil
+import struct
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nanochat import checkpoint, checkpoint_files, files
+from nanochat.checkpoint_files import MANIFEST, MODEL, OPTIMIZER, STATE
+from nanochat.errors import UserError
+from nanochat.hardware import Precision
+from tests.conftest import REPO
+from tests.reliability import record
+from tests.tiny import tiny_corpus, train_tiny
+
+NAMES = (MODEL, OPTIMIZER, STATE, MANIFEST)
+MUTATIONS = 1000
+CANARY = "canary"
+CPU, FP32 = torch.device("cpu"), Precision(torch.float32, "sdpa")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base directory with a finished run that has checkpoints of steps 8 and 12."""
+    folder = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NANOCHAT_BASE_DIR", str(folder / "base"))
+        tiny_corpus(folder)
+        train_tiny()
+    return folder / "base"
+
+
+@pytest.fixture(autouse=True)
+def folder(trained: Path, base_dir: Path) -> Path:
+    """The newest checkpoint, in this test's own base directory."""
+    shutil.copytree(trained, base_dir)
+    return checkpoint_files.folder_of("tiny", 12)
+
+
+def sign(folder: Path) -> None:
+    """Make the manifest fit what is there, as somebody who means harm would."""
+    listed = {
+        name: {"bytes": (folder / name).stat().st_size, "sha256": files.sha256(folder / name)}
+        for name in (MODEL, OPTIMIZER, STATE)
+    }
+    (folder / MANIFEST).write_text(json.dumps({"format": 1, "files": listed}))
+
+
+def load() -> dict[str, torch.Tensor]:
+    """For scoring and for training; the weights."""
+    model, _, _ = checkpoint.load_model("tiny", 12, device=CPU, precision=FP32)
+    train_tiny(resume="12", num_iterations=12)
+    return {name: p.detach() for name, p in model.named_parameters()}
+
+
+def mutated(data: bytes, rng: random.Random) -> bytes:
+    """Damage of one of eight kinds, near the front twice out of three times: there is the structure."""
+    out = bytearray(data)
+    front = min(len(out), 2000) if rng.random() < 2 / 3 else len(out)
+    at = rng.randrange(front)
+    kind = rng.randrange(8)
+    if kind <= 2:
+        out[at] ^= 1 << rng.randrange(8)
+    elif kind == 3:
+        out[at : at + rng.randrange(1, 9)] = rng.randbytes(rng.randrange(9))
+    elif kind == 4:
+        del out[at:]
+    elif kind == 5:
+        out[:8] = struct.pack("<Q", rng.choice([0, 1, 7, len(out), 1 << 31, (1 << 63) - 1, (1 << 64) - 1]))
+    elif kind == 6:
+        digits = [i for i in range(front) if 48 <= out[i] <= 57]
+        out[rng.choice(digits or [at])] = rng.choice(b"0123456789-.eE")
+    else:
+        other = rng.randrange(front)
+        out[at : at + 16], out[other : other + 16] = out[other : other + 16], out[at : at + 16]
+    return bytes(out)
+
+
+def test_a_thousand_mutated_files_are_found_by_their_hash(folder: Path) -> None:
+    rng, silent, same, named = random.Random(11), 0, 0, 0
+    for n in range(MUTATIONS):
+        path = folder / NAMES[n % 4]
+        whole = path.read_bytes()
+        damaged = mutated(whole, rng)
+        path.write_bytes(damaged)
+        try:
+            checkpoint_files.verify(folder)
+            # A manifest of other bytes may say the same: a blank for a blank.
+            if damaged == whole or json.loads(damaged) == json.loads(whole):
+                same += 1
+            else:
+                silent += 1
+        except UserError as error:
+            named += str(folder) in str(error)
+        path.write_bytes(whole)
+    assert silent == 0
+    assert named == MUTATIONS - same > 0.95 * MUTATIONS
+    unit = "mutated files of a checkpoint: refused by name"
+    record("P11", n=MUTATIONS - same, failures=silent, worst=0, unit=unit)
+
+
+def test_a_thousand_mutated_files_under_a_manifest_that_fits_never_crash(
+    folder: Path,
+) -> None:
+    """Whoever can sign can put other numbers there; never another shape, dtype or step, and never a crash."""
+    rng, refused, read = random.Random(12), 0, 0
+    model, _, _ = checkpoint.load_model("tiny", 12, device=CPU, precision=FP32)
+    want = {name: p.shape for name, p in model.named_parameters()}
+    for n in range(MUTATIONS):
+        path = folder / NAMES[n % 3]
+        whole = path.read_bytes()
+        path.write_bytes(mutated(whole, rng))
+        sign(folder)
+        try:
+            if path.name == OPTIMIZER:
+                checkpoint_files.read_tensors(path)
+            model, _, meta = checkpoint.load_model("tiny", 12, device=CPU, precision=FP32)
+            assert {name: p.shape for name, p in model.named_parameters()} == want
+            assert meta["step"] == 12
+            read += 1
+        except UserError:
+            refused += 1
+        path.write_bytes(whole)
+    assert refused + read == MUTATIONS
+    assert refused > MUTATIONS / 3
+    unit = "mutated files under a manifest made to fit: refused, or of the right shapes"
+    record("P11", n=MUTATIONS, failures=0, worst=0, unit=unit, note=f"{refused} refused")
+
+
+class Code:
+    """What a pickle of this runs when it is loaded."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (f"touch {CANARY}",)
+
+
+def header(entries: dict[str, Any], data: bytes = b"", length: int | None = None) -> bytes:
+    text = json.dumps(entries).encode()
+    return struct.pack("<Q", len(text) if length is None else length) + text + data
+
+
+def tensor(begin: int, end: int, shape: list[int], dtype: str = "F32") -> dict[str, Any]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+
+
+def zipped_pickle(path: Path) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", pickle.dumps(Code()))
+
+
+def no_write(path: Path) -> None:
+    path.unlink()
+
+
+TWIN = b'"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}'
+HOSTILE: dict[str, bytes | Callable[[Path], None]] = {
+    "a pickle": pickle.dumps(Code()),
+    "a .pt": zipped_pickle,
+    "empty": b"",
+    "a length of 2^63": header({}, length=1 << 63),
+    "a length of 1 GB": header({}, length=1 << 30),
+    "overlap": header({"a": tensor(0, 8, [2]), "b": tensor(4, 12, [2])}, bytes(12)),
+    "a gap": header({"a": tensor(0, 4, [1]), "b": tensor(8, 12, [1])}, bytes(12)),
+    "more claimed than there is": header({"a": tensor(0, 1 << 40, [1 << 38])}, bytes(8)),
+    "a shape that overflows": header({"a": tensor(0, 8, [1 << 33, 1 << 33])}, bytes(8)),
+    "a negative shape": header({"a": tensor(0, 8, [-1, -2])}, bytes(8)),
+    "a shape of words": header({"a": {"dtype": "F32", "shape": "NaN", "data_offsets": [0, 4]}}, bytes(4)),
+    "an unknown dtype": header({"a": tensor(0, 8, [2], "F31")}, bytes(8)),
+    "one name twice": struct.pack("<Q", 2 * len(TWIN) + 3) + b"{" + TWIN + b"," + TWIN + b"}" + bytes(4),
+    "a list": struct.pack("<Q", 2) + b"[]",
+    "deep nesting": struct.pack("<Q", 100_000) + b"[" * 100_000,
+    "a link": lambda path: (path.unlink(), path.symlink_to("/etc/passwd"))[-1],
+    "a folder": lambda path: (path.unlink(), path.mkdir())[-1],
+    "a pipe": lambda path: (path.unlink(), os.mkfifo(path))[-1],
+    "nothing": no_write,
+}
+
+
+@pytest.mark.parametrize("name", [MODEL, OPTIMIZER])
+@pytest.mark.parametrize("kind", list(HOSTILE))
+def test_a_hostile_tensor_file_is_refused_by_name(
+    kind: str, name: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    made = HOSTILE[kind]
+    if isinstance(made, bytes):
+        (folder / name).write_bytes(made)
+    else:
+        made(folder / name)
+    if (folder / name).is_file():
+        sign(folder)
+    with pytest.raises(UserError, match=f"{folder.name}/{name}"):
+        load()
+    assert not (tmp_path / CANARY).exists()
+
+
+STATES: dict[str, Callable[[dict[str, Any]], object]] = {
+    "another step": lambda m: m.update(step=13),
+    "a step of words": lambda m: m.update(step="12"),
+    "a step before the first": lambda m: m.update(step=-1),
+    "no cursor": lambda m: m["loader"].update(cursors=[]),
+    "a cursor of words": lambda m: m["loader"].update(cursors=["abc"]),
+    "a cursor beyond": lambda m: m["loader"].update(cursors=[[0, 10**9, 0]]),
+    "a cursor of 2^70": lambda m: m["loader"].update(cursors=[[1 << 70, 0, 0]]),
+    "a negative cursor": lambda m: m["loader"].update(cursors=[[-1, 0, 0]]),
+    "layers without end": lambda m: m["plan"]["model"].update(n_layer=10**9),
+    "a width of 2^40": lambda m: m["plan"]["model"].update(n_embd=1 << 40),
+    "positions of a terabyte": lambda m: m["plan"]["model"].update(sequence_len=1 << 40),
+    "half a head": lambda m: m["plan"]["model"].update(head_dim=15),
+    "no head": lambda m: m["plan"]["model"].update(n_head=0),
+    "a recipe of words": lambda m: m["plan"]["model"].update(recipe="../../etc"),
+    "a tokenizer elsewhere": lambda m: m["plan"]["args"].update(tokenizer="../../etc"),
+    "a tokenizer that is a number": lambda m: m["plan"]["args"].update(tokenizer=7),
+    "a flag of a later version": lambda m: m["plan"]["args"].update(new=1),
+    "no plan": lambda m: m.pop("plan"),
+    "a plan that is a list": lambda m: m.update(plan=[]),
+    "no fingerprints": lambda m: m.update(fingerprints=None),
+    "infinity": lambda m: m.update(smoothed_loss=float("inf")),
+    "a loss scale of words": lambda m: m.update(loss_scale=["a", "b"]),
+    "another format": lambda m: m.update(format=2),
+}
+
+
+@pytest.mark.parametrize("kind", list(STATES))
+def test_a_hostile_state_is_refused(kind: str, folder: Path) -> None:
+    path = folder / STATE
+    meta = json.loads(path.read_text())
+    STATES[kind](meta)
+    path.write_text(json.dumps(meta))
+    sign(folder)
+    with pytest.raises(UserError):
+        load()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "{}",
+        "[" * 100_000,
+        '{"format": 1, "files": {"../../evil": {}}}',
+        '"' + "x" * (17 << 20) + '"',
+    ],
+)
+@pytest.mark.parametrize("name", [STATE, MANIFEST])
+def test_a_hostile_json_file_is_refused_by_name(name: str, text: str, folder: Path) -> None:
+    (folder / name).write_text(text)
+    if name == STATE:
+        sign(folder)
+    with pytest.raises(UserError, match=folder.name):
+        load()
+
+
+# Loads a checkpoint; says how many MiB the process grew by beyond what a whole one takes.
+LOAD = """
+import sys, torch
+from pathlib import Path
+from nanochat import checkpoint_files
+from nanochat.errors import UserError
+def peak():
+    return int(next(l for l in open("/proc/self/status") if l.startswith("VmHWM")).split()[1]) >> 10
+before = peak()
+try:
+    checkpoint_files.read_tensors(Path(sys.argv[1]))
+except UserError:
+    print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_kilobyte_that_claims_a_gigabyte_takes_none(tmp_path: Path) -> None:
+    path = tmp_path / MODEL
+    path.write_bytes(header({"a": tensor(0, 1 << 30, [1 << 28])}, bytes(1000)))
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD, str(path)], cwd=REPO, capture_output=True, text=True, check=True
+    )
+    assert int(done.stdout) < 30
+    record(
+        "P11",
+        n=1,
+        failures=0,
+        worst=int(done.stdout),
+        unit="memory of 1 kB that claims 1 GB",
+        note="worst: MiB",
+    )
+    record(
+        "P11",
+        n=2 * len(HOSTILE) + len(STATES) + 12,
+        failures=0,
+        worst=0,
+        unit="hostile files made by hand: refused",
+    )

@@ -1,0 +1,197 @@
+"""P15, P16, P18, P19: a tracker cannot hurt, numbers stay, old checkpoints load, other runs are refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nanochat import checkpoint, checkpoint_files, dataset, files, runlog
+from nanochat.errors import UserError
+from nanochat.hardware import Precision
+from nanochat.tokenizer import Tokenizer
+from tests.conftest import REPO
+from tests.dist.launch import digest, lines, losses
+from tests.dist.world import run_ranks, train_rank
+from tests.reliability import record
+from tests.tiny import tiny_corpus, tokenizer_named, train_tiny, write_text
+
+GOLDEN = REPO / "dev" / "golden" / "d2-cpu-seed0.json"
+OLD = REPO / "tests" / "data" / "checkpoints"
+FP32 = Precision(torch.float32, "sdpa")
+
+
+@pytest.fixture(autouse=True)
+def corpus(tmp_path: Path) -> None:
+    tiny_corpus(tmp_path)
+
+
+# ----------------------------------------------------------------------------------------------------
+# P16
+
+
+def golden() -> dict[str, Any]:
+    """Twenty steps, as dev/golden keeps them; this module run with a spare folder writes them anew."""
+    train_tiny(run="golden", num_iterations=20)
+    weights = (checkpoint_files.folder_of("golden", 20) / checkpoint_files.MODEL).read_bytes()
+    return {
+        "torch": torch.__version__,
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "losses": [loss.hex() for loss in losses("golden")],
+        "weights": hashlib.sha256(weights).hexdigest(),
+    }
+
+
+def test_the_numbers_are_those_of_before() -> None:
+    want, got = json.loads(GOLDEN.read_text()), golden()
+    for old, new in zip(want["losses"], got["losses"], strict=True):
+        assert float.fromhex(new) == pytest.approx(float.fromhex(old), abs=2e-6)
+    same = (want["torch"], want["cpu"]) == (got["torch"], got["cpu"])  # other kernels round otherwise
+    if same:
+        assert got == want
+    record(
+        "P16",
+        n=20,
+        failures=0,
+        worst=0,
+        unit="losses beside dev/golden" + (", bit for bit" if same else ", 2e-6"),
+    )
+
+
+def at_once(world: Any) -> None:
+    train_rank(dataclasses.replace(world, rank=0, size=1, backend=None), {"run": f"at{world.rank}"}, None)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="forks")
+def test_two_runs_at_once_are_equal(tmp_path: Path) -> None:
+    run_ranks(2, tmp_path, at_once)
+    assert lines("at0", "") == lines("at1", "")
+    assert digest("at0", 12) == digest("at1", 12)
+    record("P16", n=2, failures=0, worst=0, unit="runs at once, bit for bit")
+
+
+# ----------------------------------------------------------------------------------------------------
+# P15
+
+
+RUN = """
+class Run:
+    def log(self, *args, **options):
+        {log}
+    def finish(self):
+        {finish}
+def init(**options):
+    return Run()
+"""
+BAD_WANDB = {
+    "absent": None,
+    "broken on import": "raise OSError('no space left')",
+    "init raises": "def init(**options):\n    raise ConnectionError('no server')",
+    "log raises": RUN.format(log="raise OSError('full')", finish="pass"),
+    "finish raises": RUN.format(log="pass", finish="raise OSError('gone')"),
+}
+
+
+@pytest.mark.parametrize("kind", list(BAD_WANDB))
+def test_a_tracker_that_fails_costs_no_step(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = BAD_WANDB[kind]
+    (tmp_path / "modules").mkdir()
+    (tmp_path / "modules" / "wandb.py").write_text(text or "raise ImportError('No module named wandb')")
+    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    train_tiny(run="with", wandb="offline")
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    said = capsys.readouterr().out
+    assert said.count("going on without it") == 1
+    train_tiny(run="without")
+    assert lines("with", "") == lines("without", "")
+    assert digest("with", 12) == digest("without", 12)
+    assert runlog.read_metrics(files.run_dir("with") / "metrics.jsonl")
+    record("P15", n=1, failures=0, worst=0, unit=f"wandb {kind}: no step lost, said once")
+
+
+# ----------------------------------------------------------------------------------------------------
+# P18
+
+
+def test_checkpoints_of_every_release_load() -> None:
+    releases = sorted(path.name for path in OLD.iterdir())
+    assert releases
+    for release in releases:
+        shutil.copytree(OLD / release, files.run_dir(release))
+        shutil.copytree(files.run_dir(release) / "tokenizer", files.tokenizer_dir(f"of-{release}"))
+        expected = files.read_json(files.run_dir(release) / "expected.json")
+        model, _, meta = checkpoint.load_model(release, device=torch.device("cpu"), precision=FP32)
+        logits = model.logits(torch.tensor([expected["ids"]]))[0, -1, :8]
+        assert logits.tolist() == pytest.approx(expected["logits"], abs=1e-5)
+        assert meta["made_by"].startswith("nanochat ")
+        checkpoint_files.read_tensors(
+            checkpoint_files.folder_of(release, meta["step"]) / checkpoint_files.OPTIMIZER
+        )
+    record("P18", n=len(releases), failures=0, worst=0, unit="formats of checkpoints read")
+
+
+def test_a_checkpoint_of_a_later_format_says_which_release_made_it() -> None:
+    train_tiny()
+    folder = checkpoint_files.folder_of("tiny", 12)
+    meta = files.read_json(folder / "state.json")
+    files.write_json(folder / "state.json", {**meta, "format": 2, "made_by": "nanochat 9.0"})
+    with pytest.raises(UserError, match=r"format 2, made by 'nanochat 9\.0'"):
+        checkpoint_files.read_state(folder)
+
+
+# ----------------------------------------------------------------------------------------------------
+# P19
+
+
+FIELDS: dict[str, tuple[dict[str, Any], str]] = {
+    "depth": ({"depth": 3}, "model.n_layer: 2 then, 3 now"),
+    "width": ({"aspect_ratio": 24}, "model.n_embd: 32 then, 48 now"),
+    "heads": ({"head_dim": 8}, "model.head_dim: 16 then, 8 now"),
+    "context": ({"max_seq_len": 64}, "model.sequence_len: 32 then, 64 now"),
+    "window": ({"window_pattern": "L"}, "model.window_pattern: 'SSSL' then, 'L' now"),
+    "recipe": ({"recipe": "january"}, "model.recipe: 'july' then, 'january' now"),
+    "seed": ({"seed": 1}, "--seed: 0 then, 1 now"),
+    "tails": ({"keep_tails": True}, "--keep-tails: False then, True now"),
+    "batch": ({"total_batch_size": 512}, "batch_tokens: 256 then, 512 now"),
+    "horizon": ({"num_iterations": 13}, "steps: 12 then, 13 now"),
+    "learning rate": ({"embedding_lr": 0.5}, "groups.embedding.lr: "),
+    "warmup": ({"warmup_steps": 3}, "schedule.warmup_steps: "),
+    "corpus": ({}, "corpus hash: "),
+    "tokenizer": ({}, "tokenizer hash: "),
+}
+
+
+def test_a_run_with_another_plan_text_or_tokenizer_is_refused_with_both_values(tmp_path: Path) -> None:
+    train_tiny()
+    before = digest("tiny", 12)
+    for name, (changes, said) in FIELDS.items():
+        if name == "corpus":
+            before_corpus = files.data_dir("local").rename(tmp_path / "kept")
+            dataset.prepare("local", named_files=[str(write_text(tmp_path / "other", seed=1))])
+        if name == "tokenizer":
+            shutil.rmtree(files.data_dir("local"))
+            before_corpus.rename(files.data_dir("local"))
+            Tokenizer.train(["other text, of the same size"], 300).save(files.tokenizer_dir("local"))
+        with pytest.raises(UserError) as refused:
+            train_tiny(resume="auto", **changes)
+        assert said in str(refused.value), name
+        assert " then, " in str(refused.value)
+    assert digest("tiny", 12) == before
+    record("P19", n=len(FIELDS), failures=0, worst=0, unit="fields of a plan: refused with both values")
+
+
+if __name__ == "__main__":
+    tiny_corpus(Path(sys.argv[1]))
+    tokenizer_named("local")
+    GOLDEN.parent.mkdir(exist_ok=True)
+    GOLDEN.write_text(json.dumps(golden(), indent=1) + "\n")
