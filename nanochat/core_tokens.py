@@ -8,6 +8,7 @@ tokenizer) the whole text is tokenized.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import re
 import time
@@ -98,6 +99,8 @@ class Prompts:
             variant: one of core_prompts.VARIANTS.
             keep: write the ids to the disk, on one rank.
         """
+        # A lone example has no shots, and DCLM writes no separator where there is no shot before it.
+        task = dataclasses.replace(task, shots=min(task.shots, len(examples) - 1))
         self.task, self.variant = task, variant
         self._tokenizer = tokenizer
         started = time.perf_counter()

@@ -174,6 +174,11 @@ def test_batches_of_any_size_answer_as_one_option_at_a_time(model, tokenizer, ba
     assert any(math.isnan(loss) for prediction in result.predictions for loss in prediction.losses)
 
 
+@pytest.mark.parametrize("variant", ["nanochat", "dclm"])
+def test_a_lone_example_has_no_shots_and_no_separator_before_it(model, tokenizer, variant):
+    assert_same(model, tokenizer, small_bundle(), 1, variant)
+
+
 def test_a_cut_list_draws_its_shots_from_itself(model, tokenizer):
     result = assert_same(model, tokenizer, small_bundle(), 5)
     assert [task.examples for task in result.tasks] == [5, 5, 5]
