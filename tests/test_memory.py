@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -87,9 +88,12 @@ def test_the_micro_batch_is_made_to_fit_and_the_batch_stays(
 
 
 def run_within(spare_mib: int) -> tuple[dict[str, Any], str]:
+    # What is large is mapped and given back: what the first step has freed makes no room for the second.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
     done = subprocess.run(
         [sys.executable, "-m", "tests.memory_script", str(spare_mib)],
         cwd=REPO,
+        env=environment,
         capture_output=True,
         text=True,
         timeout=200,
