@@ -80,5 +80,5 @@ def command_line(**changes: object) -> list[str]:
     return [
         f"--{name.replace('_', '-')}={value}"
         for name, value in asked.items()
-        if value not in (None, "", False)
+        if value is not None and value is not False and value != ""
     ]

@@ -112,6 +112,7 @@ def test_a_thousand_mutated_files_are_found_by_their_hash(folder: Path) -> None:
     record("P11", n=MUTATIONS - same, failures=silent, worst=0, unit=unit)
 
 
+@pytest.mark.slow
 def test_a_thousand_mutated_files_under_a_manifest_that_fits_never_crash(
     folder: Path,
 ) -> None:

@@ -99,6 +99,7 @@ BAD_WANDB = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", list(BAD_WANDB))
 def test_a_tracker_that_fails_costs_no_step(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
