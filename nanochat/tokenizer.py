@@ -43,6 +43,7 @@ SPECIALS = (
 )
 
 FILE_NAME = "tokenizer.json"
+NO_DIGEST = "0" * 64
 MIN_MEMORY = 64 << 20  # bytes; the least bound on the memory of training
 
 T = TypeVar("T")
@@ -137,12 +138,20 @@ class Tokenizer:
         path = folder / FILE_NAME
         document = files.read_json(path)
         try:
-            bpe, trained_on = _from_json(document)
+            tokenizer = cls(*_from_json(document))
         except ValueError as error:
             raise UserError(
                 f"{path}: not a tokenizer of this project: {error}. Train it again with scripts/tok_train.py."
             ) from error
-        return cls(bpe, trained_on)
+        if tokenizer._contents != path.read_bytes():
+            expected, found = (
+                hashlib.sha256(x).hexdigest()[:12] for x in (tokenizer._contents, path.read_bytes())
+            )
+            raise UserError(
+                f"{path}: damaged, or changed by hand: sha256 {found}, what it says has {expected}. "
+                "Put a copy back, or train it again with scripts/tok_train.py --overwrite."
+            )
+        return tokenizer
 
     def save(self, folder: Path) -> None:
         """Write `folder`/tokenizer.json, whole or not at all."""
@@ -258,7 +267,10 @@ def _byte_alphabet() -> list[str]:
 
 
 def _to_json(bpe: rustbpe.Tokenizer, trained_on: dict[str, str | int]) -> bytes:
-    """The contents of tokenizer.json. The same tokenizer gives the same bytes."""
+    """The contents of tokenizer.json. The same tokenizer gives the same bytes, so a file can be compared.
+
+    Its digest is that of the file with zeros in its place: no one change leaves a file that agrees.
+    """
     alphabet = _byte_alphabet()
     tokens = ["".join(alphabet[byte] for byte in token) for token, _ in bpe.get_mergeable_ranks()]
     split = {
@@ -288,11 +300,14 @@ def _to_json(bpe: rustbpe.Tokenizer, trained_on: dict[str, str | int]) -> bytes:
             "ignore_merges": False,
             # Readers pass over a key they do not know, but only here.
             "trained_on": trained_on,
+            "sha256": NO_DIGEST,
             "vocab": {token: i for i, token in enumerate([*tokens, *SPECIALS])},
             "merges": [f"{tokens[left]} {tokens[right]}" for left, right in bpe.get_merges()],
         },
     }
-    return (json.dumps(document, ensure_ascii=False, indent=1) + "\n").encode()
+    contents = (json.dumps(document, ensure_ascii=False, indent=1) + "\n").encode()
+    digest = hashlib.sha256(contents).hexdigest()
+    return contents.replace(f'"sha256": "{NO_DIGEST}"'.encode(), f'"sha256": "{digest}"'.encode(), 1)
 
 
 def _from_json(document: object) -> tuple[rustbpe.Tokenizer, dict[str, str | int]]:
