@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
+from functools import partial
 
 import torch
 
 from nanochat.attention import BACKENDS
+from nanochat.attention_times import AttentionShape, fastest, gpu_milliseconds, key_of
 from nanochat.errors import UserError
 from nanochat.hardware import Precision, choose_dtype, require_fp8
+from nanochat.world import World
 
 
 def available_backends(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> dict[str, str]:
@@ -37,7 +40,11 @@ def available_backends(device: torch.device, dtype: torch.dtype = torch.bfloat16
 
 
 def choose_backend(
-    device: torch.device, requested: str = "auto", dtype: torch.dtype = torch.bfloat16
+    device: torch.device,
+    requested: str = "auto",
+    dtype: torch.dtype = torch.bfloat16,
+    shape: AttentionShape | None = None,
+    world: World | None = None,
 ) -> tuple[str, str]:
     """The backend to use and the reason, for printing once.
 
@@ -45,6 +52,9 @@ def choose_backend(
         device: where the model runs.
         requested: "auto" or one of BACKENDS.
         dtype: the compute dtype; the flash packages take bf16 and fp16 only.
+        shape: of the attention in training, where several possible backends are measured; without it the
+            first in the order of BACKENDS is taken.
+        world: the ranks that take the same backend; by default this process alone.
 
     Raises:
         UserError: the name is unknown, or that backend cannot run here.
@@ -62,21 +72,38 @@ def choose_backend(
                 "Install what is missing or use --attention=auto."
             )
         return requested, "as asked"
-    name = next(name for name in BACKENDS if not reasons[name])
-    passed_over = [f"{other}: {reasons[other]}" for other in BACKENDS[: BACKENDS.index(name)]]
+    world = world or World.solo(device)
+    possible = [name for name in BACKENDS if not world.agree(bool(reasons[name]))]
+    if shape is not None and len(possible) > 1:
+        clock = partial(gpu_milliseconds, shape=shape, dtype=dtype, device=device)
+        return fastest(possible, clock, key_of(shape, dtype, device), world)
+    name = possible[0]
+    passed_over = [
+        f"{other}: {reasons[other] or 'not on every rank'}" for other in BACKENDS[: BACKENDS.index(name)]
+    ]
     return name, "; ".join(passed_over) or "the fastest for this GPU"
 
 
 def choose_precision(
-    device: torch.device, dtype: str = "auto", backend: str = "auto", fp8: bool = False
+    device: torch.device,
+    dtype: str = "auto",
+    backend: str = "auto",
+    fp8: bool = False,
+    shape: AttentionShape | None = None,
+    world: World | None = None,
 ) -> tuple[Precision, str]:
     """How a model computes on a device, and a line that says why.
+
+    Scoring and generation give no shape: their passes are of many lengths and forward only, so that no one
+    measurement would tell which backend is theirs.
 
     Args:
         device: where the model runs.
         dtype: what --dtype asks for.
         backend: what --attention asks for.
         fp8: what --fp8 asks for.
+        shape: of the attention in training, for the measurement of backends.
+        world: the ranks that take the same backend.
 
     Raises:
         UserError: one of them is unknown, or cannot be had here.
@@ -85,6 +112,6 @@ def choose_precision(
     if fp8:
         require_fp8(device, compute_dtype)
         dtype_reason += ", wide linear layers in fp8 while training"
-    name, reason = choose_backend(device, backend, compute_dtype)
+    name, reason = choose_backend(device, backend, compute_dtype, shape, world)
     line = f"computing in {compute_dtype} ({dtype_reason}), attention by {name} ({reason})"
     return Precision(compute_dtype, name, fp8), line

@@ -6,6 +6,7 @@ import json
 import sys
 
 from nanochat import backends, config, errors, files, scaling, train, world
+from nanochat.attention_times import AttentionShape
 from nanochat.config import TrainArgs
 from nanochat.dataset import Corpus
 from nanochat.report import write_report
@@ -24,7 +25,10 @@ def main() -> None:
             ranks.print0(json.dumps(plan.to_dict(), indent=2))
             return
         corpus = Corpus.open(args.corpus)
-        precision, reason = backends.choose_precision(ranks.device, args.dtype, args.attention, args.fp8)
+        shape = AttentionShape.of(plan.model, args.document_mask)
+        precision, reason = backends.choose_precision(
+            ranks.device, args.dtype, args.attention, args.fp8, shape, ranks
+        )
         for line in (reason, *scaling.describe(plan), *plan.notices):
             ranks.print0(line)
         summary = train.run(plan, corpus, tokenizer, precision, ranks)

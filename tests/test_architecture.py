@@ -22,8 +22,9 @@ LAYERS = (
     + ("loop", "links", "replicas", "watchdog"),
     ("config", "recipe", "schedule", "scaling", "tokenizer", "shards", "packing")
     + ("core_stats", "core_results", "core_batches"),
-    ("arrival", "corpora", "hub", "dataset", "sdpa", "attention", "backends", "update_rules")
+    ("arrival", "corpora", "hub", "dataset", "sdpa", "attention", "attention_times", "backends")
     + (
+        "update_rules",
         "collectives",
         "optim",
         "loss_scale",
