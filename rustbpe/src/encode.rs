@@ -124,10 +124,9 @@ impl Encoder {
     /// The ids of all texts end to end, and where each text ends, on up to `threads` threads. O(bytes).
     pub fn encode_batch<T: AsRef<str> + Sync>(&self, texts: &[T], threads: usize) -> Result<(Vec<u32>, Vec<usize>)> {
         if threads <= 1 {
-            let bytes: usize = texts.iter().map(|text| text.as_ref().len()).sum();
-            let mut unit = Unit { ids: Vec::with_capacity(bytes / 4 + 1), ends: Vec::with_capacity(texts.len()) };
+            let mut unit = Unit::for_texts(texts);
             self.with_cache(|cache| self.encode_unit(texts, cache, &mut unit))?;
-            return Ok(gather(vec![unit]));
+            return Ok(gather(vec![unit], 1));
         }
         let mut units = units(texts).into_iter();
         self.encode_stream(threads, || Ok(units.next().map(|range| texts[range].iter().collect())), |work| work())
@@ -153,7 +152,7 @@ impl Encoder {
                 loop {
                     let batch = receiver.lock().unwrap_or_else(PoisonError::into_inner).recv();
                     let Ok((index, texts)) = batch else { return Ok(done) };
-                    let mut unit = Unit::default();
+                    let mut unit = Unit::for_texts(&texts);
                     self.encode_unit(&texts, cache, &mut unit)?;
                     done.push((index, texts, unit));
                 }
@@ -186,7 +185,7 @@ impl Encoder {
             Ok::<_, E>(all.into_iter().flatten().collect())
         })?;
         done.sort_unstable_by_key(|&(index, ..)| index);
-        Ok(gather(done.into_iter().map(|(_, _, unit)| unit).collect()))
+        Ok(gather(done.into_iter().map(|(_, _, unit)| unit).collect(), threads))
     }
 
     fn encode_unit<T: AsRef<str>>(&self, texts: &[T], cache: &mut Cache, unit: &mut Unit) -> Result<()> {
@@ -265,10 +264,17 @@ impl Encoder {
 }
 
 /// Ids of some consecutive texts and where each ends.
-#[derive(Default)]
 struct Unit {
     ids: Vec<u32>,
     ends: Vec<usize>,
+}
+
+impl Unit {
+    /// Room for the ids of `texts`, at four bytes an id.
+    fn for_texts<T: AsRef<str>>(texts: &[T]) -> Self {
+        let bytes: usize = texts.iter().map(|text| text.as_ref().len()).sum();
+        Self { ids: Vec::with_capacity(bytes / 4 + 1), ends: Vec::with_capacity(texts.len()) }
+    }
 }
 
 /// Consecutive ranges of texts of about [`UNIT_BYTES`] each; one range if all is short.
@@ -289,17 +295,39 @@ fn units<T: AsRef<str>>(texts: &[T]) -> Vec<std::ops::Range<usize>> {
     units
 }
 
-fn gather(units: Vec<Unit>) -> (Vec<u32>, Vec<usize>) {
+/// The ids of all units end to end, copied by as many threads: what a copy costs is mostly the first touch of its pages.
+fn gather(mut units: Vec<Unit>, threads: usize) -> (Vec<u32>, Vec<usize>) {
     let mut offsets = vec![0];
     let mut base = 0;
     for unit in &units {
         offsets.extend(unit.ends.iter().map(|&end| base + end));
         base += unit.ids.len();
     }
-    let mut units = units.into_iter().map(|unit| unit.ids);
-    let mut ids = units.next().unwrap_or_default();
-    ids.reserve_exact(base - ids.len());
-    units.for_each(|unit| ids.extend_from_slice(&unit));
+    if units.len() <= 1 {
+        return (units.pop().map(|unit| unit.ids).unwrap_or_default(), offsets);
+    }
+    let mut ids = vec![0; base];
+    let mut rest = ids.as_mut_slice();
+    std::thread::scope(|scope| {
+        let mut shares = units.chunks(units.len().div_ceil(threads)).peekable();
+        while let Some(share) = shares.next() {
+            let (room, after) = std::mem::take(&mut rest).split_at_mut(share.iter().map(|unit| unit.ids.len()).sum());
+            rest = after;
+            let copy = move || {
+                let mut room = room;
+                for unit in share {
+                    let (own, after) = room.split_at_mut(unit.ids.len());
+                    own.copy_from_slice(&unit.ids);
+                    room = after;
+                }
+            };
+            if shares.peek().is_some() {
+                scope.spawn(copy);
+            } else {
+                copy();
+            }
+        }
+    });
     (ids, offsets)
 }
 
