@@ -124,16 +124,18 @@ def free_memory() -> None:
 def run() -> list[dict[str, Any]]:
     """Every backend in bf16; fp8 with the first, where the GPU has it."""
     backends = [name for name, reason in available_backends(CUDA).items() if not reason]
-    peak, source = hardware.peak_flops(CUDA, torch.bfloat16)
-    measured = hardware.measured_flops_per_s(CUDA, torch.bfloat16, 8192)
-    rows = [row("peak_flops", peak, f"FLOP/s ({source})"), row("matmul_flops", measured, "FLOP/s")]
+    speed = hardware.speed(CUDA, torch.bfloat16)
+    rows = [
+        row("peak_flops", speed.peak_flops, f"FLOP/s ({speed.peak_source})"),
+        row("matmul_flops", speed.matmul_flops, "FLOP/s"),
+    ]
     for backend in backends:
         rows += attention_rows(backend)
     for depth in DEPTHS:
         for backend in backends:
-            rows += step_rows(depth, backend, False, peak)
+            rows += step_rows(depth, backend, False, speed.peak_flops)
         if torch.cuda.get_device_capability(CUDA) >= (9, 0):
-            rows += step_rows(depth, backends[0], True, peak)
+            rows += step_rows(depth, backends[0], True, speed.peak_flops)
     return rows
 
 

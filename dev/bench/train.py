@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dev.bench import attention
-from nanochat import dataset, files, hardware, scaling, train
+from nanochat import dataset, files, hardware, scaling, tok_train, train
 from nanochat.checkpoint import TrainState
 from nanochat.config import TrainArgs
 from nanochat.dataloader import Batch
@@ -112,9 +112,8 @@ def measure(way: str) -> dict[str, float]:
 def prepare() -> None:
     """The corpus and the tokenizer that base_train needs."""
     corpus = dataset.prepare("stdlib")
-    Tokenizer.train(corpus.texts(max_chars=TRAIN_CHARS, doc_cap=10_000), VOCAB).save(
-        files.tokenizer_dir("stdlib")
-    )
+    texts = tok_train.columns(corpus, max_chars=TRAIN_CHARS, doc_cap=10_000)
+    Tokenizer.train(texts, VOCAB).save(files.tokenizer_dir("stdlib"))
 
 
 def first_step(base: Path, number: int) -> float:
