@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
+from nanochat.config import TrainArgs
 from nanochat.errors import UserError
-from nanochat.scaling import Plan
+from nanochat.scaling import GPTConfig, GroupPlan, Plan
+from nanochat.schedule import Schedule
 
 # What a resumed run may not change: these decide the weights and the data. World size, micro-batch, cadences,
 # names and the machine are free. --extend lets the horizon through, with what follows from it.
@@ -23,9 +26,26 @@ def _flat(value: Any, name: str) -> dict[str, Any]:
     return {leaf: v for key, inner in value.items() for leaf, v in _flat(inner, f"{name}.{key}").items()}
 
 
+def _filled(value: Any, cls: type[Any]) -> Any:
+    """The fields of a dataclass as a file holds them; one that is newer than the file has its default."""
+    if not isinstance(value, dict):
+        return value
+    known = {item.name: item.default for item in dataclasses.fields(cls)}
+    return {name: default for name, default in known.items() if default is not dataclasses.MISSING} | value
+
+
 def _fixed(plan: dict[str, Any], fingerprints: dict[str, str]) -> dict[str, Any]:
     """What may not change, by the name under which a difference is shown."""
-    out = {f"--{name.replace('_', '-')}": plan["args"].get(name) for name in FIXED_ARGS}
+    args = _filled(plan["args"], TrainArgs)
+    groups = plan.get("groups")
+    if isinstance(groups, dict):
+        groups = {kind: _filled(group, GroupPlan) for kind, group in groups.items()}
+    plan = plan | {
+        "model": _filled(plan.get("model"), GPTConfig),
+        "schedule": _filled(plan.get("schedule"), Schedule),
+        "groups": groups,
+    }
+    out = {f"--{name.replace('_', '-')}": args.get(name) for name in FIXED_ARGS}
     for name in FIXED_PLAN:
         out |= _flat(plan.get(name), name)
     return out | {f"{name} hash": value for name, value in fingerprints.items()}

@@ -13,15 +13,16 @@ from typing import Any
 import pytest
 import torch
 
-from nanochat import checkpoint, checkpoint_files, dataset, files, runlog
+from nanochat import checkpoint, checkpoint_files, dataset, files, runlog, scaling
 from nanochat.errors import UserError
 from nanochat.hardware import Precision
+from nanochat.same_run import require_same_run
 from nanochat.tokenizer import Tokenizer
 from tests.conftest import REPO
 from tests.dist.launch import digest, lines, losses
 from tests.dist.world import run_ranks, train_rank
 from tests.reliability import record
-from tests.tiny import tiny_corpus, tokenizer_named, train_tiny, write_text
+from tests.tiny import tiny_args, tiny_corpus, tokenizer_named, train_tiny, write_text
 
 GOLDEN = REPO / "dev" / "golden" / "d2-cpu-seed0.json"
 OLD = REPO / "tests" / "data" / "checkpoints"
@@ -170,6 +171,20 @@ FIELDS: dict[str, tuple[dict[str, Any], str]] = {
     "corpus": ({}, "corpus hash: "),
     "tokenizer": ({}, "tokenizer hash: "),
 }
+
+
+def test_a_field_that_came_after_a_checkpoint_has_its_default_there() -> None:
+    train_tiny()
+    folder = checkpoint_files.folder_of("tiny", 12)
+    meta = files.read_json(folder / "state.json")
+    plan = scaling.plan(tiny_args(), Tokenizer.load(files.tokenizer_dir("local")).vocab_size)
+    for name in ("window_pattern", "recipe"):
+        del meta["plan"]["model"][name]
+    del meta["plan"]["args"]["keep_tails"]
+    assert require_same_run(meta, plan, meta["fingerprints"], folder) == []
+    january = dataclasses.replace(plan, model=dataclasses.replace(plan.model, recipe="january"))
+    with pytest.raises(UserError, match=r"model\.recipe: 'july' then, 'january' now"):
+        require_same_run(meta, january, meta["fingerprints"], folder)
 
 
 def test_a_run_with_another_plan_text_or_tokenizer_is_refused_with_both_values(tmp_path: Path) -> None:
