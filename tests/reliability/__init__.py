@@ -5,6 +5,7 @@ NANOCHAT_RELIABILITY=reliability.json pytest tests --slow && python -m dev.relia
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import platform
@@ -25,8 +26,13 @@ def record(promise: str, *, n: int, failures: int, worst: float, unit: str, note
     if not (name := os.environ.get("NANOCHAT_RELIABILITY")):
         return
     path = Path(name)
-    entries = json.loads(path.read_text("utf-8")) if path.exists() else []
     machine = f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores"
     entry = {"promise": promise, "n": n, "failures": failures, "worst": worst, "unit": unit, "note": note}
-    kept = [old for old in entries if (old["promise"], old["unit"]) != (promise, unit)]
-    path.write_text(json.dumps([*kept, {**entry, "machine": machine}], indent=1) + "\n", "utf-8")
+    with path.open("a+", encoding="utf-8") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # several workers of pytest record into one file
+        file.seek(0)
+        text = file.read()
+        entries = json.loads(text) if text else []
+        kept = [old for old in entries if (old["promise"], old["unit"]) != (promise, unit)]
+        file.truncate(0)
+        file.write(json.dumps([*kept, {**entry, "machine": machine}], indent=1) + "\n")
