@@ -29,7 +29,9 @@ class TrainArgs:
     )
     run: str = flag("", "name of the run and of its folder; by default d<depth>")
     # Data
-    corpus: str = flag("fineweb-edu", "what to train on: stdlib, fineweb-edu, climbmix or your own corpus")
+    corpus: str = flag(
+        "fineweb-edu", "what to train on: stdlib, fineweb-edu, climbmix, fineweb10B-gpt2, your own"
+    )
     tokenizer: str = flag("", "name of the tokenizer; by default the corpus's name")
     keep_tails: bool = flag(False, "keep what is cropped from long documents as documents of their own")
     # Model
@@ -177,7 +179,7 @@ class TokEvalArgs:
 class DatasetArgs:
     """Fetch or make a corpus."""
 
-    corpus: str = flag("fineweb-edu", "which corpus: stdlib, local, fineweb-edu, climbmix")
+    corpus: str = flag("fineweb-edu", "which corpus: stdlib, local, fineweb-edu, climbmix, fineweb10B-gpt2")
     num_shards: int | None = flag(None, "training shards to have; by default all", short="-n")
     first: int | None = flag(None, "fetch only so many of them now; the manifest lists all of -n")
     files: tuple[str, ...] = flag((), "parquet, jsonl or txt files or folders (corpus local)")

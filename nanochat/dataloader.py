@@ -12,6 +12,8 @@ order: training begins while later shards are on their way. All other epochs mix
 Where W divides L, i mod L decides i mod W: a rank reads the lanes l with l mod W == r and no other. Where it
 does not (fewer blocks than ranks), ranks share lanes: each reads them whole and keeps its rows.
 
+Shards of tokens need no packing: their blocks are cut into rows as they stand (`token_shards.py`).
+
 The state is one cursor a lane: epoch, position among the lane's blocks, row in the block. Threads tokenize
 and pack ahead, but a cursor moves only when a row is drawn: the state is that of the batch not yet drawn.
 """
@@ -245,12 +247,17 @@ def block_order(shard_of: NDArray[np.int64], seed: int, epoch: int, in_order: bo
 def _pack_block(
     corpus: Corpus, tokenizer: Encoder, shard: Shard, row_group: int, row_slots: int, keep_tails: bool
 ) -> Packed:
+    if shard.holds_tokens:  # their tokenizer put BOS, its last id, before every document
+        rows = corpus.read_rows(shard, row_group, row_slots, tokenizer.bos_id + 1)
+        return Packed(rows, offered=len(rows) * (row_slots - 1), cropped=0, filled=0)
     ids, offsets = tokenizer.encode_batch(corpus.read_block(shard, row_group), num_threads=1)
     return pack(ids, offsets, bos_id=tokenizer.bos_id, row_slots=row_slots, keep_tails=keep_tails)
 
 
 def epochs_for(corpus: Corpus, tokenizer: Encoder, tokens: int) -> float:
-    """How many times `tokens` training tokens go through the corpus, estimated from a sample of it."""
+    """How many times `tokens` training tokens go through the corpus, estimated from a sample of its text."""
+    if corpus.holds_tokens:
+        return tokens / sum(shard.tokens for shard in corpus.train_shards)
     texts = corpus.read_block(corpus.train_shards[0], 0)
     sample = texts[:: -(-len(texts) // SAMPLE_DOCUMENTS)] if texts else []
     ids, _ = tokenizer.encode_batch(sample, num_threads=1)
@@ -261,9 +268,10 @@ def epochs_for(corpus: Corpus, tokenizer: Encoder, tokens: int) -> float:
 class ValBatches:
     """A fixed list of rows of one split, of which each rank has every W-th, to iterate over again and again.
 
-    Rows are packed like those of training, by default with the tails, so that every token of the split is in
+    Of shards of tokens they are the stream from its beginning, as the races on such shards take it. Rows of
+    text are packed like those of training, by default with the tails, so that every token of the split is in
     one row and is a target once (BOS aside); targets in what is left of a block's last row are -1. The rows
-    are tokenized in the first pass and kept (4 bytes a token).
+    are made in the first pass and kept (4 bytes a token).
     """
 
     def __init__(
@@ -316,8 +324,10 @@ class ValBatches:
             )
             rows = packed.rows
             rows[len(rows) - 1 :, self._row_slots - packed.filled :] = -1
-            # Best-fit puts long documents first; what max_tokens leaves should be like the whole.
-            rows = rows[shuffled(len(rows), 0, index)][: int(min(len(rows), self._max_rows - seen))]
+            if not shard.holds_tokens:
+                # Best-fit puts long documents first; what max_tokens leaves should be like the whole.
+                rows = rows[shuffled(len(rows), 0, index)]
+            rows = rows[: int(min(len(rows), self._max_rows - seen))]
             parts.append(rows[(self._world.rank - seen) % self._world.size :: self._world.size])
             seen += len(rows)
         return np.concatenate(parts)

@@ -2,6 +2,7 @@
 
 python -m nanochat.dataset --corpus stdlib
 python -m nanochat.dataset --corpus fineweb-edu -n 8
+python -m nanochat.dataset --corpus fineweb10B-gpt2 -n 9
 python -m nanochat.dataset --corpus local --files FOLDER_OR_FILES --val-file shard_00010.parquet --name prose
 python -m nanochat.dataset --corpus prose --verify
 python -m nanochat.dataset --list
@@ -25,9 +26,11 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
-from nanochat import arrival, config, corpora, files, hub, shards
+from nanochat import arrival, config, corpora, files, hub, shards, token_shards
 from nanochat.errors import UserError, cli
 from nanochat.progress import bytes_bar
 from nanochat.shards import Shard
@@ -137,11 +140,29 @@ class Corpus:
         Raises:
             UserError: the shard is absent or damaged; names it, both digests and the command that repairs it.
         """
+        if shard.holds_tokens:
+            raise UserError(
+                f"{self.path(shard)}: holds tokens, not text. Its tokenizer came with it: {self.name}."
+            )
         self.verify(shard)
         try:
             return shards.read_column(self.path(shard), row_group)
         except UserError as error:
             raise UserError(f"{error} {self.repair(shard)}") from None
+
+    def read_rows(self, shard: Shard, block: int, row_slots: int, vocab_size: int) -> NDArray[np.int32]:
+        """The rows of a block of a shard of tokens; see `token_shards.read_rows`. Hashed at first use.
+
+        Raises:
+            UserError: the shard is absent or damaged, or of another vocabulary.
+        """
+        self.verify(shard)
+        return token_shards.read_rows(self.path(shard), block, row_slots, vocab_size)
+
+    @property
+    def holds_tokens(self) -> bool:
+        """True if the shards hold token ids, False if text."""
+        return self.shards[0].holds_tokens
 
     def verify(self, shard: Shard) -> None:
         """Hash a shard once in the life of this object, and compare with the manifest.
@@ -229,7 +250,7 @@ def prepare(
     """Make or complete a corpus; what is there already is not made again.
 
     Args:
-        corpus: "stdlib", "local", "fineweb-edu" or "climbmix".
+        corpus: "stdlib", "local" or one of the hub.
         num_shards: training shards of a corpus of the hub; None for all.
         first: how many of them to fetch now; None for all. The others stay planned.
         named_files: files and folders of a local corpus.
@@ -340,6 +361,7 @@ def _prepare_hub(folder: Path, corpus: str, num_shards: int | None, first: int |
         wanted = [*planned.val_shards, *planned.train_shards[:first]]
         hub.require_space(folder, wanted)
         source.fetch(wanted, commit, folder, stage)
+        hub.ensure_tokenizer(remote, files.tokenizer_dir(folder.name), stage)
     if (folder / ".cache").is_dir():  # earlier releases fetched in place
         files.remove_dir(folder / ".cache")
     return planned
@@ -389,9 +411,11 @@ def verify_all(corpus: Corpus) -> None:
 def summary(corpus: Corpus) -> str:
     """One line: what is in a corpus, and where."""
     train, val = corpus.train_shards, corpus.val_shards
+    unit = "tokens" if corpus.holds_tokens else "documents"
+    count, held = (sum(getattr(shard, unit) for shard in split) for split in (train, val))
     return (
-        f"{corpus.name}: {sum(s.documents for s in train)} documents in {len(train)} training shards "
-        f"({sum(s.bytes for s in train) / 1e6:.1f} MB), {sum(s.documents for s in val)} for validation "
+        f"{corpus.name}: {count} {unit} in {len(train)} training shards "
+        f"({sum(s.bytes for s in train) / 1e6:.1f} MB), {held} for validation "
         f"({', '.join(s.name for s in val)}); {corpus.source}; {corpus.folder}"
     )
 

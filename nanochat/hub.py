@@ -19,10 +19,11 @@ from typing import TypeVar
 
 import pyarrow as pa
 
-from nanochat import files, shards
+from nanochat import files, shards, token_shards
 from nanochat.errors import UserError
 from nanochat.progress import bytes_bar
 from nanochat.shards import Shard
+from nanochat.tokenizer import FILE_NAME, Tokenizer
 
 THREADS = 8
 RETRY_DELAYS_S = (1.0, 4.0, 15.0, 60.0)  # before each further attempt: over a minute of outage is survived
@@ -37,25 +38,48 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class HubCorpus:
-    """A data set on the hub, in shards numbered 0 to `last`; the last is validation."""
+    """A data set on the hub, in numbered shards.
+
+    Attributes:
+        repo: name of the data set.
+        last: how many shards are for training.
+        names: how the file of a training shard is called, by its number.
+        first: number of the first.
+        val: file of the validation shard; "" for the number after the last.
+        vocabulary: model on the hub whose vocab.json made the tokens; "" where the shards hold text.
+    """
 
     repo: str
     last: int
+    names: str = "shard_{:05d}.parquet"
+    first: int = 0
+    val: str = ""
+    vocabulary: str = ""
 
     def shard(self, index: int) -> str:
-        """File name of a shard."""
-        return f"shard_{index:05d}.parquet"
+        """File name of a training shard, counted from 0."""
+        return self.names.format(self.first + index)
 
     @property
     def val_shard(self) -> str:
         """File name of the validation shard."""
-        return self.shard(self.last)
+        return self.val or self.shard(self.last)
 
 
 HUB_CORPORA = {
     "fineweb-edu": HubCorpus("karpathy/fineweb-edu-100b-shuffle", 1822),
     "climbmix": HubCorpus("karpathy/climbmix-400b-shuffle", 6542),
+    "fineweb10B-gpt2": HubCorpus(
+        "kjj0/fineweb10B-gpt2",
+        103,
+        names="fineweb_train_{:06d}.bin",
+        first=1,
+        val="fineweb_val_000000.bin",
+        vocabulary="openai-community/gpt2",
+    ),
 }
+VOCABULARY_FILE = "vocab.json"
+VOCABULARY_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"  # GPT-2's
 
 
 class Hub:
@@ -90,7 +114,7 @@ class Hub:
         return self._all([name], lambda name, _: self._head(name, "main")[0])[name]
 
     def describe(self, names: Sequence[str], commit: str, val_shard: str) -> dict[str, Shard]:
-        """What the manifest says of files that are still at the hub: sizes, digests, counts of their footers.
+        """What the manifest says of files that are still at the hub: sizes, digests, and what they count.
 
         Raises:
             UserError: names every file of which the hub does not tell this, and why.
@@ -98,7 +122,7 @@ class Hub:
 
         def work(name: str, _: int) -> Shard:
             size, sha256 = self._head(name, commit)[1:]
-            documents, row_groups = self._footer(name, commit, size)
+            documents, row_groups = self._counts(name, commit, size)
             return Shard(name, "val" if name == val_shard else "train", size, documents, row_groups, sha256)
 
         return self._all(names, work)
@@ -134,6 +158,23 @@ class Hub:
                     return  # renamed while we looked
 
             self._all(list(sizes), work, seen)
+
+    def fetch_vocabulary(self, stage: Path) -> Path:
+        """Bring GPT-2's vocabulary into `stage`, from a model on the hub.
+
+        Raises:
+            UserError: it could not be had, or is another one.
+        """
+
+        def work(name: str, attempt: int) -> Path:
+            from huggingface_hub import hf_hub_download
+
+            path = Path(hf_hub_download(self._repo, name, local_dir=stage, force_download=attempt > 0))
+            if (digest := files.sha256(path)) != VOCABULARY_SHA256:
+                raise ValueError(f"it has sha256 {digest}, expected {VOCABULARY_SHA256}")
+            return path
+
+        return self._all([VOCABULARY_FILE], work)[VOCABULARY_FILE]
 
     def _fetch_one(self, shard: Shard, commit: str, folder: Path, stage: Path, again: bool) -> None:
         from huggingface_hub import hf_hub_download
@@ -174,18 +215,22 @@ class Hub:
             raise ValueError(f"the hub has no sha256 of it, but the etag {metadata.etag!r}")
         return metadata.commit_hash, metadata.size, str(metadata.etag)
 
-    def _footer(self, name: str, commit: str, size: int) -> tuple[int, int]:
-        """Documents and row groups, from the end of a parquet file of `size` bytes."""
-        tail = self._tail(name, commit, size, FOOTER_BYTES)
+    def _counts(self, name: str, commit: str, size: int) -> tuple[int, int]:
+        """Documents and row groups: from the end of a parquet file, or the beginning of one of tokens."""
+        if name.endswith(token_shards.SUFFIX):
+            head = self._range(name, commit, 0, min(size, token_shards.HEADER_BYTES))
+            return 0, token_shards.blocks(token_shards.count_tokens(head, size))
+        tail = self._range(name, commit, max(0, size - FOOTER_BYTES), size)
         needed = int.from_bytes(tail[-8:-4], "little") + 8
         if len(tail) < needed <= min(size, MAX_FOOTER_BYTES):
-            tail = self._tail(name, commit, size, needed)
+            tail = self._range(name, commit, size - needed, size)
         try:
             return shards.counts(pa.BufferReader(tail))
         except (pa.ArrowException, OSError) as error:
             raise ValueError(f"what arrived is not the end of a parquet file: {error}") from None
 
-    def _tail(self, name: str, commit: str, size: int, count: int) -> bytes:
+    def _range(self, name: str, commit: str, first: int, end: int) -> bytes:
+        """Bytes `first` to `end` of a file."""
         from huggingface_hub import constants, hf_hub_url
         from huggingface_hub.utils import (  # type: ignore[attr-defined]
             build_hf_headers,
@@ -193,16 +238,16 @@ class Hub:
             http_backoff,
         )
 
-        first = max(0, size - count)
         response = http_backoff(
             "GET",
             hf_hub_url(self._repo, name, repo_type="dataset", revision=commit),
-            headers={**build_hf_headers(), "Range": f"bytes={first}-{size - 1}"},
+            headers={**build_hf_headers(), "Range": f"bytes={first}-{end - 1}"},
             timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT,
             max_retries=0,
         )
         hf_raise_for_status(response)
-        return bytes(response.content[-(size - first) :])  # all of the file where the server ignores ranges
+        content = bytes(response.content)
+        return content if response.status_code == 206 else content[first:end]  # 200: ranges are ignored
 
     def _all(
         self,
@@ -258,6 +303,17 @@ class Hub:
 def _reason(error: BaseException) -> str:
     """The first line of what an error says, or its kind where it says nothing."""
     return (str(error).strip().splitlines() or [""])[0] or type(error).__name__
+
+
+def ensure_tokenizer(remote: HubCorpus, folder: Path, stage: Path) -> None:
+    """Make the tokenizer of a corpus of tokens in `folder`, unless it is there.
+
+    Raises:
+        UserError: its vocabulary could not be had.
+    """
+    if remote.vocabulary and not (folder / FILE_NAME).is_file():
+        with Hub(remote.vocabulary) as source:
+            Tokenizer.from_gpt2_file(source.fetch_vocabulary(stage)).save(folder)
 
 
 def require_space(folder: Path, members: Sequence[Shard]) -> None:

@@ -1,4 +1,7 @@
-"""Shards on the disk: parquet with one text column, written with page checksums and read within limits."""
+"""Shards on the disk: parquet with one text column, written with page checksums and read within limits.
+
+A shard may also hold tokens: see `token_shards`.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from nanochat import files
+from nanochat import files, token_shards
 from nanochat.errors import UserError
 
 TEXT_COLUMN = "text"
@@ -35,7 +38,7 @@ class Shard:
         name: file name in the corpus folder.
         split: "train" or "val".
         bytes: size of the file.
-        documents: its rows.
+        documents: its rows; 0 for a shard of tokens, which does not count them.
         row_groups: its blocks.
         sha256: hex digest of the file.
     """
@@ -46,6 +49,17 @@ class Shard:
     documents: int
     row_groups: int
     sha256: str
+
+    @property
+    def holds_tokens(self) -> bool:
+        """True for token ids, False for text."""
+        return self.name.endswith(token_shards.SUFFIX)
+
+    @property
+    def tokens(self) -> int:
+        """Token ids in a shard of them."""
+        assert self.holds_tokens, self.name
+        return max(0, self.bytes - token_shards.HEADER_BYTES) // token_shards.TOKEN_BYTES
 
 
 def write_shards(documents: Iterable[str], folder: Path, split: str, first_index: int) -> list[Shard]:
@@ -101,12 +115,14 @@ def describe(path: Path, split: str) -> Shard:
 
 
 def counts(source: Path | pa.NativeFile) -> tuple[int, int]:
-    """Documents and row groups of a parquet file, or of the end of one, which holds its footer.
+    """Documents and row groups of a shard, or of the end of a parquet file, which holds its footer.
 
     Raises:
-        UserError: it has no column `text` of strings.
+        UserError: it has no column `text` of strings, or is no file of tokens.
         pyarrow.ArrowException, OSError: it is no parquet file.
     """
+    if isinstance(source, Path) and source.suffix == token_shards.SUFFIX:
+        return 0, token_shards.blocks(token_shards.count_file(source))
     with pq.ParquetFile(source) as file:
         _check_schema(source if isinstance(source, Path) else "the file", file.schema_arrow)
         return file.metadata.num_rows, file.metadata.num_row_groups
@@ -151,10 +167,12 @@ def from_manifest(items: list[dict[str, Any]]) -> list[Shard]:
             if type(value) is not kind or (isinstance(value, int) and value < 0):
                 raise ValueError(f"shard {shard.name!r} has {field} {value!r}")
         # Names become paths.
-        if not re.fullmatch(r"[\w-][\w.-]*\.parquet", shard.name) or shard.split not in SPLITS:
+        if not re.fullmatch(r"[\w-][\w.-]*\.(parquet|bin)", shard.name) or shard.split not in SPLITS:
             raise ValueError(f"shard {shard.name!r} of split {shard.split!r}")
     if len({shard.name for shard in members}) != len(members):
         raise ValueError("a shard is listed twice")
+    if len({shard.holds_tokens for shard in members}) > 1:
+        raise ValueError("some shards hold text and some tokens")
     for split in SPLITS:
         if not any(shard.split == split and shard.row_groups for shard in members):
             raise ValueError(f"no shard of split {split!r}")

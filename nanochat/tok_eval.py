@@ -9,14 +9,11 @@ from pathlib import Path
 from nanochat import charts, files
 from nanochat.dataset import Corpus
 from nanochat.errors import UserError
-from nanochat.tokenizer import Tokenizer
+from nanochat.tokenizer import GPT2_PATTERN, Tokenizer
 
 # File of ranks and pattern of each, as OpenAI publishes them.
 PEERS = {
-    "GPT-2": (
-        "r50k_base.tiktoken",
-        r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s",
-    ),
+    "GPT-2": ("r50k_base.tiktoken", GPT2_PATTERN),
     "cl100k": (
         "cl100k_base.tiktoken",
         r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$"

@@ -30,6 +30,10 @@ PATTERN = (
     r"|\s*[\r\n]|\s+(?!\S)|\s+"
 )
 
+# GPT-2's, with which its vocabulary is read.
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+GPT2_END = "<|endoftext|>"  # stands before every document, as <|bos|> does here, and has the id of it
+
 SPECIALS = (
     "<|bos|>",
     "<|user_start|>",
@@ -127,6 +131,22 @@ class Tokenizer:
             raise UserError(f"{path}: no such file.") from None
         except (ValueError, binascii.Error) as error:
             raise UserError(f"{path}: not a file of tiktoken ranks ({error}).") from error
+
+    @classmethod
+    def from_gpt2_file(cls, path: Path) -> Tokenizer:
+        """GPT-2's tokenizer, from its vocab.json; <|bos|> takes the place of <|endoftext|>, 50256.
+
+        Raises:
+            UserError: the file is absent or is not such a file.
+        """
+        vocab = files.read_json(path)
+        try:
+            names = _names_by_id(_field(vocab, "file", dict))
+            if names[-1:] != [GPT2_END]:
+                raise ValueError(f"its last entry is not {GPT2_END}")
+            return cls(rustbpe.Tokenizer.from_ranks(_ranks_of(names[:-1]), GPT2_PATTERN))
+        except ValueError as error:
+            raise UserError(f"{path}: not the vocab.json of GPT-2: {error}. Fetch it again.") from error
 
     @classmethod
     def load(cls, folder: Path) -> Tokenizer:
@@ -329,12 +349,7 @@ def _from_json(document: object) -> tuple[rustbpe.Tokenizer, dict[str, str | int
             f"the last {len(SPECIALS)} entries of 'vocab' are not {SPECIALS[0]} to {SPECIALS[-1]}"
         )
     tokens = names[: -len(SPECIALS)]
-    byte_of = {char: byte for byte, char in enumerate(_byte_alphabet())}
-    try:
-        ranks = {bytes(byte_of[char] for char in token): rank for rank, token in enumerate(tokens)}
-    except KeyError as error:
-        raise ValueError(f"'vocab' has the character {error}, which stands for no byte") from None
-    bpe = rustbpe.Tokenizer.from_ranks(ranks, _pattern(document))
+    bpe = rustbpe.Tokenizer.from_ranks(_ranks_of(tokens), _pattern(document))
     expected = [f"{tokens[left]} {tokens[right]}" for left, right in bpe.get_merges()]
     if merges != expected:
         first = next(
@@ -344,6 +359,15 @@ def _from_json(document: object) -> tuple[rustbpe.Tokenizer, dict[str, str | int
             f"'merges' has {len(merges)} entries, 'vocab' asks for {len(expected)}; they part at {first}"
         )
     return bpe, _field(model, "trained_on", dict)
+
+
+def _ranks_of(tokens: Sequence[str]) -> dict[bytes, int]:
+    """Byte strings and ranks of tokens spelled in the byte alphabet."""
+    byte_of = {char: byte for byte, char in enumerate(_byte_alphabet())}
+    try:
+        return {bytes(byte_of[char] for char in token): rank for rank, token in enumerate(tokens)}
+    except KeyError as error:
+        raise ValueError(f"'vocab' has the character {error}, which stands for no byte") from None
 
 
 def _field(value: object, key: str, kind: type[T]) -> T:

@@ -32,10 +32,12 @@ COMMAND = (
 
 
 class Hub:
-    """A hub with one data set.
+    """A hub with one data set, and perhaps files of a model.
 
     Attributes:
-        contents: its files.
+        contents: the files of the data set.
+        repo: its name.
+        model_files: path of a file of a model, such as openai-community/gpt2/vocab.json -> what it holds.
         faults: name of a file -> how a GET of it goes wrong.
         times: name of a file -> how often it goes wrong before it goes right; not listed: always.
         requests: GETs of each whole file, without those of a range.
@@ -44,8 +46,10 @@ class Hub:
         chunk_s: seconds between the pieces (a tenth each) of an answer.
     """
 
-    def __init__(self, contents: dict[str, bytes]) -> None:
+    def __init__(self, contents: dict[str, bytes], repo: str = REPO) -> None:
         self.contents = contents
+        self.repo = repo
+        self.model_files: dict[str, bytes] = {}
         self.faults: dict[str, str] = {}
         self.times: dict[str, int] = {}
         self.requests: Counter[str] = Counter()
@@ -90,12 +94,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def answer(self, send_body: bool) -> None:
         name = self.path.rpartition("/")[2].partition("?")[0]
-        expected = [f"/datasets/{REPO}/resolve/{revision}/{name}" for revision in ("main", COMMIT)]
-        if self.path not in [*expected, f"/elsewhere/{name}"] or name not in self.hub.contents:
+        data = self.find(name)
+        if data is None:
             self.reply(404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT}, b"")
             return
         self.hub.tokens.add(self.headers["Authorization"])
-        data = self.hub.contents[name]
         headers = {
             "ETag": f'"{hashlib.sha256(data).hexdigest()}"',
             "X-Linked-Size": str(len(data)),
@@ -114,6 +117,13 @@ class _Handler(BaseHTTPRequestHandler):
             FAULTS[fault](self, headers, data)
         else:
             self.whole(headers, data)
+
+    def find(self, name: str) -> bytes | None:
+        """What the path that is asked for holds."""
+        expected = [f"/datasets/{self.hub.repo}/resolve/{revision}/{name}" for revision in ("main", COMMIT)]
+        if self.path in [*expected, f"/elsewhere/{name}"] and name in self.hub.contents:
+            return self.hub.contents[name]
+        return self.hub.model_files.get(self.path.removeprefix("/").replace("/resolve/main/", "/"))
 
     def whole(self, headers: dict[str, str], data: bytes) -> None:
         if wanted := self.headers["Range"]:
@@ -273,10 +283,12 @@ def environment(hub: Hub, base: Path) -> dict[str, str]:
     }
 
 
-def start(hub: Hub, base: Path, *arguments: str, delays_s: str = "0.1,0.1") -> subprocess.Popen[str]:
+def start(
+    hub: Hub, base: Path, *arguments: str, delays_s: str = "0.1,0.1", corpus: str = "fineweb-edu"
+) -> subprocess.Popen[str]:
     """The command a user types, with the hub elsewhere."""
     return subprocess.Popen(
-        [sys.executable, "-c", COMMAND, delays_s, "--corpus", "fineweb-edu", *arguments],
+        [sys.executable, "-c", COMMAND, delays_s, "--corpus", corpus, *arguments],
         env=environment(hub, base),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -285,9 +297,9 @@ def start(hub: Hub, base: Path, *arguments: str, delays_s: str = "0.1,0.1") -> s
 
 
 def fetch(
-    hub: Hub, base: Path, *arguments: str, delays_s: str = "0.1,0.1"
+    hub: Hub, base: Path, *arguments: str, delays_s: str = "0.1,0.1", corpus: str = "fineweb-edu"
 ) -> subprocess.CompletedProcess[str]:
     """The same, to its end."""
-    process = start(hub, base, *arguments, delays_s=delays_s)
+    process = start(hub, base, *arguments, delays_s=delays_s, corpus=corpus)
     out, err = process.communicate(timeout=120)
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)

@@ -20,7 +20,7 @@ from tests.conftest import REPO
 LAYERS = (
     ("errors", "files", "process", "hardware", "world", "runlog", "charts", "progress", "stopping")
     + ("loop", "links", "replicas", "watchdog"),
-    ("config", "recipe", "schedule", "scaling", "tokenizer", "shards", "packing")
+    ("config", "recipe", "schedule", "scaling", "tokenizer", "token_shards", "shards", "packing")
     + ("core_stats", "core_results", "core_batches"),
     ("arrival", "corpora", "hub", "dataset", "sdpa", "attention", "attention_times", "backends")
     + (
