@@ -29,6 +29,7 @@ LAYERS = (
         "optim",
         "loss_scale",
         "fp8",
+        "layers",
         "loss",
         "core_tasks",
         "core_mini",
