@@ -1,9 +1,10 @@
 """Causal sliding-window attention: one function, four backends, and the plain mathematics.
 
 Legend: B rows, Tq query positions, Tk key positions (Tk >= Tq), H query heads, Hkv key/value heads, D head
-width. Query i stands at absolute position p = Tk - Tq + i and sees the keys j with p - window <= j <= p, so a
-window of 0 is the position itself, and Tq < Tk is decoding behind a cache. H is a multiple of Hkv; head h
-reads K/V head h // (H / Hkv). With documents, a query sees the keys of its own document only.
+width, Dv that of values (Dv >= D). Query i stands at absolute position p = Tk - Tq + i and sees the keys j
+with p - window <= j <= p, so a window of 0 is the position itself, and Tq < Tk is decoding behind a cache. H
+is a multiple of Hkv; head h reads K/V head h // (H / Hkv). With documents, a query sees the keys of its own
+document only.
 
 Backends: "fa3" (flash_attn_interface, Hopper), "fa2" (flash_attn, Ampere and later), "flex" (PyTorch
 FlexAttention with a block mask, any CUDA GPU), "sdpa" (PyTorch; see `nanochat.sdpa`).
@@ -17,6 +18,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from nanochat.sdpa import band_mask, sdpa
@@ -58,24 +60,30 @@ def attention(
     Args:
         q: (B, Tq, H, D) queries, at the last Tq of the Tk positions.
         k: (B, Tk, Hkv, D) keys.
-        v: (B, Tk, Hkv, D) values.
+        v: (B, Tk, Hkv, Dv) values.
         window: how many previous positions a query sees besides its own; Tk - 1 or more is full attention.
         backend: one of BACKENDS, as chosen by `nanochat.backends`.
         scale: factor on the scores before the softmax; by default D ** -0.5.
         layout: what layout_of gave for these rows and this backend; documents need Tq = Tk.
 
     Returns:
-        (B, Tq, H, D) in the dtype of q.
+        (B, Tq, H, Dv) in the dtype of q.
     """
     assert k.size(1) >= q.size(1)
+    assert v.size(-1) >= q.size(-1)
     assert q.size(2) % k.size(2) == 0
     assert window >= 0
     layout = layout or Layout()
     assert layout.documents is None or q.size(1) == k.size(1), "documents behind a cache"
-    if backend == "sdpa":
-        return sdpa(q, k, v, window, scale, layout.documents)
     if backend == "flex":
         return _flex(q, k, v, window, scale, layout)
+    if wider := v.size(-1) - q.size(-1):
+        # The other kernels take one width. Zeros add nothing to a score; cutting the values into parts of
+        # width D costs as many multiplications, and twice the exponentials.
+        scale = q.size(-1) ** -0.5 if scale is None else scale
+        q, k = F.pad(q, (0, wider)), F.pad(k, (0, wider))
+    if backend == "sdpa":
+        return sdpa(q, k, v, window, scale, layout.documents)
     assert backend in ("fa3", "fa2"), backend
     return _flash(backend, q, k, v, window, scale, layout.boundaries)
 

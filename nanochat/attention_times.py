@@ -35,7 +35,7 @@ class AttentionShape:
     """What the time of attention depends on, beside the dtype and the machine.
 
     Attributes:
-        heads: query heads.
+        heads: query heads; two a head under differential attention.
         kv_heads: key and value heads.
         head_dim: width D of a head.
         sequence_len: context length T.
@@ -55,7 +55,7 @@ class AttentionShape:
         """Of a model; the window is the one that most of its layers have."""
         window = statistics.mode(model.windows)
         return AttentionShape(
-            model.n_head, model.n_kv_head, model.head_dim, model.sequence_len, window, documents
+            model.n_map, model.n_kv_head, model.head_dim, model.sequence_len, window, documents
         )
 
 

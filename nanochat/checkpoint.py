@@ -212,14 +212,16 @@ def _model_config(values: dict[str, Any], weights: dict[str, Tensor], path: Path
         UserError: they are not.
     """
     names = [item.name for item in dataclasses.fields(GPTConfig)]
-    sizes = [values.get(name) for name in names if name not in ("window_pattern", "recipe")]
+    values = {"attention_kind": GPTConfig.attention_kind, **values}  # checkpoints from before it lack it
+    sizes = [values.get(name) for name in names if name not in ("window_pattern", "recipe", "attention_kind")]
     pattern = values.get("window_pattern")
     elements = sum(tensor.numel() for tensor in weights.values())
     plausible = (
         all(type(size) is int and 0 < size <= max(elements, MAX_POSITIONS) for size in sizes)
         and values["n_layer"] <= len(weights)
         and values["n_head"] % values["n_kv_head"] == 0
-        and values["head_dim"] % 2 == 0
+        and values["attention_kind"] in config.ATTENTION_KINDS
+        and values["head_dim"] % (4 if values["attention_kind"] == "diff1" else 2) == 0
         and values["sequence_len"] <= MAX_POSITIONS
         and isinstance(pattern, str)
         and len(pattern) > 0

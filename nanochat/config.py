@@ -14,6 +14,8 @@ from nanochat.errors import UserError
 
 Args = TypeVar("Args")
 
+ATTENTION_KINDS = ("softmax", "diff1", "diff2")
+
 
 def flag(default: Any, help: str, **metadata: Any) -> Any:
     """A field with a default and a line of help; `metadata` may hold `choices`, `short`, `positional`."""
@@ -39,6 +41,11 @@ class TrainArgs:
     window_pattern: str = flag("SSSL", "attention window of each layer, tiled: S is a quarter of T, L is T")
     aspect_ratio: int = flag(64, "width = depth * aspect ratio, raised to a whole number of heads")
     head_dim: int = flag(128, "width of an attention head")
+    attention_kind: str = flag(
+        "softmax",
+        "what a head makes of its scores: softmax, or the difference of two (nanochat/differential.py)",
+        choices=ATTENTION_KINDS,
+    )
     document_mask: bool = flag(False, "keep attention within a document where a row holds several")
     # Horizon: the first that is given counts
     num_iterations: int | None = flag(None, "number of optimizer steps")

@@ -27,7 +27,7 @@ def run(args: ExportArgs) -> Path:
     """Write a checkpoint in another format; returns the folder.
 
     Raises:
-        UserError: no such run, or the folder exists already.
+        UserError: no such run, the folder exists already, or the model cannot be written.
     """
     if not args.run:
         raise UserError("--run is missing. Name the run to export, for example --run d12.")
@@ -45,7 +45,16 @@ def run(args: ExportArgs) -> Path:
 
 
 def write_hf(model: GPT, tokenizer: Tokenizer, folder: Path) -> None:
-    """Write weights, config, tokenizer and the modelling file; the folder appears whole or not at all."""
+    """Write weights, config, tokenizer and the modelling file; the folder appears whole or not at all.
+
+    Raises:
+        UserError: the modelling file does not know the model's attention.
+    """
+    if model.config.attention_kind != "softmax":
+        raise UserError(
+            f"{folder}: not written: the model has --attention-kind={model.config.attention_kind}, and "
+            "modeling_nanochat.py knows softmax only. Use scripts.generate and scripts.base_eval with it."
+        )
     with files.atomic_dir(folder) as temporary:
         save_file(_weights(model), temporary / "model.safetensors", metadata={"format": "pt"})
         files.write_json(temporary / "config.json", _config(model.config, tokenizer))

@@ -11,6 +11,7 @@ import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from nanochat.attention import Layout, attention, block_masks, layout_of
+from nanochat.differential import VECTORS_STD, differential
 from nanochat.hardware import Precision
 from nanochat.layers import Embedding, Linear, ReluSquared, norm, rotate
 from nanochat.loss import Reduction, softcapped_cross_entropy, token_losses
@@ -76,7 +78,10 @@ class Shared:
 
 
 class Attention(nn.Module):
-    """Causal attention with rotary positions, normed queries and keys, and gated value embeddings."""
+    """Causal attention with rotary positions, normed queries and keys, and gated value embeddings.
+
+    Under differential attention a head has two maps; the keys of both fill a head's place in a cache.
+    """
 
     def __init__(self, config: GPTConfig, layer: int, precision: Precision) -> None:
         """Build layer `layer` (from 0)."""
@@ -84,32 +89,34 @@ class Attention(nn.Module):
         self.layer = layer
         self.backend = precision.attention
         self.window = config.windows[layer]
-        self.heads, self.kv_heads, self.head_dim = config.n_head, config.n_kv_head, config.head_dim
+        self.kv_heads, self.head_dim, self.qk_dim = config.n_kv_head, config.head_dim, config.qk_dim
         # Queries and keys are both multiplied by qk_scale after their norm: its square goes on the scores.
-        self.scale = config.constants.qk_scale**2 * config.head_dim**-0.5
+        self.scale = config.constants.qk_scale**2 * config.qk_dim**-0.5
         self.gate_channels, self.gate_scale = config.value_gate_channels, config.constants.value_gate_scale
-        q_width, kv_width = config.n_head * config.head_dim, config.n_kv_head * config.head_dim
-        self.q = Linear(config.n_embd, q_width, precision.fp8)
+        kv_width = config.n_kv_head * config.head_dim
+        self.q = Linear(config.n_embd, config.n_map * config.qk_dim, precision.fp8)
         self.k = Linear(config.n_embd, kv_width, precision.fp8)
         self.v = Linear(config.n_embd, kv_width, precision.fp8)
-        self.out = Linear(q_width, config.n_embd, precision.fp8)
+        self.out = Linear(config.n_head * config.head_dim, config.n_embd, precision.fp8)
         has_gate = config.has_value_embedding(layer)
         self.value_gate = Linear(self.gate_channels, config.n_kv_head) if has_gate else None
+        self.differential = differential(config, layer)
 
     def forward(self, x: Tensor, value: Tensor | None, shared: Shared) -> Tensor:
         """(B, T, C) normed stream, (B, T, Hkv * D) value embedding or None -> (B, T, C)."""
-        q = self.q(x).unflatten(-1, (self.heads, self.head_dim))
-        k = self.k(x).unflatten(-1, (self.kv_heads, self.head_dim))
+        q, k = (matrix(x).unflatten(-1, (-1, self.qk_dim)) for matrix in (self.q, self.k))
         v = self.v(x).unflatten(-1, (self.kv_heads, self.head_dim))
         if self.value_gate is not None and value is not None:
             gate = self.gate_scale * torch.sigmoid(self.value_gate(x[..., : self.gate_channels]))
             v = v + gate[..., None] * value.view_as(v)
         q, k = (norm(rotate(x, shared.cos, shared.sin)) for x in (q, k))
         if shared.cache is not None:
-            k, v = shared.cache.append(self.layer, k, v)
-        y = attention(
-            q, k, v, window=self.window, backend=self.backend, scale=self.scale, layout=shared.layout
+            k, v = shared.cache.append(self.layer, k.reshape(v.shape), v)
+            k = torch.unflatten(k.flatten(-2), -1, (-1, self.qk_dim))
+        attend = partial(
+            attention, window=self.window, backend=self.backend, scale=self.scale, layout=shared.layout
         )
+        y = attend(q, k, v) if self.differential is None else self.differential(x, q, k, v, attend)
         out: Tensor = self.out(y.flatten(-2))
         return out
 
@@ -200,9 +207,9 @@ class GPT(nn.Module):
     def reserve_positions(self, count: int) -> None:
         """Make the rotary tables for `count` positions, (count, 1, D/2); a cache may need more than T.
 
-        The masks of backends that want them ahead are made too, for T.
+        D is the width of queries and keys. The masks of backends that want them ahead are made too, for T.
         """
-        half = self.config.head_dim // 2
+        half = self.config.qk_dim // 2
         device = self.embed.weight.device
         frequency = torch.arange(half, dtype=torch.float32, device=device).div_(-half)
         frequency = self.config.constants.rope_base**frequency
@@ -340,6 +347,7 @@ def _init_parameter(name: str, p: Tensor, config: GPTConfig, generator: torch.Ge
         "up": (-bound * recipe.mlp_in_scale, bound * recipe.mlp_in_scale),
         "down": (0.0, 0.0),
         "value_gate": (0.0, recipe.value_gate_init),
+        "share": (0.0, 0.0),
         "smear_gate": (0.0, SMEAR_GATE_INIT),
     }
     linear = {
@@ -354,6 +362,8 @@ def _init_parameter(name: str, p: Tensor, config: GPTConfig, generator: torch.Ge
         p.copy_(torch.linspace(*linear[name], config.n_layer))
     elif name in normal:
         p.normal_(0, normal[name], generator=generator)
+    elif name.endswith(".differential.vectors"):
+        p.normal_(0, VECTORS_STD, generator=generator)
     elif name.startswith("value_embeds."):
         p.uniform_(-bound, bound, generator=generator)
     else:
@@ -361,6 +371,8 @@ def _init_parameter(name: str, p: Tensor, config: GPTConfig, generator: torch.Ge
 
 
 def _kind(name: str) -> str:
+    if name.endswith(".differential.vectors"):
+        return "share"
     top = name.split(".")[0]
     kinds = {
         "embed": "embedding",

@@ -22,6 +22,9 @@ from nanochat.world import World
 # at depths 4 and 6: 25.1 in bf16 and 20.2 in fp32, 14.1 in bf16 without the MLPs', 1.0 without any.
 KEPT = {"none": 26, "mlp": 15, "block": 1}
 WORKING = 36  # of one layer, while it runs backward: its own activations and their gradients
+# More of both where attention is differential: counted were 6.1 (diff1) and 7.1 (diff2) in bf16, 5.1 and 6.1
+# in fp32.
+DIFFERENTIAL = 7
 USABLE = 0.9  # of the memory that is free; the rest is lost between blocks, and the system's
 
 
@@ -84,7 +87,9 @@ def estimate(plan: Plan, rows: int, dtype: torch.dtype, device_type: str) -> Mem
 
 def _activations(model: GPTConfig, recompute: str) -> int:
     """Elements a token."""
-    return (KEPT[recompute] * model.n_layer + WORKING) * model.n_embd
+    more = 0 if model.attention_kind == "softmax" else DIFFERENTIAL
+    kept = KEPT[recompute] + (more if recompute != "block" else 0)
+    return (kept * model.n_layer + WORKING + 2 * more) * model.n_embd
 
 
 def measure(plan: Plan, state: TrainState, world: World, dtype: torch.dtype) -> list[MemoryPlan]:

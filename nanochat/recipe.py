@@ -52,6 +52,7 @@ class Recipe:
     resid: GroupRecipe = GroupRecipe(lr=0.005, weight_decay=0.05)
     x0: GroupRecipe = GroupRecipe(lr=0.5, beta1=0.96)
     smear: GroupRecipe = GroupRecipe(lr=0.2, scales_with_batch=False)
+    share: GroupRecipe = GroupRecipe(lr=0.005)  # of differential attention: resid's, for want of a better
     # Muon
     polar_norm_factor: float = 1.01
     # Schedules

@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from nanochat.config import TrainArgs
+from nanochat.config import ATTENTION_KINDS, TrainArgs
 from nanochat.errors import UserError
 from nanochat.recipe import (
     RECIPES,
@@ -52,6 +52,7 @@ class GPTConfig:
         sequence_len: context length T.
         window_pattern: S and L, tiled over layers; the last layer is always L.
         recipe: name of the set of constants.
+        attention_kind: one of config.ATTENTION_KINDS.
     """
 
     n_layer: int
@@ -63,6 +64,7 @@ class GPTConfig:
     sequence_len: int
     window_pattern: str = "SSSL"
     recipe: str = "july"
+    attention_kind: str = "softmax"
 
     @property
     def constants(self) -> Recipe:
@@ -73,6 +75,16 @@ class GPTConfig:
     def padded_vocab_size(self) -> int:
         """Rows of the tables: the vocabulary, raised to a multiple of 64."""
         return round_up(self.vocab_size, VOCAB_MULTIPLE)
+
+    @property
+    def n_map(self) -> int:
+        """Attention maps of a layer, each with its own queries: two a head under differential attention."""
+        return self.n_head if self.attention_kind == "softmax" else 2 * self.n_head
+
+    @property
+    def qk_dim(self) -> int:
+        """Width of a query and of a key: under diff1 the two maps of a head share the width of the head."""
+        return self.head_dim // 2 if self.attention_kind == "diff1" else self.head_dim
 
     @property
     def windows(self) -> tuple[int, ...]:
@@ -120,9 +132,11 @@ class ParamCounts:
 
 def count_params(c: GPTConfig) -> ParamCounts:
     """Parameters of a model, without building it."""
-    q_width, kv_width = c.n_head * c.head_dim, c.n_kv_head * c.head_dim
+    q_width, out_width, kv_width = c.n_map * c.qk_dim, c.n_head * c.head_dim, c.n_kv_head * c.head_dim
     value_layers = sum(c.has_value_embedding(i) for i in range(c.n_layer))
-    attention = c.n_embd * (2 * q_width + 2 * kv_width)
+    shares = c.n_head if c.attention_kind == "diff2" else 0
+    attention = c.n_embd * (q_width + out_width + 2 * kv_width + shares)
+    share_vectors = 4 * c.qk_dim if c.attention_kind == "diff1" else 0
     mlp = 2 * c.n_embd * 4 * c.n_embd
     gates = value_layers * c.n_kv_head * c.value_gate_channels
     table = c.padded_vocab_size * c.n_embd
@@ -131,13 +145,17 @@ def count_params(c: GPTConfig) -> ParamCounts:
         unembedding=table,
         embedding=table,
         value_embedding=value_layers * c.padded_vocab_size * kv_width,
-        scalars=2 * c.n_layer + c.smear_gate_channels + 2,
+        scalars=c.n_layer * (2 + share_vectors) + c.smear_gate_channels + 2,
     )
 
 
 def flops_per_token(c: GPTConfig) -> float:
-    """Training FLOPs a token (RECIPE 1.5): 6 a matmul weight, 12 C min(window, T) a layer for attention."""
-    attention = sum(12 * c.n_head * c.head_dim * min(window, c.sequence_len) for window in c.windows)
+    """Training FLOPs a token (RECIPE 1.5): 6 a matmul weight, 12 C min(window, T) a layer for attention.
+
+    Of the 12 C, 6 are for scores and 6 for values: diff1 takes the second twice (5.2), diff2 both.
+    """
+    width = c.n_map * (c.qk_dim + c.head_dim)
+    attention = sum(6 * width * min(window, c.sequence_len) for window in c.windows)
     return 6 * count_params(c).scaling + attention
 
 
@@ -214,6 +232,7 @@ def model_config(args: TrainArgs, vocab_size: int, depth: int) -> GPTConfig:
         sequence_len=args.max_seq_len,
         window_pattern=args.window_pattern,
         recipe=args.recipe,
+        attention_kind=args.attention_kind,
     )
 
 
@@ -279,6 +298,15 @@ def _check(args: TrainArgs) -> None:
         raise UserError(
             f"--head-dim={args.head_dim}: expected an even number: rotary embeddings pair halves."
         )
+    if args.attention_kind not in ATTENTION_KINDS:
+        raise UserError(
+            f"--attention-kind={args.attention_kind}: expected one of {', '.join(ATTENTION_KINDS)}."
+        )
+    if args.attention_kind == "diff1" and args.head_dim % 4:
+        raise UserError(
+            f"--head-dim={args.head_dim}: --attention-kind=diff1 halves a head, and rotary embeddings each "
+            "half: expected a multiple of 4."
+        )
     if not args.window_pattern or set(args.window_pattern) - {"S", "L"}:
         raise UserError(f"--window-pattern={args.window_pattern!r}: expected letters S and L, such as SSSL.")
     if args.warmdown_ratio is not None and not 0 <= args.warmdown_ratio <= 1:
@@ -336,7 +364,7 @@ def _groups(
         decay = matrix_weight_decay if kind == "matrix" else base.weight_decay
         return GroupPlan(optimizer, lr, base.beta1, base.beta2, ADAM_EPS, decay)
 
-    return {
+    groups = {
         "matrix": group("matrix", recipe.matrix, "muon"),
         "embedding": group("embedding", recipe.embedding),
         "value_embedding": group("value_embedding", recipe.value_embedding),
@@ -345,6 +373,7 @@ def _groups(
         "x0": group("x0", recipe.x0),
         "smear": group("smear", recipe.smear),
     }
+    return groups | ({"share": group("share", recipe.share)} if args.attention_kind == "diff1" else {})
 
 
 def _schedule(args: TrainArgs, recipe: Recipe, steps: int, matrix_weight_decay: float) -> Schedule:
@@ -371,7 +400,7 @@ def describe(p: Plan) -> list[str]:
     """The plan in a few lines, for the console."""
     m = p.model
     return [
-        f"model: depth {m.n_layer}, width {m.n_embd}, {m.n_head} heads of {m.head_dim}, "
+        f"model: depth {m.n_layer}, width {m.n_embd}, {m.n_head} heads of {m.head_dim} ({m.attention_kind}), "
         f"context {m.sequence_len}, vocabulary {m.vocab_size:,}; {p.params.total / 1e6:,.1f} M parameters, "
         f"{p.params.scaling / 1e6:,.1f} M of them scaling",
         f"batch: {p.batch_tokens:,} tokens = {p.device_batch_size} rows x {m.sequence_len} tokens x "

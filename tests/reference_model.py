@@ -26,8 +26,41 @@ def turn(x, base=100_000.0):
     return out
 
 
-def reference_logits(w, config, ids):
-    """w: name -> tensor. ids (B, T) -> (B, T, V) softcapped logits."""
+def look(q, k, v, hidden):
+    """One map: q, k (B, T, D) normed and times 1.2, v (B, T, Dv), hidden (B or 1, T, T) -> (B, T, Dv)."""
+    q, k = 1.2 * rms(q), 1.2 * rms(k)
+    scores = q @ k.transpose(1, 2) / math.sqrt(q.size(-1))
+    return scores.masked_fill(hidden, -math.inf).softmax(-1) @ v
+
+
+def reference_head(w, block, layer, config, y, head, hidden, values):
+    """Output of one head, (B, T, D). y (B, T, C) normed input, values (B, T, D) of its K/V head."""
+    kind, d = config.attention_kind, config.head_dim
+    kv = head // (config.n_head // config.n_kv_head)
+    q_rows, k_rows = w[block + "attn.q.weight"], w[block + "attn.k.weight"][kv * d : (kv + 1) * d]
+
+    def turned(rows):
+        return turn((y @ rows.T)[:, :, None])[:, :, 0]
+
+    if kind == "softmax":
+        return look(turned(q_rows[head * d : (head + 1) * d]), turned(k_rows), values, hidden)
+    if kind == "diff1":
+        q_rows, half = q_rows[head * d : (head + 1) * d], d // 2
+        a1 = look(turned(q_rows[:half]), turned(k_rows[:half]), values, hidden)
+        a2 = look(turned(q_rows[half:]), turned(k_rows[half:]), values, hidden)
+        q1, k1, q2, k2 = w[block + "attn.differential.vectors"]
+        at_start = 0.8 - 0.6 * math.exp(-0.3 * layer)
+        z = a1 - (torch.exp(q1 @ k1) - torch.exp(q2 @ k2) + at_start) * a2
+        return (1 - at_start) * z / (z.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt()
+    even, odd = 2 * head * d, (2 * head + 1) * d
+    a1 = look(turned(q_rows[even : even + d]), turned(k_rows), values, hidden)
+    a2 = look(turned(q_rows[odd : odd + d]), turned(k_rows), values, hidden)
+    share = 1 / (1 + torch.exp(-(y @ w[block + "attn.differential.share.weight"][head])))
+    return a1 - share[..., None] * a2
+
+
+def reference_logits(w, config, ids, bos=None):
+    """w: name -> tensor. ids (B, T) -> (B, T, V) softcapped logits; documents begin at bos, if given."""
     n, h, hkv, d = config.n_layer, config.n_head, config.n_kv_head, config.head_dim
     t = ids.size(1)
     short = min(config.sequence_len, 128 * math.ceil(math.ceil(config.sequence_len / 4) / 128))
@@ -40,24 +73,23 @@ def reference_logits(w, config, ids):
         block = f"blocks.{i}."
         x = w["resid_scale"][i] * x + w["x0_scale"][i] * x0
         y = rms(x)
-        q = (y @ w[block + "attn.q.weight"].T).view(*ids.shape, h, d)
-        k = (y @ w[block + "attn.k.weight"].T).view(*ids.shape, hkv, d)
         v = (y @ w[block + "attn.v.weight"].T).view(*ids.shape, hkv, d)
         if (n - 1 - i) % 2 == 0:
             table = w[f"value_embeds.{i}.weight"][ids].view(*ids.shape, hkv, d)
             g = 3 / (1 + torch.exp(-(y[..., :12] @ w[block + "attn.value_gate.weight"].T)))
             v = v + g[..., None] * table
-        q, k = 1.2 * rms(turn(q)), 1.2 * rms(turn(k))
         letter = "L" if i == n - 1 else config.window_pattern[i % len(config.window_pattern)]
         window = short if letter == "S" else config.sequence_len
-        hidden = torch.ones(t, t, dtype=torch.bool)
+        hidden = torch.ones(1, t, t, dtype=torch.bool)
         for row in range(t):
-            hidden[row, max(0, row - window) : row + 1] = False
-        heads = []
-        for head in range(h):
-            kv = head // (h // hkv)
-            scores = q[:, :, head] @ k[:, :, kv].transpose(1, 2) / math.sqrt(d)
-            heads.append(scores.masked_fill(hidden, -math.inf).softmax(-1) @ v[:, :, kv])
+            hidden[0, row, max(0, row - window) : row + 1] = False
+        if bos is not None:
+            document = (ids == bos).cumsum(1)
+            hidden = hidden | (document[:, :, None] != document[:, None, :])
+        heads = [
+            reference_head(w, block, i, config, y, head, hidden, v[:, :, head // (h // hkv)])
+            for head in range(h)
+        ]
         x = x + torch.cat(heads, -1) @ w[block + "attn.out.weight"].T
         up = (rms(x) @ w[block + "mlp.up.weight"].T).clamp(min=0) ** 2
         x = x + up @ w[block + "mlp.down.weight"].T

@@ -30,6 +30,7 @@ LAYERS = (
         "loss_scale",
         "fp8",
         "layers",
+        "differential",
         "loss",
         "core_tasks",
         "core_mini",

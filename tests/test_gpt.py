@@ -9,7 +9,7 @@ import torch._dynamo.testing
 from nanochat.config import TrainArgs
 from nanochat.gpt import GPT
 from nanochat.hardware import Precision
-from nanochat.scaling import GPTConfig, count_params, model_config
+from nanochat.scaling import GPTConfig, count_params, model_config, plan
 from tests.reference_model import reference_logits, reference_loss
 
 FP32 = Precision(torch.float32, "sdpa")
@@ -267,19 +267,22 @@ def test_a_parameter_starts_the_same_whatever_else_the_model_has():
     assert not torch.equal(small.get_parameter(name), again.get_parameter(name))
 
 
-def test_every_depth_from_1_to_40_builds_with_the_planned_parameters():
-    for depth in range(1, 41):
-        config = model_config(TrainArgs(depth=depth), vocab_size=32768, depth=depth)
+@pytest.mark.parametrize("kind", ["softmax", "diff1", "diff2"])
+def test_every_depth_from_1_to_40_builds_with_the_planned_parameters(kind):
+    for depth in range(1, 41) if kind == "softmax" else (1, 2, 3, 12, 25):
+        args = TrainArgs(depth=depth, attention_kind=kind)
+        config = model_config(args, vocab_size=32768, depth=depth)
         with torch.device("meta"):
             model = GPT(config, FP32)
         kinds, counted = model.parameter_kinds(), dict.fromkeys(("scalars",), 0)
         for name, p in model.named_parameters():
-            kind = kinds[name]
-            key = "scalars" if kind in ("resid", "x0", "smear") else kind
+            group = kinds[name]
+            key = "scalars" if group in ("resid", "x0", "smear", "share") else group
             counted[key] = counted.get(key, 0) + p.numel()
         planned = count_params(config)
         assert counted == {key: getattr(planned, key) for key in counted}
         assert sum(counted.values()) == planned.total
+        assert set(kinds.values()) <= plan(args, 32768).groups.keys()
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3, 7])

@@ -30,10 +30,13 @@ def plan_of(**changes: Any) -> Plan:
     return scaling.plan(tiny_args(device_batch_size=None, **changes), 300)
 
 
+@pytest.mark.parametrize("kind", ["softmax", "diff1", "diff2"])
 @pytest.mark.parametrize("recompute", ["none", "mlp", "block"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_estimate_covers_what_a_forward_pass_keeps(recompute: str, dtype: torch.dtype) -> None:
-    plan = plan_of(depth=4, max_seq_len=256, aspect_ratio=64, head_dim=64, recompute=recompute)
+def test_the_estimate_covers_what_a_forward_pass_keeps(recompute: str, dtype: torch.dtype, kind: str) -> None:
+    plan = plan_of(
+        depth=4, max_seq_len=256, aspect_ratio=64, head_dim=64, recompute=recompute, attention_kind=kind
+    )
     model = GPT(plan.model, Precision(dtype, "sdpa"))
     model.init_weights(0)
     model.recompute = recompute

@@ -50,3 +50,18 @@ def test_behind_a_cache_each_backend_sees_the_last_positions(name, tq, window):
     out = attention(q, k, v, window=window, backend=backend_or_skip(name))
     want = attention_reference(q.float(), k.float(), v.float(), window=window)
     torch.testing.assert_close(out.float(), want, rtol=0.03, atol=0.03)
+
+
+@pytest.mark.parametrize("window", [100, 5000])
+@pytest.mark.parametrize("name", BACKENDS)
+def test_values_twice_as_wide_as_queries(name, window):
+    q, k, _ = qkv(384, 384)
+    v = torch.randn(2, 384, 2, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    out = attention(q, k, v, window=window, backend=backend_or_skip(name))
+    grads = torch.autograd.grad(out.square().sum(), (q, k, v))
+    exact = [x.detach().float().requires_grad_() for x in (q, k, v)]
+    want = attention_reference(*exact, window=window)
+    want_grads = torch.autograd.grad(want.square().sum(), exact)
+    torch.testing.assert_close(out.float(), want, rtol=0.03, atol=0.03)
+    for got, expected in zip(grads, want_grads, strict=True):
+        assert (got.float() - expected).norm() / expected.norm() < 0.02

@@ -162,6 +162,7 @@ FIELDS: dict[str, tuple[dict[str, Any], str]] = {
     "context": ({"max_seq_len": 64}, "model.sequence_len: 32 then, 64 now"),
     "window": ({"window_pattern": "L"}, "model.window_pattern: 'SSSL' then, 'L' now"),
     "recipe": ({"recipe": "january"}, "model.recipe: 'july' then, 'january' now"),
+    "attention": ({"attention_kind": "diff2"}, "model.attention_kind: 'softmax' then, 'diff2' now"),
     "seed": ({"seed": 1}, "--seed: 0 then, 1 now"),
     "tails": ({"keep_tails": True}, "--keep-tails: False then, True now"),
     "batch": ({"total_batch_size": 512}, "batch_tokens: 256 then, 512 now"),
