@@ -23,6 +23,7 @@ from nanochat.core_scoring import Clock, Scorer, score_spans
 from nanochat.core_tasks import Bundle, Example, Task
 from nanochat.core_tokens import Encoder, Prompts
 from nanochat.errors import UserError
+from nanochat.stopping import Stopped
 from nanochat.world import World
 
 # Examples whose rows are made at a time: at most 60 MB of ids (4 options of 3,800 tokens each).
@@ -60,6 +61,7 @@ def evaluate(
     crop_tokens: int | None = None,
     keep_going: bool = False,
     on_task: Callable[[TaskScore], None] | None = None,
+    stop_requested: Callable[[], bool] = lambda: False,
 ) -> CoreResult:
     """Score all tasks of a bundle.
 
@@ -74,6 +76,7 @@ def evaluate(
         crop_tokens: longer prompts lose their beginning, and are counted; None means the model's context.
         keep_going: leave out tasks whose file is faulty; then there is no CORE.
         on_task: called on every rank with each task's score as soon as it is known.
+        stop_requested: asked now and then; if it says so on any rank, all of them raise `Stopped`.
 
     Raises:
         UserError: the bundle is faulty; every file is checked before the first is scored.
@@ -88,7 +91,7 @@ def evaluate(
     scores: list[TaskScore] = []
     predictions: list[Prediction] = []
     for task, examples in suite:
-        job = _Job(model, tokenizer, task, variant, batch_tokens, crop_tokens, clock)
+        job = _Job(model, tokenizer, task, variant, batch_tokens, crop_tokens, clock, stop_requested)
         answers = job.run(examples, max_per_task, world)
         about = (task.label, task.kind, task.shots, task.baseline_percent)
         scores.append(score_task(*about, answers, _controls_of(examples, answers)))
@@ -141,6 +144,7 @@ class _Job:
     batch_tokens: int
     crop_tokens: int
     clock: Clock
+    stop_requested: Callable[[], bool]
 
     def run(self, examples: Sequence[Example], max_examples: int, world: World) -> list[Prediction]:
         """Answers to all examples, the same on every rank."""
@@ -165,6 +169,8 @@ class _Job:
         # A line an example: answer, cropped rows, losses. Each rank fills its lines; their sum is the table.
         table = torch.zeros(len(group), 2 + max(example.options for example in group), dtype=torch.float32)
         for window in self._windows(prompts, passages, world):
+            if self.stop_requested():
+                break
             started = time.perf_counter()
             rows = [prompts.rows(index, self.crop_tokens) for index in window]
             self.clock.add("tokenizing", started)
@@ -185,6 +191,8 @@ class _Job:
                 line = [answer, sum(row.cropped for row in own), *losses]
                 table[index, : len(line)] = torch.tensor(line)
         filled = world.all_reduce_sum(table.to(world.device)).tolist()
+        if world.agree(self.stop_requested()):
+            raise Stopped
         return [
             Prediction(
                 task=self.task.label,

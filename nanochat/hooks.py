@@ -46,20 +46,29 @@ class Hook:
 
 
 def default_hooks(
-    plan: Plan, corpus: Corpus, tokenizer: Tokenizer, saver: Saver, world: World, log: RunLog
+    plan: Plan,
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    saver: Saver,
+    world: World,
+    log: RunLog,
+    stop_requested: Callable[[], bool],
 ) -> list[Hook]:
-    """The hooks of base_train. Saving comes first, so that nothing after it can lose the weights."""
+    """The hooks of base_train. Saving comes first, so that nothing after it can lose the weights.
+
+    Those that take long ask now and then whether to stop, and raise `Stopped` then.
+    """
     args = plan.args
     hooks = []
     if args.check_ranks_every:  # before saving: what differs must not become a checkpoint
         hooks.append(Hook(_comparer(world), args.check_ranks_every))
     hooks += [
         Hook(saver.save, args.save_every, also=saver.is_time),
-        Hook(_validator(plan, corpus, tokenizer, world, log), args.eval_every, at_start=True),
+        Hook(_validator(plan, corpus, tokenizer, world, log, stop_requested), args.eval_every, at_start=True),
         Hook(_sampler(tokenizer, world, log), args.sample_every),
     ]
     if args.core_metric_every is not None:
-        hooks.append(Hook(_scorer(plan, tokenizer, world, log), args.core_metric_every))
+        hooks.append(Hook(_scorer(plan, tokenizer, world, log, stop_requested), args.core_metric_every))
     return hooks
 
 
@@ -71,7 +80,12 @@ def _comparer(world: World) -> Callable[[TrainState], None]:
 
 
 def _validator(
-    plan: Plan, corpus: Corpus, tokenizer: Tokenizer, world: World, log: RunLog
+    plan: Plan,
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    world: World,
+    log: RunLog,
+    stop_requested: Callable[[], bool],
 ) -> Callable[[TrainState], None]:
     token_bytes = tokenizer.token_bytes()
     batches = ValBatches(
@@ -85,7 +99,7 @@ def _validator(
     )
 
     def validate(state: TrainState) -> None:
-        bpb = evaluate_bpb(state.model, batches, token_bytes, world)
+        bpb = evaluate_bpb(state.model, batches, token_bytes, world, stop_requested)
         state.val_bpb = bpb
         state.min_val_bpb = bpb if state.min_val_bpb is None else min(bpb, state.min_val_bpb)
         log.write("eval", state.step, val_bpb=bpb, train_seconds=state.train_seconds)
@@ -94,7 +108,9 @@ def _validator(
     return validate
 
 
-def _scorer(plan: Plan, tokenizer: Tokenizer, world: World, log: RunLog) -> Callable[[TrainState], None]:
+def _scorer(
+    plan: Plan, tokenizer: Tokenizer, world: World, log: RunLog, stop_requested: Callable[[], bool]
+) -> Callable[[TrainState], None]:
     bundle = core_eval.find_bundle(plan.args.eval_bundle)
 
     def score(state: TrainState) -> None:
@@ -104,6 +120,7 @@ def _scorer(plan: Plan, tokenizer: Tokenizer, world: World, log: RunLog) -> Call
             bundle,
             max_per_task=plan.args.core_metric_max_per_task,
             world=world,
+            stop_requested=stop_requested,
         )
         log.write("core", state.step, core_metric=result.core_metric, core_stderr=result.core_stderr)
         log.say(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from nanochat.errors import UserError
 from nanochat.gpt import GPT
+from nanochat.stopping import Stopped
 from nanochat.world import World
 
 Batches = Iterable[tuple[Tensor, Tensor]]
@@ -54,7 +56,13 @@ class BpbProfile:
         }
 
 
-def evaluate_bpb(model: GPT, batches: Batches, token_bytes: np.ndarray, world: World) -> float:
+def evaluate_bpb(
+    model: GPT,
+    batches: Batches,
+    token_bytes: np.ndarray,
+    world: World,
+    stop_requested: Callable[[], bool] = lambda: False,
+) -> float:
     """Bits per byte of a model over batches, each rank giving its own.
 
     Tokens that spell no bytes (the special ones) count neither in the loss nor in the bytes.
@@ -64,14 +72,19 @@ def evaluate_bpb(model: GPT, batches: Batches, token_bytes: np.ndarray, world: W
         batches: (inputs, targets), each (B, T) int64; a target of -1 is ignored.
         token_bytes: (V,) bytes of each token, 0 for the special ones.
         world: losses and bytes are summed over its ranks, so that the result is the same on all of them.
+        stop_requested: asked between batches; if it says so on any rank, all of them stop.
 
     Raises:
+        Stopped: by `stop_requested`.
         UserError: no batch on any rank has a token that spells a byte.
     """
     # fp32 sums of one batch, added in float64 at the end: no wait for the device, no loss of digits.
-    sums = [(nats.sum(), spelled.sum()) for _, nats, spelled in _losses(model, batches, token_bytes, world)]
+    wanted = itertools.takewhile(lambda _: not stop_requested(), batches)
+    sums = [(nats.sum(), spelled.sum()) for _, nats, spelled in _losses(model, wanted, token_bytes, world)]
     mine = [float(torch.stack(part).to("cpu", torch.float64).sum()) for part in zip(*sums, strict=True)]
     total_nats, total_bytes = _summed(mine or [0.0, 0.0], world)
+    if world.agree(stop_requested()):
+        raise Stopped
     _require_bytes(total_bytes)
     return bits_per_byte(total_nats, int(total_bytes))
 

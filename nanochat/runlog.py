@@ -1,4 +1,4 @@
-"""What a run tells: metrics.jsonl always, a line or a bar on the console, Weights & Biases if asked."""
+"""What a run tells: metrics.jsonl always, a line or a bar on the console, a tracker if asked."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 
 from nanochat import files
 from nanochat.errors import UserError
+from nanochat.tracker import Tracker
 
 
 def cut_back(path: Path, step: int) -> None:
@@ -58,7 +59,7 @@ class RunLog:
         self.console = Console(quiet=not enabled, highlight=False, soft_wrap=True)
         self._enabled = enabled
         self._total_steps = total_steps
-        self._tracker: Any = None
+        self._tracker: Tracker | None = None
         self._file: TextIO | None = None
         self._bar: Progress | None = None
         self._task = TaskID(0)
@@ -87,7 +88,7 @@ class RunLog:
         if self._file is not None:
             self._file.close()
         if self._tracker is not None:
-            self._call_tracker("finish")
+            self._tracker.close()
 
     def start_tracker(self, mode: str, name: str, config: dict[str, Any], folder: Path) -> None:
         """Also log to Weights & Biases; a failure is said once and the run goes on without it.
@@ -98,16 +99,8 @@ class RunLog:
             config: what the tracker shows as configuration.
             folder: where it keeps its files.
         """
-        if mode == "off" or not self._enabled:
-            return
-        try:
-            import wandb
-
-            self._tracker = wandb.init(
-                project="nanochat", name=name, mode=mode, config=config, dir=str(folder)
-            )
-        except Exception as error:  # a tracker must never hurt the run (RELIABILITY P15)
-            self.say(f"wandb is not available ({error}); going on without it, metrics.jsonl has all.")
+        if mode != "off" and self._enabled:
+            self._tracker = Tracker(mode, name, config, folder, self.say)
 
     def say(self, text: str) -> None:
         """Print a line, above the bar where there is one."""
@@ -126,7 +119,7 @@ class RunLog:
         self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
         self._file.flush()
         if self._tracker is not None:
-            self._call_tracker("log", {f"{kind}/{name}": value for name, value in values.items()}, step=step)
+            self._tracker.log(step, {f"{kind}/{name}": value for name, value in values.items()})
 
     def step(self, step: int, line: str, **values: float | int | str | None) -> None:
         """Record one optimizer step, and show it: a line in a log, the bar on a terminal."""
@@ -135,10 +128,3 @@ class RunLog:
             self._bar.update(self._task, completed=step + 1, description=line)
         else:
             self.say(line)
-
-    def _call_tracker(self, method: str, *args: Any, **options: Any) -> None:
-        try:
-            getattr(self._tracker, method)(*args, **options)
-        except Exception as error:  # as above
-            self._tracker = None
-            self.say(f"wandb failed ({error}); going on without it.")

@@ -18,6 +18,13 @@ ECHO_S = 2.0  # Ctrl-C reaches the workers from the terminal and again from torc
 STOPPED = 75  # exit code of a run that was stopped and saved: EX_TEMPFAIL, "try again"
 
 
+class Stopped(Exception):
+    """A signal came while something was measured between two steps: what was measured so far is dropped.
+
+    Raised on all ranks, or on none.
+    """
+
+
 @contextlib.contextmanager
 def stop_signals() -> Iterator[Callable[[], bool]]:
     """Within, a first SIGTERM, SIGINT or SIGUSR1 only raises the flag that is yielded.

@@ -27,7 +27,7 @@ from nanochat.runlog import RunLog
 from nanochat.saver import Saver
 from nanochat.scaling import Plan
 from nanochat.schedule import lr_multiplier, muon_momentum, muon_weight_decay
-from nanochat.stopping import stop_signals
+from nanochat.stopping import Stopped, stop_signals
 from nanochat.tokenizer import Tokenizer
 from nanochat.watchdog import Watchdog
 from nanochat.world import World
@@ -129,10 +129,13 @@ def train(
             due = [hook for hook in hooks if hook.due(state.step, plan.steps)]
             if due:
                 reporter.flush(state)
-                for hook in due:
-                    if world.agree(stop_requested()):
-                        return "stopped"
-                    hook.action(state)
+                try:
+                    for hook in due:
+                        if world.agree(stop_requested()):
+                            return "stopped"
+                        hook.action(state)
+                except Stopped:
+                    return "stopped"
                 gc.collect()
                 reporter.restart_clock()
             if state.step >= plan.steps:
@@ -187,7 +190,7 @@ def run(
         log.start_tracker(plan.args.wandb, plan.args.run_name, config, folder)
         reporter = StepReporter(plan, world, log, speed)
         saver = Saver(plan, fingerprints, world, log.say, saved_step=state.step if start else None)
-        hooks = default_hooks(plan, corpus, tokenizer, saver, world, log)
+        hooks = default_hooks(plan, corpus, tokenizer, saver, world, log, stop_requested)
         status = train(plan, state, world, reporter, hooks, stop_requested)
         if status == "stopped":
             log.say(f"stopped by a signal after step {state.step}")

@@ -18,7 +18,7 @@ from tests.conftest import REPO
 
 # A module imports modules of lower layers, and those before it in its own. A new module takes its place here.
 LAYERS = (
-    ("errors", "files", "process", "hardware", "world", "runlog", "charts", "progress", "stopping")
+    ("errors", "files", "process", "hardware", "world", "tracker", "runlog", "charts", "progress", "stopping")
     + ("loop", "links", "replicas", "watchdog"),
     ("config", "recipe", "schedule", "scaling", "tokenizer", "token_shards", "shards", "packing")
     + ("core_stats", "core_results", "core_batches"),

@@ -16,6 +16,7 @@ from nanochat.errors import UserError
 from nanochat.gpt import GPT
 from nanochat.hardware import Precision
 from nanochat.scaling import GPTConfig
+from nanochat.stopping import Stopped
 from nanochat.tokenizer import PATTERN
 from nanochat.world import World
 
@@ -328,6 +329,20 @@ def test_scores_are_told_task_by_task_and_all_files_are_checked_first(model, tok
             core_scoring.GPTScorer(model), tokenizer, Bundle("bad", read), world=SOLO, on_task=told.append
         )
     assert told == []
+
+
+def test_a_stop_between_tasks_drops_the_scores(model, tokenizer):
+    told = []
+    with pytest.raises(Stopped):
+        core_eval.evaluate(
+            core_scoring.GPTScorer(model),
+            tokenizer,
+            small_bundle(12),
+            world=SOLO,
+            on_task=told.append,
+            stop_requested=lambda: len(told) == 1,
+        )
+    assert len(told) == 1
 
 
 def test_the_result_has_the_fields_of_base_eval_json(model, tokenizer):

@@ -11,6 +11,7 @@ from nanochat.gpt import GPT
 from nanochat.hardware import Precision
 from nanochat.loss_eval import evaluate_bpb, profile_bpb
 from nanochat.scaling import GPTConfig
+from nanochat.stopping import Stopped
 from nanochat.world import World
 
 VOCAB = 40
@@ -85,6 +86,9 @@ def test_ranks_add_nats_and_bytes_before_dividing(model):
             given.append(tensor.clone())
             return tensor.copy_(sum(given))
 
+        def highest(self, value):
+            return value
+
     for rank, pairs in enumerate(shares):
         world = Rank(rank=rank, local_rank=rank, size=2, device=torch.device("cpu"), backend="gloo")
         result = evaluate_bpb(model, pairs, TOKEN_BYTES, world)
@@ -142,3 +146,17 @@ def test_nothing_to_evaluate_is_one_clear_error(model):
 def test_the_example_in_the_docstring_holds():
     results = doctest.testmod(loss_eval)
     assert (results.attempted, results.failed) == (1, 0)
+
+
+def test_a_stop_between_batches_drops_what_was_measured(model):
+    asked = iter([False, False, True, True])
+    seen = []
+
+    def counted():
+        for pair in batches(4):
+            seen.append(pair)
+            yield pair
+
+    with pytest.raises(Stopped):
+        evaluate_bpb(model, counted(), TOKEN_BYTES, World.solo(), lambda: next(asked))
+    assert len(seen) == 3

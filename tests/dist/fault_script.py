@@ -1,6 +1,10 @@
 """Run by torchrun: base_train, in which a fault of the real kind befalls one rank at one step, once.
 
-    fault_script.py KIND RANK STEP FLAG...
+    fault_script.py KIND RANK STEP WHERE FLAG...
+
+The fault befalls the rank in step STEP where it fetches its batch ("loader"), computes ("forward") or is about
+to join the others in a sum ("collective"); or after STEP steps in the middle of a validation ("eval") or of
+writing a checkpoint ("save").
 
 Of a launch that is restarted, only the first try has the fault.
 """
@@ -12,12 +16,15 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
-from nanochat import train
-from nanochat.dataloader import TrainLoader
+from nanochat import checkpoint_files, train
+from nanochat.dataloader import TrainLoader, ValBatches
+from nanochat.gpt import GPT
 
 
 def befall(kind: str, state: Any) -> None:
@@ -42,24 +49,55 @@ def befall(kind: str, state: Any) -> None:
             raise AssertionError(kind)
 
 
+def before(function: Callable[..., Any], act: Callable[[], None]) -> Callable[..., Any]:
+    """The function, with something that happens first."""
+
+    def both(*args: Any, **options: Any) -> Any:
+        act()
+        return function(*args, **options)
+
+    return both
+
+
+def amid(iterate: Callable[..., Any], act: Callable[[], None]) -> Callable[..., Any]:
+    """An iterator, with something that happens between its first item and its second."""
+
+    def items(*args: Any) -> Any:
+        found = iterate(*args)
+        yield next(found)
+        act()
+        yield from found
+
+    return items
+
+
 def main() -> None:
-    kind, rank, step, *flags = [word for word in sys.argv[1:] if word != "--"]
+    kind, rank, step, where, *flags = [word for word in sys.argv[1:] if word != "--"]
     sys.argv[1:] = flags
-    chosen = os.environ["RANK"] == rank and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
-    real_step, real_batch = train.train_step, TrainLoader.next_batch
+    chosen = os.environ.get("RANK", "0") == rank and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+    real_step = train.train_step
     at: list[Any] = []
 
-    def next_batch(loader: TrainLoader) -> Any:
-        if at and at[0].step == int(step) and chosen:
-            befall(kind, at[0])
-        return real_batch(loader)
+    def fault() -> None:
+        if chosen and at and at[0].step == int(step):
+            state = at.pop()
+            befall(kind, state)
 
     def train_step(plan: Any, state: Any, *rest: Any) -> Any:
-        at[:] = [state]
+        at[:] = [state] if state.step <= int(step) else []
         return real_step(plan, state, *rest)
 
-    TrainLoader.next_batch = next_batch  # type: ignore[method-assign]
     train.train_step = train_step
+    homes: dict[str, tuple[Any, str]] = {
+        "loader": (TrainLoader, "next_batch"),
+        "forward": (GPT, "loss"),
+        "collective": (dist, "all_reduce"),
+        "eval": (ValBatches, "__iter__"),
+        "save": (checkpoint_files, "_save_tensors"),
+    }
+    home, name = homes[where]
+    wrap = amid if where == "eval" else before
+    setattr(home, name, wrap(getattr(home, name), fault))
     from scripts.base_train import main as base_train
 
     base_train()

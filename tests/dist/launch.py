@@ -21,9 +21,9 @@ def command(ranks: int, flags: list[str], *options: str, program: tuple[str, ...
     return [*TORCHRUN, f"--nproc_per_node={ranks}", *options, *program, *flags]
 
 
-def faulty(kind: str, rank: int, step: int) -> tuple[str, ...]:
+def faulty(kind: str, rank: int, step: int, where: str = "loader") -> tuple[str, ...]:
     """A program for `command`: base_train, in which a rank meets a fault."""
-    return ("-m", "tests.dist.fault_script", "--", kind, str(rank), str(step))
+    return ("-m", "tests.dist.fault_script", "--", kind, str(rank), str(step), where)
 
 
 def launch(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
+import socket
 import statistics
 import subprocess
 import sys
@@ -34,20 +36,20 @@ def left_behind(run: str) -> list[str]:
     return [line for line in listing.splitlines() if f"--run={run} " in line + " "]
 
 
+WAITED, SILENT = "has kept the others waiting", "gives no sign of life"
 HANGS = [
-    ("hung", 0, "has kept the others waiting"),
-    ("hung", 1, "has kept the others waiting"),
-    ("hung in C, holding the interpreter", 1, "gives no sign of life"),
-    ("stopped", 1, "gives no sign of life"),
+    *[("hung", rank, where, WAITED) for rank in (0, 1) for where in ("loader", "forward", "collective")],
+    ("hung in C, holding the interpreter", 1, "loader", SILENT),
+    ("stopped", 1, "loader", SILENT),
 ]
 
 
-@pytest.mark.parametrize(("kind", "rank", "said"), HANGS, ids=lambda value: str(value))
-def test_a_hung_rank_ends_the_run_with_its_name(kind: str, rank: int, said: str) -> None:
-    name = f"hang-{kind.split()[-1]}-{rank}"
+@pytest.mark.parametrize(("kind", "rank", "where", "said"), HANGS, ids=lambda value: str(value))
+def test_a_hung_rank_ends_the_run_with_its_name(kind: str, rank: int, where: str, said: str) -> None:
+    name = f"hang-{kind.split()[-1]}-{rank}-{where}"
     flags = command_line(run=name, num_iterations=1000, save_every=3, dist_timeout=DEADLINE_S)
     # torchrun waits 30 s for a stopped process to heed SIGTERM.
-    done = launch(2, flags, program=faulty(kind, rank, 6))
+    done = launch(2, flags, program=faulty(kind, rank, 6, where))
     ended = time.time()
     assert done.returncode == 1
     assert f"rank {1 - rank}: rank {rank} (" in done.stderr
@@ -69,7 +71,7 @@ def test_a_hung_rank_ends_the_run_with_its_name(kind: str, rank: int, said: str)
         n=1,
         failures=0,
         worst=round(took - DEADLINE_S, 2),
-        unit=f"rank {rank} {kind}: named, stacks written",
+        unit=f"rank {rank} {kind} ({where}): named, stacks written",
         note=f"worst: s after the deadline of {DEADLINE_S:g} s",
     )
     assert ended > dumped
@@ -164,3 +166,74 @@ def test_workers_that_are_stopped_leave_with_75() -> None:
     done = launch(2, flags, program=faulty("preempted", 1, 7))
     assert f"exitcode  : {STOPPED}" in done.stderr  # torchrun ends the other while it leaves
     assert checkpoint_files.steps_of("stopped")[-1] == 8
+
+
+@pytest.mark.parametrize("where", ["eval", "save"])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_signal_amid_a_validation_or_a_save_costs_nothing(ranks: int, where: str) -> None:
+    """One rank alone gets it; all leave at the same step, and what was measured is measured again."""
+    common = {"num_iterations": 20, "save_every": 5, "eval_every": 5, "eval_tokens": 4096}
+    flags = command_line(run="parts", **common)
+    rank = ranks - 1 if where == "eval" else 0  # rank 0 writes
+    program = faulty("preempted", rank, 10, where)
+    alone = [sys.executable, *program, *flags]
+    asked = command(ranks, flags, program=program) if ranks > 1 else alone
+    done = subprocess.run(asked, cwd=REPO, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == (1 if ranks > 1 else STOPPED), done.stderr[-2000:]
+    stopped = checkpoint_files.steps_of("parts")[-1]
+    assert stopped == 10 if where == "eval" else 10 <= stopped < 20
+    assert files.read_json(files.run_dir("parts") / "summary.json")["status"] == "stopped"
+    assert launch(ranks, [*flags, "--resume=auto"]).returncode == 0
+    assert launch(ranks, command_line(run="whole", **common)).returncode == 0
+    assert lines("parts", "") == lines("whole", "")
+    assert digest("parts", 20) == digest("whole", 20)
+    record("P8", n=1, failures=0, worst=0, unit=f"a signal amid a {where}, {ranks} ranks: same end")
+
+
+def test_a_machine_that_is_lost_leaves_a_smaller_run_that_goes_on() -> None:
+    """--nnodes=1:2: one of two machines vanishes with its workers; the other goes on alone from a save."""
+    flags = command_line(run="elastic", num_iterations=400, save_every=5, dist_timeout=20)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    agent = [sys.executable, "-m", "torch.distributed.run", "--nnodes=1:2", "--nproc_per_node=1"]
+    agent += [
+        "--max-restarts=3",
+        "--rdzv-id=elastic",
+        "--rdzv-backend=c10d",
+        f"--rdzv-endpoint=127.0.0.1:{port}",
+    ]
+    agent += ["--rdzv-conf=last_call_timeout=5,join_timeout=60"]
+    first, second = (
+        subprocess.Popen(
+            [*agent, *("-m", "scripts.base_train", "--"), *flags],
+            cwd=REPO,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for _ in range(2)
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while max(checkpoint_files.steps_of("elastic"), default=0) < 20:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        assert files.read_json(files.run_dir("elastic") / "config.json")["world_size"] == 2
+        lost = max(checkpoint_files.steps_of("elastic"))
+        # A machine takes its agent and its workers along; the other one holds the rendezvous.
+        children = subprocess.run(
+            ["pgrep", "-P", str(second.pid)], capture_output=True, text=True, check=True
+        )
+        for process_id in (second.pid, *map(int, children.stdout.split())):
+            os.kill(process_id, signal.SIGKILL)
+        out, _ = first.communicate(timeout=240)
+    finally:
+        for process in (first, second):
+            process.kill()
+    assert first.returncode == 0, out[-3000:]
+    summary = files.read_json(files.run_dir("elastic") / "summary.json")
+    assert (summary["status"], summary["world_size"]) == ("finished", 1)
+    assert f"going on from {checkpoint_files.folder_of('elastic', lost).parent}" in out
+    assert [entry["step"] for entry in lines("elastic")] == list(range(400))
+    record("P9", n=1, failures=0, worst=0, unit="one machine of --nnodes=1:2 lost: the other goes on")

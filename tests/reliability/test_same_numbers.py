@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from nanochat import checkpoint, checkpoint_files, dataset, files, runlog, scaling
+from nanochat import checkpoint, checkpoint_files, dataset, files, runlog, scaling, tracker
 from nanochat.errors import UserError
 from nanochat.hardware import Precision
 from nanochat.same_run import require_same_run
@@ -97,6 +97,9 @@ BAD_WANDB = {
     "init raises": "def init(**options):\n    raise ConnectionError('no server')",
     "log raises": RUN.format(log="raise OSError('full')", finish="pass"),
     "finish raises": RUN.format(log="pass", finish="raise OSError('gone')"),
+    "init hangs": "import time\ndef init(**options):\n    time.sleep(60)",
+    "log hangs": RUN.format(log="__import__('time').sleep(60)", finish="pass"),
+    "finish hangs": RUN.format(log="pass", finish="__import__('time').sleep(60)"),
 }
 
 
@@ -106,6 +109,7 @@ def test_a_tracker_that_fails_costs_no_step(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = BAD_WANDB[kind]
+    monkeypatch.setattr(tracker, "FINISH_S", 0.5)
     (tmp_path / "modules").mkdir()
     (tmp_path / "modules" / "wandb.py").write_text(text or "raise ImportError('No module named wandb')")
     monkeypatch.syspath_prepend(str(tmp_path / "modules"))
