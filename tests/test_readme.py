@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import re
 
+from dev.reliability import render
+from nanochat import files
 from nanochat.config import DatasetArgs, EvalArgs, ExportArgs, GenerateArgs, TokTrainArgs, TrainArgs
 from nanochat.scaling import plan
 from tests.conftest import REPO
@@ -25,6 +27,12 @@ def row(depth: int) -> str:
 def test_the_table_of_depths_is_that_of_the_plans() -> None:
     found = re.findall(r"^\| \d+ \|.*$", README, re.MULTILINE)
     assert found == [row(depth) for depth in DEPTHS]
+
+
+def test_the_table_of_promises_is_that_of_the_recorded_figures() -> None:
+    entries = files.read_json(REPO / "reliability.json")
+    assert render(entries) in README
+    assert sum(entry["failures"] for entry in entries) == 0
 
 
 def test_every_file_it_names_is_there() -> None:

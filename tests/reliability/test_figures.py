@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dev.reliability import render
+from dev.reliability import PROMISES, render
 from nanochat.errors import UserError
 from tests.reliability import record
 
@@ -26,14 +26,15 @@ def test_figures_are_recorded_only_where_asked_and_newer_ones_replace_older(
     entries = json.loads(path.read_text("utf-8"))
     assert [(e["promise"], e["n"]) for e in entries] == [("P12", 2000), ("P5", 500)]
     lines = render(entries).splitlines()
-    assert lines[2] == "| P5 | files | 500 | 0 | < 0.6% |  |  |"
-    assert lines[3] == "| P12 | mutations | 2,000 | 0 | < 0.1% | 290 | worst: MiB |"
+    assert lines[2] == f"| P5 | {PROMISES['P5']} | 500 | 0 | < 0.60% | 500 files |"
+    assert lines[3] == f"| P12 | {PROMISES['P12']} | 2,000 | 0 | < 0.15% | 2,000 mutations (worst 290 MiB) |"
     assert lines[-1].startswith("Measured on ")
 
 
 def test_failures_are_shown_and_other_json_is_refused() -> None:
     entry = {"promise": "P5", "n": 4, "failures": 1, "worst": 0, "unit": "x", "note": "", "machine": "m"}
-    assert "| 4 | 1 | 25.00% |" in render([entry])
+    more = {**entry, "n": 6, "unit": "y", "note": "2 refused"}
+    assert "| 10 | 1 | 10.00% | 4 x; 6 y (2 refused) |" in render([{**more, "failures": 0}, entry])
     for wrong in ([{"promise": "P5"}], ["x"], [{**entry, "promise": "x"}]):
         with pytest.raises(UserError, match="not figures"):
             render(wrong)  # type: ignore[arg-type]
