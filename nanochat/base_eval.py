@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
@@ -90,9 +91,10 @@ def run(args: EvalArgs, world: World) -> dict[str, Any]:
     }
     core = None
     if bundle is not None:
-        core = _score_core(core_scoring.GPTScorer(model), tokenizer, bundle, args, world)
-    if core is not None:
+        scorer = core_scoring.GPTScorer(model)
+        core = _score_core(scorer, tokenizer, bundle, args, world)
         found.update(core.as_dict(), max_per_task=args.core_metric_max_per_task)
+        found["core_matmul"] = matmul_use(core, scorer, precision.compute_dtype, world)
     if "bpb" in parts:
         trained = from_dict(TrainArgs, meta["plan"]["args"])
         corpus = Corpus.open(trained.corpus)
@@ -151,6 +153,7 @@ def run_hf(args: EvalArgs, world: World) -> dict[str, Any]:
         "dtype": str(dtype).removeprefix("torch."),
         "world_size": world.size,
         **core.as_dict(),
+        "core_matmul": matmul_use(core, scorer, dtype, world),
         "max_per_task": args.core_metric_max_per_task,
         "seconds": time.perf_counter() - started,
     }
@@ -185,6 +188,19 @@ def _score_core(
         keep_going=args.keep_going,
         on_task=tell,
     )
+
+
+def matmul_use(core: CoreResult, scorer: Scorer, dtype: torch.dtype, world: World) -> dict[str, float]:
+    """What the products with weights took of the time of forward passes and head, had they run as measured.
+
+    Returns:
+        "flops" of all ranks, "measured_flops_per_s" of a large product here and now on the first rank, and
+        "share": the first over the second and the rank's seconds, the ranks taken to share alike.
+    """
+    flops = scorer.flops(core.computed_tokens, core.scored_tokens)
+    rate = hardware.speed(world.device, dtype).matmul_flops
+    seconds = core.seconds_of["forward"] + core.seconds_of["scoring"]
+    return {"flops": flops, "measured_flops_per_s": rate, "share": flops / world.size / (rate * seconds)}
 
 
 def _score_bpb(
@@ -223,7 +239,14 @@ def show(found: dict[str, Any], core: CoreResult | None) -> None:
     console = _console()
     if core is not None:
         console.print(_table(core))
-        for line in core_lines(core):
+        used = found["core_matmul"]
+        lines = core_lines(core)
+        rate = f"{used['measured_flops_per_s']:.2e} FLOP/s measured for a large one"
+        lines.append(
+            f"products with weights: {used['flops']:.2e} FLOP, at the {rate} "
+            f"{used['share']:.0%} of the time of forward and scoring"
+        )
+        for line in lines:
             console.print(line, highlight=False, markup=False)
     for sample in found["samples"]:
         console.print("-" * 40, sample, sep="\n", highlight=False, markup=False)

@@ -169,6 +169,9 @@ def load_model(
 ) -> tuple[GPT, Tokenizer, dict[str, Any]]:
     """The model and tokenizer of a run, for scoring and generation.
 
+    Matrices and tables are held in the compute dtype, to which every pass would cast them: the same numbers,
+    at depth 4 on a CPU a sixth of the time of scoring (LOG 2026-11-21), and half the memory.
+
     Args:
         run: name of the run.
         step: checkpoint to load; None for the newest that verifies.
@@ -202,6 +205,9 @@ def load_model(
     model.to_empty(device=device)
     model.reserve_positions(shape.sequence_len)  # the rotary tables are not in the file
     _copy_weights(model, weights)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.data = parameter.data.to(precision.compute_dtype)
     return model.eval(), tokenizer, meta
 
 

@@ -197,6 +197,15 @@ class DatasetArgs:
 
 
 @dataclass(frozen=True)
+class CoreDownloadArgs:
+    """Fetch the 22 tasks of CORE."""
+
+    url: str = flag(
+        "", "a mirror of the zip; by default karpathy/nanochat's. Every file is checked by its hash"
+    )
+
+
+@dataclass(frozen=True)
 class GenerateArgs:
     """Continue a prompt."""
 

@@ -43,8 +43,8 @@ def find_bundle(where: str) -> Bundle:
     folder = files.eval_bundle_dir()
     if not (folder / "core.yaml").is_file():
         raise UserError(
-            f"{folder}: there is no eval bundle. Give one with --eval-bundle PATH (a folder or a zip), "
-            "or --eval-bundle mini for the small suite."
+            f"{folder}: there is no eval bundle. Fetch it: python -m nanochat.core_download. Or "
+            "give one with --eval-bundle PATH (a folder or a zip), or --eval-bundle mini for the small suite."
         )
     return core_tasks.open_bundle(folder)
 
@@ -81,10 +81,7 @@ def evaluate(
     Raises:
         UserError: the bundle is faulty; every file is checked before the first is scored.
     """
-    crop_tokens = model.context_tokens if crop_tokens is None else crop_tokens
-    if crop_tokens < 2:
-        raise UserError(f"--core-crop-tokens={crop_tokens}: expected 2 or more, a token and what follows it.")
-    model.reserve(crop_tokens)
+    crop_tokens = _make_room(model, crop_tokens)
     clock, started = Clock(), time.perf_counter()
     suite, faults = _load_suite(bundle, keep_going)
     clock.add("reading", started)
@@ -98,6 +95,7 @@ def evaluate(
         predictions.extend(answers)
         if on_task is not None:
             on_task(scores[-1])
+    counts = world.all_reduce_sum(torch.tensor([clock.tokens, clock.outputs], device=world.device)).tolist()
     return CoreResult(
         bundle=bundle.name,
         variant=variant,
@@ -106,9 +104,19 @@ def evaluate(
         crop_tokens=crop_tokens,
         seconds=time.perf_counter() - started,
         seconds_of=dict(clock.seconds),
-        computed_tokens=int(world.all_reduce_sum(torch.tensor(clock.tokens, device=world.device))),
+        computed_tokens=counts[0],
+        scored_tokens=counts[1],
         faults=faults,
     )
+
+
+def _make_room(model: Scorer, crop_tokens: int | None) -> int:
+    """The longest prompt, for which the model is prepared."""
+    crop_tokens = model.context_tokens if crop_tokens is None else crop_tokens
+    if crop_tokens < 2:
+        raise UserError(f"--core-crop-tokens={crop_tokens}: expected 2 or more, a token and what follows it.")
+    model.reserve(crop_tokens)
+    return crop_tokens
 
 
 def _controls_of(examples: Sequence[Example], answers: Sequence[Prediction]) -> dict[str, float]:

@@ -182,6 +182,7 @@ class CoreResult:
         seconds: of all of it.
         seconds_of: of its parts, on the first rank.
         computed_tokens: positions that went through the model, over all ranks.
+        scored_tokens: those that went through its head.
         faults: by label, what was wrong with the tasks left out.
     """
 
@@ -193,6 +194,7 @@ class CoreResult:
     seconds: float
     seconds_of: dict[str, float]
     computed_tokens: int
+    scored_tokens: int
     faults: dict[str, str]
 
     @property
@@ -259,6 +261,7 @@ class CoreResult:
             "core_seconds": {"all": self.seconds, **self.seconds_of},
             "examples_per_second": self.examples_per_second,
             "computed_tokens": self.computed_tokens,
+            "scored_tokens": self.scored_tokens,
         }
 
     def _task_fields(self, task: TaskScore) -> dict[str, object]:

@@ -64,6 +64,11 @@ def eval_bundle_dir() -> Path:
     return base_dir() / "eval_bundle"
 
 
+def eval_bundle_part() -> Path:
+    """What has arrived of the zip that is unpacked there."""
+    return base_dir() / "eval_bundle.zip.part"
+
+
 def token_cache_file(key: str) -> Path:
     """The tokens of some texts of CORE; `key` is the hash of the texts and of the tokenizer."""
     return base_dir() / "eval_tokens" / f"{key}.safetensors"

@@ -100,6 +100,14 @@ class HFScorer:
             hits.append(logits.argmax(-1) == wanted)
         return torch.cat(nats), torch.cat(hits)
 
+    def flops(self, tokens: int, outputs: int) -> float:
+        """Two operations a weight of a matrix; tables are looked up."""
+        tables = torch.nn.Embedding
+        own = [m.parameters(recurse=False) for m in self.model.modules() if not isinstance(m, tables)]
+        weights = int(sum(parameter.numel() for part in own for parameter in part if parameter.dim() > 1))
+        head = 0 if self.base is None else int(self.head.weight.numel())
+        return 2.0 * (tokens * (weights - head) + outputs * head)
+
 
 class HFEncoder:
     """A tokenizer of transformers as a core_tokens.Encoder; texts are tokenized whole."""

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # To GPT-2 on a machine with 8 H100: tokenizer, FineWeb-edu, base_train, base_eval.
 #
-#   EVAL_BUNDLE=eval_bundle.zip bash runs/speedrun.sh
+#   bash runs/speedrun.sh
+#   EVAL_BUNDLE=eval_bundle.zip bash runs/speedrun.sh    # the CORE tasks without a download
 #   DEPTH=20 NPROC=4 RUN=mine bash runs/speedrun.sh --target-param-data-ratio 8    # flags go to base_train
 #
 # Run again after a stop of any kind, it goes on from where it was.
@@ -12,7 +13,7 @@ DEPTH=${DEPTH:-24}
 NPROC=${NPROC:-8}               # GPUs
 RUN=${RUN:-speedrun-d$DEPTH}
 CORPUS=${CORPUS:-fineweb-edu}   # or climbmix
-EVAL_BUNDLE=${EVAL_BUNDLE:-}    # the CORE tasks: a folder or a zip; by default eval_bundle of the base directory
+EVAL_BUNDLE=${EVAL_BUNDLE:-}    # the CORE tasks: a folder or a zip; by default they are fetched
 TRAIN=(--depth "$DEPTH" "$@" --run "$RUN" --corpus "$CORPUS")
 
 gpus=$(count_gpus)
@@ -21,8 +22,7 @@ gpus=$(count_gpus)
 ensure_environment plots
 FOLDER=$(run_dir "$RUN")
 if [ -z "$EVAL_BUNDLE" ] && [ ! -f "$(base_dir)/eval_bundle/core.yaml" ]; then
-  fail "the CORE tasks are not in $(base_dir)/eval_bundle. Put the eval_bundle of karpathy/nanochat there," \
-    "or name its folder or zip: EVAL_BUNDLE=eval_bundle.zip bash runs/speedrun.sh"
+  step "the CORE tasks" "$PYTHON" -m nanochat.core_download
 fi
 
 prepare_data "$CORPUS" "$NPROC" "${TRAIN[@]}"

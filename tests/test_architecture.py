@@ -33,6 +33,7 @@ LAYERS = (
         "differential",
         "loss",
         "core_tasks",
+        "core_download",
         "core_mini",
         "core_prompts",
         "core_tokens",

@@ -81,7 +81,12 @@ def test_a_checkpoint_is_scored_into_the_files_of_its_run(state, monkeypatch, ca
     right = sum(line["answer"] == line["gold"] for line in lines) / 6
     assert found["tasks"]["pets"]["accuracy"] == right
     assert found["core_metric"] == pytest.approx(2 * right - 1)
-    printed = capsys.readouterr().out
+    used = found["core_matmul"]
+    seconds = found["core_seconds"]["forward"] + found["core_seconds"]["scoring"]
+    assert used["share"] == pytest.approx(used["flops"] / seconds / used["measured_flops_per_s"])
+    assert used["flops"] > 0
+    printed = " ".join(capsys.readouterr().out.split())  # lines are wrapped
+    assert f"{used['share']:.0%} of the time of forward and scoring" in printed
     assert "pets" in printed
     assert f"CORE {found['core_metric']:.4f}" in printed
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from nanochat import checkpoint, checkpoint_files, files
 from nanochat.errors import UserError
+from nanochat.gpt import GPT
 from nanochat.hardware import Precision
 from nanochat.tokenizer import Tokenizer
 from tests.conftest import REPO
@@ -59,6 +60,18 @@ def test_tensors_are_whole_and_fp32_under_their_parameter_names() -> None:
     assert {name: p.shape for name, p in model.named_parameters()} == {n: t.shape for n, t in tensors.items()}
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
     assert meta["step"] == 12
+
+
+def test_a_model_that_computes_in_bf16_is_held_in_bf16_and_says_the_same() -> None:
+    half = Precision(torch.bfloat16, "sdpa")
+    model, _, _ = checkpoint.load_model("tiny", device=torch.device("cpu"), precision=half)
+    masters, _, _ = checkpoint.load_model("tiny", device=torch.device("cpu"), precision=FP32)
+    cast = GPT(model.config, half)
+    cast.load_state_dict(masters.state_dict())  # fp32, cast by every pass
+    ids = torch.arange(8)[None]
+    assert torch.equal(model.logits(ids), cast.logits(ids))
+    assert {p.dtype for p in model.parameters() if p.dim() > 1} == {torch.bfloat16}
+    assert {p.dtype for p in masters.parameters()} == {torch.float32}
 
 
 def test_a_loaded_model_has_no_uninitialised_buffer() -> None:

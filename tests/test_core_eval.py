@@ -7,6 +7,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from dev.bench import naive_core
 from nanochat import core_eval, core_scoring, core_tasks
@@ -242,6 +243,52 @@ def bigram_model(tokenizer, probabilities):
     logits = table.log()
     # Undo the softcap, so that the capped logits are the logarithms.
     return Fixed(15 * torch.atanh(logits / 15))
+
+
+def test_operations_are_those_that_torch_counts(model):
+    scorer = core_scoring.GPTScorer(model)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        hidden = scorer.read(torch.ones(2, 12, dtype=torch.int64))
+        scorer.losses(hidden[:, :3].flatten(0, 1), torch.ones(6, dtype=torch.int64), True)
+    assert scorer.flops(24, 6) == counter.get_flop_counts()["Global"][torch.ops.aten.mm]
+
+
+def test_positions_are_counted_where_they_are_read_and_where_they_are_scored(model, tokenizer):
+    read, scored = [], []
+
+    class Counted(core_scoring.GPTScorer):
+        def read(self, ids):
+            read.append(ids.numel())
+            return super().read(ids)
+
+        def read_on(self, shared, rows, ids):
+            read.append(shared.numel() + ids.numel())
+            return super().read_on(shared, rows, ids)
+
+        def losses(self, hidden, targets, with_argmax):
+            scored.append(len(targets))
+            return super().losses(hidden, targets, with_argmax)
+
+    result = core_eval.evaluate(Counted(model), tokenizer, small_bundle(), world=SOLO)
+    assert (result.computed_tokens, result.scored_tokens) == (sum(read), sum(scored))
+
+
+@pytest.mark.parametrize("batch_tokens", [64, 1000, 100_000])
+def test_no_pass_of_several_rows_exceeds_the_tokens_asked_for(model, tokenizer, batch_tokens):
+    sizes = []
+
+    class Watched(core_scoring.GPTScorer):
+        def read(self, ids):
+            sizes.append((len(ids), ids.numel()))
+            return super().read(ids)
+
+        def read_on(self, shared, rows, ids):
+            sizes.append((len(ids), len(ids) * (shared.size(1) + ids.size(1))))
+            return super().read_on(shared, rows, ids)
+
+    core_eval.evaluate(Watched(model), tokenizer, small_bundle(), world=SOLO, batch_tokens=batch_tokens)
+    bound = min(batch_tokens, core_scoring.CACHE_TOKENS["cpu"])
+    assert max(tokens for rows, tokens in sizes if rows > 1) <= bound
 
 
 def test_answers_worked_by_hand(tokenizer):

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from dev.bench import naive_core
 from nanochat import base_eval, core_eval, core_tasks, files, hf_model
@@ -99,6 +100,17 @@ def test_what_is_shared_is_read_once_where_the_model_has_a_cache(tmp_path):
     scorer.base.forward = counted
     result = core_eval.evaluate(scorer, tokenizer, stories_bundle(), world=World.solo())
     assert sum(calls) == result.computed_tokens
+
+
+@pytest.mark.parametrize("kind", list(SHAPES))
+def test_operations_are_those_that_torch_counts(tmp_path, kind):
+    scorer, _ = hf_model.load(str(save_model(tmp_path / kind, kind)), torch.device("cpu"), torch.float32)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        hidden = scorer.read(torch.ones(2, 12, dtype=torch.int64))
+        scorer.losses(hidden[:, :3].flatten(0, 1), torch.ones(6, dtype=torch.int64), True)
+    counts = counter.get_flop_counts()["Global"]
+    of_weights = sum(counts.get(kind, 0) for kind in (torch.ops.aten.mm, torch.ops.aten.addmm))
+    assert scorer.flops(24, 6) == of_weights > 0
 
 
 def test_the_command_writes_a_folder_that_runs_can_be_compared_to(tmp_path, base_dir, monkeypatch, capsys):

@@ -270,12 +270,16 @@ def test_speedrun_does_not_train_without_shards_or_tokenizer(gpus: Machine, fail
     assert not [call for call in calls(gpus) if "base_train" in call]
 
 
-def test_speedrun_asks_for_the_core_tasks_before_it_starts(gpus: Machine) -> None:
+def test_speedrun_fetches_the_core_tasks_before_anything_else_and_stops_without_them(gpus: Machine) -> None:
     (gpus.repo.parent / "base" / "eval_bundle" / "core.yaml").unlink()
+    assert gpus.driver("speedrun.sh").returncode == 0
+    assert calls(gpus)[0] == "-m nanochat.core_download"
+    (gpus.repo.parent / "calls").unlink()
+    (gpus.repo.parent / "fail").write_text("-m nanochat.core_download\n", "utf-8")
     result = gpus.driver("speedrun.sh")
-    assert (result.returncode, result.stderr.count("\n")) == (2, 1)
-    assert "EVAL_BUNDLE=" in result.stderr
-    assert not (gpus.repo.parent / "calls").exists()
+    assert result.returncode == 9
+    assert "stopped at: the CORE tasks" in result.stderr
+    assert calls(gpus) == ["-m nanochat.core_download"]
 
 
 def test_miniseries_does_not_train_again_what_is_finished(gpus: Machine) -> None:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from dev.bench import naive_core
-from nanochat import checkpoint, core_eval, core_scoring, core_tasks, files, hardware, scaling
+from nanochat import base_eval, checkpoint, core_eval, core_scoring, core_tasks, files, scaling
 from nanochat.config import TrainArgs
 from nanochat.core_results import CoreResult
 from nanochat.core_tasks import Bundle
@@ -88,13 +88,6 @@ def compare(result: CoreResult, naive: list[naive_core.Answer]) -> tuple[int, fl
     return differ, largest
 
 
-def forward_share(model: GPT, result: CoreResult) -> float:
-    """FLOPs of the block matrices on the tokens computed, over those of a matmul in the forward's time."""
-    weights = sum(p.numel() for name, p in model.named_parameters() if name.startswith("blocks."))
-    rate = hardware.measured_flops_per_s(torch.device("cpu"), torch.float32)
-    return 2 * weights * result.computed_tokens / (result.seconds_of["forward"] * rate)
-
-
 def main() -> None:
     """Measure, print a table, and write JSON where asked."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -129,10 +122,12 @@ def main() -> None:
     print(f"ours {row['ours']:.2f}, naive {row['theirs']:.2f} examples/s: {row['ratio']:.1f} times")
     print(f"answers that differ: {differ}; largest difference of a loss: {largest:.1e}")
     print("seconds of ours:", json.dumps({name: round(s, 2) for name, s in result.seconds_of.items()}))
-    share = forward_share(model, result)
-    print(f"{result.computed_tokens:,} tokens computed; forward at {share:.0%} of the measured matmul rate")
+    used = base_eval.matmul_use(result, core_scoring.GPTScorer(model), PRECISION.compute_dtype, World.solo())
+    print(f"{result.computed_tokens:,} tokens computed, {result.scored_tokens:,} scored; weights times them")
+    rate = f"{used['measured_flops_per_s']:.2e} FLOP/s"
+    print(f"at {rate}, as measured, are {used['share']:.0%} of the time of forward and scoring")
     rows.append(
-        {"metric": "forward_roofline_share", "peer": None, "ours": share, "unit": "share of matmul rate"}
+        {"metric": "matmul_share", "peer": None, "ours": used["share"], "unit": "share of the measured rate"}
     )
     if args.json:
         machine = {"cpu": platform.machine(), "cores": os.cpu_count(), "python": platform.python_version()}

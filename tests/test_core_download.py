@@ -1,0 +1,171 @@
+"""The CORE tasks over a network that fails: whole and right in the end, or absent with one clear line."""
+
+import hashlib
+import io
+import os
+import subprocess
+import sys
+import zipfile
+
+import pytest
+
+from nanochat import core_download, core_eval, files
+from nanochat.errors import UserError
+from tests.hub_server import FAULTS, Hub
+
+CONTENTS = {
+    "core.yaml": b"icl_tasks: []\n",
+    "eval_meta_data.csv": b"Eval Task,Random baseline\n",
+    "eval_data/kind/task.jsonl": os.urandom(200_000),
+}
+ZIP = "eval_bundle.zip"
+FEW = (0.01, 0.01)
+
+
+def zip_of(contents):
+    sink = io.BytesIO()
+    with zipfile.ZipFile(sink, "w") as archive:
+        for name, data in contents.items():
+            archive.writestr(name, data)
+    return sink.getvalue()
+
+
+PUBLIC = zip_of({f"eval_bundle/{name}": data for name, data in CONTENTS.items()} | {"eval_bundle/more": b"x"})
+
+
+@pytest.fixture
+def server(base_dir, monkeypatch):
+    """A server of the zip, whose files are taken for the public ones."""
+    digests = {name: hashlib.sha256(data).hexdigest() for name, data in CONTENTS.items()}
+    monkeypatch.setattr(core_download, "SHA256", digests)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr(core_download, "TIMEOUT_S", 1.0)
+    server = Hub({ZIP: PUBLIC})
+    yield server
+    server.close()
+
+
+def fetch(server):
+    return core_download.fetch(f"{server.url}/elsewhere/{ZIP}", FEW)
+
+
+def assert_whole():
+    folder = files.eval_bundle_dir()
+    found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert found == set(CONTENTS)  # what has no hash is not unpacked
+    assert core_download.differences(folder) == []
+    assert {path.name for path in folder.parent.iterdir()} == {"eval_bundle"}
+
+
+def test_the_files_are_unpacked_once_and_found_without_a_flag(server):
+    assert fetch(server) == files.eval_bundle_dir()
+    assert_whole()
+    assert core_eval.find_bundle("").read("core.yaml") == CONTENTS["core.yaml"]
+    fetch(server)
+    assert server.requests[ZIP] == 1
+
+
+WRONG = {"HTML with 200", "HTML of the right size", "wrong bytes", "the length is too small"}
+
+
+@pytest.mark.parametrize("fault", sorted(set(FAULTS) - WRONG))
+def test_a_fault_that_passes_is_survived(server, fault):
+    server.faults[ZIP], server.times[ZIP] = fault, 1
+    fetch(server)
+    assert_whole()
+
+
+@pytest.mark.parametrize("fault", sorted(WRONG))
+def test_other_bytes_are_never_unpacked_nor_kept(server, fault):
+    server.faults[ZIP], server.times[ZIP] = fault, 1
+    with pytest.raises(UserError, match=f"^{server.url}.*{ZIP}: "):
+        fetch(server)
+    assert list(files.base_dir().iterdir()) == []
+    fetch(server)
+    assert_whole()
+
+
+def test_a_broken_transfer_goes_on_where_it_broke(server):
+    server.faults[ZIP], server.times[ZIP] = "the connection is closed early", 1
+    fetch(server)
+    assert (server.requests[ZIP], server.ranges[ZIP]) == (1, 1)
+    assert_whole()
+
+
+def test_what_a_killed_download_left_is_used(server):
+    files.eval_bundle_part().parent.mkdir(parents=True, exist_ok=True)
+    files.eval_bundle_part().write_bytes(PUBLIC[:150_000])
+    fetch(server)
+    assert (server.requests[ZIP], server.ranges[ZIP]) == (0, 1)
+    assert_whole()
+
+
+@pytest.mark.parametrize("fault", ["503", "the connection is closed early", "the answer stalls"])
+def test_a_fault_that_stays_is_one_clear_error_and_what_arrived_is_kept(server, fault):
+    server.faults[ZIP] = fault
+    with pytest.raises(UserError, match=r"cannot be fetched .*run the same command again"):
+        fetch(server)
+    assert not files.eval_bundle_dir().exists()
+    server.faults.clear()
+    fetch(server)
+    assert_whole()
+
+
+def test_a_file_with_other_bytes_is_named(server):
+    server.contents[ZIP] = zip_of(CONTENTS | {"eval_data/kind/task.jsonl": b"{}"})
+    with pytest.raises(UserError, match=r"eval_data/kind/task.jsonl has other bytes"):
+        fetch(server)
+    server.contents[ZIP] = zip_of({"core.yaml": CONTENTS["core.yaml"]})
+    with pytest.raises(UserError, match=r"eval_meta_data.csv: the file is missing"):
+        fetch(server)
+    server.contents[ZIP] = zip_of(CONTENTS | {"../outside": b"x"})
+    with pytest.raises(UserError, match=r"'../outside' leads out of it"):
+        fetch(server)
+    assert list(files.base_dir().iterdir()) == []
+
+
+def test_a_folder_of_another_bundle_is_left_as_it_is(server):
+    folder = files.eval_bundle_dir()
+    folder.mkdir(parents=True)
+    (folder / "core.yaml").write_text("mine")
+    with pytest.raises(
+        UserError, match="3 of 3 files are missing or not the public bundle's, the first is core.yaml"
+    ):
+        fetch(server)
+    assert (folder / "core.yaml").read_text() == "mine"
+    assert server.requests[ZIP] == 0
+
+
+def test_what_cannot_be_an_answer_is_refused_at_once(server, base_dir, monkeypatch):
+    with pytest.raises(UserError, match=r"cannot be fetched \(HTTP Error 404"):
+        core_download.fetch(f"{server.url}/elsewhere/absent.zip", (60.0,))
+    with pytest.raises(UserError, match="--url=file:///etc: expected http"):
+        core_download.fetch("file:///etc")
+    monkeypatch.setattr(core_download, "MAX_ZIP_BYTES", len(PUBLIC) - 1)
+    with pytest.raises(UserError, match="more than any eval bundle"):
+        fetch(server)
+    monkeypatch.undo()
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(base_dir))
+    monkeypatch.setattr(files, "free_bytes", lambda path: 1_000_000)
+    with pytest.raises(UserError, match="no room"):
+        fetch(server)
+
+
+def test_the_hashes_are_those_of_the_real_bundle(shared_data):
+    lines = (shared_data / "eval_bundle.sha256").read_text().splitlines()
+    known = {name.removeprefix("eval_bundle/"): digest for digest, name in map(str.split, lines)}
+    assert core_download.SHA256.items() <= known.items()
+    tasks = {name for name in known if name.endswith(".jsonl")} | {"core.yaml", "eval_meta_data.csv"}
+    assert set(core_download.SHA256) == tasks
+    assert len(tasks) == 23
+
+
+def test_the_command_fetches_the_real_bundle(shared_data, base_dir, monkeypatch):
+    server = Hub({ZIP: (shared_data / "eval_bundle.zip").read_bytes()})
+    command = [sys.executable, "-m", "nanochat.core_download", "--url", f"{server.url}/elsewhere/{ZIP}"]
+    environment = {**os.environ, "NO_PROXY": "127.0.0.1", "NANOCHAT_BASE_DIR": str(base_dir)}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    server.close()
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "23 files, all verified" in result.stdout
+    assert core_download.differences(files.eval_bundle_dir()) == []
