@@ -57,7 +57,12 @@ class TrainArgs:
     recipe: str = flag("july", "set of constants (nanochat/recipe.py)", choices=("july", "january"))
     total_batch_size: int | None = flag(None, "tokens in a global batch; by default from the horizon")
     device_batch_size: int | None = flag(None, "rows in a micro-batch of one rank; by default from depth")
-    matrix_lr: float | None = flag(None, "base learning rate of the block matrices (Muon)")
+    matrix_optimizer: str = flag("muon", "optimizer of the block matrices", choices=("muon", "soap", "adamw"))
+    matrix_lr: float | None = flag(None, "base learning rate of the block matrices, whatever optimizes them")
+    soap_every: int = flag(10, "steps between two renewals of SOAP's eigenbases")
+    soap_sides: int = flag(
+        2, "sides of a matrix that have an eigenbasis in SOAP: 2, or 1 for the shorter one", choices=(1, 2)
+    )
     embedding_lr: float | None = flag(None, "base learning rate of the token embedding (AdamW)")
     unembedding_lr: float | None = flag(None, "base learning rate of the output head (AdamW)")
     weight_decay: float | None = flag(None, "base weight decay of the block matrices, before scaling")

@@ -25,6 +25,10 @@ WORKING = 36  # of one layer, while it runs backward: its own activations and th
 # More of both where attention is differential: counted were 6.1 (diff1) and 7.1 (diff2) in bf16, 5.1 and 6.1
 # in fp32.
 DIFFERENTIAL = 7
+# Moments of the block matrices, in multiples of them. SOAP adds a Gram matrix and a basis a side: to a block
+# of 12 C^2 (4 squares, 2 matrices of 4 C x C) those of both sides add 84 C^2, of the shorter ones 12 C^2.
+MOMENTS = {"muon": 1, "adamw": 2, "soap": 9}
+ONE_SIDED = 3
 USABLE = 0.9  # of the memory that is free; the rest is lost between blocks, and the system's
 
 
@@ -72,13 +76,15 @@ def estimate(plan: Plan, rows: int, dtype: torch.dtype, device_type: str) -> Mem
     """The plan for micro-batches of `rows` rows, from the shape of the model."""
     model, params, tokens = plan.model, plan.params, rows * plan.model.sequence_len
     copies = 0 if dtype == torch.float32 else (params.matrix + params.unembedding) * dtype.itemsize
-    rest = params.total - params.matrix  # two moments under AdamW, one under Muon
+    rest = params.total - params.matrix  # two moments under AdamW
+    one_sided = plan.args.matrix_optimizer == "soap" and plan.args.soap_sides == 1
+    moments = ONE_SIDED if one_sided else MOMENTS[plan.args.matrix_optimizer]
     chunk = min(tokens * model.padded_vocab_size, CHUNK_ELEMENTS.get(device_type, CHUNK_ELEMENTS["cuda"]))
     return MemoryPlan(
         rows=rows,
         parameters=4 * params.total + copies,
         gradients=4 * params.total,
-        optimizer=4 * (params.matrix + 2 * rest) // plan.world_size,
+        optimizer=4 * (moments * params.matrix + 2 * rest) // plan.world_size,
         activations=tokens * _activations(model, plan.args.recompute) * dtype.itemsize,
         logits=chunk * dtype.itemsize + 4 * params.unembedding,
         measured=False,

@@ -1,17 +1,19 @@
-"""Muon and AdamW in one optimizer, sharded over the ranks (RECIPE 1.3, 1.4, 2.4; rules in update_rules.py).
+"""One optimizer for matrices and tables, sharded over the ranks (RECIPE 1.3, 1.4, 2.4; 4).
 
 Legend: K matrices of one shape (m, n), W ranks. As in ZeRO-2, a step averages the gradients over the ranks
 and leaves each rank its part (reduce-scatter), the rank updates that part with moments that only it holds,
-and the parameters are gathered. A Muon matrix is owned whole; a table under AdamW is cut into flat slices;
-small tensors are averaged together in one buffer and updated by every rank. What does not divide by W is
-padded here. With one rank the collectives are the identity and nothing else changes.
+and the parameters are gathered. A matrix is owned whole, and matrix_rules.py has its update; a table under
+AdamW is cut into flat slices; small tensors are averaged together in one buffer and updated by every rank.
+What does not divide by W is padded here. With one rank the collectives are the identity and nothing else
+changes.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -19,8 +21,9 @@ from torch import Tensor
 
 from nanochat.collectives import Pending, gather, mean, mean_scatter
 from nanochat.errors import UserError
+from nanochat.matrix_rules import MatrixOptions, MatrixRule, StepRates, matrix_rule
 from nanochat.scaling import GroupPlan
-from nanochat.update_rules import AdamRates, adamw_update, muon_update, sum_of_squares
+from nanochat.update_rules import AdamRates, adamw_update, sum_of_squares
 from nanochat.world import World
 
 # AdamW tensors below this are averaged together, and updated by every rank (RECIPE 1.6).
@@ -52,18 +55,7 @@ class UpdateResult:
 # the three ways in which parameters are shared out
 
 
-@dataclass(frozen=True)
-class _Rates:
-    """Scalars of one step. Tensors are filled on the device: copied there, they would be waited for."""
-
-    lr_mult: float
-    muon_lr_mult: Tensor
-    momentum: Tensor
-    muon_weight_decay: Tensor
-    ok: Tensor
-
-
-def _adam_rates(group: GroupPlan, rates: _Rates) -> AdamRates:
+def _adam_rates(group: GroupPlan, rates: StepRates) -> AdamRates:
     return AdamRates(group.lr * rates.lr_mult, group.beta1, group.beta2, group.eps, group.weight_decay)
 
 
@@ -78,7 +70,7 @@ class _Shard(Protocol):
     def grad_squares(self) -> Tensor:
         """Wait for the average; the squares of this rank's part of it, summed by parameter."""
 
-    def update(self, rates: _Rates) -> Tensor:
+    def update(self, rates: StepRates) -> Tensor:
         """Update what this rank owns, start to gather the parameters; squares as in grad_squares."""
 
     def finish(self) -> None:
@@ -96,32 +88,21 @@ def _take_grad(p: Tensor) -> Tensor:
     return torch.zeros_like(p) if grad is None else grad
 
 
-class _MuonStack:
-    """All Muon matrices of one shape. Of K matrices, padded to a multiple of W, each rank owns K / W."""
+class _MatrixStack:
+    """All matrices of one shape. Of K matrices, padded to a multiple of W, each rank owns K / W."""
 
     def __init__(
-        self,
-        params: dict[str, Tensor],
-        group: GroupPlan,
-        world: World,
-        dtype: torch.dtype,
-        norm_factor: float,
+        self, params: dict[str, Tensor], world: World, make_rule: Callable[[Tensor], MatrixRule]
     ) -> None:
-        self.names, self.params = list(params), list(params.values())
-        self.rule = muon_update
-        self.group, self.world, self.dtype, self.norm_factor = group, world, dtype, norm_factor
-        self.m, self.n = self.params[0].shape
+        self.names, self.params, self.world = list(params), list(params.values()), world
         self.each = -(-len(params) // world.size)
         self.own = slice(world.rank * self.each, (world.rank + 1) * self.each)
-        like = self.params[0]
-        self.momentum = like.new_zeros(self.each, self.m, self.n)
-        moment_shape = (self.m, 1) if self.m >= self.n else (1, self.n)
-        self.second_moment = like.new_zeros(self.each, *moment_shape)
+        self.rule = make_rule(self._stack([], self.each))
         self.pending: Pending | None = None
 
     def _stack(self, tensors: Sequence[Tensor], count: int) -> Tensor:
         """(count, ...) of the tensors, zeros after the last."""
-        out = self.params[0].new_zeros(count, *self.momentum.shape[1:])
+        out = self.params[0].new_zeros(count, *self.params[0].shape)
         if tensors:
             torch.stack(list(tensors), out=out[: len(tensors)])
         return out
@@ -140,24 +121,11 @@ class _MuonStack:
         assert self.pending is not None
         return self._of_all(sum_of_squares(self.pending.wait()))
 
-    def update(self, rates: _Rates) -> Tensor:
+    def update(self, rates: StepRates) -> Tensor:
         assert self.pending is not None
         grads = self.pending.wait()
         params = self._stack(self.params[self.own], self.each)
-        lr = self.group.lr * math.sqrt(max(1.0, self.m / self.n))
-        squares = self.rule(
-            params,
-            grads,
-            self.momentum,
-            self.second_moment,
-            lr=rates.muon_lr_mult * lr,
-            momentum=rates.momentum,
-            weight_decay=rates.muon_weight_decay,
-            beta2=self.group.beta2,
-            ok=rates.ok,
-            dtype=self.dtype,
-            norm_factor=self.norm_factor,
-        )
+        squares = self.rule.update(params, grads, rates)
         self.pending = gather(params, self.world)
         return self._of_all(squares)
 
@@ -169,7 +137,7 @@ class _MuonStack:
 
     def state(self, keep: bool) -> dict[str, Tensor]:
         out = {}
-        for moment, own in (("momentum", self.momentum), ("second_moment", self.second_moment)):
+        for moment, own in self.rule.moments.items():
             for i in range(self.each):  # matrix by matrix, so that no device ever holds a second stack
                 for j, matrix in enumerate(gather(own[i : i + 1], self.world).wait()):
                     if keep and (index := j * self.each + i) < len(self.names):
@@ -177,8 +145,7 @@ class _MuonStack:
         return out
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        for moment, own in (("momentum", self.momentum), ("second_moment", self.second_moment)):
-            own.zero_()
+        for moment, own in self.rule.moments.items():
             for i, name in enumerate(self.names[self.own]):
                 own[i].copy_(_whole(state, f"{name}.{moment}", own.shape[1:]))
 
@@ -213,7 +180,7 @@ class _AdamTable:
     def grad_squares(self) -> Tensor:
         return sum_of_squares(self._owned_grad()[None])
 
-    def update(self, rates: _Rates) -> Tensor:
+    def update(self, rates: StepRates) -> Tensor:
         count = self.own.numel()
         squares = adamw_update(
             self.own,
@@ -278,7 +245,7 @@ class _AdamSmall:
         # Every rank holds the whole of these: scaled so that the sum over the ranks is one copy's.
         return torch.stack(torch._foreach_norm(self._grads())).square() / self.world.size
 
-    def update(self, rates: _Rates) -> Tensor:
+    def update(self, rates: StepRates) -> Tensor:
         squares = []
         for (name, p), grad in zip(self.params.items(), self._grads(), strict=True):
             state = (self.exp_avg[name], self.exp_avg_sq[name], self.steps[name])
@@ -317,7 +284,7 @@ def _whole(state: Mapping[str, Tensor], name: str, shape: torch.Size) -> Tensor:
 
 
 class MuonAdamW:
-    """Muon for the matrices, AdamW for the rest, one object for any number of ranks.
+    """Muon, SOAP or AdamW for the matrices, AdamW for the rest, one object for any number of ranks.
 
     A step consumes the gradients: afterwards every `.grad` is None.
     """
@@ -330,6 +297,7 @@ class MuonAdamW:
         world: World,
         compute_dtype: torch.dtype,
         norm_factor: float,
+        options: MatrixOptions = MatrixOptions(),  # noqa: B008, a frozen value
     ) -> None:
         """Share the parameters out; all moments start at zero.
 
@@ -340,22 +308,26 @@ class MuonAdamW:
             world: the ranks.
             compute_dtype: of Muon's matrix products; fp32 where it is fp16, whose range is too small.
             norm_factor: see muon_update.
+            options: what else is chosen for the matrices.
         """
         dtype = torch.float32 if compute_dtype == torch.float16 else compute_dtype
         self.world = world
-        stacks: dict[tuple[str, torch.Size], dict[str, Tensor]] = {}
+        stacks: dict[torch.Size, dict[str, Tensor]] = {}
         small: dict[str, Tensor] = {}
         shards: list[_Shard] = []
         for name, p in params.items():
             kind = kinds[name]
-            if groups[kind].optimizer == "muon":
-                stacks.setdefault((kind, p.shape), {})[name] = p
+            if kind == "matrix":
+                stacks.setdefault(p.shape, {})[name] = p
             elif p.numel() < SMALL_ELEMENTS:
                 small[name] = p
             else:
                 shards.append(_AdamTable(name, p, groups[kind], world))
-        for (kind, _), stack in stacks.items():
-            shards.append(_MuonStack(stack, groups[kind], world, dtype, norm_factor))
+        for stack in stacks.values():
+            make = partial(
+                matrix_rule, group=groups["matrix"], dtype=dtype, norm_factor=norm_factor, options=options
+            )
+            shards.append(_MatrixStack(stack, world, make))
         if small:
             shards.append(_AdamSmall(small, {name: groups[kinds[name]] for name in small}, world))
         self.shards = shards
@@ -365,7 +337,12 @@ class MuonAdamW:
 
     @torch.no_grad()
     def step(
-        self, lr_mult: float, momentum: float, muon_weight_decay: float, ok: Tensor | None = None
+        self,
+        lr_mult: float,
+        momentum: float,
+        weight_decay: float,
+        ok: Tensor | None = None,
+        index: int = 0,
     ) -> UpdateResult:
         """Average the gradients over the ranks and update the parameters; every rank calls it.
 
@@ -374,8 +351,9 @@ class MuonAdamW:
         Args:
             lr_mult: factor of the schedule on every learning rate.
             momentum: Muon's momentum at this step.
-            muon_weight_decay: Muon's weight decay at this step.
+            weight_decay: weight decay of the matrices at this step.
             ok: 0-dim bool on the device; False on any rank holds the update back (a loss that is not finite).
+            index: steps of the run before this one, which decide when SOAP finds and renews its bases.
         """
         for shard in self.shards:
             shard.reduce()
@@ -387,8 +365,8 @@ class MuonAdamW:
         squares, not_ok = both[: len(self.names)], both[len(self.names) :]
         total = squares.sum()
         applied = torch.isfinite(total) & (not_ok.sum() == 0)
-        lr, mu, decay = (total.new_full((), value) for value in (lr_mult, momentum, muon_weight_decay))
-        rates = _Rates(lr_mult, lr, mu, decay, applied)
+        lr, mu, decay = (total.new_full((), value) for value in (lr_mult, momentum, weight_decay))
+        rates = StepRates(index, lr_mult, weight_decay, lr, mu, decay, applied)
         update_squares = torch.cat([shard.update(rates) for shard in self.shards])
         for shard in self.shards:
             shard.finish()
@@ -396,10 +374,10 @@ class MuonAdamW:
         return UpdateResult(total.sqrt(), applied, squares, update_squares, not_ok)
 
     def compile_updates(self) -> None:
-        """Let torch.compile make Muon's update of each shape; AdamW's is one kernel already."""
+        """Let torch.compile make the update of each shape of matrices; AdamW's is one kernel already."""
         for shard in self.shards:
-            if isinstance(shard, _MuonStack):
-                shard.rule = torch.compile(muon_update, dynamic=False)
+            if isinstance(shard, _MatrixStack):
+                shard.rule.compile()
 
     def rms_by_kind(self, squares: Sequence[float]) -> dict[str, float]:
         """Root mean squares over all elements of each kind, from sums of squares by parameter."""

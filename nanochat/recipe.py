@@ -44,6 +44,14 @@ class Recipe:
     weight_decay_follows: str = "horizon"  # or "depth": 0.2 (12 / n)^2
     # Groups (RECIPE 2.4); Muon's beta1 is its momentum, which the schedule moves
     matrix: GroupRecipe = GroupRecipe(lr=0.02, beta1=0.97, beta2=0.90, weight_decay=0.28)
+    # The same matrices under other optimizers. A Muon step changes an element by 0.02 / sqrt(768) = 7e-4 at
+    # width 768, an Adam step by about a quarter of its learning rate; RECIPE 4.3 has 0.0018 to 0.003.
+    matrix_soap: GroupRecipe = GroupRecipe(
+        lr=0.003, beta1=0.95, beta2=0.95, weight_decay=0.1, scales_with_width=True
+    )
+    matrix_adamw: GroupRecipe = GroupRecipe(
+        lr=0.003, beta1=0.9, beta2=0.95, weight_decay=0.1, scales_with_width=True
+    )
     unembedding: GroupRecipe = GroupRecipe(lr=0.008, beta2=0.96, weight_decay=0.01, scales_with_width=True)
     embedding: GroupRecipe = GroupRecipe(lr=0.3, beta2=0.995, weight_decay=0.001, scales_with_width=True)
     value_embedding: GroupRecipe = GroupRecipe(
@@ -79,6 +87,10 @@ class Recipe:
     resid_last: float = 1.05
     x0_first: float = 0.20
     x0_last: float = 0.05
+
+    def matrix_group(self, optimizer: str) -> GroupRecipe:
+        """The group of the block matrices under an optimizer: "muon", "soap" or "adamw"."""
+        return {"muon": self.matrix, "soap": self.matrix_soap, "adamw": self.matrix_adamw}[optimizer]
 
 
 JULY = Recipe()

@@ -163,7 +163,7 @@ def flops_per_token(c: GPTConfig) -> float:
 class GroupPlan:
     """How one kind of parameter is updated; learning rates are final but for the schedule."""
 
-    optimizer: str  # "muon" or "adamw"
+    optimizer: str  # "muon", "soap" or "adamw"
     lr: float
     beta1: float
     beta2: float
@@ -257,7 +257,8 @@ def plan(args: TrainArgs, vocab_size: int, world_size: int = 1) -> Plan:
     rows, micro_rows, notices = _split_batch(args, batch_tokens, world_size)
     flops = flops_per_token(model)
     steps = args.num_iterations or _steps(args, horizon_tokens, batch_tokens, flops)
-    weight_decay = recipe.matrix.weight_decay if args.weight_decay is None else args.weight_decay
+    matrix = recipe.matrix_group(args.matrix_optimizer)
+    weight_decay = matrix.weight_decay if args.weight_decay is None else args.weight_decay
     if recipe.weight_decay_follows == "depth":
         weight_decay *= (REFERENCE_DEPTH / args.depth) ** 2
     else:
@@ -290,7 +291,14 @@ def with_micro_batch(p: Plan, rows: int) -> Plan:
 def _check(args: TrainArgs) -> None:
     """Refuse arguments that no model can have."""
     positive = ("depth", "max_seq_len", "aspect_ratio", "head_dim", "num_iterations", "total_batch_size")
-    for name in (*positive, "device_batch_size", "target_param_data_ratio", "target_flops", "keep_last"):
+    for name in (
+        *positive,
+        "device_batch_size",
+        "target_param_data_ratio",
+        "target_flops",
+        "keep_last",
+        "soap_every",
+    ):
         value = getattr(args, name)
         if value is not None and not value > 0:
             raise UserError(f"--{name.replace('_', '-')}={value}: expected a number above 0.")
@@ -365,7 +373,7 @@ def _groups(
         return GroupPlan(optimizer, lr, base.beta1, base.beta2, ADAM_EPS, decay)
 
     groups = {
-        "matrix": group("matrix", recipe.matrix, "muon"),
+        "matrix": group("matrix", recipe.matrix_group(args.matrix_optimizer), args.matrix_optimizer),
         "embedding": group("embedding", recipe.embedding),
         "value_embedding": group("value_embedding", recipe.value_embedding),
         "unembedding": group("unembedding", recipe.unembedding),

@@ -19,7 +19,7 @@ class Schedule:
         momentum_peak: Muon's momentum after its warmup.
         momentum_warmup_steps: steps from start to peak.
         momentum_final: Muon's momentum at the end of the warmdown.
-        matrix_weight_decay: Muon's weight decay at step 0.
+        matrix_weight_decay: weight decay of the block matrices at step 0.
         weight_decay_shape: "cosine" or "linear", both to zero.
     """
 
@@ -58,7 +58,7 @@ def muon_momentum(step: int, s: Schedule) -> float:
 
 
 def muon_weight_decay(step: int, s: Schedule) -> float:
-    """Muon's weight decay at a step: from its base to zero at the end."""
+    """Weight decay of the block matrices at a step: from its base to zero at the end."""
     frac = step / s.steps
     if s.weight_decay_shape == "linear":
         return s.matrix_weight_decay * (1 - frac)

@@ -20,6 +20,7 @@ from nanochat.hardware import Precision
 from nanochat.hooks import Hook, default_hooks
 from nanochat.loop import collector_held, traced
 from nanochat.loss_scale import LossScale
+from nanochat.matrix_rules import MatrixOptions
 from nanochat.optim import MuonAdamW
 from nanochat.reporter import StepReporter, StepResult, summarize
 from nanochat.resume import starting_point, summary_of_finished
@@ -49,6 +50,7 @@ def create_state(
         world,
         precision.compute_dtype,
         plan.model.constants.polar_norm_factor,
+        MatrixOptions(plan.args.soap_every, plan.args.soap_sides),
     )
     loader = TrainLoader(
         corpus,
@@ -78,6 +80,7 @@ def train_step(plan: Plan, state: TrainState, world: World) -> StepResult:
         muon_momentum(state.step, plan.schedule),
         muon_weight_decay(state.step, plan.schedule),
         ok=torch.isfinite(loss),
+        index=state.step,
     )
     mean_loss = world.all_reduce_sum(loss) / world.size
     overflow = state.loss_scale.adjust(update.applied, mean_loss)

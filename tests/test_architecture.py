@@ -25,6 +25,8 @@ LAYERS = (
     ("arrival", "corpora", "hub", "dataset", "sdpa", "attention", "attention_times", "backends")
     + (
         "update_rules",
+        "soap",
+        "matrix_rules",
         "collectives",
         "optim",
         "loss_scale",

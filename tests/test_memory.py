@@ -21,6 +21,7 @@ from nanochat.scaling import Plan
 from nanochat.tokenizer import Tokenizer
 from nanochat.world import World
 from tests.conftest import REPO
+from tests.test_optim import moments_held
 from tests.tiny import tiny_args, tiny_corpus, train_tiny
 
 MIB = 1 << 20
@@ -64,6 +65,27 @@ def test_the_parameters_are_those_of_the_model() -> None:
     assert found.parameters == found.gradients == 4 * plan.params.total
     assert memory.estimate(plan, 2, torch.float32, "cpu").activations == 2 * found.activations
     assert "estimated" in found.describe(None)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {},
+        {"matrix_optimizer": "adamw"},
+        {"matrix_optimizer": "soap"},
+        {"matrix_optimizer": "soap", "soap_sides": 1},
+    ],
+    ids=lambda flags: "-".join(map(str, flags.values())),
+)
+def test_the_moments_are_those_of_the_optimizer(flags: dict[str, Any], tmp_path: Path) -> None:
+    tiny_corpus(tmp_path)
+    tokenizer = Tokenizer.load(files.tokenizer_dir("local"))
+    plan = scaling.plan(tiny_args(**flags), tokenizer.vocab_size)
+    state = train.create_state(
+        plan, Corpus.open("local"), tokenizer, Precision(torch.float32, "sdpa"), World.solo()
+    )
+    held = 4 * moments_held(state.optimizer)
+    assert held == pytest.approx(memory.estimate(plan, 1, torch.float32, "cpu").optimizer, rel=0.03)
 
 
 def test_the_micro_batch_is_made_to_fit_and_the_batch_stays(

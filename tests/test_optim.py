@@ -37,6 +37,14 @@ def optimizer_of(model):
     return MuonAdamW(params, model.parameter_kinds(), GROUPS, World.solo(), torch.float32, NORM_FACTOR)
 
 
+def moments_held(optimizer):
+    """Elements of the moments of matrices and tables in this rank's memory."""
+    held = []
+    for shard in optimizer.shards:
+        held += shard.rule.moments.values() if hasattr(shard, "rule") else (shard.exp_avg, shard.exp_avg_sq)
+    return sum(tensor.numel() for tensor in held if isinstance(tensor, torch.Tensor))
+
+
 def schedule(step):
     return 1 - 0.05 * step, 0.85 + 0.01 * step, 0.3 - 0.02 * step
 

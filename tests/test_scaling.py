@@ -90,6 +90,21 @@ def test_learning_rates_of_d24_by_hand() -> None:
     assert groups["matrix"].lr == pytest.approx(0.02 * batch)
 
 
+@pytest.mark.parametrize(("optimizer", "betas"), [("soap", (0.95, 0.95)), ("adamw", (0.9, 0.95))])
+def test_matrices_under_another_optimizer_by_hand(optimizer: str, betas: tuple[float, float]) -> None:
+    ours = plan(TrainArgs(depth=24, matrix_optimizer=optimizer), vocab_size=32768)
+    muon = plan(TrainArgs(depth=24), vocab_size=32768)
+    group = ours.groups["matrix"]
+    assert (group.optimizer, group.beta1, group.beta2) == (optimizer, *betas)
+    assert group.lr == pytest.approx(0.003 * math.sqrt(2) * math.sqrt(768 / 1536))
+    assert group.weight_decay == pytest.approx(muon.groups["matrix"].weight_decay * 0.1 / 0.28)
+    assert ours.schedule.matrix_weight_decay == group.weight_decay
+    assert {**ours.groups, "matrix": None} == {**muon.groups, "matrix": None}
+    asked = plan(TrainArgs(depth=24, matrix_optimizer=optimizer, matrix_lr=0.001, weight_decay=0.0), 32768)
+    assert asked.groups["matrix"].lr == pytest.approx(group.lr / 3)
+    assert asked.groups["matrix"].weight_decay == 0
+
+
 def test_windows_follow_the_pattern_and_the_last_layer_is_full() -> None:
     model = model_config(TrainArgs(depth=6), 32768, 6)
     assert model.windows == (512, 512, 512, 2048, 512, 2048)

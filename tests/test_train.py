@@ -95,13 +95,22 @@ def test_a_corpus_smaller_than_the_horizon_is_said(capsys: pytest.CaptureFixture
     assert float(told[1]) == pytest.approx(metrics(kind="step")[-1]["epoch"], rel=0.15)
 
 
-@pytest.mark.parametrize("at", [1, 4, 7])
-def test_a_resumed_run_is_the_same_run_to_the_bit(at: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    train_tiny(run="whole")
+SOAP = {"matrix_optimizer": "soap", "soap_every": 3}
+
+
+@pytest.mark.parametrize(
+    ("at", "flags"),
+    [(1, {}), (4, {}), (7, {}), (7, SOAP)]
+    + [pytest.param(at, SOAP, marks=pytest.mark.slow) for at in (1, 3)],
+)
+def test_a_resumed_run_is_the_same_run_to_the_bit(
+    at: int, flags: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train_tiny(run="whole", **flags)
     with monkeypatch.context() as patch:
         stop_after(at, patch)
-        assert train_tiny(run="parts")["status"] == "stopped"
-    train_tiny(run="parts", resume="auto")
+        assert train_tiny(run="parts", **flags)["status"] == "stopped"
+    train_tiny(run="parts", resume="auto", **flags)
     assert metrics("parts") == metrics("whole")
     assert weights("parts", 12) == weights("whole", 12)
 
@@ -121,9 +130,10 @@ def stop_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train, "train_step", counted)
 
 
-def test_a_killed_process_resumes_to_the_bit(base_dir: Path) -> None:
-    train_tiny(run="whole", num_iterations=40)
-    flags = command_line(run="parts", num_iterations=40, resume="auto")
+@pytest.mark.parametrize("optimizer", ["muon", pytest.param("soap", marks=pytest.mark.slow)])
+def test_a_killed_process_resumes_to_the_bit(optimizer: str, base_dir: Path) -> None:
+    train_tiny(run="whole", num_iterations=40, matrix_optimizer=optimizer)
+    flags = command_line(run="parts", num_iterations=40, resume="auto", matrix_optimizer=optimizer)
     command = [sys.executable, "-m", "scripts.base_train", *flags]
     process = subprocess.Popen(command, cwd=REPO, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 120

@@ -10,47 +10,57 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
 
+from nanochat.matrix_rules import MatrixOptions
 from nanochat.optim import MuonAdamW
 from nanochat.world import World
-from tests.test_optim import GROUPS, NORM_FACTOR, random_problem, schedule
+from tests.test_optim import GROUPS, NORM_FACTOR, moments_held, random_problem, schedule
+from tests.test_soap import ADAMW, SOAP
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks: 0.3 s a world, 5 s if spawned")
 SAMPLES = 30  # gradients a step, shared out over the ranks
 
 
-def train(world, first, last, bad_at=None):
-    """Steps on the mean of SAMPLES random gradients; returns parameters, optimizer and results."""
-    params, kinds = random_problem()
-    optimizer = MuonAdamW(params, kinds, GROUPS, world, torch.float32, NORM_FACTOR)
+OPTIMIZERS = {"muon": GROUPS["matrix"], "soap": SOAP, "adamw": ADAMW}
+
+
+def create(params, world, matrix):
+    groups = {**GROUPS, "matrix": OPTIMIZERS[matrix]}
+    options = MatrixOptions(soap_every=3)
+    return MuonAdamW(params, random_problem()[1], groups, world, torch.float32, NORM_FACTOR, options)
+
+
+def train(world, matrix, first, last, bad_at=None):
+    """Steps on the mean of SAMPLES random gradients; returns parameters, optimizer and results.
+
+    At step 0 all samples of SOAP are the same whole numbers: of a Gram matrix of low rank every basis of the
+    null space is right, and rounding, which the number of ranks changes, would choose one.
+    """
+    params, _ = random_problem()
+    optimizer = create(params, world, matrix)
     results = []
     for step in range(first, last):
         for name, p in params.items():
             grads = torch.randn(
                 SAMPLES, *p.shape, generator=torch.Generator().manual_seed(step * 100 + len(name))
             )
+            if step == 0 and matrix == "soap":
+                grads = (4 * grads[:1]).round().expand_as(grads)
             p.grad = grads[world.rank :: world.size].mean(0)
         if step == bad_at and world.rank == world.size - 1:
             params["b"].grad[0, 0] = float("nan")
-        result = optimizer.step(*schedule(step))
+        result = optimizer.step(*schedule(step), index=step)
         results.append((result.grad_norm.item(), result.applied.item()))
     return params, optimizer, results
 
 
-def moments_held(optimizer):
-    """Elements of Muon's and the tables' moments in this rank's memory."""
-    names = ("momentum", "second_moment", "exp_avg", "exp_avg_sq")
-    tensors = [t for shard in optimizer.shards for name, t in vars(shard).items() if name in names]
-    return sum(t.numel() for t in tensors if isinstance(t, torch.Tensor))
-
-
-def rank_main(rank, size, folder):
+def rank_main(rank, size, folder, matrix):
     torch.set_num_threads(1)  # first of all: a forked process must not enter the parent's OpenMP pool
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=size)
     world = World(rank, rank, size, torch.device("cpu"), "gloo")
-    params, optimizer, results = train(world, 0, 5, bad_at=2)
+    params, optimizer, results = train(world, matrix, 0, 5, bad_at=2)
     state = optimizer.state_tensors()
     # The state of all ranks, loaded into a fresh optimizer, gives the same state again.
-    fresh = MuonAdamW(params, random_problem()[1], GROUPS, world, torch.float32, NORM_FACTOR)
+    fresh = create(params, world, matrix)
     fresh.load_state_tensors(state)
     assert all(torch.equal(t, state[name]) for name, t in fresh.state_tensors().items())
     save_file({n: p.detach() for n, p in params.items()} | state, f"{folder}/rank{rank}.safetensors")
@@ -60,9 +70,10 @@ def rank_main(rank, size, folder):
 
 
 @pytest.mark.parametrize("size", [2, 3, 5])
-def test_any_number_of_ranks_gives_the_parameters_and_state_of_one(size, tmp_path):
-    mp.start_processes(rank_main, (size, tmp_path), nprocs=size, start_method="fork")
-    params, optimizer, results = train(World.solo(), 0, 5, bad_at=2)
+@pytest.mark.parametrize("matrix", OPTIMIZERS)
+def test_any_number_of_ranks_gives_the_parameters_and_state_of_one(size, matrix, tmp_path):
+    mp.start_processes(rank_main, (size, tmp_path, matrix), nprocs=size, start_method="fork")
+    params, optimizer, results = train(World.solo(), matrix, 0, 5, bad_at=2)
     want = {n: p.detach() for n, p in params.items()} | optimizer.state_tensors()
     ranks = [load_file(tmp_path / f"rank{r}.safetensors") for r in range(size)]
     for got in ranks:

@@ -171,6 +171,8 @@ FIELDS: dict[str, tuple[dict[str, Any], str]] = {
     "tails": ({"keep_tails": True}, "--keep-tails: False then, True now"),
     "batch": ({"total_batch_size": 512}, "batch_tokens: 256 then, 512 now"),
     "horizon": ({"num_iterations": 13}, "steps: 12 then, 13 now"),
+    "optimizer": ({"matrix_optimizer": "soap"}, "groups.matrix.optimizer: 'muon' then, 'soap' now"),
+    "bases": ({"soap_every": 5}, "--soap-every: 10 then, 5 now"),
     "learning rate": ({"embedding_lr": 0.5}, "groups.embedding.lr: "),
     "warmup": ({"warmup_steps": 3}, "schedule.warmup_steps: "),
     "corpus": ({}, "corpus hash: "),
