@@ -59,6 +59,7 @@ class TrainArgs:
     device_batch_size: int | None = flag(None, "rows in a micro-batch of one rank; by default from depth")
     matrix_optimizer: str = flag("muon", "optimizer of the block matrices", choices=("muon", "soap", "adamw"))
     matrix_lr: float | None = flag(None, "base learning rate of the block matrices, whatever optimizes them")
+    two_timescale: bool = flag(False, "mix a fast and a slow average for Muon's momentum")
     soap_every: int = flag(10, "steps between two renewals of SOAP's eigenbases")
     soap_sides: int = flag(
         2, "sides of a matrix that have an eigenbasis in SOAP: 2, or 1 for the shorter one", choices=(1, 2)

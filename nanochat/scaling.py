@@ -319,6 +319,10 @@ def _check(args: TrainArgs) -> None:
         raise UserError(f"--window-pattern={args.window_pattern!r}: expected letters S and L, such as SSSL.")
     if args.warmdown_ratio is not None and not 0 <= args.warmdown_ratio <= 1:
         raise UserError(f"--warmdown-ratio={args.warmdown_ratio}: expected a share between 0 and 1.")
+    if args.two_timescale and args.matrix_optimizer != "muon":
+        raise UserError(
+            f"--two-timescale with --matrix-optimizer={args.matrix_optimizer}: it is Muon's. Leave one out."
+        )
     cadences = ("eval_every", "sample_every", "save_every", "save_minutes", "keep_every", "check_ranks_every")
     for name in (*cadences, "core_metric_every", "warmup_steps", "seed"):
         if (value := getattr(args, name)) is not None and value < 0:

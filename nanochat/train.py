@@ -50,7 +50,7 @@ def create_state(
         world,
         precision.compute_dtype,
         plan.model.constants.polar_norm_factor,
-        MatrixOptions(plan.args.soap_every, plan.args.soap_sides),
+        MatrixOptions(plan.args.soap_every, plan.args.soap_sides, plan.args.two_timescale),
     )
     loader = TrainLoader(
         corpus,

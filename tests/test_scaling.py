@@ -105,6 +105,12 @@ def test_matrices_under_another_optimizer_by_hand(optimizer: str, betas: tuple[f
     assert asked.groups["matrix"].weight_decay == 0
 
 
+def test_two_timescales_are_muons() -> None:
+    plan(TrainArgs(two_timescale=True), 32768)
+    with pytest.raises(UserError, match="--two-timescale with --matrix-optimizer=soap"):
+        plan(TrainArgs(two_timescale=True, matrix_optimizer="soap"), 32768)
+
+
 def test_windows_follow_the_pattern_and_the_last_layer_is_full() -> None:
     model = model_config(TrainArgs(depth=6), 32768, 6)
     assert model.windows == (512, 512, 512, 2048, 512, 2048)
