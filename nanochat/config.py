@@ -67,6 +67,7 @@ class TrainArgs:
     embedding_lr: float | None = flag(None, "base learning rate of the token embedding (AdamW)")
     unembedding_lr: float | None = flag(None, "base learning rate of the output head (AdamW)")
     weight_decay: float | None = flag(None, "base weight decay of the block matrices, before scaling")
+    z_loss: float = flag(0.0, "weight of the z-loss, which keeps the logits of training small")
     warmup_steps: int | None = flag(None, "steps of linear learning-rate warmup")
     warmdown_ratio: float | None = flag(None, "last share of the run in which the learning rate falls")
     final_lr_frac: float | None = flag(None, "share of the learning rate left at the end")

@@ -168,6 +168,7 @@ class GPT(nn.Module):
     Attributes:
         recompute: what a backward pass computes again instead of keeping it: "none", "mlp" (of every block)
             or "block" (all but the stream between blocks). May be changed between passes.
+        z_loss: weight of the z-loss in `loss` while gradients are wanted.
     """
 
     cos: Tensor
@@ -185,6 +186,7 @@ class GPT(nn.Module):
         self.config = config
         self.dtype = precision.compute_dtype
         self.recompute = "none"
+        self.z_loss = 0.0
         self.document_bos = document_bos
         self.backend = precision.attention
         self.block_masks: dict[int, Any] = {}
@@ -307,7 +309,13 @@ class GPT(nn.Module):
         hidden = self._hidden(ids).flatten(0, 1)
         softcap, vocab_size = self.config.constants.softcap, self.config.vocab_size
         loss = softcapped_cross_entropy(
-            hidden, self.head.weight, targets.flatten(), softcap, vocab_size=vocab_size, reduction=reduction
+            hidden,
+            self.head.weight,
+            targets.flatten(),
+            softcap,
+            vocab_size=vocab_size,
+            reduction=reduction,
+            z_weight=self.z_loss,
         )
         return loss.view_as(targets) if reduction == "none" else loss
 

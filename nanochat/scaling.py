@@ -323,6 +323,8 @@ def _check(args: TrainArgs) -> None:
         raise UserError(
             f"--two-timescale with --matrix-optimizer={args.matrix_optimizer}: it is Muon's. Leave one out."
         )
+    if not 0 <= args.z_loss < math.inf:
+        raise UserError(f"--z-loss={args.z_loss}: expected 0 or more, such as 1e-4.")
     cadences = ("eval_every", "sample_every", "save_every", "save_minutes", "keep_every", "check_ranks_every")
     for name in (*cadences, "core_metric_every", "warmup_steps", "seed"):
         if (value := getattr(args, name)) is not None and value < 0:
