@@ -28,6 +28,7 @@ from nanochat.optim import MuonAdamW
 from nanochat.recipe import RECIPES
 from nanochat.same_run import require_same_run
 from nanochat.scaling import GPTConfig, Plan, count_params
+from nanochat.tail_average import TailAverage
 from nanochat.tokenizer import Tokenizer
 from nanochat.world import World
 
@@ -46,6 +47,7 @@ class TrainState:
         optimizer: its moments.
         loader: the position in the data.
         loss_scale: the factor on the loss where the compute dtype is fp16.
+        average: the mean of the weights over the last steps, where --tail-average asks for it.
         skipped_steps: steps among them whose update was held back, since it was not finite.
         smoothed_loss: exponential average of the training loss, in nats.
         train_seconds: seconds spent in steps, over all sessions of the run.
@@ -58,6 +60,7 @@ class TrainState:
     optimizer: MuonAdamW
     loader: TrainLoader
     loss_scale: LossScale
+    average: TailAverage
     skipped_steps: int = 0
     smoothed_loss: float = 0.0
     train_seconds: float = 0.0
@@ -89,7 +92,7 @@ def take(state: TrainState, plan: Plan, fingerprints: dict[str, str], world: Wor
     return Snapshot(
         checkpoint_files.folder_of(plan.args.run_name, state.step),
         {name: p.detach().to("cpu", copy=True) for name, p in state.model.named_parameters()},
-        optimizer,
+        optimizer | state.average.state_tensors(),
         {
             **{name: getattr(state, name) for name in COUNTERS},
             "loader": loader,
@@ -116,7 +119,9 @@ def load(state: TrainState, folder: Path, plan: Plan, fingerprints: dict[str, st
     weights = checkpoint_files.read_tensors(folder / MODEL)
     _require_fit(weights, state.model, folder / MODEL)
     _copy_weights(state.model, weights)
-    state.optimizer.load_state_tensors(checkpoint_files.read_tensors(folder / OPTIMIZER))
+    moments = checkpoint_files.read_tensors(folder / OPTIMIZER)
+    state.optimizer.load_state_tensors(moments)
+    state.average.load_state_tensors(moments)
     state.loader.load_state_dict(meta["loader"])
     state.loss_scale.load(meta.get("loss_scale", []))
     for name in COUNTERS:

@@ -67,6 +67,9 @@ class TrainArgs:
     embedding_lr: float | None = flag(None, "base learning rate of the token embedding (AdamW)")
     unembedding_lr: float | None = flag(None, "base learning rate of the output head (AdamW)")
     weight_decay: float | None = flag(None, "base weight decay of the block matrices, before scaling")
+    tail_average: float = flag(
+        0.0, "share of the steps, at the end, whose weights are averaged to be those of the finished run"
+    )
     z_loss: float = flag(0.0, "weight of the z-loss, which keeps the logits of training small")
     warmup_steps: int | None = flag(None, "steps of linear learning-rate warmup")
     warmdown_ratio: float | None = flag(None, "last share of the run in which the learning rate falls")

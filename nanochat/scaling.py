@@ -248,6 +248,7 @@ def plan(args: TrainArgs, vocab_size: int, world_size: int = 1) -> Plan:
         UserError: an argument out of range, or a batch that the context or the ranks do not divide.
     """
     _check(args)
+    _check_techniques(args)
     recipe = RECIPES[args.recipe]
     model, reference = (model_config(args, vocab_size, depth) for depth in (args.depth, REFERENCE_DEPTH))
     ratio = args.target_param_data_ratio or recipe.target_param_data_ratio
@@ -319,16 +320,22 @@ def _check(args: TrainArgs) -> None:
         raise UserError(f"--window-pattern={args.window_pattern!r}: expected letters S and L, such as SSSL.")
     if args.warmdown_ratio is not None and not 0 <= args.warmdown_ratio <= 1:
         raise UserError(f"--warmdown-ratio={args.warmdown_ratio}: expected a share between 0 and 1.")
-    if args.two_timescale and args.matrix_optimizer != "muon":
-        raise UserError(
-            f"--two-timescale with --matrix-optimizer={args.matrix_optimizer}: it is Muon's. Leave one out."
-        )
-    if not 0 <= args.z_loss < math.inf:
-        raise UserError(f"--z-loss={args.z_loss}: expected 0 or more, such as 1e-4.")
     cadences = ("eval_every", "sample_every", "save_every", "save_minutes", "keep_every", "check_ranks_every")
     for name in (*cadences, "core_metric_every", "warmup_steps", "seed"):
         if (value := getattr(args, name)) is not None and value < 0:
             raise UserError(f"--{name.replace('_', '-')}={value}: expected 0 or more.")
+
+
+def _check_techniques(args: TrainArgs) -> None:
+    """Refuse what the optional techniques cannot do."""
+    if args.two_timescale and args.matrix_optimizer != "muon":
+        raise UserError(
+            f"--two-timescale with --matrix-optimizer={args.matrix_optimizer}: it is Muon's. Leave one out."
+        )
+    if not 0 <= args.tail_average <= 1:
+        raise UserError(f"--tail-average={args.tail_average}: expected a share between 0 and 1.")
+    if not 0 <= args.z_loss < math.inf:
+        raise UserError(f"--z-loss={args.z_loss}: expected 0 or more, such as 1e-4.")
 
 
 def _batch_tokens(recipe: Recipe, horizon_share: float) -> int:

@@ -29,6 +29,7 @@ LAYERS = (
         "matrix_rules",
         "collectives",
         "optim",
+        "tail_average",
         "loss_scale",
         "fp8",
         "layers",
