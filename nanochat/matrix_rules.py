@@ -52,6 +52,9 @@ class MatrixOptions:
     two_timescale: bool = False
 
 
+DEFAULTS = MatrixOptions()
+
+
 class MatrixRule(Protocol):
     """Moments of K matrices (K, m, n), each of them (K, ...), and what a step does with them."""
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from nanochat.collectives import Pending, gather, mean, mean_scatter
 from nanochat.errors import UserError
-from nanochat.matrix_rules import MatrixOptions, MatrixRule, StepRates, matrix_rule
+from nanochat.matrix_rules import DEFAULTS, MatrixOptions, MatrixRule, StepRates, matrix_rule
 from nanochat.scaling import GroupPlan
 from nanochat.update_rules import AdamRates, adamw_update, sum_of_squares
 from nanochat.world import World
@@ -297,7 +297,7 @@ class MuonAdamW:
         world: World,
         compute_dtype: torch.dtype,
         norm_factor: float,
-        options: MatrixOptions = MatrixOptions(),  # noqa: B008, a frozen value
+        options: MatrixOptions = DEFAULTS,
     ) -> None:
         """Share the parameters out; all moments start at zero.
 

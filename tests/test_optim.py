@@ -267,6 +267,23 @@ def test_the_state_continues_in_another_optimizer_bit_for_bit(two_timescale):
     assert state["table.step"] == state["x0.step"] == 3
 
 
+def test_weights_and_moments_are_fp32_whatever_the_model_computes_in():
+    model = random_model(CONFIG, Precision(torch.bfloat16, "sdpa"), 0)
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    optimizer = MuonAdamW(
+        dict(model.named_parameters()),
+        model.parameter_kinds(),
+        GROUPS,
+        World.solo(),
+        torch.bfloat16,
+        NORM_FACTOR,
+    )
+    optimizer.step(1.0, 0.9, 0.1)
+    kept = [*model.parameters(), *optimizer.state_tensors().values()]
+    assert {tensor.dtype for tensor in kept} == {torch.float32}
+
+
 def test_a_state_of_another_model_is_refused_by_name():
     params, kinds = random_problem()
     optimizer = MuonAdamW(params, kinds, GROUPS, World.solo(), torch.float32, NORM_FACTOR)

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+import torch._dynamo.testing
 
 from nanochat.matrix_rules import MatrixOptions
 from nanochat.optim import MuonAdamW
 from nanochat.scaling import GroupPlan
-from nanochat.soap import Side, find_basis, renew_basis
+from nanochat.soap import Side, find_basis, renew_basis, soap_update
 from nanochat.world import World
 
 SOAP = GroupPlan("soap", 0.01, 0.95, 0.9, 1e-8, 0.1)
@@ -246,3 +247,15 @@ def test_the_squares_told_are_those_of_the_change():
     result = optimizer.step(0.5, 0.0, 0.1, index=4)
     changes = [(params[name].detach() - before[name]).square().sum() for name in optimizer.names]
     torch.testing.assert_close(result.update_squares, torch.stack(changes))
+
+
+def test_a_compiled_update_is_one_graph_and_gives_the_same_numbers():
+    counter = torch._dynamo.testing.CompileCounter()
+    plain, compiled = matrices(torch.float32, SHAPES[:1]), matrices(torch.float32, SHAPES[:1])
+    train(plain, optimizer_of(plain, SOAP, soap_every=3), 6)
+    optimizer = optimizer_of(compiled, SOAP, soap_every=3)
+    (shard,) = optimizer.shards
+    shard.rule.function = torch.compile(soap_update, backend=counter, fullgraph=True, dynamic=False)
+    train(compiled, optimizer, 6)
+    assert counter.frame_count == 1
+    assert all(torch.equal(compiled[name], p) for name, p in plain.items())

@@ -10,12 +10,14 @@ from nanochat.gpt import GPT
 from nanochat.hardware import Precision
 from nanochat.loss import softcapped_cross_entropy
 from nanochat.loss_scale import LossScale
+from nanochat.matrix_rules import DEFAULTS, MatrixOptions
 from nanochat.optim import MuonAdamW
 from nanochat.world import World
 from tests.test_attention import several_documents
 from tests.test_gpt import FP32, batch, config_of, random_model
 from tests.test_loss import SOFTCAP, problem, textbook
 from tests.test_optim import GROUPS, NORM_FACTOR
+from tests.test_soap import ADAMW, SOAP
 
 pytestmark = [
     pytest.mark.gpu,
@@ -33,9 +35,9 @@ def on_gpu(config, precision, **changes):
     return model
 
 
-def optimizer_of(model, dtype):
-    kinds, world = model.parameter_kinds(), World.solo(CUDA)
-    return MuonAdamW(dict(model.named_parameters()), kinds, GROUPS, world, dtype, NORM_FACTOR)
+def optimizer_of(model, dtype, matrix=GROUPS["matrix"], options=DEFAULTS):
+    kinds, world, groups = model.parameter_kinds(), World.solo(CUDA), {**GROUPS, "matrix": matrix}
+    return MuonAdamW(dict(model.named_parameters()), kinds, groups, world, dtype, NORM_FACTOR, options)
 
 
 def backend_or_skip(name, dtype=torch.bfloat16):
@@ -170,16 +172,20 @@ def test_fp16_steps_with_a_loss_scale():
     assert losses[-1] < losses[0]
 
 
-def test_a_step_never_waits_for_the_device():
-    """Micro-batches and update under the mode that makes every wait an error."""
+@pytest.mark.parametrize("matrix", [GROUPS["matrix"], SOAP, ADAMW], ids=lambda group: group.optimizer)
+def test_a_step_never_waits_for_the_device(matrix):
+    """Micro-batches and update under the mode that makes every wait an error.
+
+    SOAP waits where it finds its bases, at step 0 and the first renewal; step 6 is its second one.
+    """
     needs(8)
     model = on_gpu(CONFIG, Precision(torch.bfloat16, "sdpa"))
-    optimizer = optimizer_of(model, torch.bfloat16)
+    optimizer = optimizer_of(model, torch.bfloat16, matrix, MatrixOptions(soap_every=3))
     ids, targets = (x.to(CUDA) for x in batch(CONFIG))
     for attempt in range(2):
         torch.cuda.set_sync_debug_mode("error" if attempt else "default")
         try:
             model.loss(ids, targets).backward()
-            optimizer.step(0.05, 0.9, 0.0)
+            optimizer.step(0.05, 0.9, 0.0, index=6 * attempt)
         finally:
             torch.cuda.set_sync_debug_mode("default")
