@@ -223,8 +223,10 @@ def _model_config(values: dict[str, Any], weights: dict[str, Tensor], path: Path
         UserError: they are not.
     """
     names = [item.name for item in dataclasses.fields(GPTConfig)]
-    values = {"attention_kind": GPTConfig.attention_kind, **values}  # checkpoints from before it lack it
-    sizes = [values.get(name) for name in names if name not in ("window_pattern", "recipe", "attention_kind")]
+    # Checkpoints from before these lack them.
+    values = {"attention_kind": GPTConfig.attention_kind, "bigram": GPTConfig.bigram, **values}
+    no_size = ("window_pattern", "recipe", "attention_kind", "bigram")
+    sizes = [values.get(name) for name in names if name not in no_size]
     pattern = values.get("window_pattern")
     elements = sum(tensor.numel() for tensor in weights.values())
     plausible = (
@@ -232,6 +234,7 @@ def _model_config(values: dict[str, Any], weights: dict[str, Tensor], path: Path
         and values["n_layer"] <= len(weights)
         and values["n_head"] % values["n_kv_head"] == 0
         and values["attention_kind"] in config.ATTENTION_KINDS
+        and type(values["bigram"]) is bool
         and values["head_dim"] % (4 if values["attention_kind"] == "diff1" else 2) == 0
         and values["sequence_len"] <= MAX_POSITIONS
         and isinstance(pattern, str)

@@ -46,6 +46,7 @@ class TrainArgs:
         "what a head makes of its scores: softmax, or the difference of two (nanochat/differential.py)",
         choices=ATTENTION_KINDS,
     )
+    bigram: bool = flag(False, "add an embedding of every pair of neighbouring tokens, hashed, in all layers")
     document_mask: bool = flag(False, "keep attention within a document where a row holds several")
     # Horizon: the first that is given counts
     num_iterations: int | None = flag(None, "number of optimizer steps")

@@ -38,7 +38,7 @@ SAMPLE_PROMPTS = (
 
 
 class KVCache:
-    """Keys and values of every layer for rows of one length, and the last embedding, which the smear needs.
+    """Keys and values of every layer for rows of one length; the last embedding and id, for what mixes two.
 
     Implements gpt.DecodeCache.
     """
@@ -51,6 +51,7 @@ class KVCache:
         self._k = torch.empty(shape, dtype=dtype, device=device)
         self._v = torch.empty(shape, dtype=dtype, device=device)
         self._last = torch.zeros(rows, 1, config.n_embd, dtype=dtype, device=device)
+        self._last_id = torch.full((rows, 1), -1, device=device)
         self._length = 0
 
     @property
@@ -67,6 +68,12 @@ class KVCache:
         """What precedes each of the new positions x (B, T, C), and remember the last of them."""
         before = torch.cat((self._last, x[:, :-1]), dim=1)
         self._last = x[:, -1:].clone()
+        return before
+
+    def shift_ids(self, ids: Tensor) -> Tensor:
+        """The id before each of the new ones (B, T), -1 before the first, and remember the last of them."""
+        before = torch.cat((self._last_id, ids[:, :-1]), dim=1)
+        self._last_id = ids[:, -1:].clone()
         return before
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -91,6 +98,7 @@ class KVCache:
         rows = rows.to(self._k.device)
         self._k, self._v = self._k.index_select(1, rows), self._v.index_select(1, rows)
         self._last = self._last.index_select(0, rows)
+        self._last_id = self._last_id.index_select(0, rows)
 
 
 @dataclass(frozen=True)

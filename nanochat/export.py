@@ -48,8 +48,13 @@ def write_hf(model: GPT, tokenizer: Tokenizer, folder: Path) -> None:
     """Write weights, config, tokenizer and the modelling file; the folder appears whole or not at all.
 
     Raises:
-        UserError: the modelling file does not know the model's attention.
+        UserError: the modelling file does not know the model's attention, or its table of pairs.
     """
+    if model.config.bigram:
+        raise UserError(
+            f"{folder}: not written: the model has --bigram, which modeling_nanochat.py does not know. Use "
+            "scripts.generate and scripts.base_eval with it."
+        )
     if model.config.attention_kind != "softmax":
         raise UserError(
             f"{folder}: not written: the model has --attention-kind={model.config.attention_kind}, and "

@@ -22,20 +22,22 @@ from torch.utils.checkpoint import checkpoint
 from nanochat.attention import Layout, attention, block_masks, layout_of
 from nanochat.differential import VECTORS_STD, differential
 from nanochat.hardware import Precision
-from nanochat.layers import Embedding, Linear, ReluSquared, norm, rotate
+from nanochat.layers import Embedding, Linear, ReluSquared, norm, pair_rows, rotate
 from nanochat.loss import Reduction, softcapped_cross_entropy, token_losses
 from nanochat.scaling import GPTConfig
 
 HEAD_STD = 0.001
 BACKOUT_INIT = 0.2
 SMEAR_GATE_INIT = 0.02
+BIGRAM_SCALE_INIT = 0.05
 
 
 class DecodeCache(Protocol):
     """What GPT.forward asks of a cache of earlier positions; engine.py owns the only implementation.
 
-    A forward pass over T new positions reads `length`, calls `shift` once, `append` once a layer in order,
-    and `advance(T)` at its end. All rows have the same length.
+    A forward pass over T new positions reads `length`, calls `shift` once, `shift_ids` once where the model
+    has a table of pairs, `append` once a layer in order, and `advance(T)` at its end. All rows have the same
+    length.
     """
 
     @property
@@ -49,6 +51,10 @@ class DecodeCache(Protocol):
         Args:
             x: (B, T, C) normed embeddings of the new positions.
         """
+        ...
+
+    def shift_ids(self, ids: Tensor) -> Tensor:
+        """Likewise of token ids: (B, T) int64, -1 before the very first one."""
         ...
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -69,12 +75,14 @@ class Shared:
         sin: likewise.
         layout: the documents of the rows, for attention.
         cache: earlier positions, if any.
+        pairs: (B, T, C) embeddings of each token with the one before it, if the model has them.
     """
 
     cos: Tensor
     sin: Tensor
     layout: Layout
     cache: DecodeCache | None
+    pairs: Tensor | None
 
 
 class Attention(nn.Module):
@@ -198,6 +206,8 @@ class GPT(nn.Module):
         self.backout_scale = nn.Parameter(torch.empty(()))
         self.resid_scale = nn.Parameter(torch.empty(config.n_layer))
         self.x0_scale = nn.Parameter(torch.empty(config.n_layer))
+        self.bigram = Embedding(config.bigram_rows, config.n_embd, self.dtype) if config.bigram else None
+        self.bigram_scale = nn.Parameter(torch.empty(config.n_layer)) if config.bigram else None
         layers = range(config.n_layer)
         self.blocks = nn.ModuleList(Block(config, layer, precision) for layer in layers)
         self.value_embeds = nn.ModuleDict(
@@ -243,7 +253,7 @@ class GPT(nn.Module):
         count, start = ids.size(1), 0 if cache is None else cache.length
         assert start + count <= self.cos.size(0), "reserve_positions was not called for this length"
         cos, sin = self.cos[start : start + count], self.sin[start : start + count]
-        shared = Shared(cos, sin, self._layout(ids, cache), cache)
+        shared = Shared(cos, sin, self._layout(ids, cache), cache, self._pairs(ids, cache))
         x = norm(self.embed(ids))
         before = F.pad(x[:, :-1], (0, 0, 1, 0)) if cache is None else cache.shift(x)
         gate = torch.sigmoid(self.smear_gate(x[..., : self.config.smear_gate_channels]))
@@ -265,10 +275,20 @@ class GPT(nn.Module):
             return layout_of(ids == self.document_bos, self.backend, self.config.windows)
         return Layout(block_masks=self.block_masks if ids.size(1) == self.config.sequence_len else {})
 
+    def _pairs(self, ids: Tensor, cache: DecodeCache | None) -> Tensor | None:
+        """Embeddings of each token with the one before it; as smear does, they reach over a BOS."""
+        if self.bigram is None:
+            return None
+        before = F.pad(ids[:, :-1], (1, 0), value=-1) if cache is None else cache.shift_ids(ids)
+        pairs: Tensor = self.bigram(pair_rows(ids, before, self.config.bigram_rows))
+        return pairs
+
     def _layer(self, i: int, x: Tensor, x0: Tensor, ids: Tensor, shared: Shared) -> Tensor:
         """Layer i with its residual scalars and its value table: (B, T, C) -> (B, T, C)."""
         value = self.value_embeds[str(i)](ids) if str(i) in self.value_embeds else None
         mixed = self.resid_scale[i] * x + self.x0_scale[i] * x0
+        if self.bigram_scale is not None and shared.pairs is not None:
+            mixed = mixed + self.bigram_scale[i] * shared.pairs
         recompute_mlp = self.recompute == "mlp" and shared.cache is None and torch.is_grad_enabled()
         out: Tensor = self.blocks[i](mixed, value, shared, recompute_mlp)
         return out
@@ -361,8 +381,9 @@ def _init_parameter(name: str, p: Tensor, config: GPTConfig, generator: torch.Ge
     linear = {
         "resid_scale": (recipe.resid_first, recipe.resid_last),
         "x0_scale": (recipe.x0_first, recipe.x0_last),
+        "bigram_scale": (BIGRAM_SCALE_INIT, BIGRAM_SCALE_INIT),
     }
-    constant = {"smear_scale": 0.0, "backout_scale": BACKOUT_INIT}
+    constant = {"smear_scale": 0.0, "backout_scale": BACKOUT_INIT, "bigram.weight": 0.0}
     normal = {"embed.weight": recipe.embedding_std, "head.weight": HEAD_STD}
     if name in constant:
         p.fill_(constant[name])
@@ -385,6 +406,8 @@ def _kind(name: str) -> str:
     kinds = {
         "embed": "embedding",
         "value_embeds": "value_embedding",
+        "bigram": "value_embedding",
+        "bigram_scale": "resid",
         "head": "unembedding",
         "resid_scale": "resid",
         "x0_scale": "x0",

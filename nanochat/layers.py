@@ -63,6 +63,17 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
 
 
+def pair_rows(ids: Tensor, before: Tensor, rows: int) -> Tensor:
+    """Row of the table of pairs for each token and the one before it, (B, T) int64, by modded-nanogpt's hash.
+
+    Args:
+        ids: (B, T) int64.
+        before: (B, T) int64, -1 where there is none.
+        rows: of the table.
+    """
+    return ((36313 * ids) ^ (27191 * before)) % rows
+
+
 class ReluSquared(torch.autograd.Function):
     """max(z, 0)^2, of which only r = max(z, 0) is kept: the derivative is 2 r.
 

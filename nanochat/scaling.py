@@ -53,6 +53,7 @@ class GPTConfig:
         window_pattern: S and L, tiled over layers; the last layer is always L.
         recipe: name of the set of constants.
         attention_kind: one of config.ATTENTION_KINDS.
+        bigram: whether pairs of neighbouring tokens have a table.
     """
 
     n_layer: int
@@ -65,6 +66,7 @@ class GPTConfig:
     window_pattern: str = "SSSL"
     recipe: str = "july"
     attention_kind: str = "softmax"
+    bigram: bool = False
 
     @property
     def constants(self) -> Recipe:
@@ -94,6 +96,11 @@ class GPTConfig:
         kinds = [self.window_pattern[i % len(self.window_pattern)] for i in range(self.n_layer - 1)] + ["L"]
         return tuple(short if kind == "S" else full for kind in kinds)
 
+    @property
+    def bigram_rows(self) -> int:
+        """Rows of the table of pairs, which share them by a hash: five times the vocabulary's (RECIPE 3)."""
+        return 5 * self.padded_vocab_size if self.bigram else 0
+
     def has_value_embedding(self, layer: int) -> bool:
         """Every other layer owns a value table, the last one included."""
         return layer % 2 == (self.n_layer - 1) % 2
@@ -111,7 +118,7 @@ class GPTConfig:
 
 @dataclass(frozen=True)
 class ParamCounts:
-    """Parameters by kind, padded rows included."""
+    """Parameters by kind, padded rows included; the table of pairs is one of the value tables."""
 
     matrix: int
     unembedding: int
@@ -144,8 +151,8 @@ def count_params(c: GPTConfig) -> ParamCounts:
         matrix=c.n_layer * (attention + mlp) + gates,
         unembedding=table,
         embedding=table,
-        value_embedding=value_layers * c.padded_vocab_size * kv_width,
-        scalars=c.n_layer * (2 + share_vectors) + c.smear_gate_channels + 2,
+        value_embedding=value_layers * c.padded_vocab_size * kv_width + c.bigram_rows * c.n_embd,
+        scalars=c.n_layer * (2 + c.bigram + share_vectors) + c.smear_gate_channels + 2,
     )
 
 
@@ -233,6 +240,7 @@ def model_config(args: TrainArgs, vocab_size: int, depth: int) -> GPTConfig:
         window_pattern=args.window_pattern,
         recipe=args.recipe,
         attention_kind=args.attention_kind,
+        bigram=args.bigram,
     )
 
 

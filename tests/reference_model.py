@@ -59,6 +59,19 @@ def reference_head(w, block, layer, config, y, head, hidden, values):
     return a1 - share[..., None] * a2
 
 
+def reference_pairs(ids, rows):
+    """Row of each token and the one before it (-1 at the beginning), in the integers of Python."""
+    return torch.tensor(
+        [
+            [
+                ((36313 * now) ^ (27191 * before)) % rows
+                for before, now in zip([-1, *row[:-1]], row, strict=True)
+            ]
+            for row in ids.tolist()
+        ]
+    )
+
+
 def reference_logits(w, config, ids, bos=None):
     """w: name -> tensor. ids (B, T) -> (B, T, V) softcapped logits; documents begin at bos, if given."""
     n, h, hkv, d = config.n_layer, config.n_head, config.n_kv_head, config.head_dim
@@ -72,6 +85,8 @@ def reference_logits(w, config, ids, bos=None):
     for i in range(n):
         block = f"blocks.{i}."
         x = w["resid_scale"][i] * x + w["x0_scale"][i] * x0
+        if "bigram.weight" in w:
+            x = x + w["bigram_scale"][i] * w["bigram.weight"][reference_pairs(ids, len(w["bigram.weight"]))]
         y = rms(x)
         v = (y @ w[block + "attn.v.weight"].T).view(*ids.shape, hkv, d)
         if (n - 1 - i) % 2 == 0:

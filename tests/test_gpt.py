@@ -94,6 +94,9 @@ class ListCache:
         self.last = x[:, -1:]
         return torch.cat((first, x[:, :-1]), dim=1)
 
+    def shift_ids(self, ids):
+        raise AssertionError("this model has no table of pairs")
+
     def append(self, layer, k, v):
         if layer in self.kept:
             k, v = (torch.cat(pair, dim=1) for pair in zip(self.kept[layer], (k, v), strict=True))

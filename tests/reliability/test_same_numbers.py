@@ -167,6 +167,7 @@ FIELDS: dict[str, tuple[dict[str, Any], str]] = {
     "window": ({"window_pattern": "L"}, "model.window_pattern: 'SSSL' then, 'L' now"),
     "recipe": ({"recipe": "january"}, "model.recipe: 'july' then, 'january' now"),
     "attention": ({"attention_kind": "diff2"}, "model.attention_kind: 'softmax' then, 'diff2' now"),
+    "pairs": ({"bigram": True}, "model.bigram: False then, True now"),
     "seed": ({"seed": 1}, "--seed: 0 then, 1 now"),
     "tails": ({"keep_tails": True}, "--keep-tails: False then, True now"),
     "batch": ({"total_batch_size": 512}, "batch_tokens: 256 then, 512 now"),
