@@ -1,0 +1,98 @@
+"""CORE on the public bundle, by one rank and by two, in batches of 1 to 64 rows: the plain answers."""
+
+import math
+import subprocess
+import sys
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from dev.bench import naive_core
+from nanochat import base_eval, checkpoint, core_tasks, dataset, files, scaling, train
+from nanochat.config import EvalArgs
+from nanochat.hardware import Precision
+from nanochat.tokenizer import Tokenizer
+from nanochat.world import World
+from tests.conftest import REPO
+from tests.test_base_eval import predictions_of
+from tests.tiny import tiny_args, train_tiny
+
+CONTEXT = 128
+EXAMPLES = 3  # of each task
+PRECISION = Precision(torch.float32, "sdpa")
+SHAPE = {"max_seq_len": CONTEXT, "total_batch_size": 1024}
+
+
+def make_run(shared_data, trained):
+    """A run of a small model, trained on prose for a moment or with random weights; returns its model."""
+    shard = shared_data / "prose" / "shard_00010.parquet"
+    corpus = dataset.prepare("local", named_files=[str(shard)])
+    texts = pq.read_table(shard, columns=["text"])["text"].to_pylist()
+    tokenizer = Tokenizer.train(texts[:200], 1024)
+    tokenizer.save(files.tokenizer_dir("local"))
+    if trained:
+        train_tiny(**SHAPE, num_iterations=150, eval_every=150, save_every=150)
+    else:
+        plan = scaling.plan(tiny_args(**SHAPE), tokenizer.vocab_size, 1)
+        state = train.create_state(plan, corpus, tokenizer, PRECISION, World.solo())
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for parameter in state.model.parameters():
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+        fingerprints = {"corpus": corpus.fingerprint, "tokenizer": tokenizer.fingerprint}
+        checkpoint.take(state, plan, fingerprints, World.solo()).write()
+    return checkpoint.load_model("tiny", device=torch.device("cpu"), precision=PRECISION)
+
+
+def plain_answers(model, tokenizer, path):
+    """(task, answer) of every example, in order."""
+    bundle = core_tasks.open_bundle(path)
+    return [
+        (task, answer)
+        for task in core_tasks.load_tasks(bundle)
+        for answer in naive_core.answers(
+            model, tokenizer, task, core_tasks.load_examples(bundle, task), EXAMPLES, CONTEXT
+        )
+    ]
+
+
+def assert_equal(found, plain):
+    """Losses within 1e-4, answers the same but for exact ties."""
+    assert len(found) == len(plain)
+    for mine, (task, other) in zip(found, plain, strict=True):
+        assert (mine["task"], mine["line"]) == (task.label, other.line)
+        losses = [math.nan if nats is None else nats for nats in mine["losses"]]
+        assert losses == pytest.approx(other.losses, abs=1e-4, nan_ok=True)
+        if mine["answer"] != other.answer:
+            assert task.kind != "language_modeling", mine
+            assert other.losses[mine["answer"]] == pytest.approx(other.losses[other.answer], abs=1e-6), mine
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trained", [True, False], ids=["trained", "random"])
+def test_every_answer_on_the_public_bundle_is_the_plain_scorers(shared_data, base_dir, trained):
+    model, tokenizer, _ = make_run(shared_data, trained)
+    path = shared_data / "eval_bundle.zip"
+    plain = plain_answers(model, tokenizer, path)
+    assert len({task.label for task, _ in plain}) == 22
+    assert len({answer.answer for _, answer in plain}) > 4  # -1, 0 and most choices
+    asked = {
+        "run": "tiny",
+        "eval": "core",
+        "eval_bundle": str(path),
+        "device_type": "cpu",
+        "dtype": "float32",
+    }
+    asked |= {"core_metric_max_per_task": EXAMPLES}
+    for rows in (1, 2, 5, 16, 64):
+        base_eval.run(EvalArgs(**asked, eval_batch_tokens=rows * CONTEXT), World.solo())
+        assert_equal(predictions_of("tiny"), plain)
+    for rows in (1, 64):
+        asked["eval_batch_tokens"] = rows * CONTEXT
+        flags = [f"--{name.replace('_', '-')}={value}" for name, value in asked.items()]
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+        command += [str(REPO / "scripts" / "base_eval.py"), "--", *flags]
+        subprocess.run(command, check=True, capture_output=True, timeout=300)
+        assert files.read_json(files.run_dir("tiny") / "base_eval.json")["world_size"] == 2
+        assert_equal(predictions_of("tiny"), plain)
