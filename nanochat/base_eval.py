@@ -83,6 +83,7 @@ def run(args: EvalArgs, world: World) -> dict[str, Any]:
         "core_stderr": None,
         "tasks": {},
         "bpb": {},
+        "loss": {},
         "samples": [],
         "examples_per_second": None,
         "dtype": str(precision.compute_dtype).removeprefix("torch."),
@@ -100,6 +101,7 @@ def run(args: EvalArgs, world: World) -> dict[str, Any]:
         corpus = Corpus.open(trained.corpus)
         profiles = _score_bpb(model, tokenizer, corpus, args, trained.keep_tails, world)
         found["bpb"] = {split: profile.bpb for split, profile in profiles.items()}
+        found["loss"] = {split: profile.loss for split, profile in profiles.items()}
         found["bpb_profile"] = {split: profile.as_dict() for split, profile in profiles.items()}
     if "sample" in parts and world.is_main:
         found["samples"] = sample_texts(model, tokenizer, max_tokens=args.max_new_tokens)
@@ -225,7 +227,9 @@ def _score_bpb(
                 f"bits per byte of {split} is not a number: the training of run {args.run!r} diverged. "
                 "Score an earlier checkpoint with --step, or train again."
             )
-        world.print0(f"bits per byte, {split}: {found[split].bpb:.4f}")
+        world.print0(
+            f"bits per byte, {split}: {found[split].bpb:.4f}; nats per token: {found[split].loss:.4f}"
+        )
     return found
 
 

@@ -27,7 +27,7 @@ from nanochat.loss_scale import LossScale
 from nanochat.optim import MuonAdamW
 from nanochat.recipe import RECIPES
 from nanochat.same_run import require_same_run
-from nanochat.scaling import GPTConfig, Plan, count_params
+from nanochat.scaling import GPTConfig, Plan, count_params, masks_documents
 from nanochat.tail_average import TailAverage
 from nanochat.tokenizer import Tokenizer
 from nanochat.world import World
@@ -53,6 +53,7 @@ class TrainState:
         train_seconds: seconds spent in steps, over all sessions of the run.
         val_bpb: newest validation bits per byte, or None before the first.
         min_val_bpb: lowest so far.
+        val_loss: newest validation loss, nats per token.
     """
 
     step: int
@@ -66,9 +67,10 @@ class TrainState:
     train_seconds: float = 0.0
     val_bpb: float | None = None
     min_val_bpb: float | None = None
+    val_loss: float | None = None
 
 
-COUNTERS = ("step", "skipped_steps", "smoothed_loss", "train_seconds", "val_bpb", "min_val_bpb")
+COUNTERS = ("step", "skipped_steps", "smoothed_loss", "train_seconds", "val_bpb", "min_val_bpb", "val_loss")
 
 
 def take(state: TrainState, plan: Plan, fingerprints: dict[str, str], world: World) -> Snapshot | None:
@@ -125,7 +127,7 @@ def load(state: TrainState, folder: Path, plan: Plan, fingerprints: dict[str, st
     state.loader.load_state_dict(meta["loader"])
     state.loss_scale.load(meta.get("loss_scale", []))
     for name in COUNTERS:
-        setattr(state, name, meta[name])
+        setattr(state, name, meta.get(name))  # val_loss is newer than the first checkpoints
     return extended
 
 
@@ -205,7 +207,7 @@ def load_model(
     weights = checkpoint_files.read_tensors(folder / MODEL)
     shape = _model_config(meta["plan"]["model"], weights, folder / STATE)
     with torch.device("meta"):
-        model = GPT(shape, precision, tokenizer.bos_id if args.document_mask else None)
+        model = GPT(shape, precision, tokenizer.bos_id if masks_documents(args) else None)
     _require_fit(weights, model, folder / MODEL)
     model.to_empty(device=device)
     model.reserve_positions(shape.sequence_len)  # the rotary tables are not in the file

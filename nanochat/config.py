@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import sys
 import types
 import typing
@@ -47,15 +48,20 @@ class TrainArgs:
         choices=ATTENTION_KINDS,
     )
     bigram: bool = flag(False, "add an embedding of every pair of neighbouring tokens, hashed, in all layers")
-    document_mask: bool = flag(False, "keep attention within a document where a row holds several")
+    document_mask: bool = flag(False, "keep attention within a document, also where the recipe would not")
     # Horizon: the first that is given counts
     num_iterations: int | None = flag(None, "number of optimizer steps")
     target_flops: float | None = flag(None, "train for this many floating-point operations")
     target_param_data_ratio: float | None = flag(
         None, "tokens per scaling parameter; by default the recipe's"
     )
+    target_loss: float | None = flag(
+        None, "end the run at the first validation at or below this loss, in nats per token"
+    )
     # Optimization
-    recipe: str = flag("july", "set of constants (nanochat/recipe.py)", choices=("july", "january"))
+    recipe: str = flag(
+        "july", "set of constants (nanochat/recipe.py)", choices=("july", "january", "speedrun-124m")
+    )
     total_batch_size: int | None = flag(None, "tokens in a global batch; by default from the horizon")
     device_batch_size: int | None = flag(None, "rows in a micro-batch of one rank; by default from depth")
     matrix_optimizer: str = flag("muon", "optimizer of the block matrices", choices=("muon", "soap", "adamw"))
@@ -248,6 +254,57 @@ class ReportArgs:
     """Make report.html from the files of a run."""
 
     run: str = flag("", "name of the run")
+
+
+def require_possible(args: TrainArgs) -> None:
+    """Refuse arguments that no run can have.
+
+    Raises:
+        UserError: names the first of them.
+    """
+    _require_sizes(args)
+    _require_techniques(args)
+
+
+def _require_sizes(args: TrainArgs) -> None:
+    sizes = ("depth", "max_seq_len", "aspect_ratio", "head_dim", "total_batch_size", "device_batch_size")
+    ends = ("num_iterations", "target_param_data_ratio", "target_flops", "target_loss")
+    for name in (*sizes, *ends, "keep_last", "soap_every"):
+        value = getattr(args, name)
+        if value is not None and not value > 0:
+            raise UserError(f"--{name.replace('_', '-')}={value}: expected a number above 0.")
+    if args.head_dim % 2:
+        raise UserError(
+            f"--head-dim={args.head_dim}: expected an even number: rotary embeddings pair halves."
+        )
+    if args.attention_kind not in ATTENTION_KINDS:
+        raise UserError(
+            f"--attention-kind={args.attention_kind}: expected one of {', '.join(ATTENTION_KINDS)}."
+        )
+    if args.attention_kind == "diff1" and args.head_dim % 4:
+        raise UserError(
+            f"--head-dim={args.head_dim}: --attention-kind=diff1 halves a head, and rotary embeddings each "
+            "half: expected a multiple of 4."
+        )
+    if not args.window_pattern or set(args.window_pattern) - {"S", "L"}:
+        raise UserError(f"--window-pattern={args.window_pattern!r}: expected letters S and L, such as SSSL.")
+    if args.warmdown_ratio is not None and not 0 <= args.warmdown_ratio <= 1:
+        raise UserError(f"--warmdown-ratio={args.warmdown_ratio}: expected a share between 0 and 1.")
+    cadences = ("eval_every", "sample_every", "save_every", "save_minutes", "keep_every", "check_ranks_every")
+    for name in (*cadences, "core_metric_every", "warmup_steps", "seed"):
+        if (value := getattr(args, name)) is not None and value < 0:
+            raise UserError(f"--{name.replace('_', '-')}={value}: expected 0 or more.")
+
+
+def _require_techniques(args: TrainArgs) -> None:
+    if args.two_timescale and args.matrix_optimizer != "muon":
+        raise UserError(
+            f"--two-timescale with --matrix-optimizer={args.matrix_optimizer}: it is Muon's. Leave one out."
+        )
+    if not 0 <= args.tail_average <= 1:
+        raise UserError(f"--tail-average={args.tail_average}: expected a share between 0 and 1.")
+    if not 0 <= args.z_loss < math.inf:
+        raise UserError(f"--z-loss={args.z_loss}: expected 0 or more, such as 1e-4.")
 
 
 def parse(cls: type[Args], argv: list[str] | None = None) -> Args:

@@ -73,6 +73,7 @@ class Shared:
     Attributes:
         cos: (T, 1, D/2), of the rotary angles.
         sin: likewise.
+        windows: of attention, one a layer.
         layout: the documents of the rows, for attention.
         cache: earlier positions, if any.
         pairs: (B, T, C) embeddings of each token with the one before it, if the model has them.
@@ -80,6 +81,7 @@ class Shared:
 
     cos: Tensor
     sin: Tensor
+    windows: tuple[int, ...]
     layout: Layout
     cache: DecodeCache | None
     pairs: Tensor | None
@@ -96,7 +98,6 @@ class Attention(nn.Module):
         super().__init__()
         self.layer = layer
         self.backend = precision.attention
-        self.window = config.windows[layer]
         self.kv_heads, self.head_dim, self.qk_dim = config.n_kv_head, config.head_dim, config.qk_dim
         # Queries and keys are both multiplied by qk_scale after their norm: its square goes on the scores.
         self.scale = config.constants.qk_scale**2 * config.qk_dim**-0.5
@@ -121,8 +122,9 @@ class Attention(nn.Module):
         if shared.cache is not None:
             k, v = shared.cache.append(self.layer, k.reshape(v.shape), v)
             k = torch.unflatten(k.flatten(-2), -1, (-1, self.qk_dim))
+        window = shared.windows[self.layer]
         attend = partial(
-            attention, window=self.window, backend=self.backend, scale=self.scale, layout=shared.layout
+            attention, window=window, backend=self.backend, scale=self.scale, layout=shared.layout
         )
         y = attend(q, k, v) if self.differential is None else self.differential(x, q, k, v, attend)
         out: Tensor = self.out(y.flatten(-2))
@@ -196,6 +198,7 @@ class GPT(nn.Module):
         self.recompute = "none"
         self.z_loss = 0.0
         self.document_bos = document_bos
+        self.windows = config.windows
         self.backend = precision.attention
         self.block_masks: dict[int, Any] = {}
         self._compiled: tuple[torch.Size, Callable[[Tensor], Tensor]] | None = None
@@ -229,7 +232,14 @@ class GPT(nn.Module):
         angle = torch.outer(position, frequency)[:, None, :]
         self.register_buffer("cos", angle.cos().to(self.dtype), persistent=False)
         self.register_buffer("sin", angle.sin().to(self.dtype), persistent=False)
-        self.block_masks = block_masks(self.backend, self.config.sequence_len, self.config.windows, device)
+        self.block_masks = block_masks(self.backend, self.config.sequence_len, self.windows, device)
+
+    def use_windows(self, windows: tuple[int, ...]) -> None:
+        """Let layer i see windows[i] earlier tokens from here on. Each set of windows is compiled once."""
+        if windows != self.windows:
+            self.windows = windows
+            device, length = self.embed.weight.device, self.config.sequence_len
+            self.block_masks = block_masks(self.backend, length, windows, device)
 
     def init_weights(self, seed: int) -> None:
         """Fill every parameter (RECIPE 1.2, 2.4) and table.
@@ -253,7 +263,8 @@ class GPT(nn.Module):
         count, start = ids.size(1), 0 if cache is None else cache.length
         assert start + count <= self.cos.size(0), "reserve_positions was not called for this length"
         cos, sin = self.cos[start : start + count], self.sin[start : start + count]
-        shared = Shared(cos, sin, self._layout(ids, cache), cache, self._pairs(ids, cache))
+        layout, pairs = self._layout(ids, cache), self._pairs(ids, cache)
+        shared = Shared(cos, sin, self.windows, layout, cache, pairs)
         x = norm(self.embed(ids))
         before = F.pad(x[:, :-1], (0, 0, 1, 0)) if cache is None else cache.shift(x)
         gate = torch.sigmoid(self.smear_gate(x[..., : self.config.smear_gate_channels]))
@@ -272,7 +283,7 @@ class GPT(nn.Module):
     def _layout(self, ids: Tensor, cache: DecodeCache | None) -> Layout:
         """Where documents begin; a prompt behind a cache is one document, whatever is in it."""
         if self.document_bos is not None and cache is None:
-            return layout_of(ids == self.document_bos, self.backend, self.config.windows)
+            return layout_of(ids == self.document_bos, self.backend, self.windows)
         return Layout(block_masks=self.block_masks if ids.size(1) == self.config.sequence_len else {})
 
     def _pairs(self, ids: Tensor, cache: DecodeCache | None) -> Tensor | None:

@@ -10,7 +10,7 @@ from nanochat.checkpoint import TrainState
 from nanochat.dataloader import ValBatches
 from nanochat.dataset import Corpus
 from nanochat.engine import sample_texts
-from nanochat.loss_eval import evaluate_bpb
+from nanochat.loss_eval import evaluate
 from nanochat.replicas import require_equal
 from nanochat.runlog import RunLog
 from nanochat.saver import Saver
@@ -99,11 +99,22 @@ def _validator(
     )
 
     def validate(state: TrainState) -> None:
-        bpb = evaluate_bpb(state.model, batches, token_bytes, world, stop_requested)
-        state.val_bpb = bpb
+        found = evaluate(state.model, batches, token_bytes, world, stop_requested)
+        bpb = state.val_bpb = found.bpb
+        state.val_loss = found.loss
         state.min_val_bpb = bpb if state.min_val_bpb is None else min(bpb, state.min_val_bpb)
-        log.write("eval", state.step, val_bpb=bpb, train_seconds=state.train_seconds)
-        log.say(f"step {state.step:5d}/{plan.steps} | validation {bpb:.4f} bits per byte")
+        log.write(
+            "eval",
+            state.step,
+            val_bpb=bpb,
+            val_loss=found.loss,
+            tokens=plan.tokens_until(state.step),
+            train_seconds=state.train_seconds,
+        )
+        log.say(
+            f"step {state.step:5d}/{plan.steps} | validation {bpb:.4f} bits per byte, "
+            f"{found.loss:.4f} nats per token | {state.train_seconds:,.1f} s of training"
+        )
 
     return validate
 

@@ -32,11 +32,26 @@ def bits_per_byte(nats: float, n_bytes: int) -> float:
 
 
 @dataclass(frozen=True)
+class Validation:
+    """How well a model predicts.
+
+    Attributes:
+        bpb: bits per byte, over the targets that spell bytes.
+        loss: nats per token, over all targets that count: what training lowers, comparable between models of
+            one tokenizer.
+    """
+
+    bpb: float
+    loss: float
+
+
+@dataclass(frozen=True)
 class BpbProfile:
     """Bits per byte, taken apart.
 
     Attributes:
         bpb: of all bytes.
+        loss: nats per token, as in `Validation`.
         positions: (first, last, bits per byte) of the targets at these places of a row, from 1; the places
             double from one to the next, so they show what a longer context is worth.
         documents: how many documents, or pieces that a row cuts of one, have bits per byte from
@@ -44,6 +59,7 @@ class BpbProfile:
     """
 
     bpb: float
+    loss: float
     positions: tuple[tuple[int, int, float], ...]
     documents: tuple[int, ...]
 
@@ -56,16 +72,16 @@ class BpbProfile:
         }
 
 
-def evaluate_bpb(
+def evaluate(
     model: GPT,
     batches: Batches,
     token_bytes: np.ndarray,
     world: World,
     stop_requested: Callable[[], bool] = lambda: False,
-) -> float:
-    """Bits per byte of a model over batches, each rank giving its own.
+) -> Validation:
+    """Bits per byte and loss of a model over batches, each rank giving its own.
 
-    Tokens that spell no bytes (the special ones) count neither in the loss nor in the bytes.
+    Tokens that spell no bytes (the special ones) count in the loss, and neither in the bits nor in the bytes.
 
     Args:
         model: on `world.device`.
@@ -80,26 +96,32 @@ def evaluate_bpb(
     """
     # fp32 sums of one batch, added in float64 at the end: no wait for the device, no loss of digits.
     wanted = itertools.takewhile(lambda _: not stop_requested(), batches)
-    sums = [(nats.sum(), spelled.sum()) for _, nats, spelled in _losses(model, wanted, token_bytes, world)]
+    sums = [
+        ((nats * (spelled > 0)).sum(), spelled.sum(), nats.sum(), counted.sum())
+        for _, nats, spelled, counted in _losses(model, wanted, token_bytes, world)
+    ]
     mine = [float(torch.stack(part).to("cpu", torch.float64).sum()) for part in zip(*sums, strict=True)]
-    total_nats, total_bytes = _summed(mine or [0.0, 0.0], world)
+    spelled_nats, total_bytes, all_nats, tokens = _summed(mine or [0.0] * 4, world)
     if world.agree(stop_requested()):
         raise Stopped
     _require_bytes(total_bytes)
-    return bits_per_byte(total_nats, int(total_bytes))
+    return Validation(bits_per_byte(spelled_nats, int(total_bytes)), all_nats / tokens)
 
 
 def profile_bpb(
     model: GPT, batches: Batches, token_bytes: np.ndarray, world: World, bos_id: int
 ) -> BpbProfile:
-    """Bits per byte, by position and by document; arguments as in `evaluate_bpb`.
+    """Bits per byte, by position and by document; arguments as in `evaluate`.
 
     A document begins with `bos_id`. What a row holds of it counts as one document.
     """
     length = model.config.sequence_len
     by_place = torch.zeros(2, length, dtype=torch.float64)
     histogram = torch.zeros(HISTOGRAM_BINS, dtype=torch.float64)
-    for inputs, nats, spelled in _losses(model, batches, token_bytes, world):
+    whole = torch.zeros(2, dtype=torch.float64)  # nats and tokens
+    for inputs, losses, spelled, counted in _losses(model, batches, token_bytes, world):
+        whole += torch.stack((losses.sum().cpu().double(), counted.sum().cpu().double()))
+        nats = losses * (spelled > 0)
         places = torch.stack((nats.sum(0).cpu(), spelled.sum(0).cpu())).double()
         by_place[:, : places.size(1)] += places
         starts = inputs == bos_id
@@ -111,7 +133,8 @@ def profile_bpb(
         bits = own[0, own[1] > 0] / (math.log(2) * own[1, own[1] > 0])
         bins = (bits / HISTOGRAM_STEP).nan_to_num(HISTOGRAM_BINS).floor().clamp(0, HISTOGRAM_BINS - 1)
         histogram += torch.bincount(bins.long(), minlength=HISTOGRAM_BINS)
-    flat = _summed([*by_place.flatten().tolist(), *histogram.tolist()], world)
+    flat = _summed([*whole.tolist(), *by_place.flatten().tolist(), *histogram.tolist()], world)
+    (all_nats, tokens), flat = flat[:2], flat[2:]
     nats_at, bytes_at, counts = flat[:length], flat[length : 2 * length], flat[2 * length :]
     _require_bytes(sum(bytes_at))
     positions = []
@@ -124,20 +147,21 @@ def profile_bpb(
     while counts and not counts[-1]:
         counts.pop()
     bpb = bits_per_byte(sum(nats_at), int(sum(bytes_at)))
-    return BpbProfile(bpb, tuple(positions), tuple(map(int, counts)))
+    return BpbProfile(bpb, all_nats / tokens, tuple(positions), tuple(map(int, counts)))
 
 
 @torch.no_grad()
 def _losses(
     model: GPT, batches: Batches, token_bytes: np.ndarray, world: World
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Of each batch the inputs, the losses in nats where a target spells bytes (else 0), and these bytes."""
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Of each batch the inputs, the losses in nats, the bytes that targets spell, and which targets count."""
     bytes_of = torch.as_tensor(token_bytes, dtype=torch.int64, device=world.device)
     for inputs, targets in batches:
         targets = targets.to(world.device)
-        spelled = torch.where(targets >= 0, bytes_of[targets.clamp(min=0)], 0)
+        counted = targets >= 0
+        spelled = torch.where(counted, bytes_of[targets.clamp(min=0)], 0)
         losses = model.loss(inputs.to(world.device), targets, reduction="none").view(targets.shape)
-        yield inputs, losses.float() * (spelled > 0), spelled
+        yield inputs, losses.float() * counted, spelled, counted
 
 
 def _summed(values: list[float], world: World) -> list[float]:

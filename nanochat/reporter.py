@@ -52,9 +52,10 @@ class StepReporter:
         """`speed` is one device's, for the share of it that is used (MFU)."""
         self._plan, self._world, self._log = plan, world, log
         self._speed = speed
-        self._steps = 0
+        self._tokens = 0
         self._pending: list[tuple[StepResult, float]] = []
         self._skipped_in_a_row = 0
+        self._untimed_steps = 0
         self._mark = time.perf_counter()
         self.every = 10 if world.device.type == "cuda" else 1
         self.seconds_to_first_step: float | None = None
@@ -70,7 +71,7 @@ class StepReporter:
     def tokens_per_second_overall(self) -> float | None:
         """Tokens of the steps over the age of this process: start, evaluation and saving included."""
         age = hardware.process_age_seconds()
-        return None if age is None else self._steps * self._plan.batch_tokens / age
+        return None if age is None else self._tokens / age
 
     def restart_clock(self) -> None:
         """Leave out what happened since the last step: evaluation, saving, samples."""
@@ -93,6 +94,7 @@ class StepReporter:
             return
         values = torch.stack([result.on_device() for result, _ in self._pending]).tolist()
         seconds = (time.perf_counter() - self._mark) / len(values)
+        compiles = self.seconds_to_first_step is None and state.model.is_compiled
         if self.seconds_to_first_step is None:
             self.seconds_to_first_step = hardware.process_age_seconds()
             if self.seconds_to_first_step is not None:
@@ -100,8 +102,12 @@ class StepReporter:
         first = state.step - len(values)
         for step, (loss, grad_norm, applied, overflow, *squares) in enumerate(values, start=first):
             result, epoch = self._pending[step - first]
-            state.train_seconds += seconds
-            self._steps += 1
+            if compiles:  # that is not training: this step counts as long as the next
+                self._untimed_steps = 1
+            else:
+                state.train_seconds += seconds * (1 + self._untimed_steps)
+                self._untimed_steps = 0
+            self._tokens += self._plan.tokens_at(step)
             if overflow:
                 self._log.say(f"step {step}: fp16 gradients overflowed; step skipped, loss scale halved")
             elif not applied:
@@ -140,9 +146,9 @@ class StepReporter:
     ) -> None:
         plan = self._plan
         smoothed = state.smoothed_loss / (1 - SMOOTHING ** (step + 1 - state.skipped_steps))
-        tokens_per_s = plan.batch_tokens / seconds
+        tokens, tokens_per_s = plan.tokens_until(step + 1), plan.tokens_at(step) / seconds
         shares = self.shares(tokens_per_s)
-        left_s = (plan.steps - step - 1) * state.train_seconds / (step + 1)
+        left_s = (plan.tokens - tokens) * state.train_seconds / tokens
         lr = plan.groups["matrix"].lr * figures["lr_mult"]
         skipped = f" | skipped {state.skipped_steps}" if state.skipped_steps else ""
         self._log.step(
@@ -156,7 +162,7 @@ class StepReporter:
             lr=lr,
             tokens_per_second=tokens_per_s,
             **shares,
-            tokens=(step + 1) * plan.batch_tokens,
+            tokens=tokens,
             train_seconds=state.train_seconds,
             skipped_steps=state.skipped_steps,
             **{f"update_rms_{kind}": rms for kind, rms in update_rms.items()},
@@ -177,7 +183,7 @@ def summarize(
     plan: Plan, state: TrainState, reporter: StepReporter, world: World, status: str
 ) -> dict[str, Any]:
     """The fields of summary.json: the end of training, for programs."""
-    tokens = state.step * plan.batch_tokens
+    tokens = plan.tokens_until(state.step)
     tokens_per_s = tokens / state.train_seconds if state.train_seconds else 0.0
     return {
         "run": plan.args.run_name,
@@ -188,6 +194,8 @@ def summarize(
         "tokens": tokens,
         "val_bpb": state.val_bpb,
         "min_val_bpb": state.min_val_bpb,
+        "val_loss": state.val_loss,
+        "target_loss": plan.args.target_loss,
         "train_seconds": state.train_seconds,
         "tokens_per_second": tokens_per_s,
         "seconds_to_first_step": reporter.seconds_to_first_step,

@@ -75,10 +75,19 @@ def _is_same_launch(args: TrainArgs, world: World) -> bool:
     return isinstance(machine, dict) and machine.get("launch") == world.launch
 
 
+def has_reached_target(plan: Plan, val_loss: float | None) -> bool:
+    """Whether a validation is at or below --target-loss."""
+    target = plan.args.target_loss
+    return target is not None and val_loss is not None and val_loss <= target
+
+
 def summary_of_finished(plan: Plan, step: int, world: World) -> dict[str, Any] | None:
     """What summary.json holds, if the run has come to its end and nothing was left undone. All ranks ask."""
     path = files.run_dir(plan.args.run_name) / "summary.json"
-    if step < plan.steps or not world.agree(world.is_main and path.exists()):
+    if not world.agree(world.is_main and path.exists()):
         return None
     summary: dict[str, Any] = files.read_json(path)
-    return summary if summary.get("steps") == plan.steps and summary.get("status") == "finished" else None
+    status, steps = summary.get("status"), summary.get("steps")
+    ended = status == "finished" and steps == plan.steps <= step
+    reached = status == "target_reached" and steps == step
+    return summary if ended or (reached and has_reached_target(plan, summary.get("val_loss"))) else None

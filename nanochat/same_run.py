@@ -78,8 +78,9 @@ def require_same_run(
     Raises:
         UserError: any other difference; each is shown with both values.
     """
-    then = _fixed(meta["plan"], meta["fingerprints"])
-    now = _fixed(json.loads(json.dumps(plan.to_dict())), fingerprints)
+    # Through JSON, where tuples become lists.
+    then = json.loads(json.dumps(_fixed(meta["plan"], meta["fingerprints"])))
+    now = json.loads(json.dumps(_fixed(plan.to_dict(), fingerprints)))
     absent = "nothing"
     changed = {
         name: f"{name}: {then.get(name, absent)!r} then, {now.get(name, absent)!r} now"

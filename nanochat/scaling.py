@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from nanochat.config import ATTENTION_KINDS, TrainArgs
+from nanochat.config import TrainArgs, require_possible
 from nanochat.errors import UserError
 from nanochat.recipe import (
     RECIPES,
@@ -20,7 +20,7 @@ from nanochat.recipe import (
     GroupRecipe,
     Recipe,
 )
-from nanochat.schedule import Schedule
+from nanochat.schedule import Schedule, batch_units, units_until, window_share
 
 VOCAB_MULTIPLE = 64
 WINDOW_MULTIPLE = 128
@@ -95,6 +95,10 @@ class GPTConfig:
         short = min(full, round_up(-(-full // self.constants.short_window_divisor), WINDOW_MULTIPLE))
         kinds = [self.window_pattern[i % len(self.window_pattern)] for i in range(self.n_layer - 1)] + ["L"]
         return tuple(short if kind == "S" else full for kind in kinds)
+
+    def windows_at(self, share: float) -> tuple[int, ...]:
+        """The windows where layers have a share of their own, raised to a multiple of 128."""
+        return tuple(min(own, round_up(math.ceil(own * share), WINDOW_MULTIPLE)) for own in self.windows)
 
     @property
     def bigram_rows(self) -> int:
@@ -187,11 +191,11 @@ class Plan:
         world_size: ranks it is for.
         model: shape of the model.
         params: parameters by kind.
-        flops_per_token: training FLOPs of a token.
-        batch_tokens: tokens of a global batch.
-        batch_rows: rows of a global batch.
+        flops_per_token: training FLOPs of a token, at the windows that the run ends with.
+        batch_tokens: tokens of a global batch; of the largest where the batch grows.
+        batch_rows: rows of a global batch, or of the unit of which batches that grow are multiples.
         device_batch_size: rows of a micro-batch of one rank.
-        grad_accum_steps: micro-batches of one rank a step.
+        grad_accum_steps: micro-batches of one rank a step; in the largest batch where it grows.
         lanes: independent streams of data.
         steps: optimizer steps.
         groups: how each kind of parameter is updated.
@@ -217,7 +221,23 @@ class Plan:
     @property
     def tokens(self) -> int:
         """Tokens of the whole run."""
-        return self.steps * self.batch_tokens
+        return self.tokens_until(self.steps)
+
+    def units_at(self, step: int) -> int:
+        """How many times `batch_rows` rows make the batch of a step."""
+        return batch_units(step, self.schedule)
+
+    def tokens_at(self, step: int) -> int:
+        """Tokens of the batch of a step."""
+        return self.units_at(step) * self.batch_rows * self.model.sequence_len
+
+    def tokens_until(self, step: int) -> int:
+        """Tokens of all steps before a step."""
+        return units_until(step, self.schedule) * self.batch_rows * self.model.sequence_len
+
+    def windows_at(self, step: int) -> tuple[int, ...]:
+        """The attention window of each layer at a step."""
+        return self.model.windows_at(window_share(step, self.schedule))
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON holds it, totals included."""
@@ -255,17 +275,18 @@ def plan(args: TrainArgs, vocab_size: int, world_size: int = 1) -> Plan:
     Raises:
         UserError: an argument out of range, or a batch that the context or the ranks do not divide.
     """
-    _check(args)
-    _check_techniques(args)
+    require_possible(args)
     recipe = RECIPES[args.recipe]
     model, reference = (model_config(args, vocab_size, depth) for depth in (args.depth, REFERENCE_DEPTH))
     ratio = args.target_param_data_ratio or recipe.target_param_data_ratio
     horizon_tokens = ratio * count_params(model).scaling
     reference_tokens = ratio * count_params(reference).scaling
-    batch_tokens = args.total_batch_size or _batch_tokens(recipe, horizon_tokens / reference_tokens)
-    rows, micro_rows, notices = _split_batch(args, batch_tokens, world_size)
+    batch_tokens = args.total_batch_size or recipe.batch_tokens
+    batch_tokens = batch_tokens or _batch_tokens(recipe, horizon_tokens / reference_tokens)
+    rows, micro_rows, notices = _split_batch(args, recipe, batch_tokens, world_size)
     flops = flops_per_token(model)
-    steps = args.num_iterations or _steps(args, horizon_tokens, batch_tokens, flops)
+    mean_tokens = batch_tokens * _mean_share(recipe)
+    steps = args.num_iterations or _steps(args, horizon_tokens, mean_tokens, flops)
     matrix = recipe.matrix_group(args.matrix_optimizer)
     weight_decay = matrix.weight_decay if args.weight_decay is None else args.weight_decay
     if recipe.weight_decay_follows == "depth":
@@ -281,7 +302,7 @@ def plan(args: TrainArgs, vocab_size: int, world_size: int = 1) -> Plan:
         batch_tokens=batch_tokens,
         batch_rows=rows,
         device_batch_size=micro_rows,
-        grad_accum_steps=rows // (micro_rows * world_size),
+        grad_accum_steps=batch_tokens // (args.max_seq_len * micro_rows * world_size),
         lanes=math.gcd(rows, MAX_LANES),
         steps=steps,
         groups=_groups(args, recipe, model.n_embd, batch_tokens, weight_decay),
@@ -292,58 +313,13 @@ def plan(args: TrainArgs, vocab_size: int, world_size: int = 1) -> Plan:
 
 def with_micro_batch(p: Plan, rows: int) -> Plan:
     """The same plan in micro-batches of `rows` rows, a divisor of a rank's; the global batch stays."""
-    return dataclasses.replace(
-        p, device_batch_size=rows, grad_accum_steps=p.batch_rows // (rows * p.world_size)
-    )
+    micro_tokens = rows * p.model.sequence_len * p.world_size
+    return dataclasses.replace(p, device_batch_size=rows, grad_accum_steps=p.batch_tokens // micro_tokens)
 
 
-def _check(args: TrainArgs) -> None:
-    """Refuse arguments that no model can have."""
-    positive = ("depth", "max_seq_len", "aspect_ratio", "head_dim", "num_iterations", "total_batch_size")
-    for name in (
-        *positive,
-        "device_batch_size",
-        "target_param_data_ratio",
-        "target_flops",
-        "keep_last",
-        "soap_every",
-    ):
-        value = getattr(args, name)
-        if value is not None and not value > 0:
-            raise UserError(f"--{name.replace('_', '-')}={value}: expected a number above 0.")
-    if args.head_dim % 2:
-        raise UserError(
-            f"--head-dim={args.head_dim}: expected an even number: rotary embeddings pair halves."
-        )
-    if args.attention_kind not in ATTENTION_KINDS:
-        raise UserError(
-            f"--attention-kind={args.attention_kind}: expected one of {', '.join(ATTENTION_KINDS)}."
-        )
-    if args.attention_kind == "diff1" and args.head_dim % 4:
-        raise UserError(
-            f"--head-dim={args.head_dim}: --attention-kind=diff1 halves a head, and rotary embeddings each "
-            "half: expected a multiple of 4."
-        )
-    if not args.window_pattern or set(args.window_pattern) - {"S", "L"}:
-        raise UserError(f"--window-pattern={args.window_pattern!r}: expected letters S and L, such as SSSL.")
-    if args.warmdown_ratio is not None and not 0 <= args.warmdown_ratio <= 1:
-        raise UserError(f"--warmdown-ratio={args.warmdown_ratio}: expected a share between 0 and 1.")
-    cadences = ("eval_every", "sample_every", "save_every", "save_minutes", "keep_every", "check_ranks_every")
-    for name in (*cadences, "core_metric_every", "warmup_steps", "seed"):
-        if (value := getattr(args, name)) is not None and value < 0:
-            raise UserError(f"--{name.replace('_', '-')}={value}: expected 0 or more.")
-
-
-def _check_techniques(args: TrainArgs) -> None:
-    """Refuse what the optional techniques cannot do."""
-    if args.two_timescale and args.matrix_optimizer != "muon":
-        raise UserError(
-            f"--two-timescale with --matrix-optimizer={args.matrix_optimizer}: it is Muon's. Leave one out."
-        )
-    if not 0 <= args.tail_average <= 1:
-        raise UserError(f"--tail-average={args.tail_average}: expected a share between 0 and 1.")
-    if not 0 <= args.z_loss < math.inf:
-        raise UserError(f"--z-loss={args.z_loss}: expected 0 or more, such as 1e-4.")
+def masks_documents(args: TrainArgs) -> bool:
+    """Whether attention stays within documents: asked for, or by the recipe."""
+    return args.document_mask or RECIPES[args.recipe].document_mask
 
 
 def _batch_tokens(recipe: Recipe, horizon_share: float) -> int:
@@ -351,22 +327,36 @@ def _batch_tokens(recipe: Recipe, horizon_share: float) -> int:
     return int(2 ** round(math.log2(REFERENCE_BATCH_TOKENS * horizon_share**recipe.batch_exponent)))
 
 
-def _steps(args: TrainArgs, horizon_tokens: float, batch_tokens: int, flops: float) -> int:
+def _mean_share(recipe: Recipe) -> float:
+    """Mean of a batch over the largest, over the steps of a run."""
+    stages = recipe.batch_stages
+    if not stages:
+        return 1.0
+    ends = [*(first for first, _ in stages[1:]), 1.0]
+    units = sum(units * (end - first) for (first, units), end in zip(stages, ends, strict=True))
+    return units / max(units for _, units in stages)
+
+
+def _steps(args: TrainArgs, horizon_tokens: float, batch_tokens: float, flops: float) -> int:
     """Steps of the run: from the FLOPs asked for, else from the ratio of tokens to parameters."""
     if args.target_flops is not None:
         return max(1, round(args.target_flops / (flops * batch_tokens)))
     return max(1, int(horizon_tokens / batch_tokens))
 
 
-def _split_batch(args: TrainArgs, batch_tokens: int, world_size: int) -> tuple[int, int, tuple[str, ...]]:
-    """Rows of the global batch, rows of a micro-batch, and what had to be adjusted."""
-    context = args.max_seq_len
-    if batch_tokens % (context * world_size):
+def _split_batch(
+    args: TrainArgs, recipe: Recipe, batch_tokens: int, world_size: int
+) -> tuple[int, int, tuple[str, ...]]:
+    """Rows of the global batch or of its unit, rows of a micro-batch, and what had to be adjusted."""
+    context, parts = args.max_seq_len, max((units for _, units in recipe.batch_stages), default=1)
+    whole = context * world_size * parts
+    if batch_tokens % whole:
+        grows = f", {parts} times, since the batch grows with --recipe={args.recipe}" if parts > 1 else ""
         raise UserError(
-            f"--total-batch-size={batch_tokens}: expected a multiple of {context * world_size} tokens "
-            f"({world_size} ranks of rows of --max-seq-len={context})."
+            f"--total-batch-size={batch_tokens}: expected a multiple of {whole} tokens "
+            f"({world_size} ranks of rows of --max-seq-len={context}{grows})."
         )
-    rows = batch_tokens // context
+    rows = batch_tokens // (context * parts)
     rows_per_rank = rows // world_size
     default = (32 if args.depth < 20 else 16 if args.depth < 28 else 8) * MICRO_BATCH_CONTEXT // context
     asked = args.device_batch_size or max(1, default)
@@ -422,12 +412,16 @@ def _schedule(args: TrainArgs, recipe: Recipe, steps: int, matrix_weight_decay: 
         momentum_final=recipe.momentum_final,
         matrix_weight_decay=matrix_weight_decay,
         weight_decay_shape=recipe.weight_decay_shape,
+        batch_stages=tuple((round(at * steps), units) for at, units in recipe.batch_stages),
+        window_stages=tuple((round(at * steps), share) for at, share in recipe.window_stages),
     )
 
 
 def describe(p: Plan) -> list[str]:
     """The plan in a few lines, for the console."""
-    m = p.model
+    m, s = p.model, p.schedule
+    grows = [f"{p.tokens_at(first):,} tokens from step {first:,}" for first, _ in s.batch_stages]
+    widen = [f"{share:.0%} from step {first:,}" for first, share in s.window_stages]
     return [
         f"model: depth {m.n_layer}, width {m.n_embd}, {m.n_head} heads of {m.head_dim} ({m.attention_kind}), "
         f"context {m.sequence_len}, vocabulary {m.vocab_size:,}; {p.params.total / 1e6:,.1f} M parameters, "
@@ -438,5 +432,7 @@ def describe(p: Plan) -> list[str]:
         f"parameter), {p.tokens * p.flops_per_token:.2e} FLOPs",
         "learning rates: "
         + ", ".join(f"{kind} {group.lr:.4g}" for kind, group in p.groups.items())
-        + f"; weight decay of the matrices {p.schedule.matrix_weight_decay:.4g}",
+        + f"; weight decay of the matrices {s.matrix_weight_decay:.4g}",
+        *([f"the batch grows: {', '.join(grows)}"] if grows else []),
+        *([f"attention windows grow: {', '.join(widen)}"] if widen else []),
     ]

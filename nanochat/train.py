@@ -23,7 +23,7 @@ from nanochat.loss_scale import LossScale
 from nanochat.matrix_rules import MatrixOptions
 from nanochat.optim import MuonAdamW
 from nanochat.reporter import StepReporter, StepResult, summarize
-from nanochat.resume import starting_point, summary_of_finished
+from nanochat.resume import has_reached_target, starting_point, summary_of_finished
 from nanochat.runlog import RunLog
 from nanochat.saver import Saver
 from nanochat.scaling import Plan
@@ -40,7 +40,7 @@ def create_state(
 ) -> TrainState:
     """A run at step 0: initial weights from the seed, empty moments, the beginning of the data."""
     with torch.device("meta"):
-        model = GPT(plan.model, precision, tokenizer.bos_id if plan.args.document_mask else None)
+        model = GPT(plan.model, precision, tokenizer.bos_id if scaling.masks_documents(plan.args) else None)
     model.to_empty(device=world.device)
     model.init_weights(plan.args.seed)
     model.recompute = plan.args.recompute
@@ -75,7 +75,7 @@ def train_step(plan: Plan, state: TrainState, world: World) -> StepResult:
 
     A loss or gradient that is not finite, on any rank, never reaches the weights.
     """
-    loss = _gradients(state, world)
+    loss = _gradients(plan, state, world)
     state.loss_scale.down(state.model.parameters())
     lr_mult = lr_multiplier(state.step, plan.schedule)
     update = state.optimizer.step(
@@ -90,12 +90,13 @@ def train_step(plan: Plan, state: TrainState, world: World) -> StepResult:
     return StepResult(mean_loss, update, overflow, lr_mult)
 
 
-def _gradients(state: TrainState, world: World) -> Tensor:
+def _gradients(plan: Plan, state: TrainState, world: World) -> Tensor:
     """Gradients of the mean loss over this rank's rows of the next batch, and that loss.
 
     Where memory runs out, on any rank, all begin the batch again in smaller micro-batches.
     """
-    micro_batches = state.loader.next_batch()
+    units = plan.units_at(state.step)
+    micro_batches = [pair for _ in range(units) for pair in state.loader.next_batch()]
     while True:
         loss = torch.zeros((), device=world.device)
         fits = True
@@ -127,11 +128,12 @@ def train(
     due at its step, so that its metrics are those of a run that never stopped.
 
     Returns:
-        "finished" or "stopped".
+        "finished", "stopped", or "target_reached" where a validation is at or below --target-loss.
     """
     trace = files.run_dir(plan.args.run_name) / "trace.json" if plan.args.profile and world.is_main else None
     with collector_held(), traced(trace) as step_traced:
         while True:
+            state.model.use_windows(plan.windows_at(state.step))
             due = [hook for hook in hooks if hook.due(state.step, plan.steps)]
             if due:
                 reporter.flush(state)
@@ -144,6 +146,8 @@ def train(
                     return "stopped"
                 gc.collect()
                 reporter.restart_clock()
+                if has_reached_target(plan, state.val_loss):
+                    return "target_reached"
             if state.step >= plan.steps:
                 return "finished"
             result = train_step(plan, state, world)
@@ -175,7 +179,7 @@ def run(
         for change in checkpoint.load(state, start, plan, fingerprints):
             world.print0(f"extended: {change}")
         if (summary := summary_of_finished(plan, state.step, world)) is not None:
-            world.print0(f"{folder} is finished already: {plan.steps} steps.")
+            world.print0(f"{folder} is finished already: {state.step} steps.")
             return summary
         world.print0(f"going on from {start}")
     if (epochs := epochs_for(corpus, tokenizer, plan.tokens)) > 1:
@@ -199,8 +203,9 @@ def run(
         saver = Saver(plan, fingerprints, world, log.say, saved_step=state.step if start else None)
         hooks = default_hooks(plan, corpus, tokenizer, saver, world, log, stop_requested)
         status = train(plan, state, world, reporter, hooks, stop_requested)
-        if status == "stopped":
-            log.say(f"stopped by a signal after step {state.step}")
+        if status != "finished":
+            reason = "stopped by a signal" if status == "stopped" else "the target loss is reached"
+            log.say(f"{reason} after step {state.step}")
             saver.save(state)
         saver.finish()
         summary = summarize(plan, state, reporter, world, status)
@@ -221,4 +226,16 @@ def _prepare(plan: Plan, state: TrainState, precision: Precision, world: World) 
         world.print0(f"compiling with the first step, kept in {files.keep_compiled()} ...")
         state.model.compile_for(plan.device_batch_size)
         state.optimizer.compile_updates()
+        _compile_windows(plan, state, world)
     return plan
+
+
+def _compile_windows(plan: Plan, state: TrainState, world: World) -> None:
+    """Compile the passes of windows that are still to come, so that no later step waits for it."""
+    for first, _ in plan.schedule.window_stages:
+        if first > state.step:
+            state.model.use_windows(plan.windows_at(first))
+            shape = (plan.device_batch_size, plan.model.sequence_len)
+            ids = torch.zeros(shape, dtype=torch.int64, device=world.device)
+            state.model.loss(ids, ids).backward()  # type: ignore[no-untyped-call]
+            state.model.zero_grad(set_to_none=True)

@@ -173,8 +173,8 @@ base_dir() { "$PYTHON" -c 'from nanochat import files; print(files.base_dir())';
 
 run_dir() { "$PYTHON" -c 'import sys; from nanochat import files; print(files.run_dir(sys.argv[1]))' "$1"; }
 
-finished() { # RUN_FOLDER: training came to its end
-  [ -f "$1/summary.json" ] && grep -q '"status": "finished"' "$1/summary.json"
+finished() { # RUN_FOLDER: training came to its end, or to its target loss
+  [ -f "$1/summary.json" ] && grep -qE '"status": "(finished|target_reached)"' "$1/summary.json"
 }
 
 scored() { # RUN_FOLDER: base_eval.json is newer than every checkpoint

@@ -25,7 +25,7 @@ def main() -> None:
             ranks.print0(json.dumps(plan.to_dict(), indent=2))
             return
         corpus = Corpus.open(args.corpus)
-        shape = AttentionShape.of(plan.model, args.document_mask)
+        shape = AttentionShape.of(plan.model, scaling.masks_documents(args))
         precision, reason = backends.choose_precision(
             ranks.device, args.dtype, args.attention, args.fp8, shape, ranks
         )
@@ -33,7 +33,8 @@ def main() -> None:
             ranks.print0(line)
         summary = train.run(plan, corpus, tokenizer, precision, ranks)
         if ranks.is_main:
-            print(f"{summary['status']} after {summary['steps']} steps, validation bpb {summary['val_bpb']}")
+            status = summary["status"].replace("_", " ")
+            print(f"{status} after {summary['steps']} steps, validation bpb {summary['val_bpb']}")
             print(f"report: {write_report(args.run_name)}")
     if summary["status"] == "stopped":
         sys.exit(STOPPED)

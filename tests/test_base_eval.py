@@ -14,7 +14,7 @@ from nanochat.core_tasks import Bundle
 from nanochat.dataloader import ValBatches
 from nanochat.errors import UserError
 from nanochat.hardware import Precision
-from nanochat.loss_eval import evaluate_bpb
+from nanochat.loss_eval import evaluate
 from nanochat.tokenizer import Tokenizer
 from nanochat.world import World
 from tests.conftest import REPO
@@ -43,7 +43,7 @@ def state(base_dir, tmp_path):
     snapshot = checkpoint.take(state, plan, fingerprints, world)
     assert snapshot is not None
     snapshot.write()
-    state.expected_bpb = evaluate_bpb(
+    state.expected = evaluate(
         state.model,
         ValBatches(corpus, tokenizer, sequence_len=32, rows=3, world=world, max_tokens=512, keep_tails=False),
         tokenizer.token_bytes(),
@@ -71,7 +71,7 @@ def test_a_checkpoint_is_scored_into_the_files_of_its_run(state, monkeypatch, ca
     assert files.read_json(folder / "base_eval.json") == json.loads(json.dumps(found))
     assert (found["step"], found["bundle"], found["tasks"]["pets"]["examples"]) == (7, "pets", 6)
     # Bits per byte of the loaded weights are those of the weights that were saved.
-    assert found["bpb"]["val"] == pytest.approx(state.expected_bpb, rel=1e-6)
+    assert found["bpb"]["val"] == pytest.approx(state.expected.bpb, rel=1e-6)
     assert found["bpb"]["train"] > 0
     places = found["bpb_profile"]["val"]["positions"]
     assert [first for first, _, _ in places] == [1, 2, 4, 8, 16, 32]

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 
-from nanochat import files, hardware, train
+from nanochat import files, hardware, scaling, train
 from nanochat.errors import UserError
 from nanochat.runlog import read_metrics
 from tests.tiny import tiny_corpus, train_tiny
@@ -64,6 +64,29 @@ def test_nothing_is_compiled_after_the_first_step(monkeypatch: pytest.MonkeyPatc
     assert graphs[0] >= 5  # the model with and without gradients; Muon's shapes
     assert graphs == 12 * graphs[:1]
     assert counter.frame_count == graphs[0]
+    assert losses("compiled") == pytest.approx(losses("plain"), abs=1e-5)
+
+
+def test_windows_that_grow_are_compiled_before_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scaling, "WINDOW_MULTIPLE", 4)
+    counter = torch._dynamo.testing.CompileCounter()  # type: ignore[no-untyped-call]
+    graphs: dict[int, int] = {}
+    real_step = train.train_step
+
+    def counted(plan: Any, state: Any, world: Any) -> Any:
+        before = counter.frame_count
+        result = real_step(plan, state, world)
+        graphs[state.step] = counter.frame_count - before
+        return result
+
+    options: dict[str, Any] = {"recipe": "speedrun-124m", "total_batch_size": 768, "eval_every": 0}
+    train_tiny(run="plain", **options)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
+        patch.setattr(train, "train_step", counted)
+        train_tiny(run="compiled", compile="on", **options)
+    assert graphs[0] > 0
+    assert not any(graphs[step] for step in range(1, 12))  # windows grow at 4 and 8
     assert losses("compiled") == pytest.approx(losses("plain"), abs=1e-5)
 
 

@@ -201,6 +201,27 @@ def test_with_a_document_mask_no_gradient_crosses():
     assert model.embed.weight.grad[31:61].any()
 
 
+@pytest.mark.parametrize("backend", ["sdpa", "flex"])
+@pytest.mark.parametrize("document_bos", [None, 0])
+def test_windows_may_change_between_passes(backend, document_bos):
+    """As if the model had been made with them, in both directions."""
+    precision = Precision(torch.float32, backend)
+    models = []
+    for pattern in ("SL", "LL"):
+        model = GPT(config_of(window_pattern=pattern), precision, document_bos)
+        model.load_state_dict(random_model(config_of()).state_dict())
+        models.append(model)
+    ids = batch(models[0].config)[0].clamp(min=1)
+    ids[:, 10] = 0  # the second document is longer than the short window of 128
+    with torch.no_grad():
+        short, full = (model.logits(ids) for model in models)
+        assert (short - full).abs().max() > 1e-3
+        models[0].use_windows(models[1].config.windows)
+        assert torch.equal(models[0].logits(ids), full)
+        models[0].use_windows(models[0].config.windows)
+        assert torch.equal(models[0].logits(ids), short)
+
+
 def test_padding_of_the_vocabulary_never_shows():
     config = config_of(vocab_size=70)
     model, (ids, targets) = random_model(config), batch(config)

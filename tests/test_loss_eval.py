@@ -9,7 +9,7 @@ from nanochat import loss_eval
 from nanochat.errors import UserError
 from nanochat.gpt import GPT
 from nanochat.hardware import Precision
-from nanochat.loss_eval import evaluate_bpb, profile_bpb
+from nanochat.loss_eval import evaluate, profile_bpb
 from nanochat.scaling import GPTConfig
 from nanochat.stopping import Stopped
 from nanochat.world import World
@@ -54,8 +54,24 @@ def naive_bpb(model, pairs):
 def test_bits_per_byte_equals_the_sum_over_tokens_that_spell_bytes(model):
     pairs = batches(4)
     pairs[1][1][0, 3:6] = -1  # ignored targets
-    assert evaluate_bpb(model, pairs, TOKEN_BYTES, World.solo()) == pytest.approx(
+    assert evaluate(model, pairs, TOKEN_BYTES, World.solo()).bpb == pytest.approx(
         naive_bpb(model, pairs), rel=1e-6
+    )
+
+
+def test_the_loss_is_the_mean_over_all_targets_that_count_special_ones_too(model):
+    pairs = batches(4)
+    pairs[1][1][0, 3:6] = -1
+    nats, count = 0.0, 0
+    for inputs, targets in pairs:
+        with torch.no_grad():
+            log_p = model.logits(inputs).double().log_softmax(-1)
+        for row, t in (targets >= 0).nonzero().tolist():
+            nats, count = nats - log_p[row, t, targets[row, t]].item(), count + 1
+    assert count == 4 * 36 - 3
+    assert evaluate(model, pairs, TOKEN_BYTES, World.solo()).loss == pytest.approx(nats / count, rel=1e-6)
+    assert profile_bpb(model, pairs, TOKEN_BYTES, World.solo(), BOS).loss == pytest.approx(
+        nats / count, rel=1e-6
     )
 
 
@@ -64,7 +80,7 @@ def test_a_model_that_knows_nothing_costs_log2_of_the_vocabulary_a_token(model):
     silent.init_weights(0)
     silent.head.weight.data.zero_()
     pairs = [(torch.full((1, 12), 1), torch.full((1, 12), 4))]
-    assert evaluate_bpb(silent, pairs, TOKEN_BYTES, World.solo()) == pytest.approx(
+    assert evaluate(silent, pairs, TOKEN_BYTES, World.solo()).bpb == pytest.approx(
         math.log2(VOCAB) / 4, rel=1e-6
     )
 
@@ -72,8 +88,8 @@ def test_a_model_that_knows_nothing_costs_log2_of_the_vocabulary_a_token(model):
 def test_the_way_rows_are_batched_does_not_matter(model):
     pairs = batches(4)
     merged = [(torch.cat([x for x, _ in pairs]), torch.cat([y for _, y in pairs]))]
-    one = evaluate_bpb(model, pairs, TOKEN_BYTES, World.solo())
-    assert evaluate_bpb(model, merged, TOKEN_BYTES, World.solo()) == pytest.approx(one, rel=1e-6)
+    one = evaluate(model, pairs, TOKEN_BYTES, World.solo()).bpb
+    assert evaluate(model, merged, TOKEN_BYTES, World.solo()).bpb == pytest.approx(one, rel=1e-6)
 
 
 def test_ranks_add_nats_and_bytes_before_dividing(model):
@@ -91,7 +107,7 @@ def test_ranks_add_nats_and_bytes_before_dividing(model):
 
     for rank, pairs in enumerate(shares):
         world = Rank(rank=rank, local_rank=rank, size=2, device=torch.device("cpu"), backend="gloo")
-        result = evaluate_bpb(model, pairs, TOKEN_BYTES, world)
+        result = evaluate(model, pairs, TOKEN_BYTES, world).bpb
     assert result == pytest.approx(naive_bpb(model, shares[0] + shares[1]), rel=1e-6)
     assert given[0].dtype == torch.float64
 
@@ -122,7 +138,7 @@ def test_a_profile_takes_bits_per_byte_apart_by_position_and_by_document(model):
     pairs[1][1][0, 3:6] = -1
     entries = plain_profile(model, pairs)
     profile = profile_bpb(model, pairs, TOKEN_BYTES, World.solo(), BOS)
-    assert profile.bpb == pytest.approx(evaluate_bpb(model, pairs, TOKEN_BYTES, World.solo()), rel=1e-6)
+    assert profile.bpb == pytest.approx(evaluate(model, pairs, TOKEN_BYTES, World.solo()).bpb, rel=1e-6)
     assert [part[:2] for part in profile.positions] == [(1, 1), (2, 3), (4, 7), (8, 12)]
     for first, last, bpb in profile.positions:
         expected = bpb_of([entry for entry in entries if first <= entry[0] <= last])
@@ -140,7 +156,7 @@ def test_a_profile_takes_bits_per_byte_apart_by_position_and_by_document(model):
 def test_nothing_to_evaluate_is_one_clear_error(model):
     for pairs in ([], [(torch.ones(1, 4, dtype=torch.int64), torch.full((1, 4), 5))]):
         with pytest.raises(UserError, match="no tokens to evaluate on"):
-            evaluate_bpb(model, pairs, TOKEN_BYTES, World.solo())
+            evaluate(model, pairs, TOKEN_BYTES, World.solo())
 
 
 def test_the_example_in_the_docstring_holds():
@@ -158,5 +174,5 @@ def test_a_stop_between_batches_drops_what_was_measured(model):
             yield pair
 
     with pytest.raises(Stopped):
-        evaluate_bpb(model, counted(), TOKEN_BYTES, World.solo(), lambda: next(asked))
+        evaluate(model, counted(), TOKEN_BYTES, World.solo(), lambda: next(asked))
     assert len(seen) == 3

@@ -10,7 +10,7 @@ import pytest
 
 from nanochat.config import TrainArgs
 from nanochat.errors import UserError
-from nanochat.scaling import count_params, flops_per_token, model_config, plan
+from nanochat.scaling import count_params, describe, flops_per_token, model_config, plan
 
 # RECIPE 2.3: n, N (M), log2 B, LR multiplier, weight decay, steps, tokens (billions), GFLOP a token, FLOPs
 JULY_TABLE = [
@@ -174,3 +174,49 @@ def test_impossible_arguments_are_refused_by_name(flag: str, value: object) -> N
 def test_batch_that_ranks_do_not_divide_is_refused() -> None:
     with pytest.raises(UserError, match="multiple of 6144"):
         plan(TrainArgs(total_batch_size=2**14), 32768, world_size=3)
+
+
+def test_the_race_has_the_batches_and_windows_of_its_records() -> None:
+    # RECIPE 3.3: thirds of the steps with 131072, 262144 and 393216 tokens; 6.5 tokens a scaling parameter
+    p = plan(TrainArgs(recipe="speedrun-124m"), 50265)
+    assert p.model.padded_vocab_size == 50304
+    assert p.params.scaling == 12 * 12 * 768**2 + 6 * 6 * 12 + 50304 * 768
+    thirds = [p.tokens_at(int(p.steps * part)) for part in (0.2, 0.5, 0.8)]
+    assert thirds == [131_072, 262_144, 393_216]
+    assert p.tokens == pytest.approx(6.5 * p.params.scaling, rel=1e-3)
+    assert p.tokens == sum(p.tokens_at(step) for step in range(p.steps))
+    assert p.to_dict()["tokens"] == p.tokens
+    assert [p.windows_at(int(p.steps * part))[2:4] for part in (0.2, 0.5, 0.8)] == [
+        (128, 512),
+        (256, 1024),
+        (512, 2048),
+    ]
+    assert p.windows_at(p.steps) == p.model.windows
+    assert all(window % 128 == 0 for step in range(p.steps) for window in set(p.windows_at(step)))
+    assert any(line.startswith("the batch grows: 131,072 tokens from step 0, ") for line in describe(p))
+    json.dumps(p.to_dict(), allow_nan=False)
+
+
+@pytest.mark.parametrize("size", [1, 2, 8, 64])
+def test_the_batches_of_the_race_are_the_same_for_any_ranks(size: int) -> None:
+    one, many = (plan(TrainArgs(recipe="speedrun-124m"), 50265, n) for n in (1, size))
+    assert (many.batch_rows, many.schedule, many.lanes) == (one.batch_rows, one.schedule, one.lanes)
+    assert many.batch_rows % (size * many.device_batch_size) == 0
+    assert many.device_batch_size * many.grad_accum_steps * size * 2048 == 393_216
+
+
+def test_a_batch_whose_stages_ranks_do_not_divide_is_refused() -> None:
+    args = TrainArgs(recipe="speedrun-124m", total_batch_size=2**19)
+    with pytest.raises(
+        UserError, match=r"multiple of 49152 tokens \(8 ranks .* 3 times, since the batch grows"
+    ):
+        plan(args, 50265, world_size=8)
+
+
+def test_windows_of_a_share_are_whole_blocks_within_their_own() -> None:
+    model = model_config(TrainArgs(max_seq_len=1024), 32768, 4)
+    assert model.windows == (256, 256, 256, 1024)
+    assert model.windows_at(0.3) == (128, 128, 128, 384)
+    assert model.windows_at(0.001) == (128, 128, 128, 128)
+    assert model.windows_at(1.0) == model.windows
+    assert model_config(TrainArgs(max_seq_len=100), 32768, 2).windows_at(0.5) == (100, 100)
