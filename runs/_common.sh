@@ -198,9 +198,9 @@ launch() { # NPROC MODULE FLAG...: on so many ranks
   fi
 }
 
-# Shards of a run: tokens of its plan x 4.8 characters a token (of FineWeb-edu, with 32,768 entries), over the
-# 65 % of them that packing keeps (100 % with --keep-tails), over 250 million characters a shard. Depth 24 at
-# ratio 12: 8.8e9 x 4.8 / 0.65 / 250e6 = 258 shards.
+# Shards of a run. Of text: tokens of its plan x 4.8 characters a token (of FineWeb-edu, with 32,768 entries), over
+# the 65 % of them that packing keeps (100 % with --keep-tails), over 250 million characters a shard. Depth 24 at
+# ratio 12: 8.8e9 x 4.8 / 0.65 / 250e6 = 258 shards. Of GPT-2's tokens: 100 million a shard, of which all are used.
 shards_needed() { # CORPUS NPROC TRAIN_FLAG...
   "$PYTHON" - "$@" <<'PYTHON'
 import math
@@ -212,11 +212,12 @@ from nanochat import config, errors, hub, scaling
 @errors.cli
 def main() -> None:
     corpus, ranks, *flags = sys.argv[1:]
-    args = config.parse(config.TrainArgs, flags)
-    tokens = scaling.plan(args, vocab_size=32768, world_size=int(ranks)).tokens
+    args, remote = config.parse(config.TrainArgs, flags), hub.HUB_CORPORA[corpus]
+    vocab_size = 50265 if remote.vocabulary else 32768
+    tokens = scaling.plan(args, vocab_size, world_size=int(ranks)).tokens
     kept = 1.0 if args.keep_tails else 0.65
-    needed = math.ceil(tokens * 4.8 / kept / 250e6)
-    print(min(max(needed, 8), hub.HUB_CORPORA[corpus].last))
+    needed = math.ceil(tokens / 100e6) if remote.vocabulary else max(8, math.ceil(tokens * 4.8 / kept / 250e6))
+    print(min(needed, remote.last))
 
 
 main()

@@ -12,7 +12,12 @@ from pathlib import Path
 import pytest
 
 from nanochat import files
+from nanochat.hub import HUB_CORPORA
+from nanochat.tokenizer import Tokenizer
 from tests.conftest import REPO
+from tests.hub_server import Hub, environment
+from tests.tiny import WORDS
+from tests.token_files import NAME, sentences, shard_bytes, token_stream
 
 BASH = shutil.which("bash")
 SCRIPTS = sorted([*(REPO / "runs").glob("*.sh"), REPO / ".ci" / "run"])
@@ -58,6 +63,7 @@ class Machine:
         shutil.copytree(REPO / "runs", self.repo / "runs")
         shutil.copytree(REPO / "rustbpe", self.repo / "rustbpe", ignore=shutil.ignore_patterns("target"))
         shutil.copy(REPO / "pyproject.toml", self.repo)
+        self.environment: dict[str, str] = {}
         self.bin.mkdir()
         for tool in TOOLS:
             (self.bin / tool).symlink_to(str(shutil.which(tool)))
@@ -79,6 +85,7 @@ class Machine:
             "HOME": str(self.repo.parent),
             "UV_LOG": str(self.log),
             "NANOCHAT_BASE_DIR": str(self.repo.parent / "base"),
+            **self.environment,
         }
         return subprocess.run(
             [str(BASH), *arguments],
@@ -258,6 +265,90 @@ def test_speedrun_chains_the_stages_and_fetches_shards_meanwhile(gpus: Machine) 
     assert made[4:] == [f"-m nanochat.report --run {name}"]
 
 
+def test_the_race_trains_every_seed_on_all_gpus_and_makes_one_row(gpus: Machine) -> None:
+    gpus.environment["SEEDS"] = "0 1"
+    result = gpus.driver("speedrun_124m.sh")
+    assert result.returncode == 0, result.stderr
+    ranks = "-m torch.distributed.run --standalone --nproc_per_node=8 -m scripts"
+    train = f"{ranks}.base_train -- --recipe speedrun-124m --depth 12 --corpus fineweb10B-gpt2"
+    expected = ["-m nanochat.dataset --corpus fineweb10B-gpt2 -n 20"]
+    for seed in (0, 1):
+        name = f"speedrun-124m-s{seed}"
+        expected += [
+            f"{train} --seed {seed} --run {name} --resume auto",
+            f"{ranks}.base_eval -- --run {name} --eval bpb,sample",
+            f"-m nanochat.report --run {name}",
+        ]
+    row = "-m dev.leaderboard --race loss speedrun-124m-s0 speedrun-124m-s1"
+    assert calls(gpus) == [*expected, row]
+
+
+def test_a_race_that_ended_at_its_target_makes_no_row(gpus: Machine) -> None:
+    folder = gpus.repo.parent / "base" / "runs" / "speedrun-124m-s0"
+    files.write_json(folder / "summary.json", {"status": "target_reached"})
+    result = gpus.driver("speedrun_124m.sh")
+    assert result.returncode == 0, result.stderr
+    assert "makes no row" in result.stdout
+    assert not [call for call in calls(gpus) if "leaderboard" in call]
+
+
+def test_the_race_wants_a_gpu(machine: Machine) -> None:
+    result = machine.driver("speedrun_124m.sh")
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1)
+    assert "nvidia-smi lists no GPU" in result.stderr
+
+
+@pytest.mark.slow
+def test_the_race_runs_from_shards_to_row(tmp_path: Path, shared_data: Path) -> None:
+    """Small, on a CPU that calls itself a GPU, with a hub on this machine."""
+    repo = tmp_path / "repo"
+    repo.mkdir()
+    for name in ("runs", "nanochat", "scripts", "dev", "pyproject.toml", "rustbpe.pyi"):
+        (repo / name).symlink_to(REPO / name)
+    (repo / "rustbpe").mkdir()  # sources alone are not the module, which is installed
+    python = repo / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!{BASH}\nexec "{sys.executable}" "$@"\n', "utf-8")
+    gpu = tmp_path / "bin" / "nvidia-smi"
+    gpu.parent.mkdir()
+    gpu.write_text(f"#!{BASH}\necho 'GPU 0: none'\n", "utf-8")
+    for program in (python, gpu):
+        program.chmod(0o755)
+    gpt2 = Tokenizer.from_gpt2_file(shared_data / "bpe" / "encoder.json")
+    tokens = token_stream(gpt2, sentences(300, WORDS))
+    names = ["fineweb_train_000001.bin", "fineweb_val_000000.bin"]
+    server = Hub({name: shard_bytes(tokens) for name in names}, HUB_CORPORA[NAME].repo)
+    vocabulary = (shared_data / "bpe" / "encoder.json").read_bytes()
+    server.model_files["openai-community/gpt2/vocab.json"] = vocabulary
+    base = tmp_path / "base"
+    env = environment(server, base) | {"PATH": f"{gpu.parent}:{os.environ['PATH']}", "SEEDS": "0 1"}
+    key = subprocess.run(
+        [str(BASH), "-c", f'source "{repo}/runs/_common.sh"; install_key'],
+        env=env,
+        capture_output=True,
+        text=True,
+    ).stdout
+    (repo / ".venv" / "nanochat-installed").write_text(f"{key}plots\n", "utf-8")
+    flags = (
+        "--depth 2 --max-seq-len 32 --aspect-ratio 16 --head-dim 16 --total-batch-size 768 --dtype float32 "
+    )
+    flags += "--num-iterations 6 --eval-tokens 512 --eval-every 3 --device-type cpu --save-every 0"
+    driver = [str(BASH), str(repo / "runs" / "speedrun_124m.sh"), *flags.split()]
+    try:
+        done = subprocess.run(driver, env=env, capture_output=True, text=True, timeout=500)
+    finally:
+        server.close()
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr
+    for seed in (0, 1):
+        folder = base / "runs" / f"speedrun-124m-s{seed}"
+        summary = files.read_json(folder / "summary.json")
+        assert (summary["status"], summary["tokens"]) == ("finished", 256 * (2 + 4 + 6))
+        scores = files.read_json(folder / "base_eval.json")
+        assert summary["val_loss"] == pytest.approx(scores["loss"]["val"], rel=0.05)
+        assert (folder / "report.html").is_file()
+    assert "| date | commit |" in done.stdout
+
+
 @pytest.mark.parametrize(
     "failing",
     ["-m nanochat.dataset --corpus fineweb-edu -n 20 --first 8", "-m scripts.tok_train --corpus fineweb-edu"],
@@ -359,6 +450,9 @@ def test_the_table_of_runs_has_a_row_a_run_and_gaps_where_nothing_is_measured(tm
         ("fineweb-edu 8 --depth 12 --num-iterations 1000 --total-batch-size 524288", 16),
         ("fineweb-edu 8 --depth 12 --num-iterations 1000 --total-batch-size 524288 --keep-tails", 11),
         ("fineweb-edu 1 --depth 4 --num-iterations 1", 8),  # the tokenizer's eight at least
+        # 6.5 tokens for each of 123.6 M scaling parameters, 100 million a shard
+        ("fineweb10B-gpt2 8 --depth 12 --recipe speedrun-124m", 9),
+        ("fineweb10B-gpt2 8 --depth 12 --num-iterations 1 --total-batch-size 524288", 1),
         (
             "fineweb-edu 1 --depth 12 --num-iterations 1000000 --total-batch-size 524288",
             1822,

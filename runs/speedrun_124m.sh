@@ -1,0 +1,52 @@
+#!/usr/bin/env bash
+# The race to a validation loss of 3.28 on FineWeb in the shape of GPT-2 small, on all GPUs of this machine: shards
+# of GPT-2's tokens, base_train, base_eval, and the row of the leaderboard. No tokenizer is trained: GPT-2's comes
+# with the shards.
+#
+#   bash runs/speedrun_124m.sh
+#   SEEDS="0 1 2 3" bash runs/speedrun_124m.sh                 # a claim wants several
+#   bash runs/speedrun_124m.sh --num-iterations 2500           # flags go to base_train
+#   RUN=try bash runs/speedrun_124m.sh --target-loss 3.28      # ends where it is reached, which makes no claim
+#
+# Run again after a stop of any kind, it goes on from where it was.
+# shellcheck source=runs/_common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/_common.sh"
+
+NPROC=${NPROC:-$(count_gpus)}   # GPUs
+RUN=${RUN:-speedrun-124m}       # the runs are called RUN-s<seed>
+SEEDS=${SEEDS:-0}
+CORPUS=fineweb10B-gpt2
+TRAIN=(--recipe speedrun-124m --depth 12 "$@" --corpus "$CORPUS")
+
+gpus=$(count_gpus)
+[ "$NPROC" -ge 1 ] || fail "nvidia-smi lists no GPU. This race needs one at least; without, try: bash runs/quickstart.sh"
+[ "$gpus" -ge "$NPROC" ] ||
+  fail "NPROC=$NPROC GPUs are asked for and nvidia-smi lists $gpus. Say how many to use: NPROC=$gpus bash runs/speedrun_124m.sh"
+ensure_environment plots
+
+shards=$(shards_needed "$CORPUS" "$NPROC" "${TRAIN[@]}")
+# All of them before the clock starts: a step that waited for a shard would count as training.
+step "$shards shards of $CORPUS" "$PYTHON" -m nanochat.dataset --corpus "$CORPUS" -n "$shards"
+
+RUNS=()
+ended_early=''
+for seed in $SEEDS; do
+  run=$RUN-s$seed
+  folder=$(run_dir "$run")
+  step "training, seed $seed" launch "$NPROC" scripts.base_train "${TRAIN[@]}" --seed "$seed" --run "$run" --resume auto
+  if scored "$folder"; then
+    printf '\nScored already; to score again, delete %s/base_eval.json.\n' "$folder"
+  else
+    step "evaluation, seed $seed" launch "$NPROC" scripts.base_eval --run "$run" --eval bpb,sample
+  fi
+  step "report, seed $seed" "$PYTHON" -m nanochat.report --run "$run"
+  if grep -q '"status": "target_reached"' "$folder/summary.json"; then ended_early=yes; fi
+  RUNS+=("$run")
+done
+
+if [ -n "$ended_early" ]; then
+  printf '\nA run that ends where its loss reached the target makes no row: its last loss is no fair draw.\n'
+else
+  step "row of the leaderboard" "$PYTHON" -m dev.leaderboard --race loss "${RUNS[@]}"
+fi
+printf '\nDone in %s. Curves, scores and configuration of each run: report.html in its folder.\n' "$(minutes)"
