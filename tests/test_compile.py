@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import types
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 
-from nanochat import files, hardware, scaling, train
+from nanochat import files, hardware, reporter, scaling, train
 from nanochat.errors import UserError
 from nanochat.runlog import read_metrics
 from tests.tiny import tiny_corpus, train_tiny
@@ -67,14 +68,18 @@ def test_nothing_is_compiled_after_the_first_step(monkeypatch: pytest.MonkeyPatc
     assert losses("compiled") == pytest.approx(losses("plain"), abs=1e-5)
 
 
-def test_windows_that_grow_are_compiled_before_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_windows_that_grow_are_compiled_before_the_first_step_and_that_is_no_time_of_training(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(scaling, "WINDOW_MULTIPLE", 4)
+    clock = [0.0]
     counter = torch._dynamo.testing.CompileCounter()  # type: ignore[no-untyped-call]
     graphs: dict[int, int] = {}
     real_step = train.train_step
 
     def counted(plan: Any, state: Any, world: Any) -> Any:
         before = counter.frame_count
+        clock[0] += 1.0 if state.step else 50.0
         result = real_step(plan, state, world)
         graphs[state.step] = counter.frame_count - before
         return result
@@ -84,7 +89,9 @@ def test_windows_that_grow_are_compiled_before_the_first_step(monkeypatch: pytes
     with monkeypatch.context() as patch:
         patch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
         patch.setattr(train, "train_step", counted)
-        train_tiny(run="compiled", compile="on", **options)
+        patch.setattr(reporter, "time", types.SimpleNamespace(perf_counter=lambda: clock[0]))
+        summary = train_tiny(run="compiled", compile="on", **options)
+    assert summary["train_seconds"] == pytest.approx(12.0)
     assert graphs[0] > 0
     assert not any(graphs[step] for step in range(1, 12))  # windows grow at 4 and 8
     assert losses("compiled") == pytest.approx(losses("plain"), abs=1e-5)
