@@ -158,7 +158,7 @@ def test_without_the_mask_the_weights_would_have_changed(
 ) -> None:
     """The planted fault: the update runs whatever was found."""
     tiny_corpus(tmp_path)
-    real = optim._Rates
-    monkeypatch.setattr(optim, "_Rates", lambda *numbers: real(*numbers[:-1], torch.tensor(True)))
+    real = optim.StepRates
+    monkeypatch.setattr(optim, "StepRates", lambda *numbers: real(*numbers[:-1], torch.tensor(True)))
     with pytest.raises(AssertionError):
         check(list(itertools.islice(outcomes(World.solo(), tmp_path), 6)))
