@@ -199,7 +199,7 @@ def matmul_use(core: CoreResult, scorer: Scorer, dtype: torch.dtype, world: Worl
         "flops" of all ranks, "measured_flops_per_s" of a large product here and now on the first rank, and
         "share": the first over the second and the rank's seconds, the ranks taken to share alike.
     """
-    flops = scorer.flops(core.computed_tokens, core.scored_tokens)
+    flops = scorer.flops(core.computed_tokens, core.finished_tokens, core.scored_tokens)
     rate = hardware.speed(world.device, dtype).matmul_flops
     seconds = core.seconds_of["forward"] + core.seconds_of["scoring"]
     return {"flops": flops, "measured_flops_per_s": rate, "share": flops / world.size / (rate * seconds)}

@@ -90,12 +90,11 @@ def evaluate(
     for task, examples in suite:
         job = _Job(model, tokenizer, task, variant, batch_tokens, crop_tokens, clock, stop_requested)
         answers = job.run(examples, max_per_task, world)
-        about = (task.label, task.kind, task.shots, task.baseline_percent)
-        scores.append(score_task(*about, answers, _controls_of(examples, answers)))
+        scores.append(_score_of(task, examples, answers))
         predictions.extend(answers)
         if on_task is not None:
             on_task(scores[-1])
-    counts = world.all_reduce_sum(torch.tensor([clock.tokens, clock.outputs], device=world.device)).tolist()
+    computed, finished, scored = _sums(clock, world)
     return CoreResult(
         bundle=bundle.name,
         variant=variant,
@@ -104,8 +103,9 @@ def evaluate(
         crop_tokens=crop_tokens,
         seconds=time.perf_counter() - started,
         seconds_of=dict(clock.seconds),
-        computed_tokens=counts[0],
-        scored_tokens=counts[1],
+        computed_tokens=computed,
+        finished_tokens=finished,
+        scored_tokens=scored,
         faults=faults,
     )
 
@@ -119,10 +119,18 @@ def _make_room(model: Scorer, crop_tokens: int | None) -> int:
     return crop_tokens
 
 
-def _controls_of(examples: Sequence[Example], answers: Sequence[Prediction]) -> dict[str, float]:
-    """The controls on the examples that were asked."""
+def _score_of(task: Task, examples: Sequence[Example], answers: Sequence[Prediction]) -> TaskScore:
+    """The score, and the controls on the examples that were asked."""
     asked = {answer.line for answer in answers}
-    return core_tasks.controls([example for example in examples if example.line in asked])
+    controls = core_tasks.controls([example for example in examples if example.line in asked])
+    return score_task(task.label, task.kind, task.shots, task.baseline_percent, answers, controls)
+
+
+def _sums(clock: Clock, world: World) -> list[int]:
+    """Positions computed, finished and scored, over all ranks."""
+    counts = torch.tensor([clock.tokens, clock.finished, clock.outputs], device=world.device)
+    sums: list[int] = world.all_reduce_sum(counts).tolist()
+    return sums
 
 
 def _load_suite(bundle: Bundle, keep_going: bool) -> tuple[list[tuple[Task, list[Example]]], dict[str, str]]:

@@ -182,7 +182,8 @@ class CoreResult:
         seconds: of all of it.
         seconds_of: of its parts, on the first rank.
         computed_tokens: positions that went through the model, over all ranks.
-        scored_tokens: those that went through its head.
+        finished_tokens: those that the last layer was computed for.
+        scored_tokens: those that went through the head.
         faults: by label, what was wrong with the tasks left out.
     """
 
@@ -194,6 +195,7 @@ class CoreResult:
     seconds: float
     seconds_of: dict[str, float]
     computed_tokens: int
+    finished_tokens: int
     scored_tokens: int
     faults: dict[str, str]
 
@@ -261,6 +263,7 @@ class CoreResult:
             "core_seconds": {"all": self.seconds, **self.seconds_of},
             "examples_per_second": self.examples_per_second,
             "computed_tokens": self.computed_tokens,
+            "finished_tokens": self.finished_tokens,
             "scored_tokens": self.scored_tokens,
         }
 

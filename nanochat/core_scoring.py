@@ -41,20 +41,26 @@ class Scorer(Protocol):
         """Make room for rows of so many tokens."""
         ...
 
-    def read(self, ids: Tensor) -> Tensor:
-        """(B, T) int64 -> (B, T, C): what `losses` takes."""
+    def read(self, ids: Tensor, first: int) -> Tensor:
+        """(B, T) int64 -> (B, T - first, C): what `losses` takes, from position `first` on."""
         ...
 
-    def read_on(self, shared: Tensor, rows: Tensor, ids: Tensor) -> Tensor:
-        """Outputs of ids (R, T) that follow shared (F, L): row i goes on from shared[rows[i]]."""
+    def read_on(self, shared: Tensor, rows: Tensor, ids: Tensor, first: int) -> Tensor:
+        """Outputs of ids[:, first:], (R, T) that follow shared (F, L): row i goes on from shared[rows[i]]."""
         ...
 
     def losses(self, hidden: Tensor, targets: Tensor, with_argmax: bool) -> tuple[Tensor, Tensor]:
         """(N, C), (N,) -> losses in nats and, if asked, whether the target is the likeliest token."""
         ...
 
-    def flops(self, tokens: int, outputs: int) -> float:
-        """Operations of the products with weights: so many positions read, so many outputs of the head."""
+    def flops(self, tokens: int, finished: int, outputs: int) -> float:
+        """Operations of the products with weights.
+
+        Args:
+            tokens: positions read.
+            finished: those of them that the last layer was computed for.
+            outputs: those of them that went through the head.
+        """
         ...
 
 
@@ -79,20 +85,20 @@ class GPTScorer:
         if tokens > self.context_tokens:
             self.model.reserve_positions(tokens)
 
-    def read(self, ids: Tensor) -> Tensor:
+    def read(self, ids: Tensor, first: int) -> Tensor:
         """Hidden states after the final norm."""
-        hidden: Tensor = self.model(ids)
+        hidden: Tensor = self.model(ids, first=first)
         return hidden
 
-    def read_on(self, shared: Tensor, rows: Tensor, ids: Tensor) -> Tensor:
+    def read_on(self, shared: Tensor, rows: Tensor, ids: Tensor, first: int) -> Tensor:
         """Hidden states of rows behind a cache."""
         families, length = shared.shape
         cache = KVCache(
             self.model.config, families, length + ids.size(1), dtype=self.model.dtype, device=self.device
         )
-        self.model(shared, cache)
+        self.model(shared, cache, first=length - 1)  # nothing is asked of what is shared
         cache.take_rows(rows)
-        hidden: Tensor = self.model(ids, cache)
+        hidden: Tensor = self.model(ids, cache, first=first)
         return hidden
 
     def losses(self, hidden: Tensor, targets: Tensor, with_argmax: bool) -> tuple[Tensor, Tensor]:
@@ -107,12 +113,16 @@ class GPTScorer:
             with_argmax=with_argmax,
         )
 
-    def flops(self, tokens: int, outputs: int) -> float:
+    def flops(self, tokens: int, finished: int, outputs: int) -> float:
         """Two operations a weight."""
         config = self.model.config
         matrices = [*self.model.blocks.parameters(), self.model.smear_gate.weight]
         weights = sum(parameter.numel() for parameter in matrices)
-        return 2.0 * (tokens * weights + outputs * config.n_embd * config.vocab_size)
+        last = f"blocks.{config.n_layer - 1}"
+        names = (f"{last}.{name}.weight" for name in ("attn.q", "attn.out", "mlp.up", "mlp.down"))
+        late = sum(self.model.get_parameter(name).numel() for name in names)
+        head = config.n_embd * config.vocab_size
+        return 2.0 * (tokens * (weights - late) + finished * late + outputs * head)
 
 
 @dataclass
@@ -125,7 +135,8 @@ class Clock:
         )
     )
     tokens: int = 0  # positions computed, padding included
-    outputs: int = 0  # positions that went through the head
+    finished: int = 0  # those of them that the last layer was computed for
+    outputs: int = 0  # those that went through the head
 
     def add(self, part: str, since: float) -> float:
         """Count the time since `since` for a part; returns now."""
@@ -189,20 +200,22 @@ def _score_batch(
     shared = min(family.shared for family in batch)
     order = [number for family in batch for number in family.inputs]
     tails = _padded([inputs.ids[number][shared:] for number in order])
+    first = min(span.start for span in spans) - 1 - shared  # the output at a token predicts the next one
     clock.tokens += tails.numel() + shared * len(batch)
+    clock.finished += len(tails) * (tails.size(1) - first) + bool(shared) * len(batch)
     if shared:
         heads = torch.from_numpy(
             np.stack([inputs.ids[family.inputs[0]][:shared] for family in batch]).astype(np.int64)
         )
         owners = torch.tensor([place for place, family in enumerate(batch) for _ in family.inputs])
-        hidden = model.read_on(heads.to(device), owners.to(device), tails.to(device))
+        hidden = model.read_on(heads.to(device), owners.to(device), tails.to(device), first)
     else:
-        hidden = model.read(tails.to(device))
-    # The output at a token predicts the next one.
+        hidden = model.read(tails.to(device), first)
     row_of = {number: row for row, number in enumerate(order)}
     sizes = [span.end - span.start for span in spans]
     row = np.repeat([row_of[number] for number in numbers], sizes)
-    position = np.concatenate([np.arange(span.start - 1, span.end - 1) for span in spans]) - shared
+    position = np.concatenate([np.arange(span.start - 1, span.end - 1) for span in spans])
+    position -= shared + first
     targets = np.concatenate([span.ids[span.start : span.end] for span in spans]).astype(np.int64)
     clock.outputs += len(targets)
     picked = hidden[torch.from_numpy(row).to(device), torch.from_numpy(position).to(device)]

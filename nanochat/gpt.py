@@ -111,22 +111,23 @@ class Attention(nn.Module):
         self.value_gate = Linear(self.gate_channels, config.n_kv_head) if has_gate else None
         self.differential = differential(config, layer)
 
-    def forward(self, x: Tensor, value: Tensor | None, shared: Shared) -> Tensor:
-        """(B, T, C) normed stream, (B, T, Hkv * D) value embedding or None -> (B, T, C)."""
-        q, k = (matrix(x).unflatten(-1, (-1, self.qk_dim)) for matrix in (self.q, self.k))
+    def forward(self, x: Tensor, value: Tensor | None, shared: Shared, first: int = 0) -> Tensor:
+        """(B, T, C) normed stream, (B, T, Hkv * D) value embedding or None -> (B, T - first, C)."""
+        late = _later(x, first)
+        q, k = (matrix(y).unflatten(-1, (-1, self.qk_dim)) for matrix, y in ((self.q, late), (self.k, x)))
         v = self.v(x).unflatten(-1, (self.kv_heads, self.head_dim))
         if self.value_gate is not None and value is not None:
             gate = self.gate_scale * torch.sigmoid(self.value_gate(x[..., : self.gate_channels]))
             v = v + gate[..., None] * value.view_as(v)
-        q, k = (norm(rotate(x, shared.cos, shared.sin)) for x in (q, k))
+        q = norm(rotate(q, shared.cos[first:], shared.sin[first:]))
+        k = norm(rotate(k, shared.cos, shared.sin))
         if shared.cache is not None:
             k, v = shared.cache.append(self.layer, k.reshape(v.shape), v)
             k = torch.unflatten(k.flatten(-2), -1, (-1, self.qk_dim))
         window = shared.windows[self.layer]
-        attend = partial(
-            attention, window=window, backend=self.backend, scale=self.scale, layout=shared.layout
-        )
-        y = attend(q, k, v) if self.differential is None else self.differential(x, q, k, v, attend)
+        layout = Layout() if first else shared.layout  # which is of as many queries as keys
+        attend = partial(attention, window=window, backend=self.backend, scale=self.scale, layout=layout)
+        y = attend(q, k, v) if self.differential is None else self.differential(late, q, k, v, attend)
         out: Tensor = self.out(y.flatten(-2))
         return out
 
@@ -155,14 +156,21 @@ class Block(nn.Module):
         self.attn = Attention(config, layer, precision)
         self.mlp = MLP(config, precision.fp8)
 
-    def forward(self, x: Tensor, value: Tensor | None, shared: Shared, recompute_mlp: bool) -> Tensor:
-        """(B, T, C) -> (B, T, C)."""
-        x = x + self.attn(norm(x), value, shared)
+    def forward(
+        self, x: Tensor, value: Tensor | None, shared: Shared, recompute_mlp: bool, first: int
+    ) -> Tensor:
+        """(B, T, C) -> (B, T - first, C)."""
+        x = _later(x, first) + self.attn(norm(x), value, shared, first)
         return _recomputed(self._add_mlp, x) if recompute_mlp else self._add_mlp(x)
 
     def _add_mlp(self, x: Tensor) -> Tensor:
         mlp: Tensor = self.mlp(norm(x))
         return x + mlp
+
+
+def _later(x: Tensor, first: int) -> Tensor:
+    """(B, T, ...) -> (B, T - first, ...)."""
+    return x[:, first:] if first else x  # a slice of all would cost its backward pass a copy
 
 
 def _recomputed(function: Callable[..., Tensor], *args: Any) -> Tensor:
@@ -253,12 +261,14 @@ class GPT(nn.Module):
             _init_parameter(name, p, self.config, generator)
         self.reserve_positions(self.cos.size(0))
 
-    def forward(self, ids: Tensor, cache: DecodeCache | None = None) -> Tensor:
-        """(B, T) int64 token ids -> (B, T, C) hidden states after the final norm.
+    def forward(self, ids: Tensor, cache: DecodeCache | None = None, first: int = 0) -> Tensor:
+        """(B, T) int64 token ids -> (B, T - first, C) hidden states after the final norm.
 
         Args:
             ids: token ids below vocab_size.
             cache: earlier positions, if any; the new ones are added to it.
+            first: of the positions before it only what later ones read is computed: not the last layer's
+                queries and MLP.
         """
         count, start = ids.size(1), 0 if cache is None else cache.length
         assert start + count <= self.cos.size(0), "reserve_positions was not called for this length"
@@ -271,14 +281,17 @@ class GPT(nn.Module):
         x = x0 = x + self.smear_scale * gate * before
         middle = x
         whole_layers = self.recompute == "block" and cache is None and torch.is_grad_enabled()
+        # Documents are numbered for as many queries as keys, and flex compiles every shape anew.
+        cut = 0 if self.backend == "flex" or shared.layout.documents is not None else first
         for i in range(self.config.n_layer):
-            args = (i, x, x0, ids, shared)
+            args = (i, x, x0, ids, shared, cut if i == self.config.n_layer - 1 else 0)
             x = _recomputed(self._layer, *args) if whole_layers else self._layer(*args)
             if i == self.config.n_layer // 2:
                 middle = x
         if cache is not None:
             cache.advance(count)
-        return norm(x - self.backout_scale * middle)
+        x = x[:, first - count :] if first and not cut else x
+        return norm(x - self.backout_scale * _later(middle, middle.size(1) - x.size(1)))
 
     def _layout(self, ids: Tensor, cache: DecodeCache | None) -> Layout:
         """Where documents begin; a prompt behind a cache is one document, whatever is in it."""
@@ -294,14 +307,14 @@ class GPT(nn.Module):
         pairs: Tensor = self.bigram(pair_rows(ids, before, self.config.bigram_rows))
         return pairs
 
-    def _layer(self, i: int, x: Tensor, x0: Tensor, ids: Tensor, shared: Shared) -> Tensor:
-        """Layer i with its residual scalars and its value table: (B, T, C) -> (B, T, C)."""
+    def _layer(self, i: int, x: Tensor, x0: Tensor, ids: Tensor, shared: Shared, first: int) -> Tensor:
+        """Layer i with its residual scalars and its value table: (B, T, C) -> (B, T - first, C)."""
         value = self.value_embeds[str(i)](ids) if str(i) in self.value_embeds else None
         mixed = self.resid_scale[i] * x + self.x0_scale[i] * x0
         if self.bigram_scale is not None and shared.pairs is not None:
             mixed = mixed + self.bigram_scale[i] * shared.pairs
         recompute_mlp = self.recompute == "mlp" and shared.cache is None and torch.is_grad_enabled()
-        out: Tensor = self.blocks[i](mixed, value, shared, recompute_mlp)
+        out: Tensor = self.blocks[i](mixed, value, shared, recompute_mlp, first)
         return out
 
     @property

@@ -39,7 +39,7 @@ class HFScorer:
         logits = self.model(input_ids=ids).logits.float()
         tolerance = float(logits.abs().max()) * PROBE_TOLERANCE
         if self.base is not None:
-            apart = self.head(self.read(ids)).float()
+            apart = self.head(self.read(ids, 0)).float()
             if apart.shape != logits.shape or float((apart - logits).abs().max()) > tolerance:
                 self.base = None
         if self.base is None:
@@ -47,7 +47,7 @@ class HFScorer:
         rows = torch.zeros(2, dtype=torch.int64, device=self.device)
         try:
             self._shares = True
-            behind = self.head(self.read_on(ids[:, :9], rows, ids[:, 9:].repeat(2, 1))).float()
+            behind = self.head(self.read_on(ids[:, :9], rows, ids[:, 9:].repeat(2, 1), 0)).float()
             self._shares = float((behind - logits[:, 9:]).abs().max()) <= tolerance
         except (AttributeError, TypeError, ValueError):
             self._shares = False
@@ -70,25 +70,25 @@ class HFScorer:
     def reserve(self, tokens: int) -> None:
         """Nothing to do; a model with a table of positions cannot read beyond it."""
 
-    def read(self, ids: Tensor) -> Tensor:
-        """(B, T) -> hidden states (B, T, C), or logits where the model has no head apart."""
+    def read(self, ids: Tensor, first: int) -> Tensor:
+        """(B, T) -> hidden states (B, T - first, C), or logits where the model has no head apart."""
         if self.base is None:
             logits: Tensor = self.model(input_ids=ids).logits
-            return logits
+            return logits[:, first:]
         hidden: Tensor = self.base(input_ids=ids, use_cache=False).last_hidden_state
-        return hidden
+        return hidden[:, first:]
 
-    def read_on(self, shared: Tensor, rows: Tensor, ids: Tensor) -> Tensor:
+    def read_on(self, shared: Tensor, rows: Tensor, ids: Tensor, first: int) -> Tensor:
         """Outputs of ids that follow shared[rows]; behind a cache where the model has one."""
         if not self._shares or self.base is None:
-            return self.read(torch.cat((shared[rows], ids), dim=1))[:, shared.size(1) :]
+            return self.read(torch.cat((shared[rows], ids), dim=1), shared.size(1) + first)
         cache = self.base(input_ids=shared, use_cache=True).past_key_values
         cache.batch_select_indices(rows)
         place = torch.arange(shared.size(1), shared.size(1) + ids.size(1), device=ids.device)
         hidden: Tensor = self.base(
             input_ids=ids, past_key_values=cache, position_ids=place.expand(len(rows), -1), use_cache=True
         ).last_hidden_state
-        return hidden
+        return hidden[:, first:]
 
     def losses(self, hidden: Tensor, targets: Tensor, with_argmax: bool) -> tuple[Tensor, Tensor]:
         """Losses in nats, and whether the target is the likeliest token."""
@@ -100,8 +100,8 @@ class HFScorer:
             hits.append(logits.argmax(-1) == wanted)
         return torch.cat(nats), torch.cat(hits)
 
-    def flops(self, tokens: int, outputs: int) -> float:
-        """Two operations a weight of a matrix; tables are looked up."""
+    def flops(self, tokens: int, finished: int, outputs: int) -> float:
+        """Two operations a weight of a matrix, of all layers for every token; tables are looked up."""
         tables = torch.nn.Embedding
         own = [m.parameters(recurse=False) for m in self.model.modules() if not isinstance(m, tables)]
         weights = int(sum(parameter.numel() for part in own for parameter in part if parameter.dim() > 1))

@@ -230,8 +230,8 @@ class Fixed:
         self.head.weight.data = table
         self.config = type("C", (Fixed.config,), {"vocab_size": len(table)})
 
-    def __call__(self, ids):
-        return torch.nn.functional.one_hot(ids, self.config.vocab_size).float()
+    def __call__(self, ids, first):
+        return torch.nn.functional.one_hot(ids[:, first:], self.config.vocab_size).float()
 
 
 def bigram_model(tokenizer, probabilities):
@@ -245,25 +245,41 @@ def bigram_model(tokenizer, probabilities):
     return Fixed(15 * torch.atanh(logits / 15))
 
 
+def mm_flops(counter):
+    return counter.get_flop_counts()["Global"][torch.ops.aten.mm]
+
+
 def test_operations_are_those_that_torch_counts(model):
     scorer = core_scoring.GPTScorer(model)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        hidden = scorer.read(torch.ones(2, 12, dtype=torch.int64))
+        hidden = scorer.read(torch.ones(2, 12, dtype=torch.int64), 5)
         scorer.losses(hidden[:, :3].flatten(0, 1), torch.ones(6, dtype=torch.int64), True)
-    assert scorer.flops(24, 6) == counter.get_flop_counts()["Global"][torch.ops.aten.mm]
+    assert hidden.shape == (2, 7, 32)
+    assert scorer.flops(24, 14, 6) == mm_flops(counter)
+
+
+def test_operations_of_an_evaluation_are_those_that_torch_counts(tokenizer):
+    """With shared beginnings, padding and outputs that nobody asks for."""
+    model = tiny_gpt(tokenizer.vocab_size, sequence_len=512)
+    scorer = core_scoring.GPTScorer(model)
+    with FlopCounterMode(display=False) as counter:
+        result = core_eval.evaluate(scorer, tokenizer, stories_bundle(), world=SOLO)
+    counts = result.computed_tokens, result.finished_tokens, result.scored_tokens
+    assert counts[0] > counts[1] > counts[2] > 0
+    assert scorer.flops(*counts) == mm_flops(counter)
 
 
 def test_positions_are_counted_where_they_are_read_and_where_they_are_scored(model, tokenizer):
     read, scored = [], []
 
     class Counted(core_scoring.GPTScorer):
-        def read(self, ids):
+        def read(self, ids, first):
             read.append(ids.numel())
-            return super().read(ids)
+            return super().read(ids, first)
 
-        def read_on(self, shared, rows, ids):
+        def read_on(self, shared, rows, ids, first):
             read.append(shared.numel() + ids.numel())
-            return super().read_on(shared, rows, ids)
+            return super().read_on(shared, rows, ids, first)
 
         def losses(self, hidden, targets, with_argmax):
             scored.append(len(targets))
@@ -278,13 +294,13 @@ def test_no_pass_of_several_rows_exceeds_the_tokens_asked_for(model, tokenizer, 
     sizes = []
 
     class Watched(core_scoring.GPTScorer):
-        def read(self, ids):
+        def read(self, ids, first):
             sizes.append((len(ids), ids.numel()))
-            return super().read(ids)
+            return super().read(ids, first)
 
-        def read_on(self, shared, rows, ids):
+        def read_on(self, shared, rows, ids, first):
             sizes.append((len(ids), len(ids) * (shared.size(1) + ids.size(1))))
-            return super().read_on(shared, rows, ids)
+            return super().read_on(shared, rows, ids, first)
 
     core_eval.evaluate(Watched(model), tokenizer, small_bundle(), world=SOLO, batch_tokens=batch_tokens)
     bound = min(batch_tokens, core_scoring.CACHE_TOKENS["cpu"])

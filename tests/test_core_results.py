@@ -16,7 +16,7 @@ def score(label, baseline, correct, examples, cropped=0, passages=None):
 
 
 def result_of(*tasks, variant="nanochat", predictions=(), faults=None):
-    return CoreResult("b", variant, tuple(tasks), tuple(predictions), 512, 1.0, {}, 0, 0, faults or {})
+    return CoreResult("b", variant, tuple(tasks), tuple(predictions), 512, 1.0, {}, 0, 0, 0, faults or {})
 
 
 def gpt2_row(bundle, name, cap):

@@ -106,11 +106,11 @@ def test_what_is_shared_is_read_once_where_the_model_has_a_cache(tmp_path):
 def test_operations_are_those_that_torch_counts(tmp_path, kind):
     scorer, _ = hf_model.load(str(save_model(tmp_path / kind, kind)), torch.device("cpu"), torch.float32)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        hidden = scorer.read(torch.ones(2, 12, dtype=torch.int64))
+        hidden = scorer.read(torch.ones(2, 12, dtype=torch.int64), 0)
         scorer.losses(hidden[:, :3].flatten(0, 1), torch.ones(6, dtype=torch.int64), True)
     counts = counter.get_flop_counts()["Global"]
     of_weights = sum(counts.get(kind, 0) for kind in (torch.ops.aten.mm, torch.ops.aten.addmm))
-    assert scorer.flops(24, 6) == of_weights > 0
+    assert scorer.flops(24, 24, 6) == of_weights > 0
 
 
 def test_the_command_writes_a_folder_that_runs_can_be_compared_to(tmp_path, base_dir, monkeypatch, capsys):
