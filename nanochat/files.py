@@ -59,6 +59,11 @@ def checkpoints_dir(run: str) -> Path:
     return run_dir(run) / "checkpoints"
 
 
+def experiment_dir(name: str) -> Path:
+    """Folder of an experiment of several runs: their consoles, their locks, checkouts of other revisions."""
+    return _named("experiments", name)
+
+
 def eval_bundle_dir() -> Path:
     """Folder of the unpacked CORE tasks."""
     return base_dir() / "eval_bundle"

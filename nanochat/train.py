@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanochat import checkpoint, files, hardware, links, memory, scaling
+from nanochat import checkpoint, files, hardware, links, memory, process, scaling
 from nanochat.checkpoint import TrainState
 from nanochat.dataloader import TrainLoader, epochs_for
 from nanochat.dataset import Corpus
@@ -189,6 +189,7 @@ def run(
     machine = {**hardware.describe(world.device), **world.describe(), **dataclasses.asdict(speed)}
     config = {**plan.to_dict(), "fingerprints": fingerprints, "machine": machine}
     if world.is_main:
+        config["provenance"] = process.provenance()
         files.write_json(folder / "config.json", config)
     for line in links.report(world):
         world.print0(line)
