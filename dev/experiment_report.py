@@ -142,18 +142,15 @@ def draw(outcome: Outcome, path: Path) -> None:
     """All curves, over tokens and over seconds of training: what a step is worth, and what it costs."""
     figure, (by_tokens, by_seconds) = plots.panels(2)
     runs = {row.name: list(row.results.values()) for row in outcome.rows if row.results}
-    finite = [bpb for results in runs.values() for result in results for _, _, bpb in result.curve[1:]]
-    lowest = min(finite)
+    lowest = min(point.bpb for results in runs.values() for result in results for point in result.curve)
     worst = max(result.bpb for results in runs.values() for result in results)
     top = worst + 1.5 * (worst - lowest) + 0.1 * lowest  # the end is what is compared
     tokens = {
-        name: [
-            [(step * result.batch_tokens / 1e6, bpb) for step, _, bpb in result.curve] for result in results
-        ]
+        name: [[(point.tokens / 1e6, point.bpb) for point in result.curve] for result in results]
         for name, results in runs.items()
     }
     seconds = {
-        name: [[(time, bpb) for _, time, bpb in result.curve] for result in results]
+        name: [[(point.seconds, point.bpb) for point in result.curve] for result in results]
         for name, results in runs.items()
     }
     plots.curves(by_tokens, tokens, "training tokens, millions", "validation bits per byte", top)

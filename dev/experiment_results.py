@@ -7,11 +7,23 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from dev import stats
 from dev.experiment_file import Experiment
 from dev.stats import Comparison, Scatter
 from nanochat import files, runlog
+
+ENDED = ("finished", "target_reached")  # the latter with --target-loss
+
+
+class Point(NamedTuple):
+    """A validation: steps, training tokens and training seconds before it, and bits per byte."""
+
+    step: int
+    tokens: int
+    seconds: float
+    bpb: float
 
 
 @dataclass(frozen=True)
@@ -20,16 +32,14 @@ class Result:
 
     Attributes:
         bpb: validation bits per byte at the end.
-        curve: (steps, training seconds, bpb) of every validation.
-        batch_tokens: tokens of a step.
+        curve: its validations, in order.
         tokens_per_second: median over steps.
         peak_memory_bytes: of the process that ended the run.
         commit: of the code, where the run knows it.
     """
 
     bpb: float
-    curve: tuple[tuple[int, float, float], ...]
-    batch_tokens: int
+    curve: tuple[Point, ...]
     tokens_per_second: float
     peak_memory_bytes: int
     commit: str | None
@@ -40,7 +50,7 @@ class Result:
         if not (folder / "summary.json").is_file():
             return None
         summary = files.read_json(folder / "summary.json")
-        if summary["status"] != "finished":
+        if summary["status"] not in ENDED:
             return None
         config = files.read_json(folder / "config.json")
         metrics = runlog.read_metrics(folder / "metrics.jsonl")
@@ -48,8 +58,7 @@ class Result:
         speeds = [entry["tokens_per_second"] for entry in metrics if entry["kind"] == "step"]
         return Result(
             bpb=summary["val_bpb"],
-            curve=tuple((entry["step"], entry["train_seconds"], entry["val_bpb"]) for entry in evals),
-            batch_tokens=config["batch_tokens"],
+            curve=tuple(_point(entry, config["batch_tokens"]) for entry in evals),
             tokens_per_second=statistics.median(speeds),
             peak_memory_bytes=summary["peak_memory_bytes"],
             commit=config.get("provenance", {}).get("commit"),
@@ -62,14 +71,20 @@ class Result:
         """
         before = None
         for point in self.curve:
-            if point[2] <= bpb:
+            if point.bpb <= bpb:
                 if before is None:
-                    return float(point[0]), point[1]
-                share = (before[2] - bpb) / (before[2] - point[2])
-                steps = before[0] + share * (point[0] - before[0])
-                return steps, before[1] + share * (point[1] - before[1])
+                    return float(point.step), point.seconds
+                share = (before.bpb - bpb) / (before.bpb - point.bpb)
+                steps = before.step + share * (point.step - before.step)
+                return steps, before.seconds + share * (point.seconds - before.seconds)
             before = point
         return None
+
+
+def _point(entry: dict[str, Any], batch_tokens: int) -> Point:
+    """From a line of metrics.jsonl; runs from before batch schedules do not say their tokens."""
+    tokens = entry.get("tokens", entry["step"] * batch_tokens)
+    return Point(entry["step"], tokens, entry["train_seconds"], entry["val_bpb"])
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from dev.experiment_file import Experiment, Run
+from dev.experiment_results import ENDED
 from nanochat import files
 from nanochat.errors import UserError
 from nanochat.stopping import STOPPED, stop_signals
@@ -120,7 +121,7 @@ def is_done(run: Run, plan: dict[str, Any]) -> bool:
             "file anew, or delete the folder."
         )
     summary = folder / "summary.json"
-    return summary.is_file() and files.read_json(summary)["status"] == "finished"
+    return summary.is_file() and files.read_json(summary)["status"] in ENDED
 
 
 @dataclass

@@ -175,9 +175,14 @@ def p_not_below(values: Sequence[float], bar: float) -> float:
     Small where the values show that it is: p < 0.01 is the speedrun's rule for 3.28.
     """
     mean, stderr = mean_and_stderr(values)
+    return p_of_mean(mean - bar, stderr, len(values))
+
+
+def p_of_mean(above: float, stderr: float, n: int) -> float:
+    """The same from a mean: how far it is above the bar, its standard error, how many values it is of."""
     if stderr == 0:
-        return 0.0 if mean < bar else 1.0
-    return float(stats.t.cdf((mean - bar) / stderr, len(values) - 1))
+        return 0.0 if above < 0 else 1.0
+    return float(stats.t.cdf(above / stderr, n - 1))
 
 
 def interval(draws: NDArray[np.float64], share: float = 0.95) -> tuple[float, float]:

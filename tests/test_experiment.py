@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from dev import experiment_file, experiment_report, experiment_results, experiment_runs
+from dev.experiment_results import Point, Result
 from nanochat import files
 from nanochat.errors import UserError
 from tests import tiny
@@ -108,8 +109,9 @@ def test_a_mistake_in_the_file_is_one_clear_line(tmp_path: Path, old: str, new: 
     assert message in str(error.value)
 
 
-def result(*points: tuple[int, float, float]) -> experiment_results.Result:
-    return experiment_results.Result(points[-1][2], points, 256, 1000.0, 10**9, None)
+def result(*points: tuple[int, float, float]) -> Result:
+    curve = tuple(Point(step, 256 * step, seconds, bpb) for step, seconds, bpb in points)
+    return Result(points[-1][2], curve, 1000.0, 10**9, None)
 
 
 def test_the_way_to_the_target_is_interpolated_between_validations() -> None:
