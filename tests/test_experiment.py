@@ -17,7 +17,7 @@ import pytest
 
 from dev import experiment_file, experiment_report, experiment_results, experiment_runs
 from dev.experiment_results import Point, Result
-from nanochat import files
+from nanochat import config, files, scaling
 from nanochat.errors import UserError
 from tests import tiny
 from tests.conftest import REPO
@@ -350,3 +350,15 @@ def test_what_base_train_refuses_is_said_before_anything_is_trained(tmp_path: Pa
         assert process.returncode == 2
         assert message in output
     assert not list((files.base_dir() / "runs").glob("*"))
+
+
+@pytest.mark.parametrize(
+    "path", sorted((REPO / "dev" / "experiments").glob("*.toml")), ids=lambda path: path.stem
+)
+def test_the_experiments_at_hand_ask_for_runs_that_base_train_accepts(path: Path) -> None:
+    experiment = experiment_file.read(path)
+    tokens = set()
+    for variant in experiment.variants:
+        args = config.parse(config.TrainArgs, experiment.run(variant, experiment.seeds[0]).arguments())
+        tokens.add(scaling.plan(args, vocab_size=8192).tokens)
+    assert len(tokens) == 1
