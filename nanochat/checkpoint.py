@@ -177,7 +177,7 @@ def load_model(
     """The model and tokenizer of a run, for scoring and generation.
 
     Matrices and tables are held in the compute dtype, to which every pass would cast them: the same numbers,
-    at depth 4 on a CPU a sixth of the time of scoring (LOG 2026-11-21), and half the memory.
+    and half the memory where that is bf16.
 
     Args:
         run: name of the run.
