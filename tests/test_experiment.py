@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -252,14 +253,26 @@ def real_file(folder: Path, steps: int, seeds: str = "[0, 1]", extra: str = "") 
     return write(folder, text, "real.toml")
 
 
-def bench(path: Path, *flags: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "dev.experiment", str(path), *flags],
-        cwd=REPO,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+Bench = Callable[..., subprocess.Popen[str]]
+
+
+@pytest.fixture
+def bench() -> Iterator[Bench]:
+    """Starts the command; what still runs when a test fails is asked to stop, and stops its runs."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(path: Path, *flags: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "dev.experiment", str(path), *flags]
+        piped = subprocess.PIPE
+        process = subprocess.Popen(command, cwd=REPO, stdout=piped, stderr=subprocess.STDOUT, text=True)
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            process.terminate()
+            process.communicate()
 
 
 def started(name: str) -> dict[str, int]:
@@ -268,7 +281,7 @@ def started(name: str) -> dict[str, int]:
     return {path.stem: path.read_text("utf-8").count("model: depth") for path in sorted(folder.glob("*.log"))}
 
 
-def wait_for(run: str, step: int, seconds: float = 120.0) -> None:
+def wait_for(run: str, step: int, seconds: float = 600.0) -> None:
     """Until a run has come so far."""
     metrics = files.run_dir(run) / "metrics.jsonl"
     stop = time.monotonic() + seconds
@@ -280,7 +293,10 @@ def wait_for(run: str, step: int, seconds: float = 120.0) -> None:
 
 
 @pytest.mark.slow
-def test_a_real_experiment_is_killed_and_stopped_and_goes_on_with_what_is_left(tmp_path: Path) -> None:
+@pytest.mark.timeout(1800)  # two minutes on a quiet machine
+def test_a_real_experiment_is_killed_and_stopped_and_goes_on_with_what_is_left(
+    tmp_path: Path, bench: Bench
+) -> None:
     tiny.tiny_corpus(tmp_path)
     path = real_file(tmp_path, steps=60)
     names = [f"real-d2-{variant}-s{seed}" for seed in (0, 1) for variant in ("low", "high")]
@@ -298,13 +314,13 @@ def test_a_real_experiment_is_killed_and_stopped_and_goes_on_with_what_is_left(t
     stopped = bench(path)  # by a person
     wait_for("real-d2-high-s1", 20)
     stopped.send_signal(signal.SIGTERM)
-    output, _ = stopped.communicate(timeout=120)
+    output, _ = stopped.communicate(timeout=600)
     assert stopped.returncode == 75, output
     assert "4 runs, 1 of them done" in output
     assert "real-d2-high-s1: stopped" in output
 
     last = bench(path, "--json", str(tmp_path / "out.json"))
-    output, _ = last.communicate(timeout=240)
+    output, _ = last.communicate(timeout=600)
     assert last.returncode == 0, output
     assert "4 runs, 2 of them done" in output
     assert files.read_json(files.run_dir("real-d2-low-s0") / "summary.json") == before  # kept as it was
@@ -322,13 +338,16 @@ def test_a_real_experiment_is_killed_and_stopped_and_goes_on_with_what_is_left(t
 
 
 @pytest.mark.slow
-def test_a_revision_runs_by_its_own_code_and_its_worktree_goes_when_all_is_done(tmp_path: Path) -> None:
+@pytest.mark.timeout(900)
+def test_a_revision_runs_by_its_own_code_and_its_worktree_goes_when_all_is_done(
+    tmp_path: Path, bench: Bench
+) -> None:
     if shutil.which("git") is None or not (REPO / ".git").exists():
         pytest.skip("not a git checkout")
     tiny.tiny_corpus(tmp_path)
     path = real_file(tmp_path, steps=12, seeds="[0]", extra='[variants.head]\nrevision = "HEAD"')
     process = bench(path, "--jobs", "2")
-    output, _ = process.communicate(timeout=240)
+    output, _ = process.communicate(timeout=600)
     assert process.returncode == 0, output
     head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=REPO, capture_output=True, text=True).stdout
     config = files.read_json(files.run_dir("real-d2-head-s0") / "config.json")
@@ -339,14 +358,15 @@ def test_a_revision_runs_by_its_own_code_and_its_worktree_goes_when_all_is_done(
 
 
 @pytest.mark.slow
-def test_what_base_train_refuses_is_said_before_anything_is_trained(tmp_path: Path) -> None:
+@pytest.mark.timeout(900)
+def test_what_base_train_refuses_is_said_before_anything_is_trained(tmp_path: Path, bench: Bench) -> None:
     tiny.tiny_corpus(tmp_path)
     for extra, message in (
         ("[variants.wrong]\nmatrix-learning-rate = 1", "variant 'wrong': base_train refuses it"),
         ('[variants.longer]\nnum-iterations = "13"', "'low' on 3,072"),
     ):
         process = bench(real_file(tmp_path, steps=12, extra=extra))
-        output, _ = process.communicate(timeout=120)
+        output, _ = process.communicate(timeout=600)
         assert process.returncode == 2
         assert message in output
     assert not list((files.base_dir() / "runs").glob("*"))
