@@ -105,9 +105,12 @@ class Hub:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Stop the threads; what they are at is dropped."""
+        """Stop the threads: what they are at ends first, as it would at the end of the process at the latest.
+
+        A thread that still wrote would leave files in a folder that its owner has removed.
+        """
         self._stopped.set()
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._pool.shutdown(wait=True, cancel_futures=True)
 
     def newest_commit(self, name: str) -> str:
         """The commit that the main branch is at, asked by way of one of its files."""

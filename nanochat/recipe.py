@@ -70,6 +70,7 @@ class Recipe:
     polar_norm_factor: float = 1.01
     # Schedules
     warmup_steps: int = 40
+    warmup_share: float = 0.1  # of a short run at most (dev/LOG.md, 2026-11-21)
     warmdown_ratio: float = 0.65
     final_lr_frac: float = 0.05
     momentum_start: float = 0.85

@@ -403,7 +403,7 @@ def _schedule(args: TrainArgs, recipe: Recipe, steps: int, matrix_weight_decay: 
 
     return Schedule(
         steps=steps,
-        warmup_steps=given(args.warmup_steps, recipe.warmup_steps),
+        warmup_steps=given(args.warmup_steps, min(recipe.warmup_steps, int(recipe.warmup_share * steps))),
         warmdown_steps=round(given(args.warmdown_ratio, recipe.warmdown_ratio) * steps),
         final_lr_frac=given(args.final_lr_frac, recipe.final_lr_frac),
         momentum_start=recipe.momentum_start,

@@ -148,6 +148,12 @@ def test_horizon_flags_take_precedence_in_order() -> None:
     assert plan(TrainArgs(depth=12, target_param_data_ratio=8), 32768).steps == 1680
 
 
+def test_the_warmup_is_forty_steps_but_of_a_short_run_a_tenth() -> None:
+    for steps, warmup in ((12, 1), (200, 20), (400, 40), (528, 40), (100_000, 40)):
+        assert plan(TrainArgs(num_iterations=steps), 32768).schedule.warmup_steps == warmup
+    assert plan(TrainArgs(num_iterations=200, warmup_steps=40), 32768).schedule.warmup_steps == 40
+
+
 def test_micro_batch_that_does_not_divide_is_adjusted_with_a_notice() -> None:
     p = plan(TrainArgs(max_seq_len=512, total_batch_size=16384, device_batch_size=12), 32768)
     assert (p.device_batch_size, p.grad_accum_steps) == (8, 4)
