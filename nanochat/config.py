@@ -78,7 +78,7 @@ class TrainArgs:
         0.0, "share of the steps, at the end, whose weights are averaged to be those of the finished run"
     )
     z_loss: float = flag(0.0, "weight of the z-loss, which keeps the logits of training small")
-    warmup_steps: int | None = flag(None, "steps of linear learning-rate warmup; of a short run at most a tenth")
+    warmup_steps: int | None = flag(None, "steps of linear learning-rate warmup; at most a tenth of a run")
     warmdown_ratio: float | None = flag(None, "last share of the run in which the learning rate falls")
     final_lr_frac: float | None = flag(None, "share of the learning rate left at the end")
     seed: int = flag(0, "seed of the initial weights, the order of the data and the samples")
