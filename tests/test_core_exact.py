@@ -21,18 +21,18 @@ from tests.tiny import tiny_args, train_tiny
 CONTEXT = 128
 EXAMPLES = 3  # of each task
 PRECISION = Precision(torch.float32, "sdpa")
-SHAPE = {"max_seq_len": CONTEXT, "total_batch_size": 1024}
+SHAPE = {"depth": 4, "max_seq_len": CONTEXT, "total_batch_size": 8192}
 
 
 def make_run(shared_data, trained):
-    """A run of a small model, trained on prose for a moment or with random weights; returns its model."""
+    """A run of a small model, trained on 2.1 M tokens of prose or with random weights; returns its model."""
     shard = shared_data / "prose" / "shard_00010.parquet"
     corpus = dataset.prepare("local", named_files=[str(shard)])
     texts = pq.read_table(shard, columns=["text"])["text"].to_pylist()
     tokenizer = Tokenizer.train(texts[:200], 1024)
     tokenizer.save(files.tokenizer_dir("local"))
     if trained:
-        train_tiny(**SHAPE, num_iterations=150, eval_every=150, save_every=150)
+        train_tiny(**SHAPE, device_batch_size=64, num_iterations=256, eval_every=256, save_every=256)
     else:
         plan = scaling.plan(tiny_args(**SHAPE), tokenizer.vocab_size, 1)
         state = train.create_state(plan, corpus, tokenizer, PRECISION, World.solo())
