@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
+import time
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from nanochat.errors import UserError
@@ -123,6 +126,53 @@ def _rank_from_environment(name: str) -> int:
     return int(text)
 
 
+def meet(store: Any, rank: int, size: int, timeout_s: float) -> Any:
+    """A part of the store that only the ranks of this start share.
+
+    torchrun may keep one store over its restarts (2.15 does), and then the addresses of the dead are still in
+    it. Every name here was made up by a rank a moment ago, so no word of an earlier start is taken for one of
+    this: a rank greets by its name, rank 0 answers that name with its own, and the rank confirms.
+
+    Args:
+        store: the torch.distributed.Store of torchrun.
+        rank: 0 .. size-1.
+        size: number of ranks.
+        timeout_s: how long to wait for the others.
+
+    Raises:
+        UserError: a rank has not come by then.
+    """
+    own = uuid.uuid4().hex
+    deadline = time.monotonic() + timeout_s
+
+    def note(key: str) -> str:
+        return store.get(key).decode() if store.check([key]) else ""
+
+    def wait_for(*ranks: int) -> None:
+        if time.monotonic() > deadline:
+            names = ", ".join(map(str, ranks))
+            raise UserError(
+                f"rank {rank}: rank {names} of {size} did not join within {timeout_s:g} s. "
+                "Look at its output, and whether its machine can be reached; --dist-timeout waits longer."
+            )
+        time.sleep(0.01)
+
+    if rank == 0:
+        missing = list(range(1, size))
+        while missing := [other for other in missing if note(f"meet/confirmed/{other}") != own]:
+            for other in missing:
+                if name := note(f"meet/greeting/{other}"):
+                    store.set(f"meet/answer/{other}", f"{name} {own}")
+            wait_for(*missing)
+        return PrefixStore(own, store)
+    store.set(f"meet/greeting/{rank}", own)
+    while not (answer := note(f"meet/answer/{rank}")).startswith(own):
+        wait_for(0)
+    first = answer.split()[1]
+    store.set(f"meet/confirmed/{rank}", first)
+    return PrefixStore(first, store)
+
+
 @contextlib.contextmanager
 def join(device_type: str = "auto", timeout_s: float = 600.0) -> Iterator[World]:
     """Join the ranks that torchrun started, or be alone; leaves the process group at the end.
@@ -133,7 +183,7 @@ def join(device_type: str = "auto", timeout_s: float = 600.0) -> Iterator[World]
             a watchdog has time to say which rank it is.
 
     Raises:
-        UserError: the device is absent, or torchrun's variables are unusable.
+        UserError: the device is absent, torchrun's variables are unusable, or a rank does not come.
     """
     if "RANK" not in os.environ:
         yield World.solo(detect_device(device_type, 0))
@@ -144,7 +194,8 @@ def join(device_type: str = "auto", timeout_s: float = 600.0) -> Iterator[World]
     if device.type == "cuda":
         torch.cuda.set_device(device)
     timeout = datetime.timedelta(seconds=timeout_s + BACKSTOP_S)
-    store, _, _ = next(rendezvous("env://", timeout=timeout))
+    launched, _, _ = next(rendezvous("env://", timeout=timeout))
+    store = meet(launched, rank, size, timeout_s)
     dist.init_process_group(
         backend,
         store=store,

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from nanochat import world
 from nanochat.errors import UserError
@@ -34,6 +36,34 @@ def test_unusable_rank_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "zero")
     with pytest.raises(UserError, match="RANK='zero'"), world.join("cpu"):
         pass
+
+
+def meet_all(store: dist.TCPStore, size: int) -> list[dist.PrefixStore]:
+    """Every rank meets the others, in threads and on a connection of its own; the last rank comes first."""
+    with ThreadPoolExecutor(size) as pool:
+        coming = [
+            pool.submit(world.meet, store.clone(), rank, size, timeout_s=30.0)
+            for rank in reversed(range(size))
+        ]
+        return [each.result() for each in reversed(coming)]
+
+
+def test_a_restart_reads_nothing_that_an_earlier_start_left_in_the_store() -> None:
+    kept = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    for start in range(20):
+        stores = meet_all(kept, 4)
+        assert not any(store.check(["address"]) for store in stores)
+        stores[start % 4].set("address", str(start))
+        assert [store.get("address") for store in stores] == [str(start).encode()] * 4
+
+
+def test_a_rank_that_does_not_come_is_named() -> None:
+    kept = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    with pytest.raises(UserError, match=r"rank 0: rank 1, 2 of 3 did not join within 0\.2 s"):
+        world.meet(kept, 0, 3, timeout_s=0.2)
+    meet_all(kept, 2)
+    with pytest.raises(UserError, match="rank 1: rank 0 of 2 did not join"):
+        world.meet(kept, 1, 2, timeout_s=0.2)
 
 
 def test_two_ranks_under_torchrun() -> None:
