@@ -42,7 +42,7 @@ def test_every_file_it_names_is_there() -> None:
 
 
 def test_every_flag_it_names_exists() -> None:
-    known = {"--standalone", "--nproc_per_node", "--slow"}
+    known = {"--standalone", "--nproc_per_node", "--nnodes", "--max-restarts", "--slow"}
     for cls in (TrainArgs, EvalArgs, TokTrainArgs, DatasetArgs, GenerateArgs, ExportArgs):
         known |= {"--" + item.name.replace("_", "-") for item in dataclasses.fields(cls)}
     assert sorted(set(re.findall(r"--[a-z][\w-]*", README)) - known) == []

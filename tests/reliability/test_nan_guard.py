@@ -140,7 +140,7 @@ def test_one_rank(tmp_path: Path) -> None:
     tiny_corpus(tmp_path)
     found = list(outcomes(World.solo(), tmp_path))
     check(found)
-    record("P7", n=len(found), failures=0, worst=0, unit="steps not finite, 1 rank", note="bits changed")
+    record("P7", n=len(found), failures=0, worst=0, unit="steps not finite, 1 rank", note="worst: bits")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="forks")
@@ -150,7 +150,7 @@ def test_two_ranks_agree(tmp_path: Path) -> None:
     ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
     assert ranks[0] == ranks[1]
     check(ranks[0])
-    record("P7", n=len(ranks[0]), failures=0, worst=0, unit="steps not finite, 2 ranks", note="bits changed")
+    record("P7", n=len(ranks[0]), failures=0, worst=0, unit="steps not finite, 2 ranks", note="worst: bits")
 
 
 def test_without_the_mask_the_weights_would_have_changed(
