@@ -28,7 +28,6 @@ from nanochat.optim import MuonAdamW
 from nanochat.recipe import RECIPES
 from nanochat.same_run import require_same_run
 from nanochat.scaling import GPTConfig, Plan, count_params, masks_documents
-from nanochat.tail_average import TailAverage
 from nanochat.tokenizer import Tokenizer
 from nanochat.world import World
 
@@ -47,7 +46,6 @@ class TrainState:
         optimizer: its moments.
         loader: the position in the data.
         loss_scale: the factor on the loss where the compute dtype is fp16.
-        average: the mean of the weights over the last steps, where --tail-average asks for it.
         skipped_steps: steps among them whose update was held back, since it was not finite.
         smoothed_loss: exponential average of the training loss, in nats.
         train_seconds: seconds spent in steps, over all sessions of the run.
@@ -61,7 +59,6 @@ class TrainState:
     optimizer: MuonAdamW
     loader: TrainLoader
     loss_scale: LossScale
-    average: TailAverage
     skipped_steps: int = 0
     smoothed_loss: float = 0.0
     train_seconds: float = 0.0
@@ -94,7 +91,7 @@ def take(state: TrainState, plan: Plan, fingerprints: dict[str, str], world: Wor
     return Snapshot(
         checkpoint_files.folder_of(plan.args.run_name, state.step),
         {name: p.detach().to("cpu", copy=True) for name, p in state.model.named_parameters()},
-        optimizer | state.average.state_tensors(),
+        optimizer,
         {
             **{name: getattr(state, name) for name in COUNTERS},
             "loader": loader,
@@ -121,9 +118,7 @@ def load(state: TrainState, folder: Path, plan: Plan, fingerprints: dict[str, st
     weights = checkpoint_files.read_tensors(folder / MODEL)
     _require_fit(weights, state.model, folder / MODEL)
     _copy_weights(state.model, weights)
-    moments = checkpoint_files.read_tensors(folder / OPTIMIZER)
-    state.optimizer.load_state_tensors(moments)
-    state.average.load_state_tensors(moments)
+    state.optimizer.load_state_tensors(checkpoint_files.read_tensors(folder / OPTIMIZER))
     state.loader.load_state_dict(meta["loader"])
     state.loss_scale.load(meta.get("loss_scale", []))
     for name in COUNTERS:

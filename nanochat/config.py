@@ -74,9 +74,6 @@ class TrainArgs:
     embedding_lr: float | None = flag(None, "base learning rate of the token embedding (AdamW)")
     unembedding_lr: float | None = flag(None, "base learning rate of the output head (AdamW)")
     weight_decay: float | None = flag(None, "base weight decay of the block matrices, before scaling")
-    tail_average: float = flag(
-        0.0, "share of the steps, at the end, whose weights are averaged to be those of the finished run"
-    )
     z_loss: float = flag(0.0, "weight of the z-loss, which keeps the logits of training small")
     warmup_steps: int | None = flag(None, "steps of linear learning-rate warmup; at most a tenth of a run")
     warmdown_ratio: float | None = flag(None, "last share of the run in which the learning rate falls")
@@ -301,8 +298,6 @@ def _require_techniques(args: TrainArgs) -> None:
         raise UserError(
             f"--two-timescale with --matrix-optimizer={args.matrix_optimizer}: it is Muon's. Leave one out."
         )
-    if not 0 <= args.tail_average <= 1:
-        raise UserError(f"--tail-average={args.tail_average}: expected a share between 0 and 1.")
     if not 0 <= args.z_loss < math.inf:
         raise UserError(f"--z-loss={args.z_loss}: expected 0 or more, such as 1e-4.")
 

@@ -40,7 +40,7 @@ class MemoryPlan:
         rows: of the micro-batch it is for.
         parameters: fp32 masters, and their copies in the compute dtype.
         gradients: fp32.
-        optimizer: moments of this rank's share, and the average of the weights if there is one.
+        optimizer: moments of this rank's share.
         activations: of one micro-batch.
         logits: of the chunk that the loss holds at a time.
         measured: whether activations and logits were measured by a step.
@@ -79,14 +79,13 @@ def estimate(plan: Plan, rows: int, dtype: torch.dtype, device_type: str) -> Mem
     rest = params.total - params.matrix  # two moments under AdamW
     one_sided = plan.args.matrix_optimizer == "soap" and plan.args.soap_sides == 1
     moments = ONE_SIDED if one_sided else MOMENTS[plan.args.matrix_optimizer]
-    average = 4 * params.total if plan.args.tail_average else 0
     moments = TWO_TIMESCALE if plan.args.two_timescale else moments
     chunk = min(tokens * model.padded_vocab_size, CHUNK_ELEMENTS.get(device_type, CHUNK_ELEMENTS["cuda"]))
     return MemoryPlan(
         rows=rows,
         parameters=4 * params.total + copies,
         gradients=4 * params.total,
-        optimizer=4 * (moments * params.matrix + 2 * rest) // plan.world_size + average,
+        optimizer=4 * (moments * params.matrix + 2 * rest) // plan.world_size,
         activations=tokens * _activations(model, plan.args.recompute) * dtype.itemsize,
         logits=chunk * dtype.itemsize + 4 * params.unembedding,
         measured=False,

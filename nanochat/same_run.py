@@ -23,7 +23,6 @@ FIXED_ARGS = (
     "soap_sides",
     "two_timescale",
     "z_loss",
-    "tail_average",
 )
 FIXED_PLAN = ("model", "batch_tokens", "lanes", "steps", "groups", "schedule")
 HORIZON = ("steps", "schedule.", "groups.matrix.weight_decay")

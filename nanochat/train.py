@@ -29,7 +29,6 @@ from nanochat.saver import Saver
 from nanochat.scaling import Plan
 from nanochat.schedule import lr_multiplier, muon_momentum, muon_weight_decay
 from nanochat.stopping import Stopped, stop_signals
-from nanochat.tail_average import TailAverage
 from nanochat.tokenizer import Tokenizer
 from nanochat.watchdog import Watchdog
 from nanochat.world import World
@@ -66,8 +65,7 @@ def create_state(
         keep_tails=plan.args.keep_tails,
     )
     scale = LossScale(precision.compute_dtype, world.device)
-    average = TailAverage(dict(model.named_parameters()), plan.steps, plan.args.tail_average)
-    return TrainState(0, model, optimizer, loader, scale, average)
+    return TrainState(step=0, model=model, optimizer=optimizer, loader=loader, loss_scale=scale)
 
 
 def train_step(plan: Plan, state: TrainState, world: World) -> StepResult:
@@ -152,7 +150,6 @@ def train(
                 return "finished"
             result = train_step(plan, state, world)
             state.step += 1
-            state.average.add(state.step)
             reporter.add(state, result)
             step_traced()
             if world.agree(stop_requested()):

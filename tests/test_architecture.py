@@ -29,7 +29,6 @@ LAYERS = (
         "matrix_rules",
         "collectives",
         "optim",
-        "tail_average",
         "loss_scale",
         "fp8",
         "layers",

@@ -39,7 +39,6 @@ from nanochat.loss_scale import LossScale
 from nanochat.optim import MuonAdamW
 from nanochat.process import peak_memory_bytes
 from nanochat.scaling import Plan
-from nanochat.tail_average import TailAverage
 from nanochat.tokenizer import Tokenizer
 from nanochat.world import World
 
@@ -92,8 +91,7 @@ def measure(way: str) -> dict[str, float]:
     kinds, factor = model.parameter_kinds(), plan.model.constants.polar_norm_factor
     optimizer = MuonAdamW(dict(model.named_parameters()), kinds, plan.groups, world, dtype, factor)
     loader: Any = RandomBatches(plan)
-    average = TailAverage({}, plan.steps, 0.0)
-    state = TrainState(0, model, optimizer, loader, LossScale(dtype, device), average)
+    state = TrainState(0, model, optimizer, loader, LossScale(dtype, device))
     if way == "unfused":
         model.loss = lambda ids, targets: unfused_loss(model, ids, targets)  # type: ignore[method-assign]
     rates = [hardware.measured_flops_per_s(device, dtype)]
