@@ -66,7 +66,6 @@ class TrainArgs:
     device_batch_size: int | None = flag(None, "rows in a micro-batch of one rank; by default from depth")
     matrix_optimizer: str = flag("muon", "optimizer of the block matrices", choices=("muon", "soap", "adamw"))
     matrix_lr: float | None = flag(None, "base learning rate of the block matrices, whatever optimizes them")
-    two_timescale: bool = flag(False, "mix a fast and a slow average for Muon's momentum")
     soap_every: int = flag(10, "steps between two renewals of SOAP's eigenbases")
     soap_sides: int = flag(
         2, "sides of a matrix that have an eigenbasis in SOAP: 2, or 1 for the shorter one", choices=(1, 2)
@@ -294,10 +293,6 @@ def _require_sizes(args: TrainArgs) -> None:
 
 
 def _require_techniques(args: TrainArgs) -> None:
-    if args.two_timescale and args.matrix_optimizer != "muon":
-        raise UserError(
-            f"--two-timescale with --matrix-optimizer={args.matrix_optimizer}: it is Muon's. Leave one out."
-        )
     if not 0 <= args.z_loss < math.inf:
         raise UserError(f"--z-loss={args.z_loss}: expected 0 or more, such as 1e-4.")
 

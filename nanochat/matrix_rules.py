@@ -44,12 +44,10 @@ class MatrixOptions:
     Attributes:
         soap_every: steps between two renewals of SOAP's bases.
         soap_sides: 2, or 1 for a basis on the shorter side only; on the right of square matrices.
-        two_timescale: Muon's momentum is the mix of TWO_TIMESCALES.
     """
 
     soap_every: int = 10
     soap_sides: int = 2
-    two_timescale: bool = False
 
 
 DEFAULTS = MatrixOptions()
@@ -76,35 +74,25 @@ def matrix_rule(
     if group.optimizer == "adamw":
         return _Adam(like, group)
     assert group.optimizer == "muon", group.optimizer
-    return _Muon(like, group, dtype, norm_factor, options)
+    return _Muon(like, group, dtype, norm_factor)
 
 
 class _Muon:
     """Muon, whose learning rate is multiplied by sqrt(max(1, m / n))."""
 
-    def __init__(
-        self,
-        like: Tensor,
-        group: GroupPlan,
-        dtype: torch.dtype,
-        norm_factor: float,
-        options: MatrixOptions,
-    ) -> None:
+    def __init__(self, like: Tensor, group: GroupPlan, dtype: torch.dtype, norm_factor: float) -> None:
         self.group, self.dtype, self.norm_factor = group, dtype, norm_factor
         self.function = muon_update
         count, m, n = like.shape
         self.lr = group.lr * math.sqrt(max(1.0, m / n))
         second_moment = like.new_zeros(count, *((m, 1) if m >= n else (1, n)))
         self.moments = {"momentum": torch.zeros_like(like), "second_moment": second_moment}
-        if options.two_timescale:
-            self.moments["slow_momentum"] = torch.zeros_like(like)
 
     def update(self, params: Tensor, grads: Tensor, rates: StepRates) -> Tensor:
         return self.function(
             params,
             grads,
-            self.moments["momentum"],
-            self.moments["second_moment"],
+            *self.moments.values(),
             lr=rates.lr_mult_tensor * self.lr,
             momentum=rates.momentum_tensor,
             weight_decay=rates.weight_decay_tensor,
@@ -112,7 +100,6 @@ class _Muon:
             ok=rates.ok,
             dtype=self.dtype,
             norm_factor=self.norm_factor,
-            slow_momentum=self.moments.get("slow_momentum"),
         )
 
     def compile(self) -> None:

@@ -28,7 +28,7 @@ DIFFERENTIAL = 7
 # Moments of the block matrices, in multiples of them. SOAP adds a Gram matrix and a basis a side: to a block
 # of 12 C^2 (4 squares, 2 matrices of 4 C x C) those of both sides add 84 C^2, of the shorter ones 12 C^2.
 MOMENTS = {"muon": 1, "adamw": 2, "soap": 9}
-ONE_SIDED, TWO_TIMESCALE = 3, 2
+ONE_SIDED = 3
 USABLE = 0.9  # of the memory that is free; the rest is lost between blocks, and the system's
 
 
@@ -79,7 +79,6 @@ def estimate(plan: Plan, rows: int, dtype: torch.dtype, device_type: str) -> Mem
     rest = params.total - params.matrix  # two moments under AdamW
     one_sided = plan.args.matrix_optimizer == "soap" and plan.args.soap_sides == 1
     moments = ONE_SIDED if one_sided else MOMENTS[plan.args.matrix_optimizer]
-    moments = TWO_TIMESCALE if plan.args.two_timescale else moments
     chunk = min(tokens * model.padded_vocab_size, CHUNK_ELEMENTS.get(device_type, CHUNK_ELEMENTS["cuda"]))
     return MemoryPlan(
         rows=rows,

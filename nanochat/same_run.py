@@ -14,16 +14,7 @@ from nanochat.schedule import Schedule
 
 # What a resumed run may not change: these decide the weights and the data. World size, micro-batch, cadences,
 # names and the machine are free. --extend lets the horizon through, with what follows from it.
-FIXED_ARGS = (
-    "corpus",
-    "keep_tails",
-    "document_mask",
-    "seed",
-    "soap_every",
-    "soap_sides",
-    "two_timescale",
-    "z_loss",
-)
+FIXED_ARGS = ("corpus", "keep_tails", "document_mask", "seed", "soap_every", "soap_sides", "z_loss")
 FIXED_PLAN = ("model", "batch_tokens", "lanes", "steps", "groups", "schedule")
 HORIZON = ("steps", "schedule.", "groups.matrix.weight_decay")
 

@@ -51,7 +51,7 @@ def create_state(
         world,
         precision.compute_dtype,
         plan.model.constants.polar_norm_factor,
-        MatrixOptions(plan.args.soap_every, plan.args.soap_sides, plan.args.two_timescale),
+        MatrixOptions(plan.args.soap_every, plan.args.soap_sides),
     )
     loader = TrainLoader(
         corpus,

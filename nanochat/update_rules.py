@@ -17,9 +17,6 @@ POLAR_EXPRESS = (
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
 )
 
-# Share and decay of the two averages that --two-timescale mixes (RECIPE 3.6: 40 of 3,250 steps fewer).
-TWO_TIMESCALES = ((0.4385, 0.85), (0.5615, 0.98))
-
 # Elements of a table updated at a time, since the change of each is taken by a copy of what was there: on a
 # CPU the copy stays in cache.
 CHANGE_ELEMENTS = {"cpu": 1 << 17, "cuda": 1 << 26}
@@ -71,7 +68,6 @@ def muon_update(
     ok: Tensor,
     dtype: torch.dtype,
     norm_factor: float,
-    slow_momentum: Tensor | None = None,
 ) -> Tensor:
     """Update K matrices of one shape in place; returns (K,) sums of squares of what was subtracted.
 
@@ -91,17 +87,12 @@ def muon_update(
         ok: 0-dim bool; where it is False nothing changes, whatever the gradient holds.
         dtype: of the matrix products.
         norm_factor: safety factor on the norm before Polar Express.
-        slow_momentum: (K, m, n) fp32; where given, the mix of TWO_TIMESCALES takes the place of Nesterov
-            momentum, its slow average kept here and the other one in momentum_buffer.
     """
     m, n = params.shape[-2:]
     live = ok.to(params.dtype)
     grads = torch.where(ok, grads, 0.0)
-    if slow_momentum is None:
-        momentum_buffer.lerp_(grads, live * (1 - momentum))
-        u = grads.lerp(momentum_buffer, momentum)
-    else:
-        u = _mix_of_averages(grads, momentum_buffer, slow_momentum, live)
+    momentum_buffer.lerp_(grads, live * (1 - momentum))
+    u = grads.lerp(momentum_buffer, momentum)
     row_norm = u.norm(dim=-1, keepdim=True)
     frobenius = row_norm.norm(dim=-2, keepdim=True)
     u = u * (frobenius / math.sqrt(m) / row_norm.clamp(min=1e-6))
@@ -116,14 +107,6 @@ def muon_update(
     y = live * lr * y
     params.sub_(y)
     return sum_of_squares(y)
-
-
-def _mix_of_averages(grads: Tensor, fast: Tensor, slow: Tensor, live: Tensor) -> Tensor:
-    """Move both averages in place where live is 1; their mix."""
-    (fast_share, fast_decay), (slow_share, slow_decay) = TWO_TIMESCALES
-    fast.lerp_(grads, live * (1 - fast_decay))
-    slow.lerp_(grads, live * (1 - slow_decay))
-    return fast_share * fast + slow_share * slow
 
 
 def adamw_update(

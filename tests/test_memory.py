@@ -71,7 +71,6 @@ def test_the_parameters_are_those_of_the_model() -> None:
     "flags",
     [
         {},
-        {"two_timescale": True},
         {"matrix_optimizer": "adamw"},
         {"matrix_optimizer": "soap"},
         {"matrix_optimizer": "soap", "soap_sides": 1},

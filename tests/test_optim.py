@@ -8,7 +8,6 @@ import torch._dynamo.testing
 
 from nanochat.errors import UserError
 from nanochat.hardware import Precision
-from nanochat.matrix_rules import MatrixOptions
 from nanochat.optim import SMALL_ELEMENTS, MuonAdamW
 from nanochat.scaling import GPTConfig, GroupPlan
 from nanochat.update_rules import muon_update, polar_express
@@ -107,21 +106,6 @@ def test_weight_decay_acts_only_where_the_update_agrees_with_the_weight():
     apply_muon(decayed, g, wd=0.5)
     agrees = (start - plain) * start >= 0
     torch.testing.assert_close(decayed, torch.where(agrees, plain - 0.1 * 0.5 * start, plain))
-
-
-def test_two_timescales_are_a_step_along_the_mix_of_two_averages():
-    rates = {"lr": torch.tensor(0.1), "weight_decay": torch.tensor(0.0), "beta2": 0.9}
-    rates |= {"ok": torch.tensor(True), "dtype": torch.float32, "norm_factor": NORM_FACTOR}
-    got, want = torch.zeros(1, 4, 6), torch.zeros(1, 4, 6)
-    fast, slow, fast_buffer, slow_buffer, last = (torch.zeros(1, 4, 6) for _ in range(5))
-    variances = torch.zeros(1, 1, 6), torch.zeros(1, 1, 6)
-    for step in range(5):
-        g = torch.randn(1, 4, 6, generator=torch.Generator().manual_seed(step))
-        fast, slow = 0.85 * fast + 0.15 * g, 0.98 * slow + 0.02 * g
-        ignored, none = torch.tensor(0.5), torch.tensor(0.0)
-        muon_update(got, g, fast_buffer, variances[0], momentum=ignored, slow_momentum=slow_buffer, **rates)
-        muon_update(want, 0.4385 * fast + 0.5615 * slow, last, variances[1], momentum=none, **rates)
-    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
 def test_a_gradient_of_zeros_leaves_a_matrix_where_it_is():
@@ -236,13 +220,10 @@ def test_a_step_tells_the_squares_of_what_it_changed():
     assert rms["matrix"] == pytest.approx(torch.cat(changes).square().mean().sqrt().item(), rel=1e-3)
 
 
-@pytest.mark.parametrize("two_timescale", [False, True])
-def test_the_state_continues_in_another_optimizer_bit_for_bit(two_timescale):
-    options = MatrixOptions(two_timescale=two_timescale)
-
+def test_the_state_continues_in_another_optimizer_bit_for_bit():
     def start():
         params, kinds = random_problem()
-        return params, MuonAdamW(params, kinds, GROUPS, World.solo(), torch.float32, NORM_FACTOR, options)
+        return params, MuonAdamW(params, kinds, GROUPS, World.solo(), torch.float32, NORM_FACTOR)
 
     params, optimizer = start()
     for step in range(6):
@@ -260,7 +241,6 @@ def test_the_state_continues_in_another_optimizer_bit_for_bit(two_timescale):
         resumed.step(*schedule(step))
     assert all(torch.equal(again[name], params[name]) for name in params)
     assert state["a.momentum"].shape == (5, 7)
-    assert ("a.slow_momentum" in state) == two_timescale
     assert state["a.second_moment"].shape == (1, 7)
     assert state["d.second_moment"].shape == (9, 1)
     assert state["table.exp_avg_sq"].shape == (205, 7)

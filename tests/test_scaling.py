@@ -111,12 +111,6 @@ def test_techniques_out_of_range_are_refused_by_their_flag(flags: dict[str, floa
         plan(dataclasses.replace(TrainArgs(), **flags), 32768)  # type: ignore[arg-type]
 
 
-def test_two_timescales_are_muons() -> None:
-    plan(TrainArgs(two_timescale=True), 32768)
-    with pytest.raises(UserError, match="--two-timescale with --matrix-optimizer=soap"):
-        plan(TrainArgs(two_timescale=True, matrix_optimizer="soap"), 32768)
-
-
 def test_windows_follow_the_pattern_and_the_last_layer_is_full() -> None:
     model = model_config(TrainArgs(depth=6), 32768, 6)
     assert model.windows == (512, 512, 512, 2048, 512, 2048)
