@@ -16,8 +16,9 @@ from nanochat.config import TrainArgs
 from nanochat.errors import UserError
 from nanochat.gpt import GPT
 from nanochat.hardware import Precision
+from nanochat.world import World
 from tests.dist.launch import digest, lines, losses
-from tests.dist.world import train_world
+from tests.dist.world import run_ranks, train_rank
 from tests.test_train import stop_after
 from tests.tiny import tiny_args, tiny_corpus, train_tiny
 
@@ -80,6 +81,12 @@ def test_a_resumed_run_is_the_same_run_to_the_bit(at: int, monkeypatch: pytest.M
     assert digest("parts", 12) == digest("whole", 12)
 
 
+def race_rank(world: World, changes: dict[str, Any], stop_at: int | None) -> None:
+    """`train_rank` with the windows of `corpus`, which other processes do not have of it."""
+    scaling.WINDOW_MULTIPLE = 4
+    train_rank(world, changes, stop_at)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="forks")
 @pytest.mark.parametrize(
     "sizes", [(1, 2), *(pytest.param(s, marks=pytest.mark.slow) for s in ((2, 4), (4, 1)))]
@@ -87,8 +94,8 @@ def test_a_resumed_run_is_the_same_run_to_the_bit(at: int, monkeypatch: pytest.M
 def test_the_run_goes_on_with_other_ranks(sizes: tuple[int, int], tmp_path: Path) -> None:
     common = {**RACE, "device_batch_size": 1}
     train_tiny(run="whole", **common)
-    train_world(sizes[0], tmp_path, stop_at=6, run="parts", **common)
-    train_world(sizes[1], tmp_path, run="parts", resume="auto", **common)
+    run_ranks(sizes[0], tmp_path, race_rank, {"run": "parts", **common}, 6)
+    run_ranks(sizes[1], tmp_path, race_rank, {"run": "parts", "resume": "auto", **common}, None)
     assert losses("parts") == pytest.approx(losses("whole"), abs=1e-5)
     ends = [checkpoint_files.read_state(checkpoint_files.folder_of(run, 12)) for run in ("whole", "parts")]
     assert ends[0]["loader"] == ends[1]["loader"]
