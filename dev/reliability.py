@@ -8,6 +8,8 @@ With n trials and no failure, the rate of failures is below 3 / n with 95% confi
 
 from __future__ import annotations
 
+import hashlib
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,18 @@ PROMISES = {
     "P18": "A checkpoint of an older release loads",
     "P19": "Resuming with other data, tokenizer or plan is refused",
 }
+
+
+def library_digest(repo: Path) -> str:
+    """A hash of what the figures are of: the tracked files of the library, the scripts and the crate."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "nanochat", "scripts", "rustbpe"], cwd=repo, capture_output=True, text=True
+    )
+    digest = hashlib.sha256()
+    for name in sorted(filter(None, listed.stdout.split("\0"))):
+        if (repo / name).is_file():
+            digest.update(name.encode() + b"\0" + (repo / name).read_bytes() + b"\0")
+    return digest.hexdigest()
 
 
 def trials(entry: dict[str, Any]) -> str:

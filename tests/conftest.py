@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.reliability.figures import Figure, close
+
 REPO = Path(__file__).resolve().parents[1]
+FAILED = pytest.StashKey[bool]()
 SHARED_DATA = REPO.parent / "shared" / "data"
 
 
@@ -45,3 +49,25 @@ def shared_data() -> Path:
     if not SHARED_DATA.is_dir():
         pytest.skip("the real data are not beside this checkout")
     return SHARED_DATA
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    """Keep on the test whether its body failed, for the fixture `figure`."""
+    report = yield
+    if report.when == "call":
+        item.stash[FAILED] = report.failed
+    return report
+
+
+@pytest.fixture
+def figure(request: pytest.FixtureRequest) -> Iterator[Callable[..., Figure]]:
+    """`figure("P5", "bits flipped")` -> a Figure whose trials are recorded when the test ends."""
+    made: list[Figure] = []
+
+    def make(promise: str, unit: str, *, independent: bool = True) -> Figure:
+        made.append(Figure(promise, unit, independent))
+        return made[-1]
+
+    yield make
+    close(made, request.node.stash.get(FAILED, True))

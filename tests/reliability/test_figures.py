@@ -10,6 +10,7 @@ import pytest
 from dev.reliability import PROMISES, render
 from nanochat.errors import UserError
 from tests.reliability import record
+from tests.reliability.figures import Figure, close
 
 
 def test_figures_are_recorded_only_where_asked_and_newer_ones_replace_older(
@@ -38,3 +39,29 @@ def test_failures_are_shown_and_other_json_is_refused() -> None:
     for wrong in ([{"promise": "P5"}], ["x"], [{**entry, "promise": "x"}]):
         with pytest.raises(UserError, match="not figures"):
             render(wrong)  # type: ignore[arg-type]
+
+
+def test_a_failed_trial_is_counted_written_and_fails_the_test(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "figures.json"
+    monkeypatch.setenv("NANOCHAT_RELIABILITY", str(path))
+    bits, order = Figure("P5", "bits flipped", True), Figure("P2", "batches of one order", False)
+    for number in range(10):
+        with bits.trial(number):
+            assert number != 3, "read in silence"
+        with order.trial(number):
+            pass
+    bits.measure(7, "MiB")
+    with pytest.raises(pytest.fail.Exception, match="(?s)1 of 10 failed.*3: AssertionError: read in silence"):
+        close([bits, order], test_failed=False)
+    by_promise = {entry["promise"]: entry for entry in json.loads(path.read_text("utf-8"))}
+    assert (by_promise["P5"]["n"], by_promise["P5"]["failures"], by_promise["P5"]["worst"]) == (10, 1, 7)
+    assert (by_promise["P2"]["n"], by_promise["P2"]["checks"], by_promise["P2"]["failures"]) == (1, 10, 0)
+    assert len(by_promise["P5"]["library"]) == 64
+    passed = Figure("P5", "bits flipped", True)
+    with passed.trial():
+        pass
+    with pytest.raises(pytest.fail.Exception):  # the body of the test failed after its trials
+        close([passed], test_failed=True)
+    assert json.loads(path.read_text("utf-8"))[1]["failures"] == 1

@@ -1,0 +1,1 @@
+"""Rows of dev/faults.py, a module a subject."""
