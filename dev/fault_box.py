@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import shutil
@@ -143,6 +144,15 @@ class Box:
         """What the process that was started as number `number` has printed so far."""
         return (self.folder / f"out-{number}.txt").read_text("utf-8", errors="replace")
 
+    def faulty(self, ops: str, path: str, error: int, **when: Any) -> dict[str, str]:
+        """The environment under which calls on some files fail, for `env`; see `failing_calls`."""
+        return failing_calls(self.folder, ops, path, error, **when)
+
+    def faults_met(self) -> list[str]:
+        """The calls that `faulty` has made fail so far, as "operation path"."""
+        log = self.folder / FAULT_LOG
+        return log.read_text("utf-8", errors="replace").splitlines() if log.exists() else []
+
     def tiny(self) -> None:
         """Put a small corpus and its tokenizer, both named tiny, into the base directory."""
         shutil.copytree(_tiny_base(), self.base, dirs_exist_ok=True)
@@ -180,6 +190,63 @@ def _tiny_base() -> Path:
 
 
 _holders: list[Any] = []
+
+
+FAULT_LOG = "faults.log"
+SHORT = 0  # in place of an error: reads and writes do half of what was asked
+
+
+def failing_calls(
+    folder: Path,
+    ops: str,
+    path: str,
+    error: int,
+    *,
+    first: int = 1,
+    times: int = 0,
+    when: Path | None = None,
+) -> dict[str, str]:
+    """The environment of a process in which calls on some files fail as on a bad or full disk.
+
+    Args:
+        folder: gets faults.log, a line for every call that failed.
+        ops: of open, read, write, fsync, close, rename, unlink, mkdir, truncate, with commas.
+        path: the calls are on paths with this in them (of a rename: either name).
+        error: such as errno.ENOSPC; SHORT for reads and writes that do half.
+        first: the first such call of a process that fails, from 1.
+        times: how many fail; 0 for all from then on.
+        when: a file; calls count only while it is there.
+
+    Raises:
+        Skip: this is not Linux, or there is no C compiler.
+    """
+    return {
+        "LD_PRELOAD": str(_shim()),
+        "FAULT_OPS": ops,
+        "FAULT_PATH": path,
+        "FAULT_ERRNO": str(error),
+        "FAULT_FIRST": str(first),
+        "FAULT_TIMES": str(times),
+        "FAULT_WHEN": str(when or ""),
+        "FAULT_LOG": str(folder / FAULT_LOG),
+    }
+
+
+@functools.cache
+def _shim() -> Path:
+    """dev/fault_shim.c as a library, compiled once for this process."""
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if sys.platform != "linux" or compiler is None:
+        raise Skip("calls are made to fail by a shim that needs Linux and a C compiler")
+    holder = tempfile.TemporaryDirectory(prefix="faults-shim-")
+    _holders.append(holder)
+    library = Path(holder.name) / "fault_shim.so"
+    source = ROOT / "dev" / "fault_shim.c"
+    command = [compiler, "-shared", "-fPIC", "-O1", "-o", str(library), str(source), "-ldl"]
+    built = subprocess.run(command, capture_output=True, text=True)
+    if built.returncode:
+        raise Skip(f"the shim cannot be compiled here: {built.stderr.strip()[-200:]}")
+    return library
 
 
 def wait_until(true: Callable[[], bool], timeout: float, otherwise: str) -> None:
