@@ -1,9 +1,9 @@
-"""reliability.json -> a table for people.
+"""reliability.json -> docs/reliability.md, a table for people.
 
     NANOCHAT_RELIABILITY=reliability.json pytest tests --slow
     python -m dev.reliability reliability.json
 
-With n trials and no failure, the rate of failures is below 3 / n with 95% confidence; the table says so.
+With n independent trials and no failure, the rate of failures is below 3 / n with 95% confidence.
 """
 
 from __future__ import annotations
@@ -16,6 +16,26 @@ from typing import Any
 
 from nanochat import files
 from nanochat.errors import UserError, cli
+
+HEAD = """# Reliability: what was tried, and how often it failed
+
+Every line is a promise of the README. The figures are written by the tests of `tests/reliability` when they
+end, failures included, with the commit they were run at; continuous integration fails where they are of another
+library than the one beside them. Faults are injected for real: processes are killed, disks are full, bits are
+flipped in files.
+
+A trial is independent of the others, or it is not counted: many checks of one deterministic order are one
+trial. With n trials and no failure the rate of failures is below 3 / n with 95 % confidence; below 30 trials no
+bound is claimed.
+
+```bash
+rm -f reliability.json
+NANOCHAT_RELIABILITY=reliability.json bash runs/test.sh --slow
+.venv/bin/python -m dev.reliability reliability.json
+```
+"""
+
+ENOUGH = 30  # trials without failure, from which on 3 / n says something
 
 PROMISES = {
     "P1": "A resumed run is the same run, bit for bit",
@@ -51,21 +71,26 @@ def library_digest(repo: Path) -> str:
     return digest.hexdigest()
 
 
-def trials(entry: dict[str, Any]) -> str:
+def bound(n: int, failures: int) -> str:
+    """The rate of failures with 95 % confidence: measured, below 3 / n, or too few trials to say."""
+    if failures:
+        return f"{failures / n:.2%}"
+    return f"< {3 / n:.2%}" if n >= ENOUGH else "too few to bound"
+
+
+def setting(entry: dict[str, Any]) -> str:
     """What was tried how often, and the worst that happened."""
-    note, worst = str(entry["note"]), float(entry["worst"])
-    about = [f"worst {worst:g} {note.removeprefix('worst: ')}".strip()] if worst else []
-    if not worst and note and not note.startswith("worst: "):
-        about = [note]
-    return f"{int(entry['n']):,} {entry['unit']}{''.join(f' ({text})' for text in about)}"
+    n, checks = int(entry["n"]), int(entry.get("checks", entry["n"]))
+    many = f"{n:,} {entry['unit']}" + (f", {checks:,} checks of one order" if checks > n else "")
+    worst = float(entry["worst"])
+    return many + (f" (worst {worst:g} {entry['note']})" if worst else "")
 
 
 def row(promise: str, entries: list[dict[str, Any]]) -> str:
     """A line of the table: all that was recorded of one promise."""
     n, failures = (sum(int(entry[key]) for entry in entries) for key in ("n", "failures"))
-    bound = f"{failures / n:.2%}" if failures else f"< {3 / n:.2%}" if n >= 30 else ""
-    tried = "; ".join(sorted(map(trials, entries), key=lambda text: text.split(" ", 1)[1]))
-    return f"| {promise} | {PROMISES[promise]} | {n:,} | {failures:,} | {bound} | {tried} |"
+    tried = "; ".join(sorted(map(setting, entries), key=lambda text: text.split(" ", 1)[1]))
+    return f"| {promise} | {PROMISES[promise]} | {n:,} | {failures:,} | {bound(n, failures)} | {tried} |"
 
 
 def render(entries: list[dict[str, Any]]) -> str:
@@ -78,20 +103,31 @@ def render(entries: list[dict[str, Any]]) -> str:
         of: dict[str, list[dict[str, Any]]] = {name: [] for name in PROMISES}
         for entry in entries:
             of[entry["promise"]].append(entry)
-        lines = ["| | promise | trials | failures | rate (95%) | of what |", "|---|---|---:|---:|---:|---|"]
+        lines = [
+            "| | promise | independent trials | failures | rate (95%) | of what |",
+            "|---|---|---:|---:|---:|---|",
+        ]
         lines += [row(promise, of[promise]) for promise in of if of[promise]]
         machines = sorted({entry["machine"] for entry in entries})
+        commits = sorted({str(entry["commit"])[:7] for entry in entries})
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"not figures as tests/reliability records them ({error}).") from None
-    return "\n".join([*lines, "", f"Measured on {'; '.join(machines)}."])
+    return "\n".join([*lines, "", f"Measured on {'; '.join(machines)}, at {', '.join(commits)}."])
+
+
+def page(entries: list[dict[str, Any]]) -> str:
+    """docs/reliability.md: how the figures come about, and the table."""
+    return f"{HEAD}\n{render(entries)}\n"
 
 
 @cli
 def main() -> None:
-    """Print the table of a file."""
+    """Write docs/reliability.md from a file of figures."""
     if len(sys.argv) != 2:
         raise UserError("name the file: python -m dev.reliability reliability.json")
-    print(render(files.read_json(Path(sys.argv[1]))))
+    path = Path(__file__).resolve().parents[1] / "docs" / "reliability.md"
+    files.atomic_write(path, page(files.read_json(Path(sys.argv[1]))))
+    print(f"written: {path}")
 
 
 if __name__ == "__main__":

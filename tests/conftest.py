@@ -12,7 +12,7 @@ import torch
 from tests.reliability.figures import Figure, close
 
 REPO = Path(__file__).resolve().parents[1]
-FAILED = pytest.StashKey[bool]()
+OUTCOME = pytest.StashKey[str]()
 SHARED_DATA = REPO.parent / "shared" / "data"
 
 
@@ -53,10 +53,10 @@ def shared_data() -> Path:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
-    """Keep on the test whether its body failed, for the fixture `figure`."""
+    """Keep how the body of the test ended, for the fixture `figure`."""
     report = yield
     if report.when == "call":
-        item.stash[FAILED] = report.failed
+        item.stash[OUTCOME] = report.outcome
     return report
 
 
@@ -70,4 +70,4 @@ def figure(request: pytest.FixtureRequest) -> Iterator[Callable[..., Figure]]:
         return made[-1]
 
     yield make
-    close(made, request.node.stash.get(FAILED, True))
+    close(made, request.node.stash.get(OUTCOME, "failed"))

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 
-from dev.reliability import render
+import pytest
+
+from dev.reliability import page
 from nanochat import files
 from nanochat.config import DatasetArgs, EvalArgs, ExportArgs, GenerateArgs, TokTrainArgs, TrainArgs
 from nanochat.scaling import plan
@@ -29,9 +32,10 @@ def test_the_table_of_depths_is_that_of_the_plans() -> None:
     assert found == [row(depth) for depth in DEPTHS]
 
 
+@pytest.mark.skipif("NANOCHAT_RELIABILITY" in os.environ, reason="the figures are being written")
 def test_the_table_of_promises_is_that_of_the_recorded_figures() -> None:
     entries = files.read_json(REPO / "reliability.json")
-    assert render(entries) in README
+    assert page(entries) == (REPO / "docs" / "reliability.md").read_text("utf-8")
     assert sum(entry["failures"] for entry in entries) == 0
 
 

@@ -11,7 +11,7 @@ import pytest
 from nanochat import checkpoint_files, files
 from tests.dist.launch import digest, lines, losses
 from tests.dist.world import train_world
-from tests.reliability import record
+from tests.reliability.figures import MakeFigure
 from tests.reliability.test_resume import furthest, parameters
 from tests.tiny import tiny_corpus
 
@@ -36,23 +36,26 @@ def corpus(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["diff1", "diff2"])
-def test_stopped_and_resumed_it_is_the_same_run_bit_for_bit(kind: str, tmp_path: Path) -> None:
+def test_stopped_and_resumed_it_is_the_same_run_bit_for_bit(kind: str, tmp_path: Path, figure: MakeFigure) -> None:
+    cut = figure("P1", f"runs of 2 ranks with {kind}, cut and resumed: bits")
     common = {**COMMON, "attention_kind": kind}
     train_world(2, tmp_path, run="whole", **common)
-    cuts = (1, 9)
-    for at in cuts:
+    for at in (1, 9):
         run = f"cut{at}"
-        train_world(2, tmp_path, stop_at=at, run=run, **common)
-        assert files.read_json(files.run_dir(run) / "summary.json")["status"] == "stopped"
-        assert checkpoint_files.steps_of(run) == [at]
-        train_world(2, tmp_path, run=run, resume="auto", **common)
-        assert lines(run, "") == lines("whole", "")
-        assert digest(run, STEPS) == digest("whole", STEPS)
-    record("P1", n=len(cuts), failures=0, worst=0, unit=f"runs of 2 ranks with {kind}, cut and resumed: bits")
+        with cut.trial(f"cut at {at}"):
+            train_world(2, tmp_path, stop_at=at, run=run, **common)
+            assert files.read_json(files.run_dir(run) / "summary.json")["status"] == "stopped"
+            assert checkpoint_files.steps_of(run) == [at]
+            train_world(2, tmp_path, run=run, resume="auto", **common)
+            assert lines(run, "") == lines("whole", "")
+            assert digest(run, STEPS) == digest("whole", STEPS)
 
 
 @pytest.mark.parametrize("kind", ["diff1", "diff2"])
-def test_any_number_of_ranks_and_changes_of_it_train_the_same_model(kind: str, tmp_path: Path) -> None:
+def test_any_number_of_ranks_and_changes_of_it_train_the_same_model(
+    kind: str, tmp_path: Path, figure: MakeFigure
+) -> None:
+    same = figure("P2", f"runs with {kind} on 2 ranks, and on 1, 2 and 1")
     common = {**COMMON, "attention_kind": kind}
     train_world(1, tmp_path, run="whole", **common)
     train_world(2, tmp_path, run="on2", check_ranks_every=5, **common)
@@ -61,9 +64,9 @@ def test_any_number_of_ranks_and_changes_of_it_train_the_same_model(kind: str, t
     whole = parameters("whole", STEPS)
     name = next(name for name in whole if ".differential." in name)
     assert whole[name].abs().max() > 0
-    worst = 0.0
     for run in ("on2", "on121"):
-        worst = max(worst, *(abs(a - b) for a, b in zip(losses(run), losses("whole"), strict=True)))
-        assert furthest(parameters(run, STEPS), whole) < 1e-4
-    assert worst < 1e-5
-    record("P2", n=3, failures=0, worst=worst, unit=f"changes of ranks with {kind}", note="worst: loss")
+        with same.trial(run):
+            gap = max(abs(a - b) for a, b in zip(losses(run), losses("whole"), strict=True))
+            same.measure(gap, "loss")
+            assert gap < 1e-5
+            assert furthest(parameters(run, STEPS), whole) < 1e-4

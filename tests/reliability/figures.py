@@ -11,13 +11,16 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from dev.reliability import library_digest
 
+MakeFigure = Callable[
+    ..., "Figure"
+]  # what the fixture `figure` gives: figure(promise, unit, independent=True)
 REPO = Path(__file__).resolve().parents[2]
 
 
@@ -82,12 +85,19 @@ def write_entry(path: Path, entry: dict[str, object]) -> None:
         file.write(json.dumps(entries, indent=1) + "\n")
 
 
-def close(figures: list[Figure], test_failed: bool) -> None:
-    """Write every figure where NANOCHAT_RELIABILITY says; fail the test whose trials failed."""
+def close(figures: list[Figure], outcome: str) -> None:
+    """Write every figure where NANOCHAT_RELIABILITY says; fail the test whose trials failed.
+
+    Args:
+        figures: those of one test. One without trials has the whole test for its only one.
+        outcome: of the body of the test: "passed", "failed" or "skipped".
+    """
     for figure in figures:
-        if test_failed and not figure.failed:  # whatever stopped the test, its trials were not all passed
+        if outcome == "failed" and not figure.failed:  # whatever stopped it, not all trials were passed
             figure.checks += 1
             figure.failed.append("the test itself failed")
+        elif outcome == "passed" and not figure.checks:
+            figure.checks = 1
         if figure.checks and (name := os.environ.get("NANOCHAT_RELIABILITY")):
             write_entry(Path(name), figure.entry())
     if broken := [figure for figure in figures if figure.failed]:

@@ -6,7 +6,6 @@ import os
 import re
 import signal
 import socket
-import statistics
 import subprocess
 import sys
 import time
@@ -18,7 +17,7 @@ from nanochat import checkpoint_files, files
 from nanochat.stopping import STOPPED
 from tests.conftest import REPO
 from tests.dist.launch import command, digest, faulty, launch, lines, losses
-from tests.reliability import record
+from tests.reliability.figures import MakeFigure
 from tests.tiny import command_line, tiny_corpus, train_tiny
 
 pytestmark = pytest.mark.slow
@@ -45,7 +44,10 @@ HANGS = [
 
 
 @pytest.mark.parametrize(("kind", "rank", "where", "said"), HANGS, ids=lambda value: str(value))
-def test_a_hung_rank_ends_the_run_with_its_name(kind: str, rank: int, where: str, said: str) -> None:
+def test_a_hung_rank_ends_the_run_with_its_name(
+    kind: str, rank: int, where: str, said: str, figure: MakeFigure
+) -> None:
+    named = figure("P9", f"rank {rank} {kind} ({where}): named, stacks written")
     name = f"hang-{kind.split()[-1]}-{rank}-{where}"
     flags = command_line(run=name, num_iterations=1000, save_every=3, dist_timeout=DEADLINE_S)
     step = 7 if where == "collective" else 6  # the first sum after a step is before the save that is due then
@@ -67,29 +69,23 @@ def test_a_hung_rank_ends_the_run_with_its_name(kind: str, rank: int, where: str
     assert took < DEADLINE_S + 6  # a busy machine, not a promise: the figure is recorded
     assert left_behind(name) == []
     assert checkpoint_files.steps_of(name)[-1] == 6
-    record(
-        "P9",
-        n=1,
-        failures=0,
-        worst=round(took - DEADLINE_S, 2),
-        unit=f"rank {rank} {kind} ({where}): named, stacks written",
-        note=f"worst: s after the deadline of {DEADLINE_S:g} s",
-    )
+    named.measure(round(took - DEADLINE_S, 2), f"s after the deadline of {DEADLINE_S:g} s")
     assert ended > dumped
 
 
 @pytest.mark.parametrize(("kind", "said"), [("killed", "is gone"), ("an exception", "has left: OSError")])
-def test_a_dead_rank_ends_the_run_with_its_name(kind: str, said: str) -> None:
+def test_a_dead_rank_ends_the_run_with_its_name(kind: str, said: str, figure: MakeFigure) -> None:
+    figure("P9", f"rank 1 of 2, {kind}: named")
     name = f"dead-{kind.split()[-1]}"
     flags = command_line(run=name, num_iterations=1000, dist_timeout=DEADLINE_S)
     done = launch(2, flags, program=faulty(kind, 1, 6))
     assert done.returncode == 1
     assert re.search(rf"rank 0: rank 1 \(.*{said}", done.stderr)
     assert left_behind(name) == []
-    record("P9", n=1, failures=0, worst=0, unit=f"rank 1 of 2, {kind}: named")
 
 
-def test_a_launch_that_loses_a_rank_restarts_and_ends_as_if_it_had_not() -> None:
+def test_a_launch_that_loses_a_rank_restarts_and_ends_as_if_it_had_not(figure: MakeFigure) -> None:
+    figure("P9", "killed under --max-restarts: same weights at the end")
     whole = command_line(run="whole", num_iterations=20, save_every=5)
     assert launch(2, whole).returncode == 0
     flags = command_line(run="parts", num_iterations=20, save_every=5)  # without --resume
@@ -98,7 +94,6 @@ def test_a_launch_that_loses_a_rank_restarts_and_ends_as_if_it_had_not() -> None
     assert "going on from" in done.stdout
     assert lines("parts", "") == lines("whole", "")
     assert digest("parts", 20) == digest("whole", 20)
-    record("P9", n=1, failures=0, worst=0, unit="killed under --max-restarts: same weights at the end")
 
 
 def test_ranks_that_differ_stop_the_run_by_name_before_they_are_saved() -> None:
@@ -116,8 +111,9 @@ def test_ranks_that_agree_go_on() -> None:
 
 
 @pytest.mark.parametrize("ranks", [1, 4])
-def test_a_preempted_run_saves_its_step_and_resumes_to_the_same_end(ranks: int) -> None:
+def test_a_preempted_run_saves_its_step_and_resumes_to_the_same_end(ranks: int, figure: MakeFigure) -> None:
     """SIGTERM goes to torchrun, as a scheduler sends it; alone, to the process."""
+    stops = figure("P8", f"signals on {ranks} ranks: saved, same weights at the end")
     common = {"num_iterations": 250, "save_every": 1000, "eval_every": 1000}
     flags = command_line(run="parts", **common, resume="auto")
     alone = [sys.executable, "-m", "scripts.base_train", *flags]
@@ -152,14 +148,9 @@ def test_a_preempted_run_saves_its_step_and_resumes_to_the_same_end(ranks: int) 
         train_tiny(run="whole", **common)
     assert lines("parts", "") == lines("whole", "")
     assert digest("parts", 250) == digest("whole", 250)
-    record(
-        "P8",
-        n=len(seconds),
-        failures=0,
-        worst=round(max(seconds), 1),
-        unit=f"signals on {ranks} ranks: saved, same weights at the end",
-        note=f"worst: s from the signal to the exit, median {statistics.median(seconds):.1f}",
-    )
+    for took in seconds:  # all of them led to the one end that was compared
+        with stops.trial():
+            stops.measure(round(took, 1), "s from the signal to the exit")
 
 
 def test_workers_that_are_stopped_leave_with_75() -> None:
@@ -171,8 +162,11 @@ def test_workers_that_are_stopped_leave_with_75() -> None:
 
 @pytest.mark.parametrize("where", ["eval", "save"])
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_a_signal_amid_a_validation_or_a_save_costs_nothing(ranks: int, where: str) -> None:
+def test_a_signal_amid_a_validation_or_a_save_costs_nothing(
+    ranks: int, where: str, figure: MakeFigure
+) -> None:
     """One rank alone gets it; all leave at the same step, and what was measured is measured again."""
+    figure("P8", f"a signal amid a {where}, {ranks} ranks: same end")
     common = {"num_iterations": 20, "save_every": 5, "eval_every": 5, "eval_tokens": 4096}
     flags = command_line(run="parts", **common)
     rank = ranks - 1 if where == "eval" else 0  # rank 0 writes
@@ -188,11 +182,11 @@ def test_a_signal_amid_a_validation_or_a_save_costs_nothing(ranks: int, where: s
     assert launch(ranks, command_line(run="whole", **common)).returncode == 0
     assert lines("parts", "") == lines("whole", "")
     assert digest("parts", 20) == digest("whole", 20)
-    record("P8", n=1, failures=0, worst=0, unit=f"a signal amid a {where}, {ranks} ranks: same end")
 
 
-def test_a_machine_that_is_lost_leaves_a_smaller_run_that_goes_on() -> None:
+def test_a_machine_that_is_lost_leaves_a_smaller_run_that_goes_on(figure: MakeFigure) -> None:
     """--nnodes=1:2: one of two machines vanishes with its workers; the other goes on alone from a save."""
+    figure("P9", "one machine of --nnodes=1:2 lost: the other goes on")
     flags = command_line(run="elastic", num_iterations=400, save_every=5, dist_timeout=20)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -238,4 +232,3 @@ def test_a_machine_that_is_lost_leaves_a_smaller_run_that_goes_on() -> None:
     assert (summary["status"], summary["world_size"]) == ("finished", 1)
     assert f"going on from {checkpoint_files.folder_of('elastic', lost).parent}" in out
     assert [entry["step"] for entry in lines("elastic")] == list(range(400))
-    record("P9", n=1, failures=0, worst=0, unit="one machine of --nnodes=1:2 lost: the other goes on")

@@ -21,7 +21,7 @@ from nanochat.tokenizer import Tokenizer
 from tests.conftest import REPO
 from tests.dist.launch import digest, lines, losses
 from tests.dist.world import run_ranks, train_rank
-from tests.reliability import record
+from tests.reliability.figures import MakeFigure
 from tests.tiny import tiny_args, tiny_corpus, tokenizer_named, train_tiny, write_text
 
 GOLDEN = REPO / "dev" / "golden" / "d2-cpu-seed0.json"
@@ -50,20 +50,14 @@ def golden() -> dict[str, Any]:
     }
 
 
-def test_the_numbers_are_those_of_before() -> None:
+def test_the_numbers_are_those_of_before(figure: MakeFigure) -> None:
     want, got = json.loads(GOLDEN.read_text()), golden()
+    same = (want["torch"], want["cpu"]) == (got["torch"], got["cpu"])  # other kernels round otherwise
+    figure("P16", "20 losses of one run beside dev/golden" + (", bit for bit" if same else ", 2e-6"))
     for old, new in zip(want["losses"], got["losses"], strict=True):
         assert float.fromhex(new) == pytest.approx(float.fromhex(old), abs=2e-6)
-    same = (want["torch"], want["cpu"]) == (got["torch"], got["cpu"])  # other kernels round otherwise
     if same:
         assert got == want
-    record(
-        "P16",
-        n=20,
-        failures=0,
-        worst=0,
-        unit="losses beside dev/golden" + (", bit for bit" if same else ", 2e-6"),
-    )
 
 
 def at_once(world: Any) -> None:
@@ -71,11 +65,11 @@ def at_once(world: Any) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="forks")
-def test_two_runs_at_once_are_equal(tmp_path: Path) -> None:
+def test_two_runs_at_once_are_equal(tmp_path: Path, figure: MakeFigure) -> None:
+    figure("P16", "two runs at once, beside each other: bit for bit")
     run_ranks(2, tmp_path, at_once)
     assert lines("at0", "") == lines("at1", "")
     assert digest("at0", 12) == digest("at1", 12)
-    record("P16", n=2, failures=0, worst=0, unit="runs at once, bit for bit")
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -106,8 +100,13 @@ BAD_WANDB = {
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", list(BAD_WANDB))
 def test_a_tracker_that_fails_costs_no_step(
-    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    kind: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    figure: MakeFigure,
 ) -> None:
+    figure("P15", f"wandb {kind}: no step lost, said once")
     text = BAD_WANDB[kind]
     monkeypatch.setattr(tracker, "FINISH_S", 0.5)
     (tmp_path / "modules").mkdir()
@@ -122,28 +121,33 @@ def test_a_tracker_that_fails_costs_no_step(
     assert lines("with", "") == lines("without", "")
     assert digest("with", 12) == digest("without", 12)
     assert runlog.read_metrics(files.run_dir("with") / "metrics.jsonl")
-    record("P15", n=1, failures=0, worst=0, unit=f"wandb {kind}: no step lost, said once")
 
 
 # ----------------------------------------------------------------------------------------------------
 # P18
 
 
-def test_checkpoints_of_every_release_load() -> None:
+def test_checkpoints_of_every_release_load(figure: MakeFigure) -> None:
+    read = figure("P18", "checkpoints of older commits read")
     releases = sorted(path.name for path in OLD.iterdir())
     assert releases
     for release in releases:
-        shutil.copytree(OLD / release, files.run_dir(release))
-        shutil.copytree(files.run_dir(release) / "tokenizer", files.tokenizer_dir(f"of-{release}"))
-        expected = files.read_json(files.run_dir(release) / "expected.json")
-        model, _, meta = checkpoint.load_model(release, device=torch.device("cpu"), precision=FP32)
-        logits = model.logits(torch.tensor([expected["ids"]]))[0, -1, :8]
-        assert logits.tolist() == pytest.approx(expected["logits"], abs=1e-5)
-        assert meta["made_by"].startswith("nanochat ")
-        checkpoint_files.read_tensors(
-            checkpoint_files.folder_of(release, meta["step"]) / checkpoint_files.OPTIMIZER
-        )
-    record("P18", n=len(releases), failures=0, worst=0, unit="formats of checkpoints read")
+        with read.trial(release):
+            load_release(release)
+
+
+def load_release(release: str) -> None:
+    """Load a checkpoint and compare its logits with those that were kept beside it."""
+    shutil.copytree(OLD / release, files.run_dir(release))
+    shutil.copytree(files.run_dir(release) / "tokenizer", files.tokenizer_dir(f"of-{release}"))
+    expected = files.read_json(files.run_dir(release) / "expected.json")
+    model, _, meta = checkpoint.load_model(release, device=torch.device("cpu"), precision=FP32)
+    logits = model.logits(torch.tensor([expected["ids"]]))[0, -1, :8]
+    assert logits.tolist() == pytest.approx(expected["logits"], abs=1e-5)
+    assert meta["made_by"].startswith("nanochat ")
+    checkpoint_files.read_tensors(
+        checkpoint_files.folder_of(release, meta["step"]) / checkpoint_files.OPTIMIZER
+    )
 
 
 def test_a_checkpoint_of_a_later_format_says_which_release_made_it() -> None:
@@ -195,7 +199,10 @@ def test_a_field_that_came_after_a_checkpoint_has_its_default_there() -> None:
         require_same_run(meta, january, meta["fingerprints"], folder)
 
 
-def test_a_run_with_another_plan_text_or_tokenizer_is_refused_with_both_values(tmp_path: Path) -> None:
+def test_a_run_with_another_plan_text_or_tokenizer_is_refused_with_both_values(
+    tmp_path: Path, figure: MakeFigure
+) -> None:
+    fields = figure("P19", "fields of a plan, corpus, tokenizer: refused with both values")
     train_tiny()
     before = digest("tiny", 12)
     for name, (changes, said) in FIELDS.items():
@@ -206,12 +213,12 @@ def test_a_run_with_another_plan_text_or_tokenizer_is_refused_with_both_values(t
             shutil.rmtree(files.data_dir("local"))
             before_corpus.rename(files.data_dir("local"))
             Tokenizer.train(["other text, of the same size"], 300).save(files.tokenizer_dir("local"))
-        with pytest.raises(UserError) as refused:
-            train_tiny(resume="auto", **changes)
-        assert said in str(refused.value), name
-        assert " then, " in str(refused.value)
+        with fields.trial(name):
+            with pytest.raises(UserError) as refused:
+                train_tiny(resume="auto", **changes)
+            assert said in str(refused.value)
+            assert " then, " in str(refused.value)
     assert digest("tiny", 12) == before
-    record("P19", n=len(FIELDS), failures=0, worst=0, unit="fields of a plan: refused with both values")
 
 
 if __name__ == "__main__":
