@@ -20,12 +20,12 @@ from nanochat.errors import UserError, cli
 HEAD = """# Reliability: what was tried, and how often it failed
 
 Every line is a promise of the README. The figures are written by the tests of `tests/reliability` when they
-end, failures included, with the commit they were run at; continuous integration fails where they are of another
+end, failures included, with the commit they were run at; CI fails where they are of another
 library than the one beside them. Faults are injected for real: processes are killed, disks are full, bits are
 flipped in files.
 
 A trial is independent of the others, or it is not counted: many checks of one deterministic order are one
-trial. With n trials and no failure the rate of failures is below 3 / n with 95 % confidence; below 30 trials no
+trial. With n trials and no failure the rate is below 3 / n with 95 % confidence; below 30 trials no
 bound is claimed.
 
 ```bash
