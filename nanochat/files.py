@@ -19,10 +19,12 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from nanochat import typed_json
 from nanochat.errors import UserError
 
 COPY_BYTES = 1 << 20
 DAMAGE = (EOFError, RuntimeError, NotImplementedError, UnicodeDecodeError)  # as zipfile meets it
+MAKE_AGAIN = "It is damaged; make it again."
 MAX_MEMBERS = 10_000  # of an archive; the CORE tasks have about 50
 
 
@@ -203,18 +205,32 @@ def write_json(path: Path, value: Any) -> None:
     atomic_write(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    """Read a JSON file.
+def read_json(path: Path, shape: Any = Any, *, advice: str = MAKE_AGAIN) -> Any:
+    """The value of a JSON file, which has the shape that the caller is written for (`typed_json.mismatch`).
+
+    Args:
+        path: the file.
+        shape: a type hint, such as `dict[str, int]` or a TypedDict; by default any.
+        advice: what helps where the file is damaged.
 
     Raises:
-        UserError: the file is absent, or not JSON.
+        UserError: the file is absent or cannot be read, is not JSON, or has another shape.
     """
     try:
-        return json.loads(path.read_text("utf-8"))
+        if path.exists() and not path.is_file():  # to open a pipe would wait for ever
+            raise UserError(f"{path}: not a plain file. {advice}")
+        value = typed_json.parse(path.read_bytes())
     except FileNotFoundError:
         raise UserError(f"{path}: no such file.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise UserError(f"{path}: not a JSON file ({error}). It is damaged; make it again.") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error}). {advice}") from None
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"{path}: not a JSON file ({error}). {advice}") from None
+    if wrong := typed_json.mismatch(value, shape):
+        raise UserError(f"{path}: {wrong}. {advice}")
+    return value
 
 
 def sha256(path: Path) -> str:

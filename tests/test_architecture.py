@@ -18,7 +18,19 @@ from tests.conftest import REPO
 
 # A module imports modules of lower layers, and those before it in its own. A new module takes its place here.
 LAYERS = (
-    ("errors", "files", "process", "hardware", "world", "tracker", "runlog", "charts", "progress", "stopping")
+    (
+        "errors",
+        "typed_json",
+        "files",
+        "process",
+        "hardware",
+        "world",
+        "tracker",
+        "runlog",
+        "charts",
+        "progress",
+        "stopping",
+    )
     + ("loop", "links", "replicas", "watchdog"),
     ("config", "recipe", "schedule", "scaling", "tokenizer", "token_shards", "shards", "packing")
     + ("core_stats", "core_results", "core_batches"),
@@ -53,7 +65,17 @@ SCRIPTS = sorted((REPO / "scripts").glob("*.py"))
 CODE = [*LIBRARY, *SCRIPTS]
 
 READ_ENVIRONMENT = ("files", "world")
-PURE = ("files", "config", "recipe", "schedule", "scaling", "charts", "report", "dataset")  # without torch
+PURE = (
+    "typed_json",
+    "files",
+    "config",
+    "recipe",
+    "schedule",
+    "scaling",
+    "charts",
+    "report",
+    "dataset",
+)  # without torch
 OPTIONAL = {
     "datasets",
     "flash_attn",

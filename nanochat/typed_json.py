@@ -1,0 +1,156 @@
+"""JSON that is read with distrust: one set of rules for every file of ours, and its shape checked.
+
+A file may be torn, from another version, edited by hand or made by somebody else. What Python's reader lets
+through and no program can use (NaN, a number of 5,000 digits, one key twice, half of a surrogate pair) is a
+`ValueError` here, and so is a value of another shape than the reader is written for.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import re
+import types
+import typing
+from typing import Any
+
+MAX_DIGITS = 300  # of a whole number: it still fits a float
+SHOWN = 60  # characters of a wrong value, in a message
+WORDS = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    list: "a list",
+    dict: "an object",
+    types.NoneType: "null",
+}
+
+
+def parse(text: str | bytes, *, allow_nan: bool = False) -> Any:
+    """The value of a JSON text.
+
+    Args:
+        text: the text, or its bytes in UTF-8.
+        allow_nan: take NaN and infinity, which Python writes into metrics though they are not JSON.
+
+    Raises:
+        ValueError: it is not JSON, or no value that a file of ours can hold; the message says what.
+    """
+    text = text.decode("utf-8") if isinstance(text, bytes) else text
+    try:
+        value = json.loads(
+            text,
+            object_pairs_hook=_without_twins,
+            parse_int=_whole,
+            parse_float=float if allow_nan else _finite,
+            parse_constant=float if allow_nan else _finite,
+        )
+        if re.search(r"\\u[dD][89a-fA-F]", text):
+            json.dumps(value, ensure_ascii=False).encode("utf-8")  # refuses half of a surrogate pair
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    return value
+
+
+def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    entries = dict(pairs)
+    if len(entries) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"two entries named {_shown(next(n for n in names if names.count(n) > 1))}")
+    return entries
+
+
+def _whole(digits: str) -> int:
+    if (count := len(digits.lstrip("-"))) > MAX_DIGITS:
+        raise ValueError(f"a number of {count:,} digits")
+    return int(digits)
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:SHOWN]} is no finite number")
+    return value
+
+
+def mismatch(value: Any, shape: Any, name: str = "") -> str:
+    """The first place where a value is not of a shape, in words, or "" where all of it is.
+
+    Args:
+        value: as `parse` gives it; a tuple counts as a list.
+        shape: a type hint of `bool`, `int`, `float`, `str`, `None`, `Any`, `dict` and `list`, plain or with
+            what they hold, a `TypedDict`, or a union of them. Keys that a TypedDict does not name are let
+            through: a file may be newer than its reader.
+        name: what the value is called.
+
+    >>> mismatch({"steps": [3, "x"]}, dict[str, list[int]])
+    "steps[1] is 'x', expected a whole number"
+    """
+    if shape is Any or shape is object:
+        return ""
+    if typing.is_typeddict(shape):
+        return _mismatch_fields(value, shape, name)
+    kind, inner = typing.get_origin(shape) or shape, typing.get_args(shape)
+    if kind in (types.UnionType, typing.Union):
+        found = [mismatch(value, one, name) for one in inner]
+        # Of a union such as dict | None, the reason is that of the branch which came further.
+        further = [text for text in found if not text.startswith(f"{name or 'it'} is ")]
+        return "" if "" in found else (further or [_wrong(value, shape, name)])[0]
+    if not _is_kind(value, kind):
+        return _wrong(value, shape, name)
+    if kind is dict and inner:
+        places = ((f"{name}.{key}" if name else str(key), item) for key, item in value.items())
+        return next(filter(None, (mismatch(item, inner[1], place) for place, item in places)), "")
+    if kind in (list, tuple) and inner:
+        places = ((f"{name}[{place}]", item) for place, item in enumerate(value))
+        return next(filter(None, (mismatch(item, inner[0], place) for place, item in places)), "")
+    return ""
+
+
+def _mismatch_fields(value: Any, shape: Any, name: str) -> str:
+    if not isinstance(value, dict):
+        return _wrong(value, shape, name)
+    for key, hint in _hints(shape).items():
+        place = f"{name}.{key}" if name else key
+        if key not in value:
+            if key in shape.__required_keys__:
+                return f"{place} is missing"
+        elif found := mismatch(value[key], hint, place):
+            return found
+    return ""
+
+
+@functools.cache
+def _hints(shape: Any) -> dict[str, Any]:
+    return typing.get_type_hints(shape)
+
+
+def _is_kind(value: Any, kind: Any) -> bool:
+    if kind is float:
+        return type(value) in (int, float)
+    if kind in (list, tuple):
+        return isinstance(value, list | tuple)
+    return type(value) is (types.NoneType if kind is None else kind)  # a bool is not an int here
+
+
+def _wrong(value: Any, shape: Any, name: str) -> str:
+    return f"{name or 'it'} is {_shown(value)}, expected {describe(shape)}"
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, dict | list | tuple | None):
+        return WORDS[list if isinstance(value, tuple) else type(value)]
+    text = ascii(value)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+
+
+def describe(shape: Any) -> str:
+    """A shape in the words of a message."""
+    kind = typing.get_origin(shape) or shape
+    if kind in (types.UnionType, typing.Union):
+        return " or ".join(describe(inner) for inner in typing.get_args(shape))
+    if typing.is_typeddict(shape):
+        return WORDS[dict]
+    return WORDS[list if kind is tuple else types.NoneType if kind is None else kind]
