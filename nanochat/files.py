@@ -13,6 +13,8 @@ import json
 import os
 import shutil
 import stat
+import tempfile
+import time
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -177,14 +179,15 @@ def sweep_temporaries(folder: Path, own: bool = False) -> None:
         return
     for path in [*folder.glob(".tmp-*"), *folder.glob(".old-*")]:
         pid = path.name.rpartition(".")[2]
-        if pid.isdigit() and (own and int(pid) == os.getpid() or not _alive(int(pid))):
+        if pid.isdigit() and (own and int(pid) == os.getpid() or not is_alive(int(pid))):
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
             else:
                 path.unlink(missing_ok=True)
 
 
-def _alive(pid: int) -> bool:
+def is_alive(pid: int) -> bool:
+    """Whether a process of this id runs here."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -247,6 +250,15 @@ def free_bytes(path: Path) -> int:
     while not path.exists():
         path = path.parent
     return shutil.disk_usage(path).free
+
+
+def disk_time(folder: Path) -> float:
+    """Now, by the clock that dates the files of `folder`: that of a file server may differ from ours."""
+    try:
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".tmp-clock.") as probe:
+            return os.fstat(probe.fileno()).st_mtime
+    except OSError:
+        return time.time()
 
 
 def require_writable(folder: Path) -> None:

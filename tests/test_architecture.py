@@ -22,6 +22,7 @@ LAYERS = (
         "errors",
         "typed_json",
         "files",
+        "locks",
         "process",
         "hardware",
         "world",
