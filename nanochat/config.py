@@ -6,20 +6,27 @@ import argparse
 import dataclasses
 import math
 import sys
-import types
 import typing
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
+from nanochat import flags, typed_json
 from nanochat.errors import UserError
 
 Args = TypeVar("Args")
 
+MESSAGE_LETTERS = 300  # of what the parser says: a wrong value may be long
 ATTENTION_KINDS = ("softmax", "diff1", "diff2")
 
 
 def flag(default: Any, help: str, **metadata: Any) -> Any:
-    """A field with a default and a line of help; `metadata` may hold `choices`, `short`, `positional`."""
+    """A field with a default, a line of help, and what else is known of it in `metadata`.
+
+    A number has a lower bound, `above` or `at_least`, and may have an upper one, `at_most`. `choices` are
+    all that is taken; so is what `pattern` matches, which `expected` says in words. `names` says in which
+    part of the base directory a text names something, `path` that it is a path and may have any bytes.
+    `short` is a one-letter form, `positional` a value without a flag.
+    """
     return field(default=default, metadata={"help": help, **metadata})
 
 
@@ -134,53 +141,74 @@ class CheckpointArgs:
     """List, verify or prune the checkpoints of a run."""
 
     do: str = flag("list", "what to do", choices=("list", "verify", "prune"), positional=True)
-    run: str = flag("", "name of the run", positional=True)
-    keep_last: int = flag(2, "how many of the newest prune keeps")
-    keep_every: int = flag(0, "prune also keeps those of steps that this divides; 0 means none")
+    run: str = flag("", "name of the run", positional=True, names="runs")
+    keep_last: int = flag(2, "how many of the newest prune keeps", at_least=1)
+    keep_every: int = flag(0, "prune also keeps those of steps that this divides; 0 means none", at_least=0)
 
 
 @dataclass(frozen=True)
 class EvalArgs:
     """Score a trained model: CORE, bits per byte, samples."""
 
-    run: str = flag("", "name of the run")
-    step: int | None = flag(None, "checkpoint to score; by default the newest")
+    run: str = flag("", "name of the run", names="runs")
+    step: int | None = flag(None, "checkpoint to score; by default the newest", at_least=0)
     eval: str = flag("core,bpb,sample", "what to do, separated by commas")
-    hf: str = flag("", "score this model of Hugging Face with CORE instead: a folder or a name on the hub")
-    eval_bundle: str = flag("", "CORE tasks: a folder, a zip, or mini for the small suite made on the spot")
+    hf: str = flag(
+        "", "score this model of Hugging Face with CORE instead: a folder or a name on the hub", path=True
+    )
+    eval_bundle: str = flag(
+        "", "CORE tasks: a folder, a zip, or mini for the small suite made on the spot", path=True
+    )
     core_variant: str = flag(
         "nanochat",
         "prompts, shots and baselines of CORE (GPT-2's 0.256525 is nanochat's)",
         choices=("nanochat", "dclm"),
     )
-    core_metric_max_per_task: int = flag(0, "examples of each task; 0 means all")
+    core_metric_max_per_task: int = flag(0, "examples of each task; 0 means all", at_least=0)
     core_crop_tokens: int | None = flag(
-        None, "longer prompts of CORE lose their beginning; by default the model's context"
+        None,
+        "longer prompts of CORE lose their beginning; by default the model's context",
+        at_least=2,
+        at_most=2**24,
     )
-    eval_batch_tokens: int = flag(16384, "most positions in a forward pass of CORE: bounds its memory")
+    eval_batch_tokens: int = flag(
+        16384, "most positions in a forward pass of CORE: bounds its memory", at_least=1
+    )
     keep_going: bool = flag(False, "leave out tasks of CORE whose file is faulty; then there is no CORE")
-    compare: tuple[str, ...] = flag((), "two scored runs: test their difference, example by example")
-    combine: tuple[str, ...] = flag((), "scored runs that differ in their seed: mean and standard error")
-    eval_tokens: int = flag(10_485_760, "tokens for bits per byte, of each split")
-    device_batch_size: int = flag(16, "rows of a batch for bits per byte")
-    max_new_tokens: int = flag(64, "tokens of each sample")
+    compare: tuple[str, ...] = flag(
+        (), "two scored runs: test their difference, example by example", names="runs"
+    )
+    combine: tuple[str, ...] = flag(
+        (), "scored runs that differ in their seed: mean and standard error", names="runs"
+    )
+    eval_tokens: int = flag(10_485_760, "tokens for bits per byte, of each split", at_least=1)
+    device_batch_size: int = flag(16, "rows of a batch for bits per byte", at_least=1, at_most=2**24)
+    max_new_tokens: int = flag(64, "tokens of each sample", at_least=1, at_most=2**24)
     device_type: str = flag("auto", "where to compute", choices=("auto", "cuda", "cpu", "mps"))
     dtype: str = flag("auto", "dtype of activations", choices=("auto", "bfloat16", "float16", "float32"))
     attention: str = flag("auto", "attention backend", choices=("auto", "fa3", "fa2", "flex", "sdpa"))
-    dist_timeout: float = flag(1800.0, "seconds that a rank waits for another before it gives up")
+    dist_timeout: float = flag(
+        1800.0, "seconds that a rank waits for another before it gives up", at_least=1, at_most=10**7
+    )
 
 
 @dataclass(frozen=True)
 class TokTrainArgs:
     """Train a tokenizer on a corpus."""
 
-    corpus: str = flag("fineweb-edu", "what to train on: stdlib, fineweb-edu, climbmix or your own corpus")
-    name: str = flag("", "name of the tokenizer; by default the corpus's name")
-    vocab_size: int = flag(32768, "entries of the vocabulary, special tokens included")
-    max_chars: int = flag(2_000_000_000, "characters to train on")
-    doc_cap: int = flag(10_000, "characters taken of each document")
+    corpus: str = flag(
+        "fineweb-edu", "what to train on: stdlib, fineweb-edu, climbmix or your own corpus", names="data"
+    )
+    name: str = flag("", "name of the tokenizer; by default the corpus's name", names="tokenizers")
+    vocab_size: int = flag(
+        32768, "entries of the vocabulary, special tokens included", at_least=1, at_most=2**31 - 1
+    )
+    max_chars: int = flag(2_000_000_000, "characters to train on", at_least=1)
+    doc_cap: int = flag(10_000, "characters taken of each document", at_least=1)
     max_memory: int | None = flag(
-        None, "bytes that training may take; above them rare pieces are dropped. By default no bound"
+        None,
+        "bytes that training may take; above them rare pieces are dropped. By default no bound",
+        at_least=1,
     )
     overwrite: bool = flag(False, "train again although the tokenizer exists")
 
@@ -189,22 +217,26 @@ class TokTrainArgs:
 class TokEvalArgs:
     """Measure how well a tokenizer compresses, beside others."""
 
-    tokenizer: str = flag("fineweb-edu", "name of the tokenizer")
-    corpus: str = flag("", "also measure on the validation text of this corpus")
-    samples: str = flag("", "folder of .txt files to measure on; by default the project's own")
-    peers_dir: str = flag("", "folder of r50k_base.tiktoken (GPT-2) and cl100k_base.tiktoken to compare with")
+    tokenizer: str = flag("fineweb-edu", "name of the tokenizer", names="tokenizers")
+    corpus: str = flag("", "also measure on the validation text of this corpus", names="data")
+    samples: str = flag("", "folder of .txt files to measure on; by default the project's own", path=True)
+    peers_dir: str = flag(
+        "", "folder of r50k_base.tiktoken (GPT-2) and cl100k_base.tiktoken to compare with", path=True
+    )
 
 
 @dataclass(frozen=True)
 class DatasetArgs:
     """Fetch or make a corpus."""
 
-    corpus: str = flag("fineweb-edu", "which corpus: stdlib, local, fineweb-edu, climbmix, fineweb10B-gpt2")
-    num_shards: int | None = flag(None, "training shards to have; by default all", short="-n")
-    first: int | None = flag(None, "fetch only so many of them now; the manifest lists all of -n")
-    files: tuple[str, ...] = flag((), "parquet, jsonl or txt files or folders (corpus local)")
-    val_file: str = flag("", "the file among them that is for validation (corpus local)")
-    name: str = flag("", "name of the corpus folder; by default the corpus's name")
+    corpus: str = flag(
+        "fineweb-edu", "which corpus: stdlib, local, fineweb-edu, climbmix, fineweb10B-gpt2", names="data"
+    )
+    num_shards: int | None = flag(None, "training shards to have; by default all", short="-n", at_least=1)
+    first: int | None = flag(None, "fetch only so many of them now; the manifest lists all of -n", at_least=0)
+    files: tuple[str, ...] = flag((), "parquet, jsonl or txt files or folders (corpus local)", path=True)
+    val_file: str = flag("", "the file among them that is for validation (corpus local)", path=True)
+    name: str = flag("", "name of the corpus folder; by default the corpus's name", names="data")
     verify: bool = flag(False, "hash every shard again and list what is wrong")
     list: bool = flag(False, "list the corpora that are there")
 
@@ -223,13 +255,13 @@ class GenerateArgs:
     """Continue a prompt."""
 
     prompt: tuple[str, ...] = flag((), "text to continue; several prompts are done together", positional=True)
-    run: str = flag("", "name of the run")
-    step: int | None = flag(None, "checkpoint to use; by default the newest")
-    max_new_tokens: int = flag(256, "most tokens to add")
-    temperature: float = flag(0.8, "0 takes the likeliest token")
-    top_k: int = flag(50, "sample among this many likeliest tokens; 0 means all")
-    num_samples: int = flag(1, "continuations of each prompt")
-    seed: int = flag(0, "seed of the samples")
+    run: str = flag("", "name of the run", names="runs")
+    step: int | None = flag(None, "checkpoint to use; by default the newest", at_least=0)
+    max_new_tokens: int = flag(256, "most tokens to add", at_least=1, at_most=2**24)
+    temperature: float = flag(0.8, "0 takes the likeliest token", at_least=0)
+    top_k: int = flag(50, "sample among this many likeliest tokens; 0 means all", at_least=0)
+    num_samples: int = flag(1, "continuations of each prompt", at_least=1, at_most=2**24)
+    seed: int = flag(0, "seed of the samples", at_least=0)
     device_type: str = flag("auto", "where to compute", choices=("auto", "cuda", "cpu", "mps"))
     dtype: str = flag("auto", "dtype of activations", choices=("auto", "bfloat16", "float16", "float32"))
     attention: str = flag("auto", "attention backend", choices=("auto", "fa3", "fa2", "flex", "sdpa"))
@@ -239,17 +271,17 @@ class GenerateArgs:
 class ExportArgs:
     """Write a trained model for other programs."""
 
-    run: str = flag("", "name of the run")
-    step: int | None = flag(None, "checkpoint to write; by default the newest")
+    run: str = flag("", "name of the run", names="runs")
+    step: int | None = flag(None, "checkpoint to write; by default the newest", at_least=0)
     format: str = flag("hf", "hf: a folder that transformers loads", choices=("hf",))
-    out: str = flag("", "folder to make; by default <run>/<format>")
+    out: str = flag("", "folder to make; by default <run>/<format>", path=True)
 
 
 @dataclass(frozen=True)
 class ReportArgs:
     """Make report.html from the files of a run."""
 
-    run: str = flag("", "name of the run")
+    run: str = flag("", "name of the run", names="runs")
 
 
 def require_possible(args: TrainArgs) -> None:
@@ -306,8 +338,9 @@ def parse(cls: type[Args], argv: list[str] | None = None) -> Args:
 
     Raises:
         SystemExit: with code 2 for an unknown flag or a value that does not parse, code 0 after --help.
+        UserError: a value outside of the domain of its flag.
     """
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         description=cls.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
     )
     hints = typing.get_type_hints(cls)
@@ -317,14 +350,26 @@ def parse(cls: type[Args], argv: list[str] | None = None) -> Args:
     if given[:1] == ["--"]:  # what separates torchrun's options from ours
         given = given[1:]
     values = vars(parser.parse_args(given))
-    return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+    args = cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+    flags.require_domain(args)
+    return args
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose refusal is one line, like every other one."""
+
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong, and leave with code 2."""
+        plain = "".join(c if " " <= c <= "~" else ascii(c)[1:-1] for c in message[:MESSAGE_LETTERS])
+        self.exit(2, f"error: {plain}. Add --help to see the flags.\n")
 
 
 def _add_flag(parser: argparse.ArgumentParser, item: dataclasses.Field[Any], hint: Any) -> None:
     """Turn one field into one flag: bool gives --x and --no-x, tuple takes many, X | None takes an X."""
     options: dict[str, Any] = {"help": item.metadata["help"], "default": item.default}
-    if isinstance(hint, types.UnionType):
-        hint = next(kind for kind in typing.get_args(hint) if kind is not type(None))
+    if flags.is_number(hint) and "choices" not in item.metadata:
+        options["help"] += f"; {flags.domain(item, hint)}"
+    hint = flags.type_of(hint)
     if "choices" in item.metadata:
         options["choices"] = item.metadata["choices"]
     if typing.get_origin(hint) is tuple:
@@ -355,19 +400,6 @@ def from_dict(cls: type[Args], values: dict[str, Any]) -> Args:
         )
     hints = typing.get_type_hints(cls)
     for name, value in values.items():
-        if not _fits(value, hints[name]):
-            raise UserError(
-                f"{cls.__name__}: {name} is {value!r}, expected {hints[name]}. The file is damaged."
-            )
+        if wrong := typed_json.mismatch(value, hints[name], name):
+            raise UserError(f"{cls.__name__}: {wrong}. The file is damaged.")
     return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value out of JSON is of a field's type."""
-    if isinstance(hint, types.UnionType):
-        return any(_fits(value, kind) for kind in typing.get_args(hint))
-    if typing.get_origin(hint) is tuple:
-        return isinstance(value, list | tuple) and all(isinstance(item, str) for item in value)
-    if hint is float:
-        return type(value) in (int, float)
-    return type(value) is hint

@@ -11,6 +11,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import stat
 import tempfile
@@ -27,19 +28,55 @@ from nanochat.errors import UserError
 COPY_BYTES = 1 << 20
 DAMAGE = (EOFError, RuntimeError, NotImplementedError, UnicodeDecodeError)  # as zipfile meets it
 MAKE_AGAIN = "It is damaged; make it again."
+NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
+NAME_RULE = "up to 128 letters (a-z, A-Z), digits, '-', '_' and '.', not beginning with '.'"
+SURROGATES = re.compile("[\ud800-\udfff]")
 MAX_MEMBERS = 10_000  # of an archive; the CORE tasks have about 50
 
 
 def base_dir() -> Path:
-    """The folder of everything: `NANOCHAT_BASE_DIR`, by default `~/.cache/nanochat`. Not created here."""
-    return Path(os.environ.get("NANOCHAT_BASE_DIR") or Path.home() / ".cache" / "nanochat")
+    """The folder of everything: `NANOCHAT_BASE_DIR`, by default `~/.cache/nanochat`. Not created here.
+
+    Raises:
+        UserError: there is no home folder to put it in, or its name is not UTF-8.
+    """
+    given = os.environ.get("NANOCHAT_BASE_DIR")
+    try:
+        folder = Path(given or "~/.cache/nanochat").expanduser()  # a file of variables leaves ~ as it is
+    except RuntimeError:
+        raise UserError(
+            f"{given or '~'}: there is no such home folder. "
+            "Set NANOCHAT_BASE_DIR to a folder that can be written."
+        ) from None
+    if not is_utf8(str(folder)):
+        raise UserError(f"NANOCHAT_BASE_DIR={ascii(given)}: not UTF-8. Set it to a folder named in UTF-8.")
+    return folder
+
+
+def is_utf8(text: str) -> bool:
+    """Whether a text from outside was UTF-8: Python keeps other bytes as halves of surrogate pairs."""
+    return not SURROGATES.search(text)
+
+
+def is_name(folder: str, name: str) -> bool:
+    """Whether a text can name a corpus, tokenizer, run or experiment.
+
+    A name from an older version, which took nearly any characters, is still good for what has it.
+
+    Args:
+        folder: the part of the base directory where its like are.
+        name: the text.
+    """
+    if NAME.fullmatch(name):
+        return True
+    if not name or name.startswith(".") or "\0" in name or Path(name).name != name or not is_utf8(name):
+        return False
+    return len(name.encode("utf-8")) < 256 and (base_dir() / folder / name).is_dir()
 
 
 def _named(folder: str, name: str) -> Path:
-    if not name or name.startswith(".") or Path(name).name != name:
-        raise UserError(
-            f"{name!r} is not a usable name. Use letters, digits, '-', '_' and '.', without slashes."
-        )
+    if not is_name(folder, name):
+        raise UserError(f"{ascii(name)} is not a usable name. Use {NAME_RULE}.")
     return base_dir() / folder / name
 
 
@@ -204,8 +241,17 @@ def atomic_write(path: Path, data: bytes | str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON, atomically. NaN and infinity are refused: they are not JSON."""
-    atomic_write(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    """Write `value` as indented JSON, atomically. NaN and infinity are refused: they are not JSON.
+
+    Bytes from outside that were not UTF-8, as names of files may have, are written as a backslash and digits.
+    """
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    atomic_write(path, SURROGATES.sub(_escaped_byte, text))
+
+
+def _escaped_byte(found: re.Match[str]) -> str:
+    code = ord(found.group())
+    return f"\\\\x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else f"\\\\u{code:04x}"
 
 
 def read_json(path: Path, shape: Any = Any, *, advice: str = MAKE_AGAIN) -> Any:

@@ -58,7 +58,7 @@ def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     entries = dict(pairs)
     if len(entries) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"two entries named {_shown(next(n for n in names if names.count(n) > 1))}")
+        raise ValueError(f"two entries named {shown(next(n for n in names if names.count(n) > 1))}")
     return entries
 
 
@@ -136,10 +136,11 @@ def _is_kind(value: Any, kind: Any) -> bool:
 
 
 def _wrong(value: Any, shape: Any, name: str) -> str:
-    return f"{name or 'it'} is {_shown(value)}, expected {describe(shape)}"
+    return f"{name or 'it'} is {shown(value)}, expected {describe(shape)}"
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A wrong value for a message: plain text in ASCII, short, whatever is in it."""
     if isinstance(value, dict | list | tuple | None):
         return WORDS[list if isinstance(value, tuple) else type(value)]
     text = ascii(value)

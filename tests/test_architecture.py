@@ -33,7 +33,7 @@ LAYERS = (
         "stopping",
     )
     + ("loop", "links", "replicas", "watchdog"),
-    ("config", "recipe", "schedule", "scaling", "tokenizer", "token_shards", "shards", "packing")
+    ("flags", "config", "recipe", "schedule", "scaling", "tokenizer", "token_shards", "shards", "packing")
     + ("core_stats", "core_results", "core_batches"),
     ("arrival", "corpora", "hub", "dataset", "sdpa", "attention", "attention_times", "backends")
     + (

@@ -161,3 +161,42 @@ def test_unzip_of_something_else_names_the_file(tmp_path: Path) -> None:
     (tmp_path / "a.zip").write_bytes(b"not a zip")
     with pytest.raises(UserError, match=r"a\.zip: not a usable zip"):
         files.safe_unzip(tmp_path / "a.zip", tmp_path / "out", max_bytes=100)
+
+
+def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for given, found in (("~", ""), ("~/nb", "nb"), ("~/a/~b", "a/~b"), ("", ".cache/nanochat")):
+        monkeypatch.setenv("NANOCHAT_BASE_DIR", given)
+        assert files.base_dir() == tmp_path / found
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", "nb~/x")
+    assert files.base_dir() == Path("nb~/x")
+
+
+@pytest.mark.parametrize("given", ["", "~", "~/x", "~nobody-of-this-name/x"])
+def test_without_a_home_folder_the_variable_that_helps_is_named(
+    given: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_home(self: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "expanduser", no_home)
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", given)
+    with pytest.raises(UserError, match="Set NANOCHAT_BASE_DIR"):
+        files.base_dir()
+
+
+def test_a_base_directory_that_is_not_utf8_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", "caf\udce9")
+    with pytest.raises(UserError, match=r"NANOCHAT_BASE_DIR='caf\\udce9': not UTF-8"):
+        files.base_dir()
+
+
+def test_bytes_that_are_no_text_are_written_as_their_digits(tmp_path: Path) -> None:
+    names = {"file": "caf\udce9.txt", "half": "\ud83d", "text": "caf\u00e9 \U0001f600", "\udcff": 1}
+    files.write_json(tmp_path / "a.json", names)
+    assert files.read_json(tmp_path / "a.json") == {
+        "file": r"caf\xe9.txt",
+        "half": r"\ud83d",
+        "text": "caf\u00e9 \U0001f600",
+        r"\xff": 1,
+    }
