@@ -184,12 +184,15 @@ def _unpack(archive: Path, folder: Path) -> None:
     bundle = core_tasks.open_bundle(archive)
     with files.atomic_dir(folder) as temporary:
         for member, digest in SHA256.items():
-            data = bundle.read(member)
-            if hashlib.sha256(data).hexdigest() != digest:
-                raise UserError(f"{member} has other bytes than the public bundle's. Fetch it again.")
             target = temporary / member
             target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(data)
+            found = hashlib.sha256()
+            with target.open("xb") as sink:
+                for block in bundle.blocks(member):
+                    found.update(block)
+                    sink.write(block)
+            if found.hexdigest() != digest:
+                raise UserError(f"{member} has other bytes than the public bundle's. Fetch it again.")
 
 
 @cli

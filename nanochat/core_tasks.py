@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import hashlib
 import io
-import json
-import zipfile
-import zlib
+import reprlib
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import yaml
 
+from nanochat import archives, typed_json
 from nanochat.errors import UserError
 
 MULTIPLE_CHOICE = "multiple_choice"
@@ -27,8 +27,16 @@ SCHEMA = "schema"
 LANGUAGE_MODELING = "language_modeling"
 KINDS = (MULTIPLE_CHOICE, SCHEMA, LANGUAGE_MODELING)
 
-# The largest file of the public bundle unpacks to 19 MB; more than this is not an evaluation set.
-MAX_MEMBER_BYTES = 1 << 30
+LIST, BASELINES = "core.yaml", "eval_meta_data.csv"
+MAX_LIST_BYTES = 1 << 15  # of each of these; the public ones have 4 kB and 7 kB
+MAX_TASK_BYTES = 1 << 28  # the largest file of the public bundle has 19 MB
+MAX_LINE_BYTES = 1 << 21  # an example; those of the public bundle have up to 30 kB
+MAX_SHOTS = 1000  # CORE's most are 10; every shot stands in every prompt
+FETCH_AGAIN = "Fetch the bundle again."
+
+# Values are shown short in errors: a few lines of YAML can name a list of a billion entries.
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 2, 60, 60
 
 
 @dataclass(frozen=True)
@@ -37,35 +45,60 @@ class Bundle:
 
     Attributes:
         name: what errors and result files call it.
-        read: bytes of a file by its path inside the bundle; `UserError` where there is none.
+        blocks: the bytes of a file by its path inside the bundle, in pieces; `UserError` where there is none.
     """
 
     name: str
-    read: Callable[[str], bytes]
+    blocks: Callable[[str], Iterable[bytes]]
 
     @staticmethod
     def from_texts(name: str, texts: Mapping[str, str]) -> Bundle:
         """A bundle held in memory."""
 
-        def read(member: str) -> bytes:
+        def blocks(member: str) -> list[bytes]:
             if member not in texts:
                 raise _missing(name, member)
-            return texts[member].encode("utf-8")
+            return [texts[member].encode("utf-8")]
 
-        return Bundle(name, read)
+        return Bundle(name, blocks)
+
+    def sha256(self, member: str) -> str:
+        """Hex digest of a file: two bundles ask the same where those of their files are the same."""
+        digest = hashlib.sha256()
+        for block in self.blocks(member):
+            digest.update(block)
+        return digest.hexdigest()
 
     def text(self, member: str) -> str:
-        """The UTF-8 text of a file.
+        """The UTF-8 text of a small file, without a byte order mark.
 
         Raises:
             UserError: the file is missing or is not UTF-8.
         """
         try:
-            return self.read(member).decode("utf-8")
+            return b"".join(self.blocks(member)).decode("utf-8-sig")
         except UnicodeDecodeError as error:
             raise UserError(
-                f"{self.name}/{member}: byte {error.start} is not UTF-8. Fetch the bundle again."
+                f"{self.name}/{member}: byte {error.start} is not UTF-8. {FETCH_AGAIN}"
             ) from error
+
+    def lines(self, member: str) -> Iterator[tuple[int, bytes]]:
+        """The lines of a file with their numbers from 1; only the one that is read is held.
+
+        Only a newline ends a line: texts may hold other characters that str.splitlines would cut at.
+
+        Raises:
+            UserError: the file is missing, or a line is longer than any example.
+        """
+        number, pending = 1, b""
+        for block in self.blocks(member):
+            ended = (pending + block).split(b"\n")
+            pending = ended.pop()
+            yield from enumerate(ended, number)
+            number += len(ended)
+            if len(pending) > MAX_LINE_BYTES:
+                raise UserError(f"{self.name}/{member}:{number}: the line has over {MAX_LINE_BYTES:,} bytes.")
+        yield number, pending
 
 
 @dataclass(frozen=True)
@@ -122,59 +155,45 @@ def open_bundle(path: Path) -> Bundle:
         UserError: no such file, not a zip, no `core.yaml` in it, or member paths that lead out of it.
     """
     if path.is_dir():
-        if not (path / "core.yaml").is_file():
+        if not (path / LIST).is_file():
             raise UserError(f"{path}: no core.yaml in this folder. Give the folder of an eval bundle.")
         return _folder_bundle(path)
     if not path.is_file():
         raise UserError(f"{path}: no such eval bundle. Give a folder or a zip file with --eval-bundle.")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-    except zipfile.BadZipFile as error:
-        raise UserError(f"{path}: not a complete zip file ({error}). Fetch it again.") from error
-    unsafe = [name for name in names if not _is_inside(name)]
-    if unsafe:
-        raise UserError(f"{path}: its member {unsafe[0]!r} leads out of it. Do not use this file.")
-    roots = [name[: -len("core.yaml")] for name in names if PurePosixPath(name).name == "core.yaml"]
+    names = archives.members(path)
+    roots = [name[: -len(LIST)] for name in names if PurePosixPath(name).name == LIST]
     if len(roots) != 1:
         raise UserError(f"{path}: expected one core.yaml in it, found {len(roots)}. Is it an eval bundle?")
     return _zip_bundle(path, roots[0])
 
 
-def _is_inside(member: str) -> bool:
-    parts = PurePosixPath(member.replace("\\", "/")).parts
-    return bool(parts) and ".." not in parts and parts[0] != "/" and ":" not in parts[0]
-
-
 def _missing(bundle: str, member: str) -> UserError:
-    return UserError(f"{bundle}/{member}: the file is missing. Fetch the bundle again, or give another one.")
+    return UserError(f"{bundle}/{member}: the file is missing. {FETCH_AGAIN[:-1]}, or give another one.")
+
+
+def _most_bytes(member: str) -> int:
+    return MAX_LIST_BYTES if member in (LIST, BASELINES) else MAX_TASK_BYTES
 
 
 def _folder_bundle(folder: Path) -> Bundle:
-    def read(member: str) -> bytes:
-        path = folder / member
+    def blocks(member: str) -> Iterator[bytes]:
+        path, left = folder / member, _most_bytes(member)
         if not path.is_file():
             raise _missing(folder.name, member)
-        return path.read_bytes()
+        with path.open("rb") as file:
+            while block := file.read(archives.BLOCK_BYTES):
+                left -= len(block)
+                if left < 0:
+                    raise UserError(
+                        f"{path}: over {_most_bytes(member):,} bytes, more than any eval bundle's."
+                    )
+                yield block
 
-    return Bundle(folder.name, read)
+    return Bundle(folder.name, blocks)
 
 
 def _zip_bundle(path: Path, root: str) -> Bundle:
-    def read(member: str) -> bytes:
-        with zipfile.ZipFile(path) as archive:
-            try:
-                info = archive.getinfo(root + member)
-            except KeyError:
-                raise _missing(path.name, member) from None
-            if info.file_size > MAX_MEMBER_BYTES:
-                raise UserError(f"{path.name}/{member}: {info.file_size} bytes, over {MAX_MEMBER_BYTES}.")
-            try:
-                return archive.read(info)
-            except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
-                raise UserError(f"{path.name}/{member}: damaged ({error}). Fetch it again.") from error
-
-    return Bundle(path.name, read)
+    return Bundle(path.name, lambda member: archives.blocks(path, root + member, _most_bytes(member)))
 
 
 def load_tasks(bundle: Bundle) -> list[Task]:
@@ -183,11 +202,14 @@ def load_tasks(bundle: Bundle) -> list[Task]:
     Raises:
         UserError: naming the file and the task.
     """
-    where = f"{bundle.name}/core.yaml"
+    where = f"{bundle.name}/{LIST}"
+    text = bundle.text(LIST)
     try:
-        document = yaml.safe_load(bundle.text("core.yaml"))
-    except yaml.YAMLError as error:
-        raise UserError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from error
+        document = yaml.safe_load(text)
+    # Not only YAMLError: a date that does not exist, a number of 5,000 digits, lists in lists without end.
+    except (yaml.YAMLError, ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{where}: not valid YAML ({reason}). {FETCH_AGAIN}") from error
     entries = document.get("icl_tasks") if isinstance(document, dict) else None
     if not isinstance(entries, list) or not entries:
         raise UserError(f"{where}: expected a list of tasks under icl_tasks.")
@@ -196,7 +218,9 @@ def load_tasks(bundle: Bundle) -> list[Task]:
     seen: set[str] = set()
     for task in tasks:
         if task.label in seen:
-            raise UserError(f"{where}: the label {task.label!r} stands there twice. Labels must be unique.")
+            raise UserError(
+                f"{where}: the label {_SHORT.repr(task.label)} stands there twice. Labels must be unique."
+            )
         seen.add(task.label)
     return tasks
 
@@ -205,44 +229,54 @@ def _parse_task(where: str, number: int, entry: Any, baselines: Mapping[str, flo
     if not isinstance(entry, dict) or not isinstance(entry.get("label"), str):
         raise UserError(f"{where}: task {number} has no label.")
     label = entry["label"]
-    here = f"{where}: task {label!r}"
+    here = f"{where}: task {_SHORT.repr(label)}"
     kind, uri = entry.get("icl_task_type"), entry.get("dataset_uri")
-    if kind not in KINDS:
-        raise UserError(f"{here}: icl_task_type is {kind!r}, expected one of {', '.join(KINDS)}.")
-    if not isinstance(uri, str) or not _is_inside(uri):
-        raise UserError(f"{here}: dataset_uri is {uri!r}, expected a path inside eval_data.")
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise UserError(f"{here}: icl_task_type is {_SHORT.repr(kind)}, expected one of {', '.join(KINDS)}.")
+    if not isinstance(uri, str) or not archives.is_inside(uri):
+        raise UserError(f"{here}: dataset_uri is {_SHORT.repr(uri)}, expected a path inside eval_data.")
     shots = entry.get("num_fewshot")
     shots = shots[0] if isinstance(shots, list) and len(shots) == 1 else shots
-    if type(shots) is not int or shots < 0:
-        raise UserError(f"{here}: num_fewshot is {shots!r}, expected a list of one number, 0 or more.")
+    if type(shots) is not int or not 0 <= shots <= MAX_SHOTS:
+        raise UserError(
+            f"{here}: num_fewshot is {_SHORT.repr(shots)}, expected a list of one number, 0 to {MAX_SHOTS}."
+        )
     delimiter = entry.get("continuation_delimiter", " ")
     if not isinstance(delimiter, str):
-        raise UserError(f"{here}: continuation_delimiter is {delimiter!r}, expected a text.")
+        raise UserError(f"{here}: continuation_delimiter is {_SHORT.repr(delimiter)}, expected a text.")
     if label not in baselines:
         raise UserError(f"{here}: eval_meta_data.csv has no random baseline for it.")
     categories = entry.get("has_categories", False)
     if type(categories) is not bool:
-        raise UserError(f"{here}: has_categories is {categories!r}, expected true or false.")
+        raise UserError(f"{here}: has_categories is {_SHORT.repr(categories)}, expected true or false.")
     return Task(label, kind, shots, delimiter, f"eval_data/{uri}", baselines[label], categories)
 
 
 def _load_baselines(bundle: Bundle) -> dict[str, float]:
-    where = f"{bundle.name}/eval_meta_data.csv"
-    reader = csv.DictReader(io.StringIO(bundle.text("eval_meta_data.csv"), newline=""))
+    where = f"{bundle.name}/{BASELINES}"
+    reader = csv.DictReader(io.StringIO(bundle.text(BASELINES), newline=""))
     baselines: dict[str, float] = {}
-    for row in reader:
-        label, text = row.get("Eval Task"), row.get("Random baseline")
-        try:
-            value = float(text or "")
-        except ValueError:
-            value = -1.0
-        if not label or not 0 <= value < 100:
-            raise UserError(
-                f"{where}:{reader.line_num}: the random baseline of {label!r} is {text!r}, "
-                "expected a percentage, 0 or more and under 100."
-            )
-        baselines[label] = value
+    try:
+        for row in reader:
+            label, text = row.get("Eval Task"), row.get("Random baseline")
+            value = _percentage(text)
+            if not label or value is None:
+                raise UserError(
+                    f"{where}:{reader.line_num}: the random baseline of {label!r:.60} is {text!r:.60}, "
+                    "expected a percentage, 0 or more and under 100."
+                )
+            baselines[label] = value
+    except csv.Error as error:
+        raise UserError(f"{where}:{reader.line_num}: not a table ({error}). {FETCH_AGAIN}") from error
     return baselines
+
+
+def _percentage(text: str | None) -> float | None:
+    try:
+        value = float(text or "")
+    except ValueError:
+        return None
+    return value if 0 <= value < 100 else None
 
 
 def load_examples(bundle: Bundle, task: Task) -> list[Example]:
@@ -252,15 +286,14 @@ def load_examples(bundle: Bundle, task: Task) -> list[Example]:
         UserError: naming the file and the line.
     """
     examples = []
-    # Only \n ends a line: texts may hold other characters that str.splitlines would cut at.
-    for number, line in enumerate(bundle.text(task.member).split("\n"), 1):
+    for number, line in bundle.lines(task.member):
         if not line.strip():
             continue
         where = f"{bundle.name}/{task.member}:{number}"
         try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{where}: not valid JSON ({error.msg}). Is the file cut?") from error
+            record = typed_json.parse(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+        except ValueError as error:
+            raise UserError(f"{where}: not valid JSON ({error}). Is the file cut?") from error
         if not isinstance(record, dict):
             raise UserError(f"{where}: expected an object, found {type(record).__name__}.")
         example = _parse_example(where, task.kind, record, number)
@@ -288,24 +321,24 @@ def _parse_example(where: str, kind: str, record: dict[str, Any], line: int) -> 
 def _field_text(where: str, record: dict[str, Any], key: str) -> str:
     value = record.get(key)
     if not isinstance(value, str):
-        raise UserError(f"{where}: {key!r} is {value!r:.60}, expected a text.")
+        raise UserError(f"{where}: {key!r} is {_SHORT.repr(value)}, expected a text.")
     return value
 
 
 def _field_texts(where: str, record: dict[str, Any], key: str) -> tuple[str, ...]:
     value = record.get(key)
     if not isinstance(value, list) or not value:
-        raise UserError(f"{where}: {key!r} is {value!r:.60}, expected a list of texts, not empty.")
+        raise UserError(f"{where}: {key!r} is {_SHORT.repr(value)}, expected a list of texts, not empty.")
     for number, text in enumerate(value):
         if not isinstance(text, str) or not text.strip():
-            raise UserError(f"{where}: entry {number} of {key!r} is {text!r:.60}, expected some text.")
+            raise UserError(f"{where}: entry {number} of {key!r} is {_SHORT.repr(text)}, expected some text.")
     return tuple(value)
 
 
 def _gold(where: str, record: dict[str, Any], options: int) -> int:
     gold = record.get("gold")
     if type(gold) is not int or not 0 <= gold < options:
-        raise UserError(f"{where}: 'gold' is {gold!r:.60}, expected a number from 0 to {options - 1}.")
+        raise UserError(f"{where}: 'gold' is {_SHORT.repr(gold)}, expected a number from 0 to {options - 1}.")
     return gold
 
 

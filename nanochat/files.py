@@ -7,31 +7,25 @@ own name it is whole or it is not there.
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
 import re
 import shutil
-import stat
 import tempfile
 import time
-import zipfile
-import zlib
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from nanochat import typed_json
 from nanochat.errors import UserError
 
 COPY_BYTES = 1 << 20
-DAMAGE = (EOFError, RuntimeError, NotImplementedError, UnicodeDecodeError)  # as zipfile meets it
 MAKE_AGAIN = "It is damaged; make it again."
 NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
 NAME_RULE = "up to 128 letters (a-z, A-Z), digits, '-', '_' and '.', not beginning with '.'"
 SURROGATES = re.compile("[\ud800-\udfff]")
-MAX_MEMBERS = 10_000  # of an archive; the CORE tasks have about 50
 
 
 def base_dir() -> Path:
@@ -326,73 +320,3 @@ def require_writable(folder: Path) -> None:
     finally:
         with contextlib.suppress(OSError):
             probe.unlink(missing_ok=True)
-
-
-def safe_unzip(archive: Path, folder: Path, max_bytes: int) -> None:
-    """Unpack a zip into `folder`, which appears whole or not at all.
-
-    Args:
-        archive: the zip file.
-        folder: where its contents go; replaced if it exists.
-        max_bytes: the most that may come out, counted while inflating: a header can lie.
-
-    Raises:
-        UserError: not a zip, a member that would land outside, a link, or more bytes than allowed.
-    """
-    try:
-        with zipfile.ZipFile(archive) as zipped, atomic_dir(folder) as temporary:
-            members = zipped.infolist()
-            _check_names(archive, [member.filename for member in members])
-            left = max_bytes
-            for member in members:
-                left -= _unzip_member(zipped, member, temporary, left, archive)
-    except (zipfile.BadZipFile, zipfile.LargeZipFile, zlib.error, *DAMAGE) as error:
-        raise UserError(f"{archive}: not a usable zip file ({error}). Fetch it again.") from None
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # what a damaged directory of the archive asks of the file
-            raise
-        raise UserError(f"{archive}: not a usable zip file ({error}). Fetch it again.") from None
-
-
-def _check_names(archive: Path, names: list[str]) -> None:
-    """Refuse what would be thousands of files, two under one name, or no file at all."""
-    plain = [name.replace("\\", "/").rstrip("/") for name in names]
-    listed = set(plain)
-    parents = {parent for name in plain for parent in map(str, PurePosixPath(name).parents)}
-    folders = {name for name, raw in zip(plain, names, strict=True) if raw.endswith("/")}
-    problem = ""
-    if len(names) > MAX_MEMBERS:
-        problem = f"it has {len(names)} members, at most {MAX_MEMBERS} are unpacked"
-    elif len(listed) < len(plain):
-        problem = "it has two members of one name"
-    elif clash := (listed - folders) & parents:
-        problem = f"member {min(clash)!r} is a file and a folder"
-    elif any(len(part.encode()) > 255 for name in plain for part in name.split("/")):
-        problem = "a member's name is too long"
-    if problem:
-        raise UserError(f"{archive}: {problem}. Do not use this file.")
-
-
-def _unzip_member(
-    zipped: zipfile.ZipFile, member: zipfile.ZipInfo, folder: Path, left: int, archive: Path
-) -> int:
-    """Write one member below `folder`; returns its bytes."""
-    name = member.filename.replace("\\", "/")
-    unsafe = name.startswith("/") or ".." in name.split("/") or ":" in name.split("/")[0]
-    if unsafe or stat.S_ISLNK(member.external_attr >> 16):
-        raise UserError(
-            f"{archive}: member {member.filename!r} would land outside the folder. Do not use this file."
-        )
-    target = folder / name
-    if member.is_dir():
-        target.mkdir(parents=True, exist_ok=True)
-        return 0
-    target.parent.mkdir(parents=True, exist_ok=True)
-    written = 0
-    with zipped.open(member) as source, target.open("xb") as sink:
-        while block := source.read(COPY_BYTES):
-            written += len(block)
-            if written > left:
-                raise UserError(f"{archive}: it unpacks to more bytes than allowed. Do not use this file.")
-            sink.write(block)
-    return written

@@ -20,6 +20,7 @@ from tests.conftest import REPO
 LAYERS = (
     (
         "errors",
+        "archives",
         "typed_json",
         "files",
         "locks",

@@ -60,7 +60,7 @@ def assert_whole():
 def test_the_files_are_unpacked_once_and_found_without_a_flag(server):
     assert fetch(server) == files.eval_bundle_dir()
     assert_whole()
-    assert core_eval.find_bundle("").read("core.yaml") == CONTENTS["core.yaml"]
+    assert core_eval.find_bundle("").text("core.yaml") == CONTENTS["core.yaml"].decode()
     fetch(server)
     assert server.requests[ZIP] == 1
 

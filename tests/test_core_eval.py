@@ -384,7 +384,7 @@ def test_scores_are_told_task_by_task_and_all_files_are_checked_first(model, tok
     assert tuple(told) == result.tasks
 
     def read(member):
-        return b"{" if member == "eval_data/lm.jsonl" else bundle.read(member)
+        return [b"{"] if member == "eval_data/lm.jsonl" else bundle.blocks(member)
 
     told.clear()
     with pytest.raises(UserError, match=r"eval_data/lm.jsonl:1"):
@@ -428,8 +428,8 @@ def test_bundles_are_found_by_path_by_name_or_in_the_base_directory(tmp_path, ba
     folder = base_dir / "eval_bundle"
     folder.mkdir(parents=True)
     (folder / "core.yaml").write_text("icl_tasks: []")
-    assert core_eval.find_bundle("").read("core.yaml") == b"icl_tasks: []"
-    assert core_eval.find_bundle(str(folder)).read("core.yaml") == b"icl_tasks: []"
+    assert core_eval.find_bundle("").text("core.yaml") == "icl_tasks: []"
+    assert core_eval.find_bundle(str(folder)).text("core.yaml") == "icl_tasks: []"
 
 
 class Gpt2Tokenizer:
@@ -469,7 +469,7 @@ def test_with_keep_going_a_faulty_task_is_left_out_and_there_is_no_core(model, t
     bundle = small_bundle(12)
 
     def read(member):
-        return b"{" if member == "eval_data/lm.jsonl" else bundle.read(member)
+        return [b"{"] if member == "eval_data/lm.jsonl" else bundle.blocks(member)
 
     scorer = core_scoring.GPTScorer(model)
     result = core_eval.evaluate(scorer, tokenizer, Bundle("bad", read), world=SOLO, keep_going=True)

@@ -141,7 +141,7 @@ def test_other_faults_of_task_files_are_named():
     with pytest.raises(UserError, match="continuation is empty"):
         core_tasks._parse_example("f:1", "schema", {"continuation": " ", "context_options": ["a"]}, 1)
     with pytest.raises(UserError, match="byte 1 is not UTF-8"):
-        Bundle("b", lambda _: b"a\xff").text("eval_data/mc.jsonl")
+        Bundle("b", lambda _: [b"a\xff"]).text("eval_data/mc.jsonl")
 
 
 def test_texts_are_kept_exactly_and_only_newlines_end_a_line():

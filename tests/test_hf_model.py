@@ -116,7 +116,7 @@ def test_operations_are_those_that_torch_counts(tmp_path, kind):
 def test_the_command_writes_a_folder_that_runs_can_be_compared_to(tmp_path, base_dir, monkeypatch, capsys):
     folder = save_model(tmp_path / "m", "gpt2")
     bundle = small_bundle(12)
-    monkeypatch.setattr("nanochat.core_eval.find_bundle", lambda where: Bundle("b", bundle.read))
+    monkeypatch.setattr("nanochat.core_eval.find_bundle", lambda where: Bundle("b", bundle.blocks))
     args = EvalArgs(hf=str(folder), run="gpt2", device_type="cpu", dtype="float32")
     base_eval.main(args, World.solo())
     found = files.read_json(files.run_dir("gpt2") / "base_eval.json")
