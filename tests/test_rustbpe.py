@@ -119,6 +119,16 @@ def test_ranks_in_any_order_give_the_ids_of_tiktoken(words: list[str], text: str
     assert ours.encode(text) == as_tiktoken(ours).encode_ordinary(text)
 
 
+@pytest.mark.parametrize("length", [2, 3, 14, 15, 16, 17, 64, 65, 300])
+def test_a_token_that_merging_does_not_reach_is_found_with_any_cache(length: int) -> None:
+    ours = rustbpe.Tokenizer.from_ranks(byte_ranks() | {b"a" * length: 256}, PATTERN)
+    theirs = as_tiktoken(ours)
+    for _ in range(3):
+        for text in ("a" * length, "a" * (length + 1), " " + "a" * length, "b" + "a" * length, "b", "aa"):
+            assert ours.encode(text) == theirs.encode_ordinary(text), text
+    assert ours.encode("a" * length) == [256]
+
+
 def test_merges_equal_those_of_counting_anew(source: list[str]) -> None:
     text = "".join(source)[:200_000].splitlines(keepends=True)
     assert train(text, 256 + 120).get_merges() == naive_merges(text, 120)

@@ -6,7 +6,7 @@ use hashbrown::HashTable;
 use rustc_hash::FxHashMap;
 
 use crate::error::Result;
-use crate::key::{MAX_SHORT, hash, hash_bytes, pack, unpack};
+use crate::key::{Key, hash, hash_bytes, unpack};
 use crate::split::Splitter;
 
 /// Pieces counted together.
@@ -110,7 +110,7 @@ struct LongEntry {
     count: u64,
 }
 
-/// Pieces of more than [`MAX_SHORT`] bytes: their bytes lie in one arena.
+/// Pieces without a [`Key`]: their bytes lie in one arena.
 #[derive(Default)]
 struct LongTable {
     arena: Vec<u8>,
@@ -167,11 +167,11 @@ impl PieceCounter {
         let mut pieces = 0;
         splitter.for_each(text, |bytes, start, end| {
             pieces += 1;
-            if end - start > MAX_SHORT {
+            let Some(key) = Key::of(bytes, start, end) else {
                 self.long.add(&bytes[start..end], 1);
                 return;
-            }
-            keys[len] = pack(bytes, start, end);
+            };
+            keys[len] = key.get();
             len += usize::from(end - start > 1);
             if len == BATCH {
                 self.short.add_each(&keys);

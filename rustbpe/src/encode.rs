@@ -7,7 +7,7 @@ use std::sync::mpsc::channel;
 use std::sync::{Mutex, PoisonError};
 
 use crate::error::{Error, Result};
-use crate::key::{MAX_SHORT, hash, pack};
+use crate::key::{Key, hash};
 use crate::merge::merge_piece;
 use crate::split::Splitter;
 use crate::vocab::Vocab;
@@ -27,11 +27,11 @@ const PARALLEL_MIN_BYTES: usize = 1 << 16;
 /// Bytes of one unit of work of a thread.
 const UNIT_BYTES: usize = 1 << 18;
 
-/// A piece of up to 15 bytes and its ids, if they are three or fewer.
+/// A piece of up to 15 bytes and its ids, if they are three or fewer; without a key, a free slot.
 #[derive(Clone, Copy, Default)]
 #[repr(align(32))]
 struct Slot {
-    key: [u64; 2],
+    key: Option<Key>,
     ids: [u32; 3],
     len: u32,
 }
@@ -50,33 +50,22 @@ impl Cache {
         Self { lines: vec![Line::default(); CACHE_LINES] }
     }
 
-    fn index(key: u128) -> usize {
-        (hash(key) >> 20) as usize % CACHE_LINES
+    fn index(key: Key) -> usize {
+        (hash(key.get()) >> 20) as usize % CACHE_LINES
     }
 
-    /// The slot that holds `key`, or another.
+    /// The slot that holds `key`, if one does.
     #[inline]
-    fn get(&self, key: u128) -> Slot {
+    fn get(&self, key: Key) -> Option<Slot> {
         let Line(line) = &self.lines[Self::index(key)];
-        line[usize::from(line[1].key == halves(key))]
+        let slot = line[usize::from(line[1].key == Some(key))];
+        (slot.key == Some(key)).then_some(slot)
     }
 
-    fn put(&mut self, slot: Slot) {
-        let key = u128::from(slot.key[1]) << 64 | u128::from(slot.key[0]);
+    fn put(&mut self, key: Key, ids: [u32; 3], len: u32) {
         let Line(line) = &mut self.lines[Self::index(key)];
-        *line = [slot, line[0]];
+        *line = [Slot { key: Some(key), ids, len }, line[0]];
     }
-}
-
-#[inline]
-fn halves(key: u128) -> [u64; 2] {
-    [key as u64, (key >> 64) as u64]
-}
-
-/// The key of a piece; 0 if it has more than 15 bytes.
-#[inline]
-fn key_of(text: &[u8], start: usize, end: usize) -> u128 {
-    if end - start <= MAX_SHORT { pack(text, start, end) } else { 0 }
 }
 
 /// A vocabulary with a pattern.
@@ -220,10 +209,10 @@ impl Encoder {
         let mut unknown = [0u8; BATCH];
         let mut unknowns = 0;
         for (i, (slot, &(start, end))) in slots.iter_mut().zip(spans).enumerate() {
-            let key = key_of(text, start as usize, end as usize);
-            *slot = cache.get(key);
+            let found = Key::of(text, start as usize, end as usize).and_then(|key| cache.get(key));
+            *slot = found.unwrap_or_default();
             unknown[unknowns] = i as u8;
-            unknowns += usize::from(slot.key != halves(key));
+            unknowns += usize::from(found.is_none());
         }
         for &i in &unknown[..unknowns] {
             let (start, end) = spans[usize::from(i)];
@@ -240,14 +229,12 @@ impl Encoder {
 
     /// A piece that the cache does not hold, if it is a token; else an empty slot.
     fn look_up(&self, text: &[u8], start: usize, end: usize, cache: &mut Cache) -> Slot {
-        let key = key_of(text, start, end);
-        let id = if key == 0 { self.vocab.find(text, start, end) } else { self.vocab.find_short(key) };
-        let Some(id) = id else { return Slot::default() };
-        let slot = Slot { key: halves(key), ids: [id, 0, 0], len: 1 };
-        if key != 0 {
-            cache.put(slot);
+        let Some(id) = self.vocab.find(text, start, end) else { return Slot::default() };
+        let (key, ids) = (Key::of(text, start, end), [id, 0, 0]);
+        if let Some(key) = key {
+            cache.put(key, ids, 1);
         }
-        slot
+        Slot { key, ids, len: 1 }
     }
 
     /// A piece that is no token.
@@ -255,10 +242,10 @@ impl Encoder {
         let before = out.len();
         merge_piece(&self.vocab, &text[start..end], out);
         let made = &out[before..];
-        if end - start <= MAX_SHORT && made.len() <= 3 {
+        if let Some(key) = Key::of(text, start, end).filter(|_| made.len() <= 3) {
             let mut ids = [0; 3];
             ids[..made.len()].copy_from_slice(made);
-            cache.put(Slot { key: halves(pack(text, start, end)), ids, len: made.len() as u32 });
+            cache.put(key, ids, made.len() as u32);
         }
     }
 }
@@ -335,6 +322,23 @@ fn gather(mut units: Vec<Unit>, threads: usize) -> (Vec<u32>, Vec<usize>) {
 mod tests {
     use super::*;
     use crate::split::GPT4_PATTERN;
+
+    /// A token that no merge makes, longer than what the cache takes and not, is found whatever the cache has seen.
+    #[test]
+    fn a_token_that_merging_does_not_reach_is_found_by_a_cold_and_by_a_warm_cache() {
+        // Three pieces for each line of the cache, so that hardly a slot stays free.
+        let letters = |i: usize| (0..5).map(move |k| char::from(b'a' + (i >> (4 * k) & 15) as u8));
+        let filling: String = (0..3 * CACHE_LINES).flat_map(|i| [' '].into_iter().chain(letters(i))).collect();
+        for len in [2, 15, 16, 64, 65] {
+            let bytes = (0..=255u8).map(|byte| vec![byte]);
+            let tokens: Vec<_> = bytes.chain([vec![b'a'; len]]).collect();
+            let encoder = Encoder::new(Vocab::from_tokens(&tokens).unwrap(), Splitter::new(GPT4_PATTERN).unwrap());
+            let text = "a".repeat(len);
+            assert_eq!(encoder.encode(&text).unwrap(), [256], "cold, {len}");
+            encoder.encode(&filling).unwrap();
+            assert_eq!(encoder.encode(&text).unwrap(), [256], "warm, {len}");
+        }
+    }
 
     fn encoder() -> Encoder {
         let merges = [(104, 101), (108, 108), (256, 257), (258, 111), (32, 259), (97, 97), (261, 261)];

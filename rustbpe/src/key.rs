@@ -1,14 +1,34 @@
 //! Short pieces as one integer, so that looking one up is a comparison of two words and no memory is chased.
 
+use std::num::NonZeroU128;
+
 /// Longest piece, in bytes, that fits a key.
 pub const MAX_SHORT: usize = 15;
 
-/// A piece of at most [`MAX_SHORT`] bytes: the bytes in the low end, the length in the top byte. Never zero for a piece
-/// that is not empty, so zero can mark a free slot.
+/// A piece of 1 to [`MAX_SHORT`] bytes as an integer, which other pieces do not have. "No key" is `None`, so a table
+/// whose free slots are `None` cannot take a longer piece for one that it holds.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Key(NonZeroU128);
+
+impl Key {
+    /// The key of `text[start..end]`, if it has one.
+    #[inline]
+    pub fn of(text: &[u8], start: usize, end: usize) -> Option<Self> {
+        if end - start <= MAX_SHORT { NonZeroU128::new(pack(text, start, end)).map(Self) } else { None }
+    }
+
+    /// The integer; never zero.
+    #[inline]
+    pub fn get(self) -> u128 {
+        self.0.get()
+    }
+}
+
+/// The bytes in the low end, the length in the top byte; zero for no bytes.
 #[inline]
-pub fn pack(text: &[u8], start: usize, end: usize) -> u128 {
+fn pack(text: &[u8], start: usize, end: usize) -> u128 {
     let len = end - start;
-    debug_assert!(0 < len && len <= MAX_SHORT);
+    debug_assert!(len <= MAX_SHORT);
     // One load of 16 bytes and a mask, where the text goes on that far: it does but for the last piece or two.
     let window = text.get(start..start + 16).and_then(|window| <[u8; 16]>::try_from(window).ok());
     let bytes = if let Some(window) = window {
@@ -60,5 +80,13 @@ mod tests {
             }
         }
         assert_ne!(pack(b"a", 0, 1), pack(b"a\0", 0, 2));
+    }
+
+    #[test]
+    fn no_bytes_and_too_many_have_no_key() {
+        let text = [0; 40];
+        for len in 0..=text.len() {
+            assert_eq!(Key::of(&text, 0, len).is_some(), (1..=MAX_SHORT).contains(&len), "{len}");
+        }
     }
 }

@@ -3,13 +3,13 @@
 use hashbrown::HashTable;
 
 use crate::error::{Error, Result};
-use crate::key::{MAX_SHORT, hash, hash_bytes, pack};
+use crate::key::{Key, MAX_SHORT, hash, hash_bytes};
 use crate::pairs::PairTable;
 
 /// "No id": larger than any id.
 pub const NO_ID: u32 = u32::MAX;
 
-/// A slot of the table of short tokens: two halves of the key, and the id. No key is zero.
+/// A free slot of the table of short tokens, which hold the two halves of a [`Key`], never zero, and the id.
 const FREE: [u64; 3] = [0; 3];
 
 /// The bytes of a token of up to 15 bytes, and in the last byte their number; [`LONG`] there for a longer one.
@@ -121,8 +121,8 @@ impl Vocab {
         self.starts.push(self.bytes.len() as u32);
         self.parts.push((NO_ID, NO_ID));
         self.heads.push(head_of(token));
-        if token.len() <= MAX_SHORT {
-            self.insert_short(pack(token, 0, token.len()), id);
+        if let Some(key) = Key::of(token, 0, token.len()) {
+            self.insert_short(key, id);
         } else {
             let Self { bytes, starts, long, .. } = self;
             let token_hash =
@@ -142,13 +142,14 @@ impl Vocab {
     }
 
     /// Half full at most, so that a miss ends soon.
-    fn insert_short(&mut self, key: u128, id: u32) {
+    fn insert_short(&mut self, key: Key, id: u32) {
         if self.len() * 2 > self.short.len() {
             let size = self.short.len() * 2;
             self.filter = vec![0; size / 8];
             let old = std::mem::replace(&mut self.short, vec![FREE; size]);
             old.into_iter().filter(|&slot| slot != FREE).for_each(|slot| self.place_short(slot));
         }
+        let key = key.get();
         self.place_short([key as u64, (key >> 64) as u64, u64::from(id)]);
     }
 
@@ -170,9 +171,10 @@ impl Vocab {
         ((hash >> 38) as usize & (self.filter.len() - 1), 1 << (hash >> 32 & 63))
     }
 
-    /// The id of a packed string of at most 15 bytes.
+    /// The id of a string of at most 15 bytes.
     #[inline]
-    pub fn find_short(&self, key: u128) -> Option<u32> {
+    pub fn find_short(&self, key: Key) -> Option<u32> {
+        let key = key.get();
         let hash = hash(key);
         let (word, bit) = self.filter_bit(hash);
         if self.filter[word] & bit == 0 {
@@ -195,8 +197,8 @@ impl Vocab {
     /// The id whose bytes are `text[start..end]`.
     pub fn find(&self, text: &[u8], start: usize, end: usize) -> Option<u32> {
         let wanted = &text[start..end];
-        if wanted.len() <= MAX_SHORT {
-            return if wanted.is_empty() { None } else { self.find_short(pack(text, start, end)) };
+        if let Some(key) = Key::of(text, start, end) {
+            return self.find_short(key);
         }
         self.long.find(hash_bytes(wanted), |&id| self.token(id) == wanted).copied()
     }
