@@ -10,13 +10,17 @@ from __future__ import annotations
 
 import hashlib
 import http.client
+import os
+import re
+import stat
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
+from typing import BinaryIO
 
-from nanochat import config, core_tasks, files
+from nanochat import config, core_tasks, files, locks
 from nanochat.errors import UserError, cli
 from nanochat.progress import bytes_bar
 
@@ -26,6 +30,7 @@ TIMEOUT_S = 30.0  # without a byte
 BLOCK_BYTES = 1 << 16
 MAX_ZIP_BYTES = 1 << 30  # the public one has about 160 MB
 UNPACKED_BYTES = 50_000_000  # of the files below
+LENGTH = re.compile(r"[0-9]{1,18}")
 
 TASK_SHA256 = {
     "commonsense_reasoning": {
@@ -88,21 +93,29 @@ def fetch(url: str = BUNDLE_URL, retry_delays_s: Sequence[float] = RETRY_DELAYS_
         raise UserError(f"--url={url}: expected http:// or https://. A zip on a disk goes to --eval-bundle.")
     folder = files.eval_bundle_dir()
     if folder.exists():
-        if wrong := differences(folder):
-            raise UserError(
-                f"{folder}: {len(wrong)} of {len(SHA256)} files are missing or not the public bundle's, the "
-                f"first is {wrong[0]}. Move the folder away to fetch them again."
-            )
-        return folder
+        return _checked(folder)
     files.require_writable(folder.parent)
-    part = files.eval_bundle_part()
-    _download(url, part, retry_delays_s)
-    try:
-        _unpack(part, folder)
-    except UserError as error:
+    with locks.held(files.eval_bundle_lock(), "the download of the CORE tasks", wait=True):
+        if folder.exists():  # whoever held the lock before has brought them
+            return _checked(folder)
+        part = files.eval_bundle_part()
+        _download(url, part, retry_delays_s)
+        try:
+            _unpack(part, folder)
+        except UserError as error:
+            part.unlink()
+            raise UserError(f"{url}: {error}") from error
         part.unlink()
-        raise UserError(f"{url}: {error}") from error
-    part.unlink()
+    return folder
+
+
+def _checked(folder: Path) -> Path:
+    """The folder that is there, if it holds the public bundle."""
+    if wrong := differences(folder):
+        raise UserError(
+            f"{folder}: {len(wrong)} of {len(SHA256)} files are missing or not the public bundle's, the "
+            f"first is {wrong[0]}. Move the folder away to fetch them again."
+        )
     return folder
 
 
@@ -122,6 +135,10 @@ def _download(url: str, part: Path, retry_delays_s: Sequence[float]) -> None:
         before = _size(part)
         try:
             return _append(url, part)
+        except UserError:
+            raise
+        except (ValueError, OverflowError, http.client.InvalidURL) as error:
+            raise UserError(f"{url}: cannot be asked for ({error}). Check --url.") from error
         except (OSError, http.client.HTTPException) as error:  # URLError and timeouts are OSErrors
             refused = isinstance(error, urllib.error.HTTPError) and error.code in (401, 403, 404, 410)
             failures = 1 if _size(part) > before else failures + 1
@@ -154,10 +171,11 @@ def _append(url: str, part: Path) -> None:
     with answer:
         if answer.status != http.client.PARTIAL_CONTENT:
             have = 0  # all of it comes, whatever was asked for
-        length = answer.headers["Content-Length"]
-        total = None if length is None else have + int(length)
+        length = answer.headers["Content-Length"] or ""
+        # What is no length says nothing; the files of the zip have their hashes.
+        total = have + int(length) if LENGTH.fullmatch(length) else None
         _require_room(url, part, have, total)
-        with part.open("ab" if have else "wb") as sink, bytes_bar("eval bundle", total or 0) as show:
+        with _opened(part, have) as sink, bytes_bar("eval bundle", total or 0) as show:
             while block := answer.read(BLOCK_BYTES):
                 have += len(block)
                 _require_room(url, part, have, total)
@@ -175,8 +193,25 @@ def _require_room(url: str, part: Path, have: int, total: int | None) -> None:
         raise UserError(f"{part.parent}: no room for an eval bundle of {size} bytes. Free some space.")
 
 
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.is_file() else 0
+def _size(part: Path) -> int:
+    """Bytes that have arrived. What lies there under another name too is not ours to write to: it goes."""
+    try:
+        found = part.lstat()
+    except FileNotFoundError:
+        return 0
+    if stat.S_ISDIR(found.st_mode):
+        raise UserError(f"{part}: a folder, where the download goes. Move it away.")
+    if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+        part.unlink()
+        return 0
+    return found.st_size
+
+
+def _opened(part: Path, have: int) -> BinaryIO:
+    """The file to append to, or to begin; a link that has taken its name meanwhile is not followed."""
+    how = os.O_APPEND if have else os.O_TRUNC
+    flags = os.O_WRONLY | os.O_CREAT | how | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+    return os.fdopen(os.open(part, flags, 0o666), "wb")
 
 
 def _unpack(archive: Path, folder: Path) -> None:

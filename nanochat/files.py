@@ -109,6 +109,11 @@ def eval_bundle_part() -> Path:
     return base_dir() / "eval_bundle.zip.part"
 
 
+def eval_bundle_lock() -> Path:
+    """Who fetches them."""
+    return base_dir() / "eval_bundle.lock"
+
+
 def token_cache_file(key: str) -> Path:
     """The tokens of some texts of CORE; `key` is the hash of the texts and of the tokenizer."""
     return base_dir() / "eval_tokens" / f"{key}.safetensors"

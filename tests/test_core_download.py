@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import json
 import os
 import subprocess
 import sys
@@ -149,6 +150,111 @@ def test_what_cannot_be_an_answer_is_refused_at_once(server, base_dir, monkeypat
     monkeypatch.setattr(files, "free_bytes", lambda path: 1_000_000)
     with pytest.raises(UserError, match="no room"):
         fetch(server)
+
+
+# The command with the hashes of the bundle that is served here.
+COMMAND = (
+    "import json, sys; from nanochat import core_download\n"
+    "core_download.SHA256 = json.loads(sys.argv.pop(1))\n"
+    "core_download.main()"
+)
+
+
+def started(server):
+    url = f"--url={server.url}/elsewhere/{ZIP}"
+    command = [sys.executable, "-c", COMMAND, json.dumps(core_download.SHA256), url]
+    environment = os.environ | {"NANOCHAT_BASE_DIR": str(files.base_dir())}
+    return subprocess.Popen(command, env=environment, stdout=-1, stderr=-1, text=True)
+
+
+def test_of_several_at_once_one_fetches_and_the_others_find_the_folder(server):
+    server.chunk_s = 0.2
+    commands = [started(server) for _ in range(3)]
+    ends = [command.communicate(timeout=60) for command in commands]
+    assert [command.returncode for command in commands] == [0, 0, 0], ends
+    assert_whole()
+    assert (server.requests[ZIP], server.ranges[ZIP]) == (1, 0)
+    assert sum("waiting for its end" in out for out, _ in ends) >= 1
+
+
+def test_where_the_first_of_two_is_killed_the_second_goes_on(server):
+    server.chunk_s = 0.3
+    first = started(server)
+    part = files.eval_bundle_part()
+    while not (part.exists() and part.stat().st_size):
+        assert first.poll() is None, first.communicate()
+    second = started(server)
+    first.kill()
+    out, err = second.communicate(timeout=60)
+    assert second.returncode == 0, out + err
+    assert server.requests[ZIP] + server.ranges[ZIP] == 2
+    first.communicate()
+    assert_whole()
+
+
+@pytest.mark.parametrize("kind", ["link", "hard link", "link to nowhere", "pipe"])
+def test_what_lies_where_the_download_goes_is_not_written_to(server, tmp_path, kind):
+    mine, part = tmp_path / "mine", files.eval_bundle_part()
+    part.parent.mkdir(parents=True)
+    mine.write_text("my text")
+    if kind == "pipe":
+        os.mkfifo(part)
+    elif kind == "hard link":
+        os.link(mine, part)
+    else:
+        part.symlink_to(mine if kind == "link" else tmp_path / "nowhere")
+    fetch(server)
+    assert_whole()
+    assert mine.read_text() == "my text"
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_a_link_that_takes_the_name_meanwhile_is_not_followed(server, tmp_path, monkeypatch):
+    mine, part = tmp_path / "mine", files.eval_bundle_part()
+    mine.write_text("my text")
+    room = core_download._require_room
+
+    def take(url, path, have, total):
+        room(url, path, have, total)
+        if not path.is_symlink():
+            path.symlink_to(mine)
+
+    monkeypatch.setattr(core_download, "_require_room", take)
+    monkeypatch.setattr(core_download, "_size", lambda path: 0)
+    with pytest.raises(UserError, match="cannot be fetched"):
+        core_download._download(f"{server.url}/elsewhere/{ZIP}", part, ())
+    assert mine.read_text() == "my text"
+
+
+def test_a_folder_where_the_download_goes_is_named(server):
+    files.eval_bundle_part().mkdir(parents=True)
+    with pytest.raises(UserError, match=r"eval_bundle.zip.part: a folder.* Move it away"):
+        fetch(server)
+
+
+@pytest.mark.parametrize("length", ["-5", "1e9", "9" * 5000, "12,34", "abc", "\u0661\u0662", ""])
+def test_a_length_that_is_no_number_says_nothing(server, monkeypatch, length):
+    def answer(handler, headers, data):
+        handler.send_response(200)
+        handler.send_header("Content-Length", length.encode("utf-8").decode("latin-1"))
+        handler.send_header("Connection", "close")
+        handler.end_headers()
+        handler.wfile.write(data)
+        handler.close_connection = True
+
+    monkeypatch.setitem(FAULTS, "a length", answer)
+    server.faults[ZIP] = "a length"
+    fetch(server)
+    assert_whole()
+
+
+@pytest.mark.parametrize(
+    "url", ["http://[", "http://host:port/x", "http://h\u00e9 llo/", "http://a..b/\u00e9", "http:///x"]
+)
+def test_an_address_that_is_none_is_one_clear_error(base_dir, url):
+    with pytest.raises(UserError, match="cannot be"):
+        core_download.fetch(url, ())
+    assert not files.eval_bundle_lock().exists()
 
 
 def test_the_hashes_are_those_of_the_real_bundle(shared_data):
