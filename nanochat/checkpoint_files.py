@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import stat
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -80,8 +81,8 @@ class Snapshot:
         self._require_space()
         files.sweep_temporaries(self.folder.parent, own=True)
         with files.atomic_dir(self.folder) as temporary:
-            _save_tensors(temporary / MODEL, self.model)
-            _save_tensors(temporary / OPTIMIZER, self.optimizer)
+            save_tensors(temporary / MODEL, self.model)
+            save_tensors(temporary / OPTIMIZER, self.optimizer)
             head = {"format": FORMAT, "made_by": f"nanochat {version('nanochat')}"}
             files.write_json(temporary / STATE, {**head, **self.meta})
             listed = {
@@ -101,11 +102,19 @@ class Snapshot:
             )
 
 
-def _save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file.
+
+    Raises:
+        OSError: the disk is full or fails; the library has an error of its own for that.
+    """
+    path.touch()  # the library makes files that only their owner reads; the umask decides, as for all others
+    mode = stat.S_IMODE(path.stat().st_mode)
     try:
-        save_file(tensors, path)
-    except SafetensorError as error:  # how the library reports a full disk
-        raise OSError(f"{path.parent}: cannot write a checkpoint ({error})") from error
+        save_file(tensors, path, metadata)
+    except SafetensorError as error:
+        raise OSError(f"{path}: cannot be written ({error})") from error
+    path.chmod(mode)
 
 
 def prune(run: str, steps: list[int], keep_last: int, keep_every: int = 0) -> list[int]:

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from nanochat import checkpoint, files
+from nanochat import checkpoint, checkpoint_files, files
 from nanochat.config import ExportArgs
 from nanochat.errors import UserError
 from nanochat.gpt import GPT
@@ -32,7 +31,8 @@ def run(args: ExportArgs) -> Path:
     if not args.run:
         raise UserError("--run is missing. Name the run to export, for example --run d12.")
     folder = Path(args.out).expanduser() if args.out else files.run_dir(args.run) / args.format
-    if folder.exists():
+    folder = folder.resolve()  # behind a link, what is there is replaced, not the link
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise UserError(f"{folder}: exists already. Remove it, or name another folder with --out.")
     precision = Precision(torch.float32, "sdpa")
     model, tokenizer, meta = checkpoint.load_model(
@@ -61,7 +61,7 @@ def write_hf(model: GPT, tokenizer: Tokenizer, folder: Path) -> None:
             "modeling_nanochat.py knows softmax only. Use scripts.generate and scripts.base_eval with it."
         )
     with files.atomic_dir(folder) as temporary:
-        save_file(_weights(model), temporary / "model.safetensors", metadata={"format": "pt"})
+        checkpoint_files.save_tensors(temporary / "model.safetensors", _weights(model), {"format": "pt"})
         files.write_json(temporary / "config.json", _config(model.config, tokenizer))
         files.write_json(temporary / "generation_config.json", _generation(tokenizer))
         _write_tokenizer(tokenizer, model.config, temporary)
@@ -140,7 +140,8 @@ def _write_tokenizer(tokenizer: Tokenizer, shape: GPTConfig, folder: Path) -> No
             "bos_token": BOS,
             "eos_token": BOS,
             "pad_token": BOS,
-            "padding_side": "right",
+            "padding_side": "left",  # what transformers expects of a model that generates
+            "split_special_tokens": True,  # a text that spells <|bos|> is text, as in training
             "model_max_length": shape.sequence_len,
             "clean_up_tokenization_spaces": False,
         },

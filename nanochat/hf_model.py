@@ -150,13 +150,17 @@ def load(name: str, device: torch.device, dtype: torch.dtype) -> tuple[HFScorer,
     except ImportError:
         raise UserError('--hf needs transformers: pip install "nanochat[eval]".') from None
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-        model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True)
+        # Not asked for in words, transformers would ask on the console whether to run the model's own code.
+        no_code = {"trust_remote_code": False}
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, **no_code)
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, use_safetensors=True, **no_code
+        )
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(
             f"--hf {name}: cannot be loaded ({reason}). Give the folder or the hub's name of a causal "
-            "language model in safetensors that transformers knows."
+            "language model in safetensors that needs no code of its own; a run of ours is scored with --run."
         ) from error
     if not tokenizer.is_fast or (tokenizer.bos_token_id is None and tokenizer.eos_token_id is None):
         raise UserError(

@@ -82,7 +82,81 @@ def test_requests_that_cannot_be_met_are_one_clear_error(base_dir):
     with pytest.raises(UserError, match="--run is missing"):
         export.run(ExportArgs())
     (files.run_dir("r") / "hf").mkdir(parents=True)
+    (files.run_dir("r") / "hf" / "mine").touch()
     with pytest.raises(UserError, match="exists already"):
         export.run(ExportArgs(run="r"))
     with pytest.raises(UserError, match="'r'"):
         export.run(ExportArgs(run="r", out=str(base_dir / "elsewhere")))
+
+
+def exported(tokenizer, folder):
+    transformers = pytest.importorskip("transformers")
+    model = odd_model(tokenizer)
+    export.write_hf(model, tokenizer, folder)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    return model, theirs, transformers.AutoTokenizer.from_pretrained(folder)
+
+
+SPELLED = (
+    "a <|bos|> b",
+    "<|bos|>",
+    "<|bos|><|bos|>x",
+    "\n<|user_start|>hi<|user_end|> <|bos|",
+    "<|bos|>\u00e9",
+)
+
+
+@pytest.mark.parametrize("text", SPELLED)
+def test_a_text_that_spells_a_special_token_is_text_in_transformers_too(tokenizer, tmp_path, text):
+    _, _, theirs = exported(tokenizer, tmp_path / "out")
+    theirs.save_pretrained(tmp_path / "again")
+    again = type(theirs).from_pretrained(tmp_path / "again")
+    for found in (theirs, again):
+        assert found(text)["input_ids"] == tokenizer.encode(text, bos=True)
+        assert found([text, "plain"])["input_ids"][0] == tokenizer.encode(text, bos=True)
+        assert found.tokenize(text) == found.convert_ids_to_tokens(tokenizer.encode(text))
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_rows_of_other_lengths_are_padded_and_give_what_they_give_alone(tokenizer, tmp_path, side):
+    model, theirs, encoder = exported(tokenizer, tmp_path / "out")
+    texts = ["the cat sat on a mat and saw", "two", "dogs near their red house while 12 rains fell. the"]
+    batch = encoder(texts, padding=True, padding_side=side, return_tensors="pt")
+    with torch.no_grad():
+        logits = theirs(**batch).logits
+        for row, text in enumerate(texts):
+            ids = torch.tensor([tokenizer.encode(text, bos=True)])
+            kept = logits[row][batch["attention_mask"][row].bool()]
+            np.testing.assert_allclose(kept.numpy(), model.logits(ids)[0].numpy(), atol=2e-5)
+    longest = batch["input_ids"].size(1)
+    done = theirs.generate(**batch, max_new_tokens=6, do_sample=False, eos_token_id=None)[:, longest:]
+    for row, text in enumerate(texts):
+        ids = torch.tensor([tokenizer.encode(text, bos=True)])
+        for _ in range(6):
+            ids = torch.cat((ids, model.logits(ids)[:, -1:].argmax(-1)), dim=1)
+        assert done[row].tolist() == ids[0, -6:].tolist()
+
+
+def test_padding_between_tokens_and_rows_of_padding_alone_do_no_harm(tokenizer, tmp_path):
+    model, theirs, _ = exported(tokenizer, tmp_path / "out")
+    ids = torch.tensor([[tokenizer.bos_id, 7, 0, 9, 0, 0, 11], [0, 0, 0, 0, 0, 0, 0]])
+    mask = torch.tensor([[1, 1, 0, 1, 0, 0, 1], [0] * 7])
+    with torch.no_grad():
+        logits = theirs(ids, attention_mask=mask).logits
+        expected = model.logits(torch.tensor([[tokenizer.bos_id, 7, 9, 11]]))[0]
+    np.testing.assert_allclose(logits[0, [0, 1, 3, 6]].numpy(), expected.numpy(), atol=2e-5)
+    assert logits.isfinite().all()
+
+
+def test_an_empty_folder_is_written_to_and_a_link_stays_a_link(tokenizer, tmp_path, base_dir, monkeypatch):
+    from nanochat import checkpoint
+
+    model = odd_model(tokenizer)
+    monkeypatch.setattr(checkpoint, "load_model", lambda *a, **k: (model, tokenizer, {"step": 1}))
+    (tmp_path / "big").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "big")
+    assert export.run(ExportArgs(run="r", out=str(tmp_path / "out"))) == tmp_path / "big"
+    assert (tmp_path / "out").is_symlink()
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+    with pytest.raises(UserError, match="exists already"):
+        export.run(ExportArgs(run="r", out=str(tmp_path / "out")))
