@@ -9,6 +9,7 @@ harness's sums of log-probabilities are not CORE's means per token, so the two a
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -38,19 +39,40 @@ class Requests:
         """Sum of the log-probabilities of each continuation after its context, and whether it is greedy.
 
         Args:
-            pairs: ids of a context (one or more) and of its continuation.
+            pairs: ids of a context (one or more) and of its continuation (one or more).
+
+        Raises:
+            UserError: a continuation without tokens, which would be certain whatever it is.
         """
         spans = []
         for context, continuation in pairs:
+            if not context or not continuation:
+                which = "continuation" if context else "context"
+                raise UserError(
+                    f"a request has a {which} without tokens, and the probability of nothing tells nothing. "
+                    "Leave the request out, or begin its context with a BOS."
+                )
             # The last token is only a target, so one more than the context fits.
             ids = np.array([*context, *continuation], np.int32)[-(self.context + 1) :]
             spans.append(Span(ids, max(1, len(ids) - len(continuation)), len(ids)))
         scorer = GPTScorer(self.model)
         found = score_spans(scorer, spans, self.batch_tokens, with_argmax=True, clock=Clock())
         return [
-            (-nats * (span.end - span.start) if span.end > span.start else 0.0, greedy)
+            (-nats * (span.end - span.start), greedy)
             for span, (nats, greedy) in zip(spans, found, strict=True)
         ]
+
+    def encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Ids of a context, after a BOS, and of its continuation.
+
+        Where a token would reach across the join, the two are encoded apart: cut there, the continuation
+        would lose its first characters, or all of them.
+        """
+        before = self.tokenizer.encode(context, bos=True)
+        whole = self.tokenizer.encode(context + continuation, bos=True)
+        if whole[: len(before)] != before:
+            return before, self.tokenizer.encode(continuation)
+        return before, whole[len(before) :]
 
     def rolling(self, texts: Sequence[str]) -> list[float]:
         """Log-probability of whole texts: every token once, in windows of the context.
@@ -72,12 +94,28 @@ class Requests:
         return totals
 
     def generate(self, prompt: str, options: dict[str, Any]) -> str:
-        """Continue a prompt until one of the stop texts, which is cut off."""
+        """Continue a prompt until one of the stop texts, which is cut off.
+
+        A prompt that leaves too little room loses its beginning, with a warning; at least half of the context
+        is the prompt's, and what is added ends where the context does.
+
+        Raises:
+            UserError: `max_gen_toks` is negative.
+        """
         stops = options.get("until") or []
         stops = [stops] if isinstance(stops, str) else list(stops)
         temperature = float(options.get("temperature") or 0.0) if options.get("do_sample") else 0.0
-        count = min(int(options.get("max_gen_toks") or MAX_GENERATED), self.context - 1)
-        ids = self.tokenizer.encode(prompt, bos=True)[-(self.context - count) :]
+        asked = options.get("max_gen_toks")
+        count = MAX_GENERATED if asked is None else int(asked)
+        if count < 0:
+            raise UserError(f"max_gen_toks is {count}: expected 0 or more.")
+        if count == 0:
+            return ""
+        ids, room = self.tokenizer.encode(prompt, bos=True), min(count, self.context // 2)
+        if len(ids) > self.context - room:
+            kept = self.context - room
+            warnings.warn(f"a prompt of {len(ids)} tokens keeps its last {kept}", stacklevel=2)
+            ids = ids[-kept:]
         engine, text = Engine(self.model, self.tokenizer), ""
         for piece in engine.stream(ids, Sampling(count, temperature)):
             text += piece
@@ -126,6 +164,12 @@ def wrap(requests: Requests) -> Any:
 
         def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
             return requests.tokenizer.encode(string, bos=add_special_tokens is not False)
+
+        def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+            spaces = len(context) - len(context.rstrip())  # they belong to the first token of what follows
+            if spaces:
+                context, continuation = context[:-spaces], context[-spaces:] + continuation
+            return requests.encode_pair(context, continuation)
 
         def _loglikelihood_tokens(self, asked: Any, **_: Any) -> list[tuple[float, bool]]:
             return requests.log_likelihoods([(context, continuation) for _, context, continuation in asked])

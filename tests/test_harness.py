@@ -10,6 +10,7 @@ import torch
 from dev.bench import naive_core
 from nanochat import core_eval, core_scoring, core_tasks, harness
 from nanochat.engine import Engine, Sampling
+from nanochat.errors import UserError
 from nanochat.tokenizer import Tokenizer
 from nanochat.world import World
 from tests.test_core_eval import WORDS, small_bundle, tiny_gpt
@@ -77,6 +78,39 @@ def test_generation_stops_before_the_stop_text(requests):
     engine = Engine(requests.model, requests.tokenizer)
     [[expected]] = engine.generate([requests.tokenizer.encode(LONG, bos=True)[-59:]], Sampling(5, 0.0))
     assert requests.generate(LONG, {"max_gen_toks": 5}) == requests.tokenizer.decode(expected.ids)
+
+
+def test_a_continuation_of_no_tokens_is_refused_not_certain(requests):
+    ids = requests.tokenizer.encode("the cat", bos=True)
+    for pair in ((ids, []), ([], ids)):
+        with pytest.raises(UserError, match="without tokens"):
+            requests.log_likelihoods([(ids, ids), pair])
+
+
+def test_a_token_across_the_join_is_cut_there(requests):
+    encode = requests.tokenizer.encode
+    whole = next(word for word in WORDS if len(encode(" " + word)) == 1 and len(word) > 2)
+    context, continuation = "the " + whole[:2], whole[2:]
+    assert encode(context + continuation, bos=True)[: len(encode(context, bos=True))] != encode(
+        context, bos=True
+    )
+    assert requests.encode_pair(context, continuation) == (encode(context, bos=True), encode(continuation))
+    assert requests.encode_pair("the", " cat") == (encode("the", bos=True), encode(" cat"))
+    for context in ("the ca", "a", ""):
+        assert requests.encode_pair(context, "t")[1]
+
+
+def test_a_prompt_keeps_half_of_the_context_however_much_is_asked_for(requests, recwarn):
+    prompt = "the cat sat on a mat"
+    assert requests.generate(prompt, {"max_gen_toks": 0}) == ""
+    free = requests.generate(prompt, {"max_gen_toks": 16})
+    assert requests.generate(prompt, {"max_gen_toks": 10_000}).startswith(free)
+    assert requests.generate(prompt, {}).startswith(free)  # 256 tokens by default, of a context of 64
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match="keeps its last 32"):
+        requests.generate(LONG, {"max_gen_toks": 64})
+    with pytest.raises(UserError, match="max_gen_toks is -1"):
+        requests.generate(prompt, {"max_gen_toks": -1})
 
 
 def test_the_harness_gets_the_losses_that_core_gets(requests):
