@@ -26,6 +26,7 @@ from nanochat.engine import sample_texts
 from nanochat.errors import UserError
 from nanochat.gpt import GPT
 from nanochat.loss_eval import BpbProfile, profile_bpb
+from nanochat.progress import printable
 from nanochat.tokenizer import Tokenizer
 from nanochat.world import World
 
@@ -253,7 +254,7 @@ def show(found: dict[str, Any], core: CoreResult | None) -> None:
         for line in lines:
             console.print(line, highlight=False, markup=False)
     for sample in found["samples"]:
-        console.print("-" * 40, sample, sep="\n", highlight=False, markup=False)
+        console.print("-" * 40, printable(sample), sep="\n", highlight=False, markup=False, emoji=False)
 
 
 def core_lines(core: CoreResult) -> list[str]:

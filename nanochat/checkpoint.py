@@ -160,6 +160,15 @@ def _require_fit(tensors: dict[str, Tensor], model: GPT, path: Path) -> None:
             )
 
 
+def _require_finite(tensors: dict[str, Tensor], path: Path) -> None:
+    """A model with NaN in it gives texts and scores that look like any other's."""
+    for name, tensor in tensors.items():
+        if not bool(tensor.isfinite().all()):
+            raise UserError(
+                f"{path}: {name} holds values that are not finite. Use another checkpoint (--step)."
+            )
+
+
 def _copy_weights(model: GPT, tensors: dict[str, Tensor]) -> None:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -204,6 +213,7 @@ def load_model(
     with torch.device("meta"):
         model = GPT(shape, precision, tokenizer.bos_id if masks_documents(args) else None)
     _require_fit(weights, model, folder / MODEL)
+    _require_finite(weights, folder / MODEL)
     model.to_empty(device=device)
     model.reserve_positions(shape.sequence_len)  # the rotary tables are not in the file
     _copy_weights(model, weights)

@@ -349,7 +349,7 @@ def parse(cls: type[Args], argv: list[str] | None = None) -> Args:
     given = sys.argv[1:] if argv is None else argv
     if given[:1] == ["--"]:  # what separates torchrun's options from ours
         given = given[1:]
-    values = vars(parser.parse_args(given))
+    values = parser.parse_mixed(given)
     args = cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
     flags.require_domain(args)
     return args
@@ -358,10 +358,24 @@ def parse(cls: type[Args], argv: list[str] | None = None) -> Args:
 class _Parser(argparse.ArgumentParser):
     """A parser whose refusal is one line, like every other one."""
 
+    def parse_mixed(self, given: list[str]) -> dict[str, Any]:
+        """Values by name; prompts stand between flags, and behind -- whatever they begin with."""
+        cut = given.index("--") if "--" in given else len(given)
+        values, after = vars(self.parse_intermixed_args(given[:cut])), given[cut + 1 :]
+        if after:
+            taking = [action.dest for action in self._get_positional_actions() if action.nargs == "*"]
+            if not taking:
+                self.error(f"unrecognized arguments: {' '.join(after)}")
+            values[taking[0]] = [*values[taking[0]], *after]
+        return values
+
     def error(self, message: str) -> NoReturn:
         """Say what is wrong, and leave with code 2."""
         plain = "".join(c if " " <= c <= "~" else ascii(c)[1:-1] for c in message[:MESSAGE_LETTERS])
-        self.exit(2, f"error: {plain}. Add --help to see the flags.\n")
+        advice = "Add --help to see the flags."
+        if "prompt" in {action.dest for action in self._get_positional_actions()}:
+            advice += " A prompt that begins with - comes last, after --."
+        self.exit(2, f"error: {plain}. {advice}\n")
 
 
 def _add_flag(parser: argparse.ArgumentParser, item: dataclasses.Field[Any], hint: Any) -> None:

@@ -26,6 +26,8 @@ from nanochat.tokenizer import Tokenizer
 
 Reason = Literal["stop", "length", "context"]
 
+CACHE_BYTES = 1 << 30  # of the rows that decode together; more samples follow one another
+
 # Prose and code, so that a model of either corpus has something it knows.
 SAMPLE_PROMPTS = (
     "The capital of France is",
@@ -157,7 +159,7 @@ class Engine:
     def generate(
         self, prompts: Sequence[Sequence[int]], sampling: Sampling, num_samples: int = 1
     ) -> list[list[Completion]]:
-        """Continue each prompt `num_samples` times; prompts of the same length are done together.
+        """Continue each prompt `num_samples` times.
 
         Args:
             prompts: token ids, of any lengths.
@@ -170,6 +172,21 @@ class Engine:
         Raises:
             UserError: an empty prompt, one longer than the context, or an id outside the vocabulary.
         """
+        done: list[list[Completion]] = [[] for _ in prompts]
+        for place, completion in self.completions(prompts, sampling, num_samples):
+            done[place].append(completion)
+        return done
+
+    def completions(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, num_samples: int = 1
+    ) -> Iterator[tuple[int, Completion]]:
+        """Yield (place of the prompt, completion) as they come: those of one prompt in the order of samples.
+
+        Prompts of the same length are done together, as many rows at a time as CACHE_BYTES hold.
+
+        Raises:
+            UserError: as `generate`, at the first.
+        """
         if num_samples < 1:
             raise UserError(f"--num-samples={num_samples}: expected 1 or more.")
         for prompt in prompts:
@@ -177,21 +194,39 @@ class Engine:
         groups: dict[int, list[int]] = {}
         for place, prompt in enumerate(prompts):
             groups.setdefault(len(prompt), []).append(place)
-        done: list[list[Completion]] = [[] for _ in prompts]
-        for places in groups.values():
-            ids: list[list[int]] = [[] for _ in range(len(places) * num_samples)]
-            reasons: list[Reason] = ["length"] * len(ids)
-            for row, step in self._decode(
-                [prompts[place] for place in places], sampling, num_samples, places
-            ):
-                if isinstance(step, int):
-                    ids[row].append(step)
-                else:
-                    reasons[row] = step
-            for number, place in enumerate(places):
-                rows = range(number * num_samples, (number + 1) * num_samples)
-                done[place] = [Completion(tuple(ids[row]), reasons[row]) for row in rows]
-        return done
+        for length, places in groups.items():
+            rows = self._rows_at_once(length, sampling)
+            together = max(1, rows // num_samples)
+            for first in range(0, len(places), together):
+                chunk = places[first : first + together]
+                for start in range(0, num_samples, rows):
+                    samples = range(start, min(start + rows, num_samples))
+                    yield from self._complete([prompts[place] for place in chunk], sampling, samples, chunk)
+
+    def _rows_at_once(self, length: int, sampling: Sampling) -> int:
+        """How many rows decode together: their keys and values fit into CACHE_BYTES."""
+        config = self.model.config
+        capacity = min(config.sequence_len, length + sampling.max_tokens)
+        row_bytes = 2 * config.n_layer * capacity * config.n_kv_head * config.head_dim
+        return max(1, CACHE_BYTES // (row_bytes * self.model.dtype.itemsize))
+
+    def _complete(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        samples: range,
+        places: Sequence[int],
+    ) -> Iterator[tuple[int, Completion]]:
+        """Decode prompts of one length to their ends."""
+        ids: list[list[int]] = [[] for _ in range(len(places) * len(samples))]
+        reasons: list[Reason] = ["length"] * len(ids)
+        for row, step in self._decode(prompts, sampling, samples, places):
+            if isinstance(step, int):
+                ids[row].append(step)
+            else:
+                reasons[row] = step
+        for row, (added, reason) in enumerate(zip(ids, reasons, strict=True)):
+            yield places[row // len(samples)], Completion(tuple(added), reason)
 
     def stream(self, prompt: Sequence[int], sampling: Sampling) -> Iterator[str]:
         """Continue one prompt, piece of text by piece. A character is never split over two pieces.
@@ -201,7 +236,7 @@ class Engine:
         """
         self._check(prompt)
         text = codecs.getincrementaldecoder("utf-8")("replace")
-        for _, step in self._decode([prompt], sampling, 1, [0]):
+        for _, step in self._decode([prompt], sampling, range(1), [0]):
             if isinstance(step, int) and (piece := text.decode(self.tokenizer.decode_bytes([step]))):
                 yield piece
         if piece := text.decode(b"", final=True):
@@ -224,14 +259,14 @@ class Engine:
 
     @torch.no_grad()
     def _decode(
-        self, prompts: Sequence[Sequence[int]], sampling: Sampling, num_samples: int, places: Sequence[int]
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, samples: range, places: Sequence[int]
     ) -> Iterator[tuple[int, int | Reason]]:
         """Yield (row, token) as tokens come and (row, reason) when a row ends; rows are prompts x samples.
 
         Args:
             prompts: of one length.
             sampling: how.
-            num_samples: rows of each prompt, side by side.
+            samples: the numbers of the rows of each prompt, side by side, for their generators.
             places: the number of each prompt, for its generators.
         """
         model, context = self.model, self.model.config.sequence_len
@@ -239,11 +274,9 @@ class Engine:
         capacity = min(context, length + sampling.max_tokens - 1)
         cache = KVCache(model.config, len(prompts), capacity, dtype=model.dtype, device=device)
         logits = model.logits(torch.tensor(prompts, device=device), cache, last_only=True)[:, 0]
-        logits = logits.repeat_interleave(num_samples, dim=0)
-        cache.repeat_rows(num_samples)
-        generators = [
-            _generator(sampling.seed, place, sample) for place in places for sample in range(num_samples)
-        ]
+        logits = logits.repeat_interleave(len(samples), dim=0)
+        cache.repeat_rows(len(samples))
+        generators = [_generator(sampling.seed, place, sample) for place in places for sample in samples]
         running = dict.fromkeys(range(len(generators)))
         for added in range(1, sampling.max_tokens + 1):
             tokens = choose_tokens(logits, sampling, generators)
@@ -276,7 +309,7 @@ def choose_tokens(logits: Tensor, sampling: Sampling, generators: Sequence[torch
         sampling: temperature and top_k.
         generators: one a row; each gives one uniform number, wherever temperature is not 0.
     """
-    if sampling.temperature == 0:
+    if sampling.temperature < torch.finfo(torch.float32).tiny:  # as a divisor it would be zero
         return logits.argmax(dim=-1).cpu()
     ids = None
     if sampling.top_k and sampling.top_k < logits.size(-1):

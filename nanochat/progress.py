@@ -1,9 +1,10 @@
-"""A bar for work that takes long, on a terminal; elsewhere nothing."""
+"""What a terminal shows: a bar for work that takes long, and text that cannot command it."""
 
 from __future__ import annotations
 
 import contextlib
 import sys
+import unicodedata
 from collections.abc import Callable, Iterator
 
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
@@ -22,3 +23,17 @@ def bytes_bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
     with Progress(*columns, transient=True) as progress:
         task = progress.add_task(what, total=total)
         yield lambda done: progress.update(task, completed=done)
+
+
+def printable(text: str) -> str:
+    """Text that a model or a file has written, without what would command a terminal.
+
+    On a terminal, control characters but newline and tab become U+FFFD: an escape sequence could rename the
+    window or overwrite the lines above. Elsewhere the text is as it is, for programs.
+    """
+    if sys.stdout is None or not sys.stdout.isatty():
+        return text
+    return "".join(
+        "\ufffd" if unicodedata.category(character) == "Cc" and character not in "\n\t" else character
+        for character in text
+    )

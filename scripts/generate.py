@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections import defaultdict, deque
+from collections.abc import Iterator
+
 from nanochat import backends, checkpoint, config, errors, hardware
 from nanochat.config import GenerateArgs
-from nanochat.engine import Engine, Sampling
+from nanochat.engine import Completion, Engine, Sampling
 from nanochat.errors import UserError
+from nanochat.progress import printable
 
 
 @errors.cli
@@ -23,16 +27,27 @@ def main() -> None:
     engine = Engine(model, tokenizer)
     prompts = [engine.encode(prompt) for prompt in args.prompt]
     if len(prompts) == 1 and args.num_samples == 1:
-        print(args.prompt[0], end="", flush=True)
+        print(printable(args.prompt[0]), end="", flush=True)
         for piece in engine.stream(prompts[0], sampling):
-            print(piece, end="", flush=True)
+            print(printable(piece), end="", flush=True)
         print()
         return
-    for prompt, completions in zip(
-        args.prompt, engine.generate(prompts, sampling, args.num_samples), strict=True
+    for place, completion in in_order(
+        engine.completions(prompts, sampling, args.num_samples), args.num_samples
     ):
-        for completion in completions:
-            print(prompt + tokenizer.decode(completion.ids), "-" * 40, sep="\n", flush=True)
+        text = args.prompt[place] + tokenizer.decode(completion.ids)
+        print(printable(text), "-" * 40, sep="\n", flush=True)
+
+
+def in_order(found: Iterator[tuple[int, Completion]], num_samples: int) -> Iterator[tuple[int, Completion]]:
+    """The completions of the first prompt, then those of the second: each as soon as it is its turn."""
+    waiting: defaultdict[int, deque[Completion]] = defaultdict(deque)
+    given = 0
+    for place, completion in found:
+        waiting[place].append(completion)
+        while turn := waiting[given // num_samples]:
+            yield given // num_samples, turn.popleft()
+            given += 1
 
 
 if __name__ == "__main__":

@@ -74,3 +74,25 @@ def test_names_that_follow_from_others() -> None:
     assert TrainArgs(depth=20).run_name == "d20"
     assert TrainArgs(run="mine").run_name == "mine"
     assert TrainArgs(corpus="stdlib").tokenizer_name == "stdlib"
+
+
+@pytest.mark.parametrize(
+    ("argv", "prompts"),
+    [
+        (["a", "--run", "r", "b"], ("a", "b")),
+        (["--run=r", "--", "-hello"], ("-hello",)),
+        (["--run=r", "a", "--", "-hello", "--run"], ("a", "-hello", "--run")),
+        (["--run=r"], ()),
+    ],
+)
+def test_prompts_stand_before_between_and_behind_flags(argv, prompts):
+    args = config.parse(GenerateArgs, argv)
+    assert (args.run, args.prompt) == ("r", prompts)
+
+
+@pytest.mark.parametrize("prompt", ["-hello", "-x", "--what"])
+def test_a_prompt_that_looks_like_a_flag_is_told_where_to_stand(prompt, capsys):
+    with pytest.raises(SystemExit) as left:
+        config.parse(GenerateArgs, ["--run=r", prompt])
+    assert left.value.code == 2
+    assert "after --" in capsys.readouterr().err

@@ -106,6 +106,19 @@ def test_the_same_seed_gives_the_same_text_in_any_company(engine):
     assert engine.generate(prompts, other, num_samples=3) != together
 
 
+def test_rows_that_do_not_fit_together_follow_each_other_and_draw_the_same(engine, monkeypatch):
+    prompts = [engine.encode(text) for text in ("abc", "xyz", "a longer one")]
+    sampling = Sampling(max_tokens=6, temperature=1.0, top_k=40, seed=7)
+    together = engine.generate(prompts, sampling, num_samples=5)
+    row_bytes = 2 * 4 * (len(prompts[0]) + 6) * 1 * 32 * 4
+    for rows in (1, 2, 7):  # of 10 in the group of two prompts
+        monkeypatch.setattr("nanochat.engine.CACHE_BYTES", rows * row_bytes)
+        assert engine.generate(prompts, sampling, num_samples=5) == together
+    monkeypatch.setattr("nanochat.engine.CACHE_BYTES", row_bytes)
+    first = next(engine.completions(prompts, sampling, num_samples=10**9))  # nothing is held for the others
+    assert first == (0, together[0][0])
+
+
 def test_tokens_are_drawn_with_the_softmax_probabilities():
     logits = torch.tensor([[0.0, 1.0, 2.0, -1.0]])
     draws = 20_000
@@ -125,7 +138,8 @@ def test_tokens_are_drawn_with_the_softmax_probabilities():
 def test_extreme_sampling_values_are_the_likeliest_token():
     logits = torch.tensor([[0.0, 3.0, 1.0], [5.0, 3.0, 1.0]])
     generators = [torch.Generator().manual_seed(n) for n in range(2)]
-    for sampling in (Sampling(1, 0.0), Sampling(1, 1e-30), Sampling(1, 1.0, top_k=1), Sampling(1, 1e-3, 99)):
+    cold = [Sampling(1, temperature, 50) for temperature in (0.0, 1e-30, 1e-40, 1e-46, 5e-324)]
+    for sampling in (*cold, Sampling(1, 1e-46), Sampling(1, 1.0, top_k=1), Sampling(1, 1e-3, 99)):
         assert choose_tokens(logits, sampling, generators).tolist() == [1, 0]
 
 
