@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from nanochat import files
-from nanochat.errors import UserError
+from nanochat.checksums import BrokenFileError
 
 PATTERN = ".tmp-fetch.*"
 BEAT_S = 2.0  # between renewals
@@ -74,10 +74,10 @@ def wait_for(path: Path) -> None:
     """Wait, saying so, until a shard that is on its way has arrived.
 
     Raises:
-        UserError: no download lives that could bring it, or it takes too long.
+        BrokenFileError: no download lives that could bring it, or it takes too long.
     """
     if not has_begun(path.parent):
-        raise UserError(f"{path}: the shard is missing, and no download is under way.")
+        raise BrokenFileError(f"{path}: the shard is missing, and no download is under way.")
     print(f"{path.name} has not arrived yet: waiting for it", flush=True)
     started = time.monotonic()
     _poll(lambda: path.exists() or not is_under_way(path.parent), ARRIVE_S)
@@ -86,7 +86,7 @@ def wait_for(path: Path) -> None:
         print(f"{path.name} arrived after {waited_s:.0f} s", flush=True)
         return
     reason = "is too slow" if is_under_way(path.parent) else "has ended without it"
-    raise UserError(f"{path}: the shard did not arrive in {waited_s:.0f} s; the download {reason}.")
+    raise BrokenFileError(f"{path}: the shard did not arrive in {waited_s:.0f} s; the download {reason}.")
 
 
 def _poll(condition: Callable[[], bool], limit_s: float) -> bool:

@@ -22,15 +22,17 @@ import json
 import platform
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
 from nanochat import arrival, config, corpora, files, hub, shards, token_shards
+from nanochat.checksums import BrokenFileError, ChecksummedFile
 from nanochat.errors import UserError, cli
 from nanochat.progress import bytes_bar
 from nanochat.shards import Shard
@@ -38,6 +40,8 @@ from nanochat.shards import Shard
 FORMAT = 1
 MANIFEST = "manifest.json"
 HASH_THREADS = 8
+
+Result = TypeVar("Result")
 
 
 class Corpus:
@@ -55,7 +59,7 @@ class Corpus:
         self.source = source
         self.folder = folder
         self.shards = tuple(members)
-        self._verified: set[str] = set()
+        self._opened: dict[str, ChecksummedFile] = {}
         self._locks = {shard.name: threading.Lock() for shard in self.shards}
 
     @classmethod
@@ -72,7 +76,8 @@ class Corpus:
             if shard.split == "train" and corpus.is_arriving(shard):
                 print(f"{corpus.name}: {len(corpus.absent)} of {len(corpus.shards)} shards are on their way")
                 break
-            corpus._check_size(shard)
+            if not corpus._has_size(shard) and (problem := corpus.problem(shard)):
+                raise UserError(problem)
         for shard in corpus.val_shards:
             corpus.verify(shard)
         return corpus
@@ -135,29 +140,24 @@ class Corpus:
     def read_column(self, shard: Shard, row_group: int) -> pa.Array:
         """The documents of a row group as an array of Arrow, without nulls and empty strings; thread-safe.
 
-        The shard is hashed at its first use, and page checksums are verified at every one.
+        The shard is hashed at its first use, and compared with that at every one: see `checksums`.
 
         Raises:
-            UserError: the shard is absent or damaged; names it, both digests and the command that repairs it.
+            UserError: the shard is absent, damaged or has changed; names it and the command that repairs it.
         """
         if shard.holds_tokens:
             raise UserError(
                 f"{self.path(shard)}: holds tokens, not text. Its tokenizer came with it: {self.name}."
             )
-        self.verify(shard)
-        try:
-            return shards.read_column(self.path(shard), row_group)
-        except UserError as error:
-            raise UserError(f"{error} {self.repair(shard)}") from None
+        return self._use(shard, lambda file: shards.read_column(file, row_group))
 
     def read_rows(self, shard: Shard, block: int, row_slots: int, vocab_size: int) -> NDArray[np.int32]:
-        """The rows of a block of a shard of tokens; see `token_shards.read_rows`. Hashed at first use.
+        """The rows of a block of a shard of tokens; see `token_shards.read_rows`. Compared as text is.
 
         Raises:
-            UserError: the shard is absent or damaged, or of another vocabulary.
+            UserError: the shard is absent, damaged, has changed, or is of another vocabulary.
         """
-        self.verify(shard)
-        return token_shards.read_rows(self.path(shard), block, row_slots, vocab_size)
+        return self._use(shard, lambda file: token_shards.read_rows(file, block, row_slots, vocab_size))
 
     @property
     def holds_tokens(self) -> bool:
@@ -170,22 +170,27 @@ class Corpus:
         Raises:
             UserError: it is damaged, absent, or does not arrive.
         """
+        self._use(shard, lambda file: None)
+
+    def _use(self, shard: Shard, work: Callable[[ChecksummedFile], Result]) -> Result:
+        """Do something with the file of a shard; what breaks the file is said with what repairs it."""
+        try:
+            return work(self._open(shard))
+        except BrokenFileError as error:
+            raise UserError(f"{error} {self.repair(shard)}") from None
+
+    def _open(self, shard: Shard) -> ChecksummedFile:
         with self._locks[shard.name]:
-            if shard.name in self._verified:
-                return
-            if self._is_remote and not self.path(shard).exists():
-                try:
+            if shard.name not in self._opened:
+                if self._is_remote and not self.path(shard).exists():
                     arrival.wait_for(self.path(shard))
-                except UserError as error:
-                    raise UserError(f"{error} {self.repair(shard)}") from None
-            if problem := self.problem(shard):
-                raise UserError(problem)
-            self._verified.add(shard.name)
+                self._opened[shard.name] = shards.open_shard(self.path(shard), shard)
+            return self._opened[shard.name]
 
     def problem(self, shard: Shard) -> str:
         """What is wrong with a shard, hashed now, and the command that repairs it; "" if nothing is."""
         found = shards.problem(self.path(shard), shard)
-        return f"{self.path(shard)}: {found} {self.repair(shard)}" if found else ""
+        return f"{found} {self.repair(shard)}" if found else ""
 
     @property
     def absent(self) -> list[Shard]:
@@ -211,10 +216,6 @@ class Corpus:
     def _has_size(self, shard: Shard) -> bool:
         path = self.path(shard)
         return path.is_file() and path.stat().st_size == shard.bytes
-
-    def _check_size(self, shard: Shard) -> None:
-        if not self._has_size(shard) and (problem := self.problem(shard)):
-            raise UserError(problem)
 
     def repair(self, shard: Shard) -> str:
         """The command that makes a shard good again."""

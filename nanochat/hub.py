@@ -201,7 +201,7 @@ class Hub:
         arrived = stage / shard.name
         if problem := shards.problem(arrived, shard):
             arrived.unlink()
-            raise ValueError(problem)
+            raise ValueError(problem.removeprefix(f"{arrived}: "))
         files.fsync_file(arrived)
         arrived.replace(folder / shard.name)
         files.fsync_dir(folder)

@@ -16,7 +16,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from nanochat import files, token_shards
+from nanochat import token_shards
+from nanochat.checksums import BrokenFileError, ChecksummedFile
 from nanochat.errors import UserError
 
 TEXT_COLUMN = "text"
@@ -26,6 +27,7 @@ GROUP_CHARS = 16 << 20  # a row group ends early beyond this, so that long docum
 SHARD_CHARS = 64 << 20  # text of a shard, about 20 MB compressed
 MAX_GROUP_ROWS = 1 << 16  # limits on what is read, far above what any corpus here has (1,024 rows, 5 MB)
 MAX_GROUP_BYTES = 1 << 27
+MIN_GROUP_BYTES = 32  # the footer alone has more for each row group, so a shard cannot claim more of them
 BATCH_ROWS = 4  # decoded at a time: what a footer says of sizes can be a lie
 SCHEMA = pa.schema([(TEXT_COLUMN, pa.string())])
 
@@ -108,48 +110,65 @@ def describe(path: Path, split: str) -> Shard:
         UserError: not a parquet file with a column `text` of strings.
     """
     try:
-        documents, row_groups = counts(path)
+        file = ChecksummedFile(path)
+        documents, row_groups = counts(file)
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path}: not a readable parquet file ({_first_line(error)}).") from None
-    return Shard(path.name, split, path.stat().st_size, documents, row_groups, files.sha256(path))
+    return Shard(path.name, split, file.bytes, documents, row_groups, file.sha256)
 
 
-def counts(source: Path | pa.NativeFile) -> tuple[int, int]:
+def counts(source: ChecksummedFile | Path | pa.NativeFile) -> tuple[int, int]:
     """Documents and row groups of a shard, or of the end of a parquet file, which holds its footer.
 
     Raises:
         UserError: it has no column `text` of strings, or is no file of tokens.
         pyarrow.ArrowException, OSError: it is no parquet file.
     """
-    if isinstance(source, Path) and source.suffix == token_shards.SUFFIX:
-        return 0, token_shards.blocks(token_shards.count_file(source))
+    name: Path | str = source if isinstance(source, Path) else "the file"
+    if isinstance(source, ChecksummedFile):
+        if source.path.suffix == token_shards.SUFFIX:
+            return 0, token_shards.blocks(token_shards.count_file(source))
+        name, source = source.path, source.open()
     with pq.ParquetFile(source) as file:
-        _check_schema(source if isinstance(source, Path) else "the file", file.schema_arrow)
+        _check_schema(name, file.schema_arrow)
         return file.metadata.num_rows, file.metadata.num_row_groups
+
+
+def open_shard(path: Path, shard: Shard) -> ChecksummedFile:
+    """Hash a file and compare it with what the manifest says; what is read of it later are the same bytes.
+
+    Raises:
+        BrokenFileError: what is wrong with it.
+    """
+    try:
+        file = ChecksummedFile(path)
+    except FileNotFoundError:
+        raise BrokenFileError(f"{path}: the shard is missing; expected sha256 {shard.sha256}.") from None
+    except OSError as error:
+        raise BrokenFileError(f"{path}: cannot be read ({error.strerror}).") from None
+    if (file.bytes, file.sha256) != (shard.bytes, shard.sha256):
+        raise BrokenFileError(
+            f"{path}: the shard is damaged: {file.bytes} bytes with sha256 {file.sha256}, "
+            f"expected {shard.bytes} bytes with sha256 {shard.sha256}."
+        )
+    try:
+        found = counts(file)
+    except (UserError, pa.ArrowException, OSError) as error:
+        raise BrokenFileError(f"{path}: not a shard ({_first_line(error)}).") from None
+    if found != (shard.documents, shard.row_groups):
+        raise BrokenFileError(
+            f"{path}: {found[0]} documents in {found[1]} row groups, "
+            f"expected {shard.documents} in {shard.row_groups}."
+        )
+    return file
 
 
 def problem(path: Path, shard: Shard) -> str:
     """What is wrong with a file that should be `shard`, hashed now; "" if nothing is."""
     try:
-        size, digest = path.stat().st_size, files.sha256(path)
-    except FileNotFoundError:
-        return f"the shard is missing; expected sha256 {shard.sha256}."
-    except OSError as error:
-        return f"cannot be read ({error.strerror})."
-    if (size, digest) != (shard.bytes, shard.sha256):
-        return (
-            f"the shard is damaged: {size} bytes with sha256 {digest}, "
-            f"expected {shard.bytes} bytes with sha256 {shard.sha256}."
-        )
-    try:
-        found = counts(path)
-    except (UserError, pa.ArrowException, OSError) as error:
-        return f"not a shard ({_first_line(error)})."
-    if found != (shard.documents, shard.row_groups):
-        return (
-            f"{found[0]} documents in {found[1]} row groups, "
-            f"expected {shard.documents} in {shard.row_groups}."
-        )
+        open_shard(path, shard)
+    except UserError as error:
+        return str(error)
     return ""
 
 
@@ -166,6 +185,9 @@ def from_manifest(items: list[dict[str, Any]]) -> list[Shard]:
             value = getattr(shard, field)
             if type(value) is not kind or (isinstance(value, int) and value < 0):
                 raise ValueError(f"shard {shard.name!r} has {field} {value!r}")
+        # Whoever plans an epoch takes memory for every row group, before any shard has been looked at.
+        if shard.row_groups > shard.bytes // MIN_GROUP_BYTES + 1:
+            raise ValueError(f"shard {shard.name!r} has {shard.row_groups} row groups in {shard.bytes} bytes")
         # Names become paths.
         if not re.fullmatch(r"[\w-][\w.-]*\.(parquet|bin)", shard.name) or shard.split not in SPLITS:
             raise ValueError(f"shard {shard.name!r} of split {shard.split!r}")
@@ -191,22 +213,24 @@ def _check_schema(path: Path | str, schema: pa.Schema) -> None:
         raise UserError(f"{path}: column {TEXT_COLUMN!r} holds {kind}, expected strings.")
 
 
-def read_texts(path: Path, row_group: int) -> list[str]:
-    """The documents of one row group; see `read_column`."""
-    texts: list[str] = read_column(path, row_group).to_pylist()
-    return texts
+def read_column(source: ChecksummedFile, row_group: int) -> pa.Array:
+    """The documents of one row group as an array of Arrow, nulls and "" dropped.
 
-
-def read_column(path: Path, row_group: int) -> pa.Array:
-    """The documents of one row group as an array of Arrow, page checksums verified, nulls and "" dropped.
+    Every byte that is decoded, the footer's too, has been compared with the checksums of `source` as it was
+    read. Page checksums are verified as well, where the file has them: they are older than the first hash.
 
     Raises:
-        UserError: the file is absent, damaged, of another schema, or the row group is over the limits.
+        BrokenFileError: the file is absent, damaged, or has changed.
+        UserError: it is of another schema, or the row group is over the limits.
     """
+    path = source.path
     try:
-        with pq.ParquetFile(path, page_checksum_verification=True, pre_buffer=False) as file:
+        with pq.ParquetFile(source.open(), page_checksum_verification=True, pre_buffer=False) as file:
             _check_schema(path, file.schema_arrow)
-            assert 0 <= row_group < file.metadata.num_row_groups, f"row group {row_group} of {path}"
+            if not 0 <= row_group < file.metadata.num_row_groups:
+                raise BrokenFileError(
+                    f"{path}: row group {row_group} was asked for, it has {file.metadata.num_row_groups}."
+                )
             group = file.metadata.row_group(row_group)
             if group.num_rows > MAX_GROUP_ROWS or group.total_byte_size > MAX_GROUP_BYTES:
                 raise UserError(
@@ -216,13 +240,15 @@ def read_column(path: Path, row_group: int) -> pa.Array:
                 )
             column = _read_group(file, row_group)
             if len(column) != group.num_rows:
-                raise UserError(
+                raise BrokenFileError(
                     f"{path}: row group {row_group} holds {len(column)} rows, not {group.num_rows}."
                 )
             column.validate(full=True)  # UTF-8 too
             return column.filter(pc.greater(pc.binary_length(column), 0))
     except (pa.ArrowException, OSError, UnicodeDecodeError, OverflowError) as error:
-        raise UserError(f"{path}: row group {row_group} cannot be read ({_first_line(error)}).") from None
+        raise BrokenFileError(
+            f"{path}: row group {row_group} cannot be read ({_first_line(error)})."
+        ) from None
 
 
 def _read_group(file: pq.ParquetFile, row_group: int) -> pa.Array:

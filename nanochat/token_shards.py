@@ -8,11 +8,10 @@ T is a target once, for any T, and the rows of a shard in their order are its st
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 from numpy.typing import NDArray
 
+from nanochat.checksums import BrokenFileError, ChecksummedFile
 from nanochat.errors import UserError
 
 SUFFIX = ".bin"
@@ -53,26 +52,24 @@ def count_tokens(header: bytes, size: int) -> int:
     return count
 
 
-def count_file(path: Path) -> int:
+def count_file(source: ChecksummedFile) -> int:
     """How many tokens a file has.
 
     Raises:
         UserError: it is not a file of tokens, or damaged.
-        FileNotFoundError: it is not there.
     """
-    with path.open("rb") as file:
-        header = file.read(HEADER_BYTES)
+    header = bytes(source.read(0, HEADER_BYTES))
     try:
-        return count_tokens(header, path.stat().st_size)
+        return count_tokens(header, source.bytes)
     except ValueError as error:
-        raise UserError(f"{path}: not a shard of tokens: {error}. Fetch or write it again.") from None
+        raise UserError(f"{source.path}: not a shard of tokens: {error}. Fetch or write it again.") from None
 
 
-def read_rows(path: Path, block: int, row_slots: int, vocab_size: int) -> NDArray[np.int32]:
+def read_rows(source: ChecksummedFile, block: int, row_slots: int, vocab_size: int) -> NDArray[np.int32]:
     """The rows that begin in a block, in their order.
 
     Args:
-        path: the shard; only the bytes of the block are read.
+        source: the shard; only the bytes of the block are read, and compared with its checksums.
         block: which, from 0.
         row_slots: T + 1.
         vocab_size: every id is below it.
@@ -81,16 +78,19 @@ def read_rows(path: Path, block: int, row_slots: int, vocab_size: int) -> NDArra
         (n, T + 1); none where what is left of the shard fills no row.
 
     Raises:
-        UserError: the file is damaged, or holds an id that is not in the vocabulary.
+        BrokenFileError: the file is absent or has changed.
+        UserError: it holds an id that is not in the vocabulary.
     """
-    count, step = count_file(path), row_slots - 1
-    assert 0 <= block < blocks(count), f"block {block} of {path}"
+    path, step = source.path, row_slots - 1
+    count = (source.bytes - HEADER_BYTES) // TOKEN_BYTES  # as the header says: see `count_file`
+    if not 0 <= block < blocks(count):
+        raise BrokenFileError(f"{path}: block {block} was asked for, it has {blocks(count)}.")
     first, end = (-(-at * BLOCK_TOKENS // step) for at in (block, block + 1))
     end = min(end, max(0, count - 1) // step)
     if first >= end:
         return np.empty((0, row_slots), np.int32)
-    stream = np.memmap(path, "<u2", mode="r", offset=HEADER_BYTES, shape=(count,))
-    tokens = stream[first * step : end * step + 1]
+    start, stop = (HEADER_BYTES + TOKEN_BYTES * at for at in (first * step, end * step + 1))
+    tokens = np.frombuffer(source.read(start, stop), "<u2")
     if (largest := int(tokens.max())) >= vocab_size:
         at = first * step + int(tokens.argmax())
         raise UserError(

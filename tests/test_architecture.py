@@ -34,7 +34,8 @@ LAYERS = (
         "stopping",
     )
     + ("loop", "links", "replicas", "watchdog"),
-    ("flags", "config", "recipe", "schedule", "scaling", "tokenizer", "token_shards", "shards", "packing")
+    ("flags", "config", "recipe", "schedule", "scaling", "tokenizer", "checksums", "token_shards")
+    + ("shards", "packing")
     + ("core_stats", "core_results", "core_batches"),
     ("arrival", "corpora", "hub", "dataset", "sdpa", "attention", "attention_times", "backends")
     + (

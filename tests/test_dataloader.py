@@ -25,6 +25,7 @@ from nanochat.lanes import fit_lanes
 from nanochat.packing import pack, shuffled
 from nanochat.world import World
 from tests.conftest import REPO
+from tests.shard_files import read_texts
 
 ROWS = 16  # of a global batch
 T = 24
@@ -410,7 +411,7 @@ def test_epochs_are_estimated_from_a_sample(monkeypatch: pytest.MonkeyPatch) -> 
 def test_prose_crops_under_18_percent(shared_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizers = pytest.importorskip("tokenizers")
     gpt2 = tokenizers.Tokenizer.from_file(str(shared_data / "bpe" / "gpt2_tokenizer.json"))
-    texts = shards.read_texts(shared_data / "prose" / "shard_00000.parquet", 0)
+    texts = read_texts(shared_data / "prose" / "shard_00000.parquet", 0)
     lengths = [len(encoding.ids) for encoding in gpt2.encode_batch_fast(texts, add_special_tokens=False)]
     from nanochat.packing import pack
 
