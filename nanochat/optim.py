@@ -63,6 +63,7 @@ class _Shard(Protocol):
     """Some parameters and this rank's part of their state; a step calls the first four in this order."""
 
     names: list[str]
+    moment_names: list[str]
 
     def reduce(self) -> None:
         """Take the gradients from the parameters and start to average them."""
@@ -98,6 +99,7 @@ class _MatrixStack:
         self.each = -(-len(params) // world.size)
         self.own = slice(world.rank * self.each, (world.rank + 1) * self.each)
         self.rule = make_rule(self._stack([], self.each))
+        self.moment_names = list(self.rule.moments)
         self.pending: Pending | None = None
 
     def _stack(self, tensors: Sequence[Tensor], count: int) -> Tensor:
@@ -155,6 +157,7 @@ class _AdamTable:
 
     def __init__(self, name: str, param: Tensor, group: GroupPlan, world: World) -> None:
         self.names, self.name, self.param = [name], name, param
+        self.moment_names = ["exp_avg", "exp_avg_sq", "step"]
         self.group, self.world = group, world
         self.flat = param.detach().view(-1)
         self.length = -(-self.flat.numel() // world.size)
@@ -225,6 +228,7 @@ class _AdamSmall:
 
     def __init__(self, params: dict[str, Tensor], groups: dict[str, GroupPlan], world: World) -> None:
         self.names = list(params)
+        self.moment_names = ["exp_avg", "exp_avg_sq", "step"]
         self.params = {name: p.detach() for name, p in params.items()}
         self.sources, self.groups, self.world = params, groups, world
         self.exp_avg = {name: torch.zeros_like(p) for name, p in self.params.items()}
@@ -269,14 +273,14 @@ class _AdamSmall:
 
 
 def _whole(state: Mapping[str, Tensor], name: str, shape: torch.Size) -> Tensor:
-    if name not in state:
-        raise UserError(f"optimizer state: {name} is missing. Take a checkpoint of the same model.")
-    if state[name].shape != shape:
+    """A moment as it was given: one of another dtype would be taken, and other numbers would follow."""
+    found = state[name]
+    if found.shape != shape or found.dtype != torch.float32:
         raise UserError(
-            f"optimizer state: {name} has shape {tuple(state[name].shape)}, expected {tuple(shape)}. "
-            "Take a checkpoint of the same model."
+            f"{name} is {found.dtype} of shape {tuple(found.shape)}, expected torch.float32 of shape "
+            f"{tuple(shape)}. Take a checkpoint of the same model."
         )
-    return state[name]
+    return found
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -404,7 +408,13 @@ class MuonAdamW:
         """Take what state_tensors gave, on any number of ranks.
 
         Raises:
-            UserError: a tensor is missing or has another shape.
+            UserError: a tensor is missing, or one too many, or has another shape or dtype.
         """
+        expected = {
+            f"{n}.{moment}" for shard in self.shards for n in shard.names for moment in shard.moment_names
+        }
+        for name in sorted(expected ^ state.keys()):
+            problem = "is missing" if name in expected else "belongs to no parameter"
+            raise UserError(f"{name} {problem}. Take a checkpoint of the same model.")
         for shard in self.shards:
             shard.load(state)

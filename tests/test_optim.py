@@ -270,7 +270,7 @@ def test_a_state_of_another_model_is_refused_by_name():
     state = optimizer.state_tensors()
     with pytest.raises(UserError, match=r"b\.momentum is missing"):
         optimizer.load_state_tensors({k: t for k, t in state.items() if k != "b.momentum"})
-    with pytest.raises(UserError, match=r"table\.exp_avg has shape \(2, 2\), expected \(205, 7\)"):
+    with pytest.raises(UserError, match=r"table\.exp_avg is .* of shape \(2, 2\), expected .* \(205, 7\)"):
         optimizer.load_state_tensors(state | {"table.exp_avg": torch.zeros(2, 2)})
 
 
