@@ -9,6 +9,8 @@ name, so that any number of ranks can go on from them.
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,7 +75,8 @@ COUNTERS = ("step", "skipped_steps", "smoothed_loss", "train_seconds", "val_bpb"
 def take(state: TrainState, plan: Plan, fingerprints: dict[str, str], world: World) -> Snapshot | None:
     """Copy a run to host memory, so that it can be written while training goes on. All ranks call it.
 
-    Moments are gathered one tensor after another, and only the main rank keeps them.
+    Moments are gathered one tensor after another, and only the main rank keeps them. What is not finite is
+    never saved: it would take the place of the checkpoints that a run can go on from.
 
     Args:
         state: the run.
@@ -83,14 +86,27 @@ def take(state: TrainState, plan: Plan, fingerprints: dict[str, str], world: Wor
 
     Returns:
         On the main rank, what to write; None on the others.
+
+    Raises:
+        UserError: a weight or a moment is not finite; on all ranks.
     """
     optimizer = state.optimizer.state_tensors(keep=world.is_main)
     loader = state.loader.state_dict()
+    model = {}
+    if world.is_main:
+        model = {name: p.detach().to("cpu", copy=True) for name, p in state.model.named_parameters()}
+    broken = first_not_finite({**model, **optimizer})
+    if world.agree(broken is not None):
+        raise UserError(
+            f"after step {state.step}, {broken or 'a tensor of the main rank'} is not finite, so nothing is "
+            "saved and training ends; the checkpoints of earlier steps are as they were. Start another run "
+            "with a lower --matrix-lr, --embedding-lr or --weight-decay."
+        )
     if not world.is_main:
         return None
     return Snapshot(
         checkpoint_files.folder_of(plan.args.run_name, state.step),
-        {name: p.detach().to("cpu", copy=True) for name, p in state.model.named_parameters()},
+        model,
         optimizer,
         {
             **{name: getattr(state, name) for name in COUNTERS},
@@ -100,6 +116,17 @@ def take(state: TrainState, plan: Plan, fingerprints: dict[str, str], world: Wor
             "plan": plan.to_dict(),
         },
     )
+
+
+def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """The name of the first tensor that holds a NaN or an infinity; None if all are finite."""
+    for name, tensor in tensors.items():
+        # One pass, and no second tensor of that size: a NaN is its own minimum.
+        if tensor.numel() and not all(
+            math.isfinite(bound) for bound in torch.stack(tensor.aminmax()).tolist()
+        ):
+            return name
+    return None
 
 
 def load(state: TrainState, folder: Path, plan: Plan, fingerprints: dict[str, str]) -> list[str]:
@@ -118,7 +145,13 @@ def load(state: TrainState, folder: Path, plan: Plan, fingerprints: dict[str, st
     weights = checkpoint_files.read_tensors(folder / MODEL)
     _require_fit(weights, state.model, folder / MODEL)
     _copy_weights(state.model, weights)
-    state.optimizer.load_state_tensors(checkpoint_files.read_tensors(folder / OPTIMIZER))
+    moments = checkpoint_files.read_tensors(folder / OPTIMIZER)
+    try:
+        state.optimizer.load_state_tensors(moments)
+    except UserError as error:
+        raise UserError(f"{folder / OPTIMIZER}: {error}") from None
+    if (broken := first_not_finite({**weights, **moments})) is not None:
+        raise UserError(f"{folder}: {broken} is not finite. Use another checkpoint, with --resume=STEP.")
     state.loader.load_state_dict(meta["loader"])
     state.loss_scale.load(meta.get("loss_scale", []))
     for name in COUNTERS:
@@ -196,9 +229,17 @@ def load_model(
         UserError: unknown run, no usable checkpoint, or a tokenizer that is not the one it was trained with.
     """
     require_run(run)
-    folder = checkpoint_files.find(run, step)
-    if folder is None:
+    loaded = checkpoint_files.read_newest(
+        run, step, lambda folder: _load_model(run, folder, device, precision)
+    )
+    if loaded is None:
         raise UserError(f"run {run!r} has no checkpoint yet. Train it first.")
+    return loaded
+
+
+def _load_model(
+    run: str, folder: Path, device: torch.device, precision: Precision
+) -> tuple[GPT, Tokenizer, dict[str, Any]]:
     meta = checkpoint_files.read_state(folder)
     _require_counters(meta, folder)
     args = config.from_dict(config.TrainArgs, meta["plan"]["args"])
@@ -279,6 +320,10 @@ def _is_whole(run: str, step: int) -> bool:
     return True
 
 
+def _bytes_of(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
 @cli
 def main() -> None:
     """List, verify or prune the checkpoints of a run."""
@@ -293,8 +338,9 @@ def main() -> None:
             print(f"deleted step {step}")
         return
     for step in whole:
-        folder = checkpoint_files.folder_of(args.run, step)
-        print(f"step {step:7,d}  {sum(path.stat().st_size for path in folder.iterdir()):15,d} bytes")
+        print(f"step {step:7,d}  {_bytes_of(checkpoint_files.folder_of(args.run, step)):15,d} bytes")
+    if (aside := files.checkpoints_dir(args.run) / checkpoint_files.ABANDONED).is_dir():
+        print(f"{aside}: {len(list(aside.iterdir()))} that the run has left, {_bytes_of(aside):,} bytes")
     if damaged := len(steps) - len(whole):
         raise UserError(f"{damaged} of {len(steps)} checkpoints are damaged. --resume=auto passes them over.")
 

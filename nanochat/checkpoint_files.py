@@ -2,28 +2,34 @@
 
 Layout: checkpoints/step_000500/{model.safetensors, optimizer.safetensors, state.json, MANIFEST.json}. The
 manifest holds the length and sha256 of the others and is written last, before the folder takes its name.
+Where a run goes on from an earlier step, those of later steps are put into checkpoints/abandoned/: what a run
+has at its own names is one line of steps, in which a higher step was written later.
 """
 
 from __future__ import annotations
 
-import json
+import contextlib
+import os
 import re
 import stat
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from nanochat import files
+from nanochat import files, typed_json
 from nanochat.errors import UserError
 
+T = TypeVar("T")
+
 FORMAT = 1
+ABANDONED = "abandoned"  # checkpoints of a branch that the run has left
 MODEL, OPTIMIZER, STATE, MANIFEST = (
     "model.safetensors",
     "optimizer.safetensors",
@@ -32,6 +38,7 @@ MODEL, OPTIMIZER, STATE, MANIFEST = (
 )
 SPARE_BYTES = 64 << 20  # left free on the disk beside a checkpoint
 MAX_JSON_BYTES = 16 << 20  # of state.json, whose cursors are some bytes a lane; nothing larger is parsed
+ADVICE = "Use another checkpoint."
 MAX_HEADER_BYTES = 16 << 20  # of a safetensors file: about 100 bytes a tensor
 
 
@@ -41,10 +48,23 @@ def folder_of(run: str, step: int) -> Path:
 
 
 def steps_of(run: str) -> list[int]:
-    """Steps that have a checkpoint folder with a manifest, ascending. Nothing is verified."""
-    folders = files.checkpoints_dir(run).glob("step_*/" + MANIFEST)
-    matches = (re.fullmatch(r"step_(\d{6,15})", path.parent.name) for path in folders)
-    return sorted(int(match[1]) for match in matches if match)
+    """Steps that have a checkpoint folder, ascending, damaged or not. Nothing in them is looked at.
+
+    Raises:
+        UserError: the folder of the checkpoints cannot be read, so that nobody knows whether there are any.
+    """
+    folder = files.checkpoints_dir(run)
+    try:
+        with os.scandir(folder) as entries:
+            names = [entry.name for entry in entries]
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UserError(
+            f"{folder}: cannot be listed ({error.strerror}), so what is there is not known. Give access."
+        ) from None
+    steps = {name: int(match[1]) for name in names if (match := re.fullmatch(r"step_([0-9]{6,15})", name))}
+    return sorted(step for name, step in steps.items() if name == folder_of(run, step).name)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -117,35 +137,114 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str
     path.chmod(mode)
 
 
-def prune(run: str, steps: list[int], keep_last: int, keep_every: int = 0) -> list[int]:
+def set_aside(run: str, step: int) -> list[Path]:
+    """Put the checkpoints of steps after `step` into checkpoints/abandoned/, before a run goes on there.
+
+    They are of another branch of the run, or damaged: left at their names, they would pass for newer ones.
+
+    Returns:
+        Where they are now.
+    """
+    moved = []
+    for later in (at for at in steps_of(run) if at > step):
+        folder = folder_of(run, later)
+        place = _abandoned(folder)
+        place.parent.mkdir(exist_ok=True)
+        number = 1
+        while os.path.lexists(place):
+            number += 1
+            place = place.with_name(f"{folder.name}.{number}")
+        folder.rename(place)
+        moved.append(place)
+    if moved:
+        files.fsync_dir(moved[0].parent)
+        files.fsync_dir(moved[0].parent.parent)
+    return moved
+
+
+def _abandoned(folder: Path) -> Path:
+    return folder.parent / ABANDONED / folder.name
+
+
+def retained(run: str, newest: int) -> list[int]:
+    """Steps up to `newest` whose files are all there in their length: what retention counts as whole."""
+    return [step for step in steps_of(run) if step <= newest and _has_its_lengths(folder_of(run, step))]
+
+
+def _has_its_lengths(folder: Path) -> bool:
+    try:
+        for name, entry in _read_manifest(folder).items():
+            _require_length(folder / name, entry)
+    except UserError:
+        return False
+    return True
+
+
+def prune(
+    run: str, whole: list[int], keep_last: int, keep_every: int = 0, say: Callable[[str], None] = print
+) -> list[int]:
     """Delete old checkpoints; to be called when a new one is whole.
 
     Args:
         run: name of the run.
-        steps: those it has, ascending.
+        whole: steps of it that are whole, ascending; no other is deleted or counted.
         keep_last: how many of the newest to keep.
         keep_every: also keep those of steps that this divides; 0 for none.
+        say: told of each that cannot be deleted: one too many does no harm.
 
     Returns:
         The steps deleted.
     """
     assert keep_last >= 1
-    doomed = [step for step in steps[:-keep_last] if not keep_every or step % keep_every]
-    for step in doomed:
-        files.remove_dir(folder_of(run, step))
-    return doomed
+    deleted = []
+    for step in whole[:-keep_last]:
+        if keep_every and step % keep_every == 0:
+            continue
+        folder = folder_of(run, step)
+        try:
+            files.remove_dir(folder)
+        except FileNotFoundError:  # somebody else was faster
+            continue
+        except OSError as error:
+            say(f"warning: {folder} could not be deleted ({error.strerror}); the next save tries again")
+        else:
+            deleted.append(step)
+    return deleted
 
 
 # ----------------------------------------------------------------------------------------------------
 # reading: a checkpoint may come from anywhere, so nothing in it is believed
 
 
+@contextlib.contextmanager
+def _damage_of(path: Path) -> Iterator[None]:
+    """Turn an error of reading, as of a bad sector or of permissions, into damage of that file."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error}). {ADVICE}") from error
+
+
 def verify(folder: Path) -> None:
     """Check every file of a checkpoint against its manifest.
 
     Raises:
-        UserError: a file is missing, a link, of another length, or of another hash; it is named.
+        UserError: a file is missing, unreadable, a link, of another length, or of another hash; it is named.
     """
+    for name, entry in _read_manifest(folder).items():
+        path = folder / name
+        with _damage_of(path):
+            _require_length(path, entry)
+            found = files.sha256(path)
+        if found != entry["sha256"]:
+            raise UserError(
+                f"{path}: sha256 {found[:12]} is not the manifest's {str(entry['sha256'])[:12]}. "
+                "Use another checkpoint."
+            )
+
+
+def _read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
+    """The length and sha256 of each file of a checkpoint, as its manifest lists them."""
     manifest = _read_small_json(folder / MANIFEST)
     listed = manifest.get("files") if isinstance(manifest, dict) else None
     if (
@@ -154,20 +253,18 @@ def verify(folder: Path) -> None:
         or manifest != {"format": FORMAT, "files": listed}
         or not all(isinstance(entry, dict) and set(entry) == {"bytes", "sha256"} for entry in listed.values())
     ):
-        raise UserError(f"{folder / MANIFEST}: not a manifest of this version. Use another checkpoint.")
-    for name, entry in listed.items():
-        path = folder / name
+        raise UserError(f"{folder / MANIFEST}: not a manifest of this version. {ADVICE}")
+    return listed
+
+
+def _require_length(path: Path, entry: dict[str, Any]) -> None:
+    with _damage_of(path):
         if path.is_symlink() or not path.is_file():
             kind = "a link" if path.is_symlink() else "missing"
-            raise UserError(f"{path}: {kind}, although the manifest lists it. Use another checkpoint.")
+            raise UserError(f"{path}: {kind}, although the manifest lists it. {ADVICE}")
         if path.stat().st_size != entry["bytes"]:
             raise UserError(
                 f"{path}: {path.stat().st_size:,} bytes where the manifest says {entry['bytes']!r}. "
-                "Use another checkpoint."
-            )
-        if (found := files.sha256(path)) != entry["sha256"]:
-            raise UserError(
-                f"{path}: sha256 {found[:12]} is not the manifest's {str(entry['sha256'])[:12]}. "
                 "Use another checkpoint."
             )
 
@@ -188,20 +285,68 @@ def find(run: str, step: int | None, say: Callable[[str], None] = print) -> Path
     """
     present = steps_of(run)
     if step is not None:
-        if step not in present:
-            there = ", ".join(map(str, present)) or "none"
-            raise UserError(f"run {run!r} has no checkpoint of step {step}. There are: {there}.")
-        verify(folder_of(run, step))
-        return folder_of(run, step)
-    for candidate in reversed(present):
+        return _find_step(run, step, present)
+    while present:
+        reason = ""
+        for folder in (folder_of(run, candidate) for candidate in reversed(present)):
+            try:
+                verify(folder)
+            except UserError as error:
+                if not _is_gone(folder):  # else a trainer has deleted it meanwhile
+                    reason = reason or str(error)
+                    say(f"checkpoint passed over: {error}")
+            else:
+                return folder
+        if (again := steps_of(run)) == present:
+            raise UserError(
+                f"run {run!r}: none of its {len(present)} checkpoints is whole; of the newest: {reason} "
+                f"Put a copy of one back; or move {files.checkpoints_dir(run)} away, to begin at step 0."
+            )
+        present = again
+    return None
+
+
+def _find_step(run: str, step: int, present: list[int]) -> Path:
+    folder = folder_of(run, step)
+    if step not in present:
+        there = ", ".join(map(str, present)) or "none"
+        aside = _abandoned(folder)
+        hint = f" {aside} was set aside: move it back to use it." if aside.is_dir() else ""
+        raise UserError(f"run {run!r} has no checkpoint of step {step}. There are: {there}.{hint}")
+    verify(folder)
+    return folder
+
+
+def _is_gone(folder: Path) -> bool:
+    try:
+        folder.lstat()
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def read_newest(run: str, step: int | None, read: Callable[[Path], T]) -> T | None:
+    """What `read` makes of a verified checkpoint's folder, beside a trainer that may delete it meanwhile.
+
+    Args:
+        run: name of the run.
+        step: the step asked for; None for the newest that verifies.
+        read: reads the folder that it is given; called again with another where that one has gone.
+
+    Returns:
+        What it returned, or None if the newest was asked for and there is none at all.
+
+    Raises:
+        UserError: as `find`, and whatever `read` raises about a folder that is still there.
+    """
+    while (folder := find(run, step)) is not None:
         try:
-            verify(folder_of(run, candidate))
-        except UserError as error:
-            say(f"checkpoint passed over: {error}")
-        else:
-            return folder_of(run, candidate)
-    if present:
-        raise UserError(f"run {run!r}: none of its {len(present)} checkpoints is whole. Start the run anew.")
+            return read(folder)
+        except (UserError, OSError):
+            if step is not None or not _is_gone(folder):
+                raise
     return None
 
 
@@ -211,23 +356,15 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     Raises:
         UserError: not a safetensors file, or one whose header is absurd.
     """
-    with path.open("rb") as file:
+    with _damage_of(path), path.open("rb") as file:
         header_bytes = int.from_bytes(file.read(8), "little")
         if header_bytes > min(MAX_HEADER_BYTES, path.stat().st_size):
-            raise UserError(f"{path}: its header would have {header_bytes:,} bytes. Use another checkpoint.")
-        header = file.read(header_bytes)
-    try:
-        json.loads(header, object_pairs_hook=_without_twins)  # of two entries, the library takes the last
-        return load_file(path)
-    except (SafetensorError, RecursionError, ValueError, KeyError, RuntimeError, OverflowError) as error:
-        raise UserError(f"{path}: not a safetensors file ({error}). Use another checkpoint.") from None
-
-
-def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    entries = dict(pairs)
-    if len(entries) < len(pairs):
-        raise ValueError("it has two entries of one name")
-    return entries
+            raise UserError(f"{path}: its header would have {header_bytes:,} bytes. {ADVICE}")
+        try:
+            typed_json.parse(file.read(header_bytes))  # of two entries of a name, the library takes the last
+            return load_file(path)
+        except (SafetensorError, ValueError, KeyError, RuntimeError, OverflowError) as error:
+            raise UserError(f"{path}: not a safetensors file ({error}). {ADVICE}") from None
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -249,18 +386,14 @@ def read_state(folder: Path) -> dict[str, Any]:
         or not isinstance(plan, dict)
         or not all(isinstance(plan.get(name), dict) for name in ("args", "model"))
     ):
-        raise UserError(f"{folder / STATE}: no fingerprints, or no plan. Use another checkpoint.")
+        raise UserError(f"{folder / STATE}: no fingerprints, or no plan. {ADVICE}")
     return meta
 
 
 def _read_small_json(path: Path) -> Any:
-    if path.is_symlink() or (path.exists() and not path.is_file()):
-        raise UserError(f"{path}: not a plain file. Use another checkpoint.")
-    if path.exists() and path.stat().st_size > MAX_JSON_BYTES:
-        raise UserError(f"{path}: {path.stat().st_size:,} bytes, far more than it can need. Use another.")
-    value = files.read_json(path)
-    try:
-        json.dumps(value, allow_nan=False).encode()
-    except (ValueError, RecursionError) as error:  # NaN, infinity, halves of a surrogate pair
-        raise UserError(f"{path}: not a JSON file ({error}). Use another checkpoint.") from None
-    return value
+    with _damage_of(path):
+        if path.is_symlink():
+            raise UserError(f"{path}: a link, not a plain file. {ADVICE}")
+        if path.exists() and path.stat().st_size > MAX_JSON_BYTES:
+            raise UserError(f"{path}: {path.stat().st_size:,} bytes, far more than it can need. {ADVICE}")
+        return files.read_json(path, advice=ADVICE)

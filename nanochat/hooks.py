@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -100,23 +101,29 @@ def _validator(
 
     def validate(state: TrainState) -> None:
         found = evaluate(state.model, batches, token_bytes, world, stop_requested)
-        bpb = state.val_bpb = found.bpb
-        state.val_loss = found.loss
-        state.min_val_bpb = bpb if state.min_val_bpb is None else min(bpb, state.min_val_bpb)
+        state.val_bpb, state.val_loss = _finite(found.bpb), _finite(found.loss)
+        if state.val_bpb is not None:
+            lowest = state.val_bpb if state.min_val_bpb is None else state.min_val_bpb
+            state.min_val_bpb = min(state.val_bpb, lowest)
         log.write(
             "eval",
             state.step,
-            val_bpb=bpb,
-            val_loss=found.loss,
+            val_bpb=state.val_bpb,
+            val_loss=state.val_loss,
             tokens=plan.tokens_until(state.step),
             train_seconds=state.train_seconds,
         )
         log.say(
-            f"step {state.step:5d}/{plan.steps} | validation {bpb:.4f} bits per byte, "
+            f"step {state.step:5d}/{plan.steps} | validation {found.bpb:.4f} bits per byte, "
             f"{found.loss:.4f} nats per token | {state.train_seconds:,.1f} s of training"
         )
 
     return validate
+
+
+def _finite(value: float) -> float | None:
+    """A figure as JSON can hold it: null where it is not finite."""
+    return value if math.isfinite(value) else None
 
 
 def _scorer(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from nanochat import hardware
-from nanochat.checkpoint import TrainState
+from nanochat.checkpoint import TrainState, first_not_finite
 from nanochat.errors import UserError
 from nanochat.optim import UpdateResult
 from nanochat.runlog import RunLog
@@ -126,9 +126,14 @@ class StepReporter:
     ) -> None:
         """Say which step changed nothing and why; stop, or count it."""
         what = f"step {step}: loss {loss}, gradient norm {grad_norm}: not finite ({_origin(state, update)})"
-        advice = "Lower --matrix-lr and --embedding-lr; --resume=auto goes on from the last checkpoint."
+        advice = "If it comes again, start another run with a lower --matrix-lr and --embedding-lr."
+        if (broken := first_not_finite(dict(state.model.named_parameters()))) is not None:
+            raise UserError(f"{what}, for {broken} is not finite since an update before it. {advice}")
         if self._plan.args.on_nonfinite == "stop":
-            raise UserError(f"{what}, so the weights were left as they were. {advice}")
+            raise UserError(
+                f"{what}, so the weights were left as they were. --resume=auto --on-nonfinite=skip goes on "
+                f"from the last checkpoint and leaves such steps out. {advice}"
+            )
         state.skipped_steps += 1
         self._skipped_in_a_row += 1
         self._log.write("skip", step, reason=what)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from nanochat import checkpoint_files, files
 from nanochat.config import TrainArgs
 from nanochat.errors import UserError
+from nanochat.runlog import keep_aside
 from nanochat.scaling import Plan
 from nanochat.world import World
 
@@ -45,9 +47,9 @@ def starting_point(plan: Plan, world: World) -> Path | None:
 
 
 def _look(args: TrainArgs, world: World) -> Path | None:
-    if args.resume and args.resume != "auto" and not args.resume.isdigit():
+    if args.resume and args.resume != "auto" and not _is_step(args.resume):
         raise UserError(f"--resume={args.resume}: expected auto or the step of a checkpoint.")
-    if args.resume.isdigit() and not _is_same_launch(args, world):
+    if _is_step(args.resume) and not _is_same_launch(args, world):
         return checkpoint_files.find(args.run_name, int(args.resume))
     if args.resume or _is_same_launch(args, world):
         return checkpoint_files.find(args.run_name, None, say=world.print0)
@@ -57,6 +59,10 @@ def _look(args: TrainArgs, world: World) -> Path | None:
             "Go on with --resume=auto, name another with --run, or delete its folder."
         )
     return None
+
+
+def _is_step(resume: str) -> bool:
+    return resume.isascii() and resume.isdecimal()
 
 
 def _is_same_launch(args: TrainArgs, world: World) -> bool:
@@ -73,6 +79,25 @@ def _is_same_launch(args: TrainArgs, world: World) -> bool:
     config = files.read_json(path)
     machine = config.get("machine") if isinstance(config, dict) else None
     return isinstance(machine, dict) and machine.get("launch") == world.launch
+
+
+def leave_other_branches(run: str, step: int, say: Callable[[str], None]) -> None:
+    """Put aside what a run has left of steps after `step`, where it goes on now. The main rank calls it.
+
+    Checkpoints of those steps would pass for newer ones than those that are written from now on. Their curve
+    is kept too, and so is that of a run that begins at step 0 although it has done steps before.
+    """
+    metrics = files.run_dir(run) / "metrics.jsonl"
+    later = [at for at in checkpoint_files.steps_of(run) if at > step]
+    if later or step == 0:
+        kept = keep_aside(metrics, step)
+        if kept is not None:
+            say(f"the metrics of the steps from {step} on are kept in {kept}")
+    if moved := checkpoint_files.set_aside(run, step):
+        say(
+            f"set aside in {moved[0].parent}, for this run goes on from step {step}: "
+            f"{', '.join(path.name for path in moved)}. Delete them when nobody needs them."
+        )
 
 
 def has_reached_target(plan: Plan, val_loss: float | None) -> bool:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
@@ -20,15 +22,31 @@ def cut_back(path: Path, step: int) -> None:
     """Drop the lines of metrics.jsonl from `step` on, and a last line that a kill left unfinished."""
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text("utf-8", errors="replace").splitlines():
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(entry, dict) and entry.get("step", 0) < step:
-            kept.append(line + "\n")
+    kept = [line + "\n" for line, entry in _entries(path) if entry["step"] < step]
     files.atomic_write(path, "".join(kept))
+
+
+def _entries(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The lines of metrics.jsonl and what they say; what a kill or a bad disk has left is passed over."""
+    for line in path.read_text("utf-8", errors="replace").splitlines():
+        with contextlib.suppress(ValueError, RecursionError):
+            entry = json.loads(line)
+            if isinstance(entry, dict) and type(entry.get("step")) is int:
+                yield line, entry
+
+
+def keep_aside(path: Path, step: int) -> Path | None:
+    """Copy metrics.jsonl to metrics.<n>.jsonl beside it, if it tells of steps from `step` on.
+
+    For a run that will not go over these steps as it did: they stay as the only trace of work that was done.
+    """
+    if not path.exists() or not any(e.get("kind") == "step" and e["step"] >= step for _, e in _entries(path)):
+        return None
+    number = 1
+    while (copy := path.with_name(f"metrics.{number}.jsonl")).exists():
+        number += 1
+    files.atomic_write(copy, path.read_bytes())
+    return copy
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -83,19 +83,20 @@ class Saver:
         self._failures = self._failures + 1 if self._error is not None else 0
 
     def _write(self, snapshot: Snapshot) -> None:
-        args = self._plan.args
-        self._error = UserError(f"{snapshot.folder}: not written.")  # until it is
+        args, folder = self._plan.args, snapshot.folder
+        self._error = UserError(f"{folder}: not written.")  # until it is
         try:
             seconds = snapshot.write()
-            steps = checkpoint_files.steps_of(args.run_name)
-            checkpoint_files.prune(args.run_name, steps, args.keep_last, args.keep_every)
         except (UserError, OSError) as error:
             text = describe_os_error(error) if isinstance(error, OSError) else str(error)
             self._error = UserError(text)
-            self._say(
-                f"warning: {snapshot.folder.name} was not saved, the earlier ones are as they were: {text}"
-            )
+            self._say(f"warning: {folder.name} was not saved, the earlier ones are as they were: {text}")
             return
         self._error = None
         late = " That is long: a preempted machine gives about 30 s." if seconds > SLOW_S else ""
-        self._say(f"saved {snapshot.folder} in {seconds:.1f} s.{late}")
+        self._say(f"saved {folder} in {seconds:.1f} s.{late}")
+        try:  # the checkpoint is there: what goes wrong from here on has not lost it
+            whole = checkpoint_files.retained(args.run_name, snapshot.meta["step"])
+            checkpoint_files.prune(args.run_name, whole, args.keep_last, args.keep_every, self._say)
+        except (UserError, OSError) as error:
+            self._say(f"warning: no old checkpoint was deleted: {error}")

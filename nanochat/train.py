@@ -23,7 +23,7 @@ from nanochat.loss_scale import LossScale
 from nanochat.matrix_rules import MatrixOptions
 from nanochat.optim import MuonAdamW
 from nanochat.reporter import StepReporter, StepResult, summarize
-from nanochat.resume import has_reached_target, starting_point, summary_of_finished
+from nanochat.resume import has_reached_target, leave_other_branches, starting_point, summary_of_finished
 from nanochat.runlog import RunLog
 from nanochat.saver import Saver
 from nanochat.scaling import Plan
@@ -186,6 +186,7 @@ def run(
     machine = {**hardware.describe(world.device), **world.describe(), **dataclasses.asdict(speed)}
     config = {**plan.to_dict(), "fingerprints": fingerprints, "machine": machine}
     if world.is_main:
+        leave_other_branches(plan.args.run_name, state.step, world.print0)
         config["provenance"] = process.provenance()
         files.write_json(folder / "config.json", config)
     for line in links.report(world):

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import errno
+import io
+import json
+import os
 import random
 import shutil
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from nanochat import checkpoint, checkpoint_files, files
 from nanochat.errors import UserError
@@ -98,13 +103,10 @@ def test_damage_is_named_and_the_last_good_one_is_used(
     if damage == "remove":
         path.unlink()
     assert checkpoint_files.find("tiny", None) == checkpoint_files.folder_of("tiny", 8)
-    if (name, damage) != ("MANIFEST.json", "remove"):  # without a manifest there is no checkpoint to name
-        named = (
-            "step_000012" if name == "MANIFEST.json" else name
-        )  # a wrong entry accuses the file it describes
-        assert named in capsys.readouterr().out
-        with pytest.raises(UserError, match=named):
-            checkpoint_files.find("tiny", 12)
+    named = "step_000012" if name == "MANIFEST.json" else name  # a wrong entry accuses the file it describes
+    assert named in capsys.readouterr().out
+    with pytest.raises(UserError, match=named):
+        checkpoint_files.find("tiny", 12)
 
 
 def test_all_damaged_is_an_error_not_a_new_start() -> None:
@@ -112,6 +114,153 @@ def test_all_damaged_is_an_error_not_a_new_start() -> None:
         (checkpoint_files.folder_of("tiny", step) / "model.safetensors").write_bytes(b"")
     with pytest.raises(UserError, match="none of its 2 checkpoints is whole"):
         checkpoint_files.find("tiny", None)
+
+
+@pytest.mark.parametrize("lost", ["manifest", "folder of files"])
+def test_checkpoints_that_cannot_be_told_are_no_new_start(lost: str, base_dir: Path) -> None:
+    """What is there but not whole is said; the remedy of the message begins anew and loses nothing."""
+    metrics = files.run_dir("tiny") / "metrics.jsonl"
+    before = metrics.read_bytes()
+    for step in (8, 12):
+        for path in list(checkpoint_files.folder_of("tiny", step).iterdir()):
+            if lost != "manifest" or path.name == checkpoint_files.MANIFEST:
+                path.unlink()
+    with pytest.raises(
+        UserError, match=r"none of its 2 checkpoints is whole; of the newest: .*step_000012.*"
+    ):
+        train_tiny(resume="auto")
+    assert metrics.read_bytes() == before
+    folder = files.checkpoints_dir("tiny")
+    folder.rename(folder.with_name("checkpoints.old"))
+    assert train_tiny(resume="auto")["steps"] == 12
+    assert metrics.with_name("metrics.1.jsonl").read_bytes() == before
+
+
+def test_a_folder_that_cannot_be_listed_is_no_new_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.scandir
+
+    def refuse(path: str) -> Any:
+        if Path(path).name == "checkpoints":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(UserError, match=r"checkpoints: cannot be listed \(Permission denied\)"):
+        train_tiny(resume="auto")
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "optimizer.safetensors", "state.json", "MANIFEST.json"]
+)
+@pytest.mark.parametrize("number", [errno.EIO, errno.EACCES, errno.ESTALE])
+def test_an_error_of_reading_is_damage_of_that_file(
+    name: str, number: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bad, real = checkpoint_files.folder_of("tiny", 12) / name, io.open
+
+    def opened(file: Any, *args: Any, **how: Any) -> Any:
+        if file == bad:
+            raise OSError(number, os.strerror(number))  # as read raises it: without a name
+        return real(file, *args, **how)
+
+    monkeypatch.setattr(io, "open", opened)
+    assert checkpoint_files.find("tiny", None) == checkpoint_files.folder_of("tiny", 8)
+    assert f"{bad}: cannot be read ({os.strerror(number)})" in capsys.readouterr().out
+    with pytest.raises(UserError, match=name):
+        checkpoint.load_model("tiny", 12, device=torch.device("cpu"), precision=FP32)
+
+
+@pytest.mark.parametrize("name", ["state.json", "MANIFEST.json"])
+def test_a_number_of_5000_digits_is_damage(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    path = checkpoint_files.folder_of("tiny", 12) / name
+    path.write_text(path.read_text().replace('"format": 1', '"format": ' + "9" * 5000))
+    if name == "state.json":
+        sign(path.parent)
+        with pytest.raises(UserError, match="state.json"):
+            checkpoint.load_model("tiny", device=torch.device("cpu"), precision=FP32)
+    else:
+        assert checkpoint_files.find("tiny", None) == checkpoint_files.folder_of("tiny", 8)
+        assert name in capsys.readouterr().out
+
+
+def sign(folder: Path) -> None:
+    """Make the manifest fit what is there."""
+    listed = {
+        name: {"bytes": (folder / name).stat().st_size, "sha256": files.sha256(folder / name)}
+        for name in (checkpoint_files.MODEL, checkpoint_files.OPTIMIZER, checkpoint_files.STATE)
+    }
+    (folder / checkpoint_files.MANIFEST).write_text(json.dumps({"format": 1, "files": listed}))
+
+
+MOMENT = "blocks.0.mlp.up.weight.momentum"
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda t: t.update({MOMENT: t[MOMENT].double()}), "torch.float64"),
+        (lambda t: t.update({MOMENT: t[MOMENT].half()}), "torch.float16"),
+        (lambda t: t.update({MOMENT: t[MOMENT].long()}), "torch.int64"),
+        (lambda t: t.update({MOMENT: t[MOMENT] > 0}), "torch.bool"),
+        (lambda t: t.update({MOMENT: t[MOMENT].T.contiguous()}), "of shape"),
+        (lambda t: t.pop(MOMENT), "is missing"),
+        (lambda t: t.update({"extra": torch.zeros(2)}), "extra belongs to no parameter"),
+        (lambda t: t[MOMENT].fill_(float("nan")), "is not finite"),
+    ],
+    ids=["fp64", "fp16", "int64", "bool", "shape", "missing", "extra", "nan"],
+)
+def test_moments_of_another_kind_are_refused_by_the_name_of_their_file(change: Any, named: str) -> None:
+    path = checkpoint_files.folder_of("tiny", 12) / checkpoint_files.OPTIMIZER
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+    sign(path.parent)
+    with pytest.raises(UserError, match=named) as refused:
+        train_tiny(resume="auto")
+    assert "step_000012" in str(refused.value)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="modes of POSIX")
+@pytest.mark.parametrize("umask", [0o022, 0o002, 0o077])
+def test_the_umask_decides_who_reads_a_checkpoint(umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        train_tiny(run="shared")
+    finally:
+        os.umask(before)
+    for path in checkpoint_files.folder_of("shared", 12).iterdir():
+        assert path.stat().st_mode & 0o777 == 0o666 & ~umask, path.name
+
+
+def test_a_reader_looks_again_where_a_trainer_has_deleted_what_it_found(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The newest goes while it is verified, the next while it is read; each time another has come."""
+    real_verify, real_read = checkpoint_files.verify, checkpoint_files.read_tensors
+    folder = checkpoint_files.folder_of
+
+    def replace(old: int, new: int) -> None:
+        meta = files.read_json(folder("tiny", old) / checkpoint_files.STATE)
+        shutil.move(folder("tiny", old), folder("tiny", new))
+        (folder("tiny", new) / checkpoint_files.STATE).write_text(json.dumps({**meta, "step": new}))
+        sign(folder("tiny", new))
+
+    def verify(at: Path) -> None:
+        if at.name == "step_000012":
+            files.remove_dir(folder("tiny", 8))
+            replace(12, 16)
+        real_verify(at)
+
+    def read(path: Path) -> Any:
+        if path.parent.name == "step_000016":
+            replace(16, 20)
+        return real_read(path)
+
+    monkeypatch.setattr(checkpoint_files, "verify", verify)
+    monkeypatch.setattr(checkpoint_files, "read_tensors", read)
+    _, _, meta = checkpoint.load_model("tiny", device=torch.device("cpu"), precision=FP32)
+    assert meta["step"] == 20
+    assert capsys.readouterr().out == ""
 
 
 def test_absent_step_lists_those_that_are_there() -> None:

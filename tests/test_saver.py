@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import os
+import shutil
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,8 +14,9 @@ from typing import Any
 import pytest
 import torch
 
-from nanochat import checkpoint, checkpoint_files, files, saver, train
+from nanochat import checkpoint, checkpoint_files, files, hooks, saver, train
 from nanochat.errors import UserError
+from nanochat.runlog import read_metrics
 from tests.tiny import tiny_corpus, train_tiny
 
 
@@ -174,3 +179,231 @@ def test_the_command_lists_verifies_and_prunes(
     assert command(monkeypatch, "prune", "tiny", "--keep-every=4") == 0
     assert checkpoint_files.steps_of("tiny") == [4, 8, 10, 12]
     assert command(monkeypatch, "verify", "other") == 2
+
+
+# ----------------------------------------------------------------------------------------------------
+# branches: a run that goes on from an earlier step
+
+
+def stopped_after(step: int, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> dict[str, Any]:
+    """Train, asked to stop after a step as a signal asks."""
+    real_step, done = train.train_step, [0]
+
+    def counted(plan: Any, state: Any, world: Any) -> Any:
+        done[0] = state.step + 1
+        return real_step(plan, state, world)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train_step", counted)
+        patch.setattr(train, "stop_signals", lambda: contextlib.nullcontext(lambda: done[0] >= step))
+        return train_tiny(**changes)
+
+
+def weights(step: int) -> bytes:
+    return (checkpoint_files.folder_of("tiny", step) / checkpoint_files.MODEL).read_bytes()
+
+
+def aside() -> list[str]:
+    folder = files.checkpoints_dir("tiny") / checkpoint_files.ABANDONED
+    return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+
+
+def test_saves_of_a_run_that_goes_on_from_an_earlier_step_are_kept(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train_tiny(keep_last=3)
+    stopped_after(6, monkeypatch, resume="4", keep_last=2, save_every=1)
+    assert checkpoint_files.steps_of("tiny") == [5, 6]
+    assert aside() == ["step_000008", "step_000012"]
+    told = capsys.readouterr().out
+    assert "abandoned, for this run goes on from step 4: step_000008, step_000012" in told
+    assert checkpoint_files.find("tiny", None) == checkpoint_files.folder_of("tiny", 6)
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_auto_goes_on_on_the_new_branch_also_when_it_has_saved_nothing_yet(
+    saved: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train_tiny(keep_last=3)
+    save_every = 2 if saved else 0
+    real_save = saver.Saver.save
+    if not saved:  # as a kill -9 leaves it
+        monkeypatch.setattr(saver.Saver, "save", lambda self, state: None)
+    stopped_after(6, monkeypatch, resume="4", keep_last=2, save_every=save_every, seed=0)
+    monkeypatch.setattr(saver.Saver, "save", real_save)
+    summary = train_tiny(resume="auto", extend=True, num_iterations=16)
+    steps = [e["step"] for e in read_metrics(files.run_dir("tiny") / "metrics.jsonl") if e["kind"] == "step"]
+    assert summary["steps"] == 16
+    assert steps == list(range(16))
+
+
+def test_the_curve_of_an_abandoned_branch_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    train_tiny(keep_last=3)
+    before = (files.run_dir("tiny") / "metrics.jsonl").read_bytes()
+    stopped_after(6, monkeypatch, resume="4", keep_last=2)
+    assert (files.run_dir("tiny") / "metrics.1.jsonl").read_bytes() == before
+    train_tiny(resume="auto")  # the same branch: no copy of what is only done again
+    assert not (files.run_dir("tiny") / "metrics.2.jsonl").exists()
+
+
+def test_two_branches_left_at_one_step_are_both_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    train_tiny(keep_last=9)
+    stopped_after(9, monkeypatch, resume="4", keep_last=9)
+    stopped_after(6, monkeypatch, resume="4", keep_last=9)
+    assert aside() == ["step_000008", "step_000008.2", "step_000009", "step_000012"]
+
+
+def test_damaged_ones_that_were_passed_over_do_not_push_out_whole_ones(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    train_tiny(keep_last=9, save_every=2)
+    for step in (10, 12):
+        (checkpoint_files.folder_of("tiny", step) / checkpoint_files.STATE).write_bytes(b"{}")
+    stopped_after(11, monkeypatch, resume="auto", keep_last=2, save_every=3)
+    assert checkpoint_files.steps_of("tiny") == [9, 11]
+    assert [checkpoint_files.verify(checkpoint_files.folder_of("tiny", step)) for step in (9, 11)]
+    assert aside() == ["step_000010", "step_000012"]
+    assert checkpoint_files.find("tiny", None) == checkpoint_files.folder_of("tiny", 11)
+
+
+def test_one_that_is_damaged_while_training_goes_on_is_not_counted_as_kept(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Step 6 loses its manifest before 8 is saved: 4 and 8 are the two that are kept."""
+    real_step = train.train_step
+
+    def step(plan: Any, state: Any, world: Any) -> Any:
+        if state.step == 7:
+            (checkpoint_files.folder_of("tiny", 6) / checkpoint_files.MANIFEST).unlink()
+        return real_step(plan, state, world)
+
+    monkeypatch.setattr(train, "train_step", step)
+    stopped_after(8, monkeypatch, keep_last=2, save_every=2)
+    assert checkpoint_files.steps_of("tiny") == [4, 6, 8]
+    checkpoint_files.verify(checkpoint_files.folder_of("tiny", 4))
+
+
+def test_a_refused_resume_leaves_everything_where_it_is() -> None:
+    train_tiny(keep_last=3)
+    with pytest.raises(UserError, match="--seed"):
+        train_tiny(resume="4", seed=1)
+    assert checkpoint_files.steps_of("tiny") == [4, 8, 12]
+    assert aside() == []
+
+
+def test_an_abandoned_one_can_be_gone_back_to_as_the_message_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    train_tiny(keep_last=3)
+    end = weights(12)
+    stopped_after(6, monkeypatch, resume="4", keep_last=2)
+    with pytest.raises(UserError, match="no checkpoint of step 8.*step_000008 was set aside: move it back"):
+        train_tiny(resume="8")
+    folder = checkpoint_files.folder_of("tiny", 8)
+    (folder.parent / checkpoint_files.ABANDONED / folder.name).rename(folder)
+    train_tiny(resume="8")
+    assert weights(12) == end
+
+
+# ----------------------------------------------------------------------------------------------------
+# deleting old ones is not saving
+
+
+def test_old_ones_that_cannot_be_deleted_do_not_stop_the_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(path: Path) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+    monkeypatch.setattr(files, "remove_dir", refuse)
+    assert train_tiny(save_every=1, keep_last=2)["status"] == "finished"
+    assert checkpoint_files.steps_of("tiny") == list(range(1, 13))
+    told = capsys.readouterr().out
+    assert "step_000001 could not be deleted (Input/output error); the next save tries again" in told
+    assert "was not saved" not in told
+    monkeypatch.undo()
+
+
+def test_one_that_somebody_else_has_deleted_is_no_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = files.remove_dir
+
+    def twice(path: Path) -> None:
+        real(path)
+        real(path)
+
+    monkeypatch.setattr(files, "remove_dir", twice)
+    train_tiny(save_every=2, keep_last=2)
+    assert checkpoint_files.steps_of("tiny") == [10, 12]
+    assert "warning" not in capsys.readouterr().out
+
+
+def test_names_that_look_like_a_step_are_left_alone() -> None:
+    """Zeros before, digits of other scripts: neither is a checkpoint, and none takes a real one's place."""
+    train_tiny(keep_last=9)
+    folder = files.checkpoints_dir("tiny")
+    twins = ("step_0000012", "step_00001\u0662", "step_12", "step_000012.2", "step_000012 ")
+    for twin in twins:
+        shutil.copytree(folder / "step_000012", folder / twin)
+    assert checkpoint_files.steps_of("tiny") == [4, 8, 12]
+    assert checkpoint_files.prune("tiny", checkpoint_files.steps_of("tiny"), keep_last=1) == [4, 8]
+    assert sorted(path.name for path in folder.iterdir()) == sorted(["step_000012", *twins])
+
+
+# ----------------------------------------------------------------------------------------------------
+# what is not finite
+
+
+@pytest.mark.parametrize("what", ["weight", "moment"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_what_is_not_finite_is_never_saved(what: str, value: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One element turns after step 5, without a loss or gradient that shows it before the save of step 6."""
+    real_step = train.train_step
+
+    def step(plan: Any, state: Any, world: Any) -> Any:
+        result = real_step(plan, state, world)
+        if state.step == 5:
+            with torch.no_grad():
+                if what == "weight":
+                    dict(state.model.named_parameters())["blocks.1.mlp.up.weight"][3, 2] = value
+                else:
+                    moments = state.optimizer.state_tensors()
+                    moments["blocks.1.mlp.up.weight.momentum"][3, 2] = value
+                    state.optimizer.load_state_tensors(moments)
+        return result
+
+    monkeypatch.setattr(train, "train_step", step)
+    with pytest.raises(UserError, match=r"after step 6, blocks\.1\.mlp\.up\.weight.* is not finite"):
+        train_tiny(save_every=2, keep_last=1)
+    assert checkpoint_files.steps_of("tiny") == [4]
+    checkpoint_files.verify(checkpoint_files.folder_of("tiny", 4))
+
+
+def test_a_validation_that_is_not_finite_is_null_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = hooks.evaluate
+    found = iter([2.0, float("nan"), float("inf"), float("nan")])
+    monkeypatch.setattr(hooks, "evaluate", lambda *_: SimpleNamespace(bpb=(v := next(found)), loss=v))
+    summary = train_tiny(eval_every=4)
+    assert (summary["val_bpb"], summary["min_val_bpb"], summary["val_loss"]) == (None, 2.0, None)
+    meta = checkpoint_files.read_state(checkpoint_files.folder_of("tiny", 12))
+    assert (meta["min_val_bpb"], meta["step"]) == (2.0, 12)
+    lines = read_metrics(files.run_dir("tiny") / "metrics.jsonl")
+    assert [e["val_bpb"] for e in lines if e["kind"] == "eval"] == [2.0, None, None, None]
+    monkeypatch.setattr(hooks, "evaluate", real)
+    assert train_tiny(resume="auto", extend=True, num_iterations=14)["val_bpb"] is not None
+
+
+def test_weights_that_an_update_broke_are_named_where_the_loss_shows_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    real_step = train.train_step
+
+    def step(plan: Any, state: Any, world: Any) -> Any:
+        result = real_step(plan, state, world)
+        if state.step == 5:
+            with torch.no_grad():
+                dict(state.model.named_parameters())["embed.weight"].fill_(float("nan"))
+        return result
+
+    monkeypatch.setattr(train, "train_step", step)
+    with pytest.raises(UserError, match=r"step 6: loss nan.*embed\.weight is not finite since an update"):
+        train_tiny()
