@@ -93,7 +93,7 @@ def main() -> None:
         "forward": (GPT, "loss"),
         "collective": (dist, "all_reduce"),
         "eval": (ValBatches, "__iter__"),
-        "save": (checkpoint_files, "_save_tensors"),
+        "save": (checkpoint_files, "save_tensors"),
     }
     home, name = homes[where]
     wrap = amid if where == "eval" else before

@@ -47,9 +47,9 @@ def _watch(note: Callable[[str, str], None]) -> None:
         tell("fsync", Path(f"/proc/self/fd/{fd}").readlink())
         real_fsync(fd)
 
-    def save_file(tensors: Any, path: Path) -> None:
+    def save_file(tensors: Any, path: Path, metadata: Any = None) -> None:
         tell("write", path)
-        real_save(tensors, path)
+        real_save(tensors, path, metadata)
         whole = path.read_bytes()
         path.write_bytes(whole[: len(whole) // 2])  # as far as a kill in the middle would have come
         tell("second half", path)

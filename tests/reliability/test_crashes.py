@@ -47,8 +47,8 @@ def save(step: int) -> None:
 
 
 def contents(shot: Snapshot, folder: Path, manifest: bool = True) -> None:
-    checkpoint_files._save_tensors(folder / MODEL, shot.model)
-    checkpoint_files._save_tensors(folder / OPTIMIZER, shot.optimizer)
+    checkpoint_files.save_tensors(folder / MODEL, shot.model)
+    checkpoint_files.save_tensors(folder / OPTIMIZER, shot.optimizer)
     files.write_json(folder / STATE, {"format": 1, **shot.meta})
     if manifest:
         write_manifest(folder)
