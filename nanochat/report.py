@@ -13,7 +13,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from nanochat import charts, config, errors, files, runlog
+from nanochat import charts, config, errors, files, run_files
 from nanochat.charts import Series
 from nanochat.core_results import GPT2_ACCURACY, centre, is_core, verdict
 from nanochat.errors import UserError
@@ -45,9 +45,10 @@ class RunFiles:
         run: its name.
         config: what was asked and all that was derived.
         metrics: the lines of metrics.jsonl.
-        summary: the end of training; empty before it.
+        summary: the end of training; empty before it, and where its file is damaged.
         scores: base_eval.json; empty where it was not scored.
         predictions: the lines of core_predictions.jsonl, one an example.
+        notes: what was left out and why, a sentence each.
     """
 
     run: str
@@ -56,6 +57,7 @@ class RunFiles:
     summary: dict[str, Any]
     scores: dict[str, Any]
     predictions: list[dict[str, Any]]
+    notes: tuple[str, ...] = ()
 
     @staticmethod
     def read(run: str) -> RunFiles:
@@ -70,17 +72,21 @@ class RunFiles:
                 f"run {run!r}: there is no {folder / 'config.json'}. Train it first, or name another."
             )
 
-        def optional(name: str) -> dict[str, Any]:
-            return files.read_json(folder / name) if (folder / name).is_file() else {}
-
-        predictions = folder / "core_predictions.jsonl"
+        notes: list[str] = []
+        summary: dict[str, Any] = {}
+        if (folder / "summary.json").is_file():
+            try:
+                summary = run_files.read_summary(run)
+            except UserError as error:  # all that it holds follows from other files
+                notes.append(f"Left out: {error}")
         return RunFiles(
             run=run,
-            config=files.read_json(folder / "config.json"),
-            metrics=runlog.read_metrics(folder / "metrics.jsonl"),
-            summary=optional("summary.json"),
-            scores=optional("base_eval.json"),
-            predictions=runlog.read_metrics(predictions) if predictions.is_file() else [],
+            config=run_files.read_config(run),
+            metrics=run_files.read_lines(folder / "metrics.jsonl", run_files.MetricsLine, notes),
+            summary=summary,
+            scores=run_files.read_scores(run) if (folder / "base_eval.json").is_file() else {},
+            predictions=run_files.read_lines(folder / "core_predictions.jsonl", run_files.AnswerLine, notes),
+            notes=tuple(notes),
         )
 
     def of_kind(self, kind: str) -> list[dict[str, Any]]:
@@ -136,6 +142,7 @@ def render(found: RunFiles) -> str:
 </head>
 <body>
 <h1>{title}</h1>
+{"".join(f'<p class="note">{escape(note)}</p>' for note in found.notes)}
 {"".join(sections)}
 </body>
 </html>
@@ -188,7 +195,7 @@ def _headline(found: RunFiles) -> str:
     )
     shape = (
         f"Depth {model['n_layer']}, width {model['n_embd']}, context {model['sequence_len']}, "
-        f"vocabulary {model['vocab_size']:,}; corpus {found.config['args']['corpus']}; {_status(found)}."
+        f"vocabulary {model['vocab_size']:,}; corpus {found.config['args'].get('corpus')}; {_status(found)}."
     )
     return f'<p class="note">{escape(shape)}</p>\n<div class="cards">{boxes}</div>\n'
 
@@ -198,7 +205,7 @@ def _status(found: RunFiles) -> str:
     if not found.summary:
         steps = [entry["step"] + 1 for entry in found.of_kind("step")]
         return f"not at its end yet, {max(steps, default=0):,} of {planned:,} steps logged"
-    return f"{found.summary.get('status', 'ended')} after {done:,} of {planned:,} steps"
+    return f"{found.summary['status']} after {done:,} of {planned:,} steps"
 
 
 def _training(found: RunFiles) -> str:
@@ -279,7 +286,7 @@ def _bpb_charts(profiles: dict[str, Any]) -> str:
     """Bits per byte by the place in a row, and their distribution over documents."""
     by_place, by_document = [], []
     for split, profile in profiles.items():
-        places = profile["positions"]
+        places = [place for place in profile["positions"] if len(place) == 3 and place[0] > 0]
         by_place.append(Series(split, [math.log2(first) for first, _, _ in places], [p[2] for p in places]))
         step, counts = profile["documents_step"], profile["documents"]
         shares = [count / max(1, sum(counts)) for count in counts]
@@ -312,7 +319,7 @@ def _core_chart(tasks: dict[str, Any]) -> str:
 
 def _core_sentence(scores: dict[str, Any]) -> str:
     """CORE and its error; compared to GPT-2 only where the suite is the one GPT-2's figure is of."""
-    tasks, value, error = scores["tasks"], scores["core_metric"], scores.get("core_stderr")
+    tasks, value, error = scores["tasks"], scores.get("core_metric"), scores.get("core_stderr")
     if value is None:
         missing = ", ".join(scores.get("faults") or {}) or "a task"
         return f"CORE is not reported: {missing} could not be read."
@@ -380,7 +387,7 @@ def _samples(found: RunFiles) -> str:
     """What it writes: while training, the last time, and when it was scored."""
     logged = found.of_kind("sample")
     last = max((entry["step"] for entry in logged), default=0)
-    texts = [str(entry["text"]) for entry in logged if entry["step"] == last]
+    texts = [entry["text"] for entry in logged if entry["step"] == last and "text" in entry]
     scored = [str(text) for text in found.scores.get("samples") or []]
     parts = ["<h2>Samples</h2>\n"]
     for heading, group in ((f"After {last:,} steps", texts), ("When it was scored", scored)):

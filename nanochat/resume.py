@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from nanochat import checkpoint_files, files
+from nanochat import checkpoint_files, files, run_files
 from nanochat.config import TrainArgs
 from nanochat.errors import UserError
 from nanochat.runlog import keep_aside
@@ -76,8 +76,10 @@ def _is_same_launch(args: TrainArgs, world: World) -> bool:
     path = files.run_dir(args.run_name) / "config.json"
     if world.launch in ("", "none") or not path.exists():
         return False
-    config = files.read_json(path)
-    machine = config.get("machine") if isinstance(config, dict) else None
+    try:
+        machine = files.read_json(path, dict[str, Any]).get("machine")
+    except UserError:  # whoever starts it says then what is wanted: --resume=auto, or another name
+        return False
     return isinstance(machine, dict) and machine.get("launch") == world.launch
 
 
@@ -107,12 +109,21 @@ def has_reached_target(plan: Plan, val_loss: float | None) -> bool:
 
 
 def summary_of_finished(plan: Plan, step: int, world: World) -> dict[str, Any] | None:
-    """What summary.json holds, if the run has come to its end and nothing was left undone. All ranks ask."""
+    """What summary.json holds, if the run has come to its end and nothing was left undone. All ranks ask.
+
+    The file follows from the run: where it is damaged, the checkpoint decides and it is written anew.
+    """
     path = files.run_dir(plan.args.run_name) / "summary.json"
     if not world.agree(world.is_main and path.exists()):
         return None
-    summary: dict[str, Any] = files.read_json(path)
-    status, steps = summary.get("status"), summary.get("steps")
+    summary: dict[str, Any] = {}
+    try:
+        summary = run_files.read_summary(plan.args.run_name)
+    except UserError as error:
+        world.print0(f"passed over: {error}")
+    if world.agree(not summary):
+        return None
+    status, steps = summary["status"], summary["steps"]
     ended = status == "finished" and steps == plan.steps <= step
     reached = status == "target_reached" and steps == step
     return summary if ended or (reached and has_reached_target(plan, summary.get("val_loss"))) else None

@@ -16,6 +16,7 @@ import typing
 from typing import Any
 
 MAX_DIGITS = 300  # of a whole number: it still fits a float
+MAX_DEPTH = 100  # of objects and lists in each other; a file of ours has fewer than ten
 SHOWN = 60  # characters of a wrong value, in a message
 WORDS = {
     bool: "true or false",
@@ -51,7 +52,20 @@ def parse(text: str | bytes, *, allow_nan: bool = False) -> Any:
             json.dumps(value, ensure_ascii=False).encode("utf-8")  # refuses half of a surrogate pair
     except RecursionError:
         raise ValueError("nested too deeply") from None
+    _require_shallow(value)
     return value
+
+
+def _require_shallow(value: Any) -> None:
+    """Refuse what would take a reader beyond the depth to which Python calls functions."""
+    level = [value] if isinstance(value, dict | list) else []
+    for _ in range(MAX_DEPTH):
+        if not level:
+            return
+        inner = (part.values() if isinstance(part, dict) else part for part in level)
+        level = [one for parts in inner for one in parts if isinstance(one, dict | list)]
+    if level:
+        raise ValueError("nested too deeply")
 
 
 def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

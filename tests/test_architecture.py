@@ -36,7 +36,7 @@ LAYERS = (
     + ("loop", "links", "replicas", "watchdog"),
     ("flags", "config", "recipe", "schedule", "scaling", "tokenizer", "checksums", "token_shards")
     + ("shards", "packing")
-    + ("core_stats", "core_results", "core_batches"),
+    + ("core_stats", "core_results", "core_batches", "run_files"),
     ("arrival", "corpora", "hub", "dataset", "sdpa", "attention", "attention_times", "backends")
     + (
         "update_rules",

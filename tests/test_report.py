@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -297,6 +298,103 @@ def test_a_damaged_file_is_named_and_no_report_is_written(run: Path) -> None:
     with pytest.raises(UserError, match=r"base_eval\.json"):
         write_report(RUN)
     assert not (run / "report.html").exists()
+
+
+WRONG = (None, [], {}, "x", True, -1, 1e308, [[]], {"a": [None]}, ["x", 1])
+
+
+def mutated(value: Any) -> Iterator[Any]:
+    """A JSON value with each of its parts taken away, or replaced by what does not belong there."""
+    yield from WRONG
+    places = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for place, inner in list(places):
+        if isinstance(value, dict):
+            yield {key: other for key, other in value.items() if key != place}
+        for changed in mutated(inner):
+            copy = dict(value) if isinstance(value, dict) else list(value)
+            copy[place] = changed
+            yield copy
+
+
+def rendered() -> str:
+    """Render the report of the run; what a refusal says, or "" where there is a page."""
+    try:
+        Page(render(RunFiles.read(RUN)))
+    except UserError as refused:
+        return str(refused)
+    return ""
+
+
+PLACES = {"positions": [[1, 1, 3.5], [2, 3, 2.25]], "documents": [0, 1, 3], "documents_step": 0.1}
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "summary.json", "base_eval.json", "metrics.jsonl", "core_predictions.jsonl"]
+)
+def test_files_of_any_other_shape_are_shown_or_refused_by_name(
+    run: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(charts, "available", lambda: False)  # it would take minutes to draw them all
+    finish(run)
+    write_scores(run, "b", 1, bpb_profile={"val": PLACES}, samples=["s"], faults={}, crop_tokens=64)
+    scores = json.loads((run / "base_eval.json").read_text())
+    scores["tasks"]["task_0"]["controls"] = {"majority": 0.4}
+    files.write_json(run / "base_eval.json", scores)
+    config = json.loads((run / "config.json").read_text())
+    config = {key: config[key] for key in ("model", "params", "batch_tokens", "steps", "machine")}
+    config["args"] = {"corpus": "c"}
+    files.write_json(run / "config.json", config)
+    lines = [step_entry(0, 64, 3.0), {"kind": "eval", "step": 1, "val_bpb": 1.0}]
+    lines += [{"kind": "sample", "step": 1, "text": "s"}, {"kind": "core", "step": 1, "core_metric": 0.1}]
+    answers = [{"task": "t", "losses": [1.0, 2.0], "answer": 0, "gold": 0}]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (run / "core_predictions.jsonl").write_text(json.dumps(answers[0]) + "\n")
+    whole: Any = {"metrics.jsonl": lines, "core_predictions.jsonl": answers}.get(name)
+    whole = json.loads((run / name).read_text()) if whole is None else whole
+    made = 0
+    for changed in mutated(whole):
+        if name.endswith("l"):
+            parts = changed if isinstance(changed, list) else [changed]
+            (run / name).write_text("".join(json.dumps(part) + "\n" for part in parts))
+        else:
+            (run / name).write_text(json.dumps(changed))
+        said = rendered()
+        made += not said
+        assert not said or (name in said and "\n" not in said and name.endswith(".json")), said
+    assert made > 10
+
+
+CONTENTS = (
+    b"",
+    b"{",
+    b"[]",
+    b"null",
+    b"3",
+    b"\xff",
+    b"9" * 5000,
+    b"[" * 50_000,
+    b'{"a":1,"a":2}',
+    b"\0" * 512,
+)
+
+
+@pytest.mark.parametrize("contents", CONTENTS)
+@pytest.mark.parametrize("name", ["config.json", "base_eval.json"])
+def test_damage_is_one_line_with_the_file_and_what_helps(run: Path, name: str, contents: bytes) -> None:
+    finish(run)
+    write_scores(run, "core_mini", 3)
+    (run / name).write_bytes(contents)
+    with pytest.raises(UserError, match=rf"{re.escape(name)}: .*Delete it") as refused:
+        write_report(RUN)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("contents", CONTENTS)
+def test_a_damaged_summary_is_left_out_and_said(run: Path, contents: bytes) -> None:
+    (run / "summary.json").write_bytes(contents)
+    page = Page(text_of(write_report(RUN))).text
+    assert re.search(r"Left out: .*summary\.json", page)
+    assert "not at its end yet, 40 of 40 steps logged" in page
 
 
 def test_the_command_prints_the_path(
