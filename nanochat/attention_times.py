@@ -19,7 +19,7 @@ from torch import Tensor
 from nanochat import files, hardware
 from nanochat.attention import Layout, attention, block_masks, layout_of
 from nanochat.errors import UserError
-from nanochat.scaling import GPTConfig
+from nanochat.model_config import GPTConfig
 from nanochat.world import World
 
 TOKENS = 16_384  # of a measured pass, in rows of T: enough to fill a GPU, a fraction of a second in all

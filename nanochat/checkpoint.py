@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
+import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,16 +22,17 @@ from torch import Tensor
 
 from nanochat import checkpoint_files, config, files
 from nanochat.checkpoint_files import MODEL, OPTIMIZER, STATE, Snapshot
+from nanochat.compatibility import completed
 from nanochat.config import CheckpointArgs
 from nanochat.dataloader import TrainLoader
 from nanochat.errors import UserError, cli
 from nanochat.gpt import GPT
 from nanochat.hardware import Precision
 from nanochat.loss_scale import LossScale
+from nanochat.model_config import GPTConfig, count_params
 from nanochat.optim import MuonAdamW
-from nanochat.recipe import RECIPES
 from nanochat.same_run import require_same_run
-from nanochat.scaling import GPTConfig, Plan, count_params, masks_documents
+from nanochat.scaling import Plan
 from nanochat.tokenizer import Tokenizer
 from nanochat.world import World
 
@@ -250,9 +253,9 @@ def _load_model(
             "Put the old tokenizer.json back, or train again."
         )
     weights = checkpoint_files.read_tensors(folder / MODEL)
-    shape = _model_config(meta["plan"]["model"], weights, folder / STATE)
+    shape = _model_config(completed(meta["plan"])["model"], weights, folder / STATE)
     with torch.device("meta"):
-        model = GPT(shape, precision, tokenizer.bos_id if masks_documents(args) else None)
+        model = GPT(shape, precision, tokenizer.bos_id if shape.document_mask else None)
     _require_fit(weights, model, folder / MODEL)
     _require_finite(weights, folder / MODEL)
     model.to_empty(device=device)
@@ -270,31 +273,43 @@ def _model_config(values: dict[str, Any], weights: dict[str, Tensor], path: Path
     Raises:
         UserError: they are not.
     """
-    names = [item.name for item in dataclasses.fields(GPTConfig)]
-    # Checkpoints from before these lack them.
-    values = {"attention_kind": GPTConfig.attention_kind, "bigram": GPTConfig.bigram, **values}
-    no_size = ("window_pattern", "recipe", "attention_kind", "bigram")
-    sizes = [values.get(name) for name in names if name not in no_size]
-    pattern = values.get("window_pattern")
+    if unknown := sorted(values.keys() - {item.name for item in dataclasses.fields(GPTConfig)}):
+        raise UserError(
+            f"{path}: the model has {unknown}, which this version does not know. Use a later one."
+        )
     elements = sum(tensor.numel() for tensor in weights.values())
-    plausible = (
-        all(type(size) is int and 0 < size <= max(elements, MAX_POSITIONS) for size in sizes)
-        and values["n_layer"] <= len(weights)
-        and values["n_head"] % values["n_kv_head"] == 0
-        and values["attention_kind"] in config.ATTENTION_KINDS
-        and type(values["bigram"]) is bool
-        and values["head_dim"] % (4 if values["attention_kind"] == "diff1" else 2) == 0
-        and values["sequence_len"] <= MAX_POSITIONS
-        and isinstance(pattern, str)
-        and len(pattern) > 0
-        and set(pattern) <= {"S", "L"}
-        and values.get("recipe") in RECIPES
-    )
-    if plausible:
-        shape = GPTConfig(**{name: values[name] for name in names})
+    if _has_types(values) and _is_plausible(values, len(weights), elements):
+        shape = GPTConfig(**values)
         if count_params(shape).total == elements:
             return shape
     raise UserError(f"{path}: the model it describes is not that of its {elements:,} weights. Use another.")
+
+
+def _has_types(values: dict[str, Any]) -> bool:
+    """Whether every field is there, of its type and finite."""
+    kinds = typing.get_type_hints(GPTConfig)
+    return values.keys() == kinds.keys() and all(
+        abs(value) <= sys.float_info.max  # NaN is not
+        if kinds[name] is float and type(value) in (int, float)
+        else type(value) is kinds[name]
+        for name, value in values.items()
+    )
+
+
+def _is_plausible(values: dict[str, Any], tensors: int, elements: int) -> bool:
+    """Whether a model of so many weights can have these sizes and constants."""
+    sizes = [value for value in values.values() if type(value) is int]
+    return (
+        all(0 < size <= max(elements, MAX_POSITIONS) for size in sizes)
+        and values["n_layer"] <= tensors
+        and values["n_head"] % values["n_kv_head"] == 0
+        and values["attention_kind"] in config.ATTENTION_KINDS
+        and values["head_dim"] % (4 if values["attention_kind"] == "diff1" else 2) == 0
+        and values["sequence_len"] <= MAX_POSITIONS
+        and len(values["window_pattern"]) > 0
+        and set(values["window_pattern"]) <= {"S", "L"}
+        and min(values["softcap"], values["rope_base"]) > 0
+    )
 
 
 def require_run(run: str) -> None:

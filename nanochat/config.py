@@ -26,104 +26,131 @@ def flag(default: Any, help: str, **metadata: Any) -> Any:
     all that is taken; so is what `pattern` matches, which `expected` says in words. `names` says in which
     part of the base directory a text names something, `path` that it is a path and may have any bytes.
     `short` is a one-letter form, `positional` a value without a flag.
+
+    A resumed run has to be given the value that the run began with, unless the flag is `planned` or `free`.
     """
     return field(default=default, metadata={"help": help, **metadata})
+
+
+def planned(default: Any, help: str, **metadata: Any) -> Any:
+    """A flag that acts through the plan alone: a resume compares what the plan made of it."""
+    return flag(default, help, resume="planned", **metadata)
+
+
+def free(default: Any, help: str, **metadata: Any) -> Any:
+    """A flag that a resumed run may change: it decides neither the weights nor the data."""
+    return flag(default, help, resume="free", **metadata)
 
 
 @dataclass(frozen=True)
 class TrainArgs:
     """Train a model. Everything that is not given follows from --depth."""
 
-    depth: int = flag(
+    depth: int = planned(
         12, "number of layers; decides width, heads, batch, learning rates, horizon, weight decay"
     )
-    run: str = flag("", "name of the run and of its folder; by default d<depth>")
+    run: str = free("", "name of the run and of its folder; by default d<depth>")
     # Data
     corpus: str = flag(
         "fineweb-edu", "what to train on: stdlib, fineweb-edu, climbmix, fineweb10B-gpt2, your own"
     )
-    tokenizer: str = flag("", "name of the tokenizer; by default the corpus's name")
+    tokenizer: str = free("", "name of the tokenizer; by default the corpus's name")
     keep_tails: bool = flag(False, "keep what is cropped from long documents as documents of their own")
     # Model
-    max_seq_len: int = flag(2048, "context length T in tokens")
-    window_pattern: str = flag("SSSL", "attention window of each layer, tiled: S is a quarter of T, L is T")
-    aspect_ratio: int = flag(64, "width = depth * aspect ratio, raised to a whole number of heads")
-    head_dim: int = flag(128, "width of an attention head")
-    attention_kind: str = flag(
+    max_seq_len: int = planned(2048, "context length T in tokens")
+    window_pattern: str = planned(
+        "SSSL", "attention window of each layer, tiled: S is a quarter of T, L is T"
+    )
+    aspect_ratio: int = planned(64, "width = depth * aspect ratio, raised to a whole number of heads")
+    head_dim: int = planned(128, "width of an attention head")
+    attention_kind: str = planned(
         "softmax",
         "what a head makes of its scores: softmax, or the difference of two (nanochat/differential.py)",
         choices=ATTENTION_KINDS,
     )
-    bigram: bool = flag(False, "add an embedding of every pair of neighbouring tokens, hashed, in all layers")
-    document_mask: bool = flag(False, "keep attention within a document, also where the recipe would not")
+    bigram: bool = planned(
+        False, "add an embedding of every pair of neighbouring tokens, hashed, in all layers"
+    )
+    document_mask: bool = planned(False, "keep attention within a document, also where the recipe would not")
     # Horizon: the first that is given counts
-    num_iterations: int | None = flag(None, "number of optimizer steps")
-    target_flops: float | None = flag(None, "train for this many floating-point operations")
-    target_param_data_ratio: float | None = flag(
+    num_iterations: int | None = planned(None, "number of optimizer steps")
+    target_flops: float | None = planned(None, "train for this many floating-point operations")
+    target_param_data_ratio: float | None = planned(
         None, "tokens per scaling parameter; by default the recipe's"
     )
-    target_loss: float | None = flag(
+    target_loss: float | None = free(
         None, "end the run at the first validation at or below this loss, in nats per token"
     )
     # Optimization
-    recipe: str = flag(
+    recipe: str = planned(
         "july", "set of constants (nanochat/recipe.py)", choices=("july", "january", "speedrun-124m")
     )
-    total_batch_size: int | None = flag(None, "tokens in a global batch; by default from the horizon")
-    device_batch_size: int | None = flag(None, "rows in a micro-batch of one rank; by default from depth")
-    matrix_optimizer: str = flag("muon", "optimizer of the block matrices", choices=("muon", "soap", "adamw"))
-    matrix_lr: float | None = flag(None, "base learning rate of the block matrices, whatever optimizes them")
+    total_batch_size: int | None = planned(None, "tokens in a global batch; by default from the horizon")
+    device_batch_size: int | None = free(None, "rows in a micro-batch of one rank; by default from depth")
+    matrix_optimizer: str = planned(
+        "muon", "optimizer of the block matrices", choices=("muon", "soap", "adamw")
+    )
+    matrix_lr: float | None = planned(
+        None, "base learning rate of the block matrices, whatever optimizes them"
+    )
     soap_every: int = flag(10, "steps between two renewals of SOAP's eigenbases")
     soap_sides: int = flag(
         2, "sides of a matrix that have an eigenbasis in SOAP: 2, or 1 for the shorter one", choices=(1, 2)
     )
-    embedding_lr: float | None = flag(None, "base learning rate of the token embedding (AdamW)")
-    unembedding_lr: float | None = flag(None, "base learning rate of the output head (AdamW)")
-    weight_decay: float | None = flag(None, "base weight decay of the block matrices, before scaling")
+    embedding_lr: float | None = planned(
+        None, "base learning rate of the token embedding (AdamW); the value embeddings keep their ratio to it"
+    )
+    unembedding_lr: float | None = planned(None, "base learning rate of the output head (AdamW)")
+    scalar_lr: float | None = planned(
+        None, "base learning rate of x0_scale (AdamW); resid_scale keeps its ratio to it"
+    )
+    weight_decay: float | None = planned(None, "base weight decay of the block matrices, before scaling")
     z_loss: float = flag(0.0, "weight of the z-loss, which keeps the logits of training small")
-    warmup_steps: int | None = flag(None, "steps of linear learning-rate warmup; at most a tenth of a run")
-    warmdown_ratio: float | None = flag(None, "last share of the run in which the learning rate falls")
-    final_lr_frac: float | None = flag(None, "share of the learning rate left at the end")
+    warmup_steps: int | None = planned(
+        None, "steps of linear learning-rate warmup; by default the recipe's, in a tenth of the run at most"
+    )
+    warmdown_ratio: float | None = planned(None, "last share of the run in which the learning rate falls")
+    final_lr_frac: float | None = planned(None, "share of the learning rate left at the end")
     seed: int = flag(0, "seed of the initial weights, the order of the data and the samples")
-    on_nonfinite: str = flag(
+    on_nonfinite: str = free(
         "stop", "a step whose loss or gradient is not finite: stop, or skip it", choices=("stop", "skip")
     )
     # Machine
-    device_type: str = flag("auto", "where to compute", choices=("auto", "cuda", "cpu", "mps"))
+    device_type: str = free("auto", "where to compute", choices=("auto", "cuda", "cpu", "mps"))
     dtype: str = flag("auto", "dtype of activations", choices=("auto", "bfloat16", "float16", "float32"))
     fp8: bool = flag(False, "products of wide linear layers in fp8 while training (Hopper and later)")
-    attention: str = flag("auto", "attention backend", choices=("auto", "fa3", "fa2", "flex", "sdpa"))
-    compile: str = flag(
+    attention: str = free("auto", "attention backend", choices=("auto", "fa3", "fa2", "flex", "sdpa"))
+    compile: str = free(
         "auto",
         "torch.compile of the model and the optimizer; auto is on for CUDA",
         choices=("auto", "on", "off"),
     )
-    profile: bool = flag(False, "write a torch.profiler trace of steps 4 to 6 to the run's trace.json")
-    recompute: str = flag(
+    profile: bool = free(False, "write a torch.profiler trace of steps 4 to 6 to the run's trace.json")
+    recompute: str = free(
         "none",
         "compute again in the backward pass, to save memory: the MLPs or whole blocks",
         choices=("none", "mlp", "block"),
     )
-    dist_timeout: float = flag(600.0, "seconds that a rank waits for another before it gives up")
+    dist_timeout: float = free(600.0, "seconds that a rank waits for another before it gives up")
     # Evaluation, samples, checkpoints: 0 means only at the end
-    eval_every: int = flag(250, "steps between validations")
-    eval_tokens: int = flag(10_485_760, "validation tokens of each evaluation")
-    core_metric_every: int | None = flag(
+    eval_every: int = free(250, "steps between validations")
+    eval_tokens: int = free(10_485_760, "validation tokens of each evaluation")
+    core_metric_every: int | None = free(
         None, "steps between CORE evaluations; by default none while training"
     )
-    core_metric_max_per_task: int = flag(500, "examples of each CORE task while training")
-    eval_bundle: str = flag("", "CORE tasks: a folder, a zip, or mini; by default the base directory's")
-    sample_every: int = flag(2000, "steps between samples")
-    save_every: int = flag(1000, "steps between checkpoints")
-    save_minutes: float = flag(0.0, "save also when the last save is so many minutes ago; 0 means never")
-    keep_last: int = flag(2, "checkpoints to keep")
-    keep_every: int = flag(0, "also keep the checkpoints of steps that this divides; 0 means none")
-    resume: str = flag("", "go on from a checkpoint: auto (the newest valid one, if any) or a step")
-    extend: bool = flag(False, "let a resumed run have another horizon than before")
-    check_ranks_every: int = flag(0, "steps between comparisons of the weights over the ranks; 0 means never")
+    core_metric_max_per_task: int = free(500, "examples of each CORE task while training")
+    eval_bundle: str = free("", "CORE tasks: a folder, a zip, or mini; by default the base directory's")
+    sample_every: int = free(2000, "steps between samples")
+    save_every: int = free(1000, "steps between checkpoints")
+    save_minutes: float = free(0.0, "save also when the last save is so many minutes ago; 0 means never")
+    keep_last: int = free(2, "checkpoints to keep")
+    keep_every: int = free(0, "also keep the checkpoints of steps that this divides; 0 means none")
+    resume: str = free("", "go on from a checkpoint: auto (the newest valid one, if any) or a step")
+    extend: bool = free(False, "let a resumed run have another horizon than before")
+    check_ranks_every: int = free(0, "steps between comparisons of the weights over the ranks; 0 means never")
     # Logging
-    wandb: str = flag("off", "also log to Weights & Biases", choices=("off", "online", "offline"))
-    dry_run: bool = flag(False, "print the plan and stop")
+    wandb: str = free("off", "also log to Weights & Biases", choices=("off", "online", "offline"))
+    dry_run: bool = free(False, "print the plan and stop")
 
     @property
     def run_name(self) -> str:

@@ -108,7 +108,7 @@ class GPTScorer:
             hidden,
             self.model.head.weight,
             targets,
-            config.constants.softcap,
+            config.softcap,
             vocab_size=config.vocab_size,
             with_argmax=with_argmax,
         )

@@ -16,13 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanochat.layers import Linear
-from nanochat.scaling import GPTConfig
+from nanochat.model_config import GPTConfig
 
 # Queries, keys and values -> (B, T, heads of the queries, width of the values).
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-HEAD_NORM_EPS = 1e-5
-VECTORS_STD = 0.1
 
 
 def initial_share(layer: int) -> float:
@@ -40,7 +37,7 @@ class Diff1(nn.Module):
     def __init__(self, config: GPTConfig, layer: int) -> None:
         """Leave the vectors uninitialised: (4, D/2), of which the shares are made."""
         super().__init__()
-        self.initial = initial_share(layer)
+        self.initial, self.eps = initial_share(layer), config.head_norm_eps
         self.vectors = nn.Parameter(torch.empty(4, config.qk_dim))
 
     def forward(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, attend: Attend) -> Tensor:
@@ -53,7 +50,7 @@ class Diff1(nn.Module):
         q1, k1, q2, k2 = self.vectors
         share = (q1 * k1).sum().exp() - (q2 * k2).sum().exp() + self.initial
         y = first - share.to(first.dtype) * second
-        return (1 - self.initial) * F.rms_norm(y, (y.size(-1),), eps=HEAD_NORM_EPS)
+        return (1 - self.initial) * F.rms_norm(y, (y.size(-1),), eps=self.eps)
 
 
 class Diff2(nn.Module):

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from nanochat.errors import UserError
 from nanochat.gpt import GPT
-from nanochat.scaling import GPTConfig
+from nanochat.model_config import GPTConfig
 from nanochat.tokenizer import Tokenizer
 
 Reason = Literal["stop", "length", "context"]

@@ -15,7 +15,7 @@ from nanochat.config import ExportArgs
 from nanochat.errors import UserError
 from nanochat.gpt import GPT
 from nanochat.hardware import Precision
-from nanochat.scaling import GPTConfig
+from nanochat.model_config import GPTConfig
 from nanochat.tokenizer import FILE_NAME, Tokenizer
 
 MODELING = "modeling_nanochat.py"
@@ -82,7 +82,6 @@ def _weights(model: GPT) -> dict[str, Tensor]:
 
 
 def _config(shape: GPTConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    recipe = shape.constants
     return {
         "model_type": "nanochat_export",
         "architectures": ["NanochatForCausalLM"],
@@ -100,12 +99,12 @@ def _config(shape: GPTConfig, tokenizer: Tokenizer) -> dict[str, Any]:
         "max_position_embeddings": shape.sequence_len,
         "windows": list(shape.windows),
         "value_layers": [layer for layer in range(shape.n_layer) if shape.has_value_embedding(layer)],
-        "value_gate_channels": shape.value_gate_channels,
-        "value_gate_scale": recipe.value_gate_scale,
-        "smear_gate_channels": shape.smear_gate_channels,
-        "score_scale": recipe.qk_scale**2 * shape.head_dim**-0.5,
-        "softcap": recipe.softcap,
-        "rope_base": recipe.rope_base,
+        "value_gate_channels": shape.value_gate_width,
+        "value_gate_scale": shape.value_gate_scale,
+        "smear_gate_channels": shape.smear_gate_width,
+        "score_scale": shape.qk_scale**2 * shape.head_dim**-0.5,
+        "softcap": shape.softcap,
+        "rope_base": shape.rope_base,
         "bos_token_id": tokenizer.bos_id,
         "eos_token_id": tokenizer.bos_id,
         "pad_token_id": tokenizer.bos_id,

@@ -20,16 +20,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from nanochat.attention import Layout, attention, block_masks, layout_of
-from nanochat.differential import VECTORS_STD, differential
+from nanochat.differential import differential
 from nanochat.hardware import Precision
 from nanochat.layers import Embedding, Linear, ReluSquared, norm, pair_rows, rotate
 from nanochat.loss import Reduction, softcapped_cross_entropy, token_losses
-from nanochat.scaling import GPTConfig
-
-HEAD_STD = 0.001
-BACKOUT_INIT = 0.2
-SMEAR_GATE_INIT = 0.02
-BIGRAM_SCALE_INIT = 0.05
+from nanochat.model_config import GPTConfig
 
 
 class DecodeCache(Protocol):
@@ -100,8 +95,8 @@ class Attention(nn.Module):
         self.backend = precision.attention
         self.kv_heads, self.head_dim, self.qk_dim = config.n_kv_head, config.head_dim, config.qk_dim
         # Queries and keys are both multiplied by qk_scale after their norm: its square goes on the scores.
-        self.scale = config.constants.qk_scale**2 * config.qk_dim**-0.5
-        self.gate_channels, self.gate_scale = config.value_gate_channels, config.constants.value_gate_scale
+        self.scale = config.qk_scale**2 * config.qk_dim**-0.5
+        self.gate_channels, self.gate_scale = config.value_gate_width, config.value_gate_scale
         kv_width = config.n_kv_head * config.head_dim
         self.q = Linear(config.n_embd, config.n_map * config.qk_dim, precision.fp8)
         self.k = Linear(config.n_embd, kv_width, precision.fp8)
@@ -212,7 +207,7 @@ class GPT(nn.Module):
         self._compiled: tuple[torch.Size, Callable[[Tensor], Tensor]] | None = None
         rows, kv_width = config.padded_vocab_size, config.n_kv_head * config.head_dim
         self.embed = Embedding(rows, config.n_embd, self.dtype)
-        self.smear_gate = Linear(config.smear_gate_channels, 1)
+        self.smear_gate = Linear(config.smear_gate_width, 1)
         self.smear_scale = nn.Parameter(torch.empty(()))
         self.backout_scale = nn.Parameter(torch.empty(()))
         self.resid_scale = nn.Parameter(torch.empty(config.n_layer))
@@ -235,7 +230,7 @@ class GPT(nn.Module):
         half = self.config.qk_dim // 2
         device = self.embed.weight.device
         frequency = torch.arange(half, dtype=torch.float32, device=device).div_(-half)
-        frequency = self.config.constants.rope_base**frequency
+        frequency = self.config.rope_base**frequency
         position = torch.arange(count, dtype=torch.float32, device=device)
         angle = torch.outer(position, frequency)[:, None, :]
         self.register_buffer("cos", angle.cos().to(self.dtype), persistent=False)
@@ -277,7 +272,7 @@ class GPT(nn.Module):
         shared = Shared(cos, sin, self.windows, layout, cache, pairs)
         x = norm(self.embed(ids))
         before = F.pad(x[:, :-1], (0, 0, 1, 0)) if cache is None else cache.shift(x)
-        gate = torch.sigmoid(self.smear_gate(x[..., : self.config.smear_gate_channels]))
+        gate = torch.sigmoid(self.smear_gate(x[..., : self.config.smear_gate_width]))
         x = x0 = x + self.smear_scale * gate * before
         middle = x
         whole_layers = self.recompute == "block" and cache is None and torch.is_grad_enabled()
@@ -351,7 +346,7 @@ class GPT(nn.Module):
             fp32 scalar, or (B, T) fp32.
         """
         hidden = self._hidden(ids).flatten(0, 1)
-        softcap, vocab_size = self.config.constants.softcap, self.config.vocab_size
+        softcap, vocab_size = self.config.softcap, self.config.vocab_size
         loss = softcapped_cross_entropy(
             hidden,
             self.head.weight,
@@ -366,7 +361,7 @@ class GPT(nn.Module):
     @torch.no_grad()
     def token_losses(self, ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """(B, T) losses in nats, 0 where the target is -1; (B, T) bool, target is the likeliest token."""
-        hidden, softcap = self(ids).flatten(0, 1), self.config.constants.softcap
+        hidden, softcap = self(ids).flatten(0, 1), self.config.softcap
         losses, is_argmax = token_losses(
             hidden, self.head.weight, targets.flatten(), softcap, self.config.vocab_size
         )
@@ -377,7 +372,7 @@ class GPT(nn.Module):
         hidden = self(ids, cache)
         if last_only:
             hidden = hidden[:, -1:]
-        softcap = self.config.constants.softcap
+        softcap = self.config.softcap
         z = F.linear(hidden, self.head.weight[: self.config.vocab_size].to(hidden.dtype)).float()
         return softcap * torch.tanh(z / softcap)
 
@@ -389,26 +384,25 @@ class GPT(nn.Module):
 @torch.no_grad()
 def _init_parameter(name: str, p: Tensor, config: GPTConfig, generator: torch.Generator) -> None:
     """Fill one parameter; a name that is not known here is our mistake."""
-    recipe = config.constants
     bound = math.sqrt(3 / config.n_embd)  # uniform with standard deviation C ** -0.5
     uniform = {
         "q": (-bound, bound),
         "k": (-bound, bound),
         "v": (-bound, bound),
         "out": (0.0, 0.0),
-        "up": (-bound * recipe.mlp_in_scale, bound * recipe.mlp_in_scale),
+        "up": (-bound * config.mlp_in_scale, bound * config.mlp_in_scale),
         "down": (0.0, 0.0),
-        "value_gate": (0.0, recipe.value_gate_init),
+        "value_gate": (0.0, config.value_gate_init),
         "share": (0.0, 0.0),
-        "smear_gate": (0.0, SMEAR_GATE_INIT),
+        "smear_gate": (0.0, config.smear_gate_init),
     }
     linear = {
-        "resid_scale": (recipe.resid_first, recipe.resid_last),
-        "x0_scale": (recipe.x0_first, recipe.x0_last),
-        "bigram_scale": (BIGRAM_SCALE_INIT, BIGRAM_SCALE_INIT),
+        "resid_scale": (config.resid_first, config.resid_last),
+        "x0_scale": (config.x0_first, config.x0_last),
+        "bigram_scale": (config.bigram_scale_init, config.bigram_scale_init),
     }
-    constant = {"smear_scale": 0.0, "backout_scale": BACKOUT_INIT, "bigram.weight": 0.0}
-    normal = {"embed.weight": recipe.embedding_std, "head.weight": HEAD_STD}
+    constant = {"smear_scale": 0.0, "backout_scale": config.backout_init, "bigram.weight": 0.0}
+    normal = {"embed.weight": config.embedding_std, "head.weight": config.head_std}
     if name in constant:
         p.fill_(constant[name])
     elif name in linear:
@@ -416,7 +410,7 @@ def _init_parameter(name: str, p: Tensor, config: GPTConfig, generator: torch.Ge
     elif name in normal:
         p.normal_(0, normal[name], generator=generator)
     elif name.endswith(".differential.vectors"):
-        p.normal_(0, VECTORS_STD, generator=generator)
+        p.normal_(0, config.share_vectors_std, generator=generator)
     elif name.startswith("value_embeds."):
         p.uniform_(-bound, bound, generator=generator)
     else:

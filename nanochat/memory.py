@@ -15,7 +15,8 @@ from nanochat.checkpoint import TrainState
 from nanochat.dataloader import Batch
 from nanochat.errors import UserError
 from nanochat.loss import CHUNK_ELEMENTS
-from nanochat.scaling import GPTConfig, Plan
+from nanochat.model_config import GPTConfig
+from nanochat.scaling import Plan
 from nanochat.world import World
 
 # Activations kept for the backward pass, in multiples of C a token and layer, counted by saved_tensors_hooks

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 REFERENCE_DEPTH = 12
 REFERENCE_WIDTH = 768
@@ -35,9 +36,68 @@ class GroupRecipe:
     scales_with_batch: bool = True
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """A complete set of constants. Defaults are July's."""
+@dataclass(frozen=True, kw_only=True)
+class ModelConstants:
+    """Constants of a model's mathematics and of its initial weights. Defaults are July's.
+
+    A recipe holds those that a new model gets, and `GPTConfig` holds a model's own: a checkpoint is computed
+    with the constants that it was trained with, whatever a recipe says by then.
+
+    Attributes:
+        document_mask: attention stays within documents.
+        rope_base: base of the rotary frequencies.
+        softcap: bound of the logits.
+        qk_scale: factor on queries and on keys after their norm.
+        short_window_divisor: a short window is the context over this, raised to `window_multiple`.
+        window_multiple: windows shorter than the context are raised to a multiple of this.
+        value_gate_channels: channels of the attention input that a value gate reads, at most.
+        value_gate_scale: factor on the gate of value embeddings.
+        value_gate_init: value gates begin uniform from 0 to this.
+        smear_gate_channels: channels of the embedding that the smear gate reads, at most.
+        smear_gate_init: the smear gate begins uniform from 0 to this.
+        embedding_std: standard deviation of the initial token embedding.
+        head_std: standard deviation of the initial output head.
+        mlp_in_scale: factor on the initial first matrix of every MLP.
+        resid_first: resid_scale of the first layer at the start.
+        resid_last: resid_scale of the last layer at the start; linear between.
+        x0_first: x0_scale of the first layer at the start.
+        x0_last: x0_scale of the last layer at the start; linear between.
+        backout_init: backout_scale at the start.
+        bigram_scale_init: bigram_scale of every layer at the start.
+        share_vectors_std: standard deviation of the initial vectors of diff1 attention.
+        head_norm_eps: added to the mean square in the norm of diff1 attention's heads.
+    """
+
+    document_mask: bool = False
+    rope_base: float = 100_000.0
+    softcap: float = 15.0
+    qk_scale: float = 1.2
+    short_window_divisor: int = 4
+    window_multiple: int = 128
+    value_gate_channels: int = 12
+    value_gate_scale: float = 3.0
+    value_gate_init: float = 0.02
+    smear_gate_channels: int = 24
+    smear_gate_init: float = 0.02
+    embedding_std: float = 0.8
+    head_std: float = 0.001
+    mlp_in_scale: float = 0.4
+    resid_first: float = 1.15
+    resid_last: float = 1.05
+    x0_first: float = 0.20
+    x0_last: float = 0.05
+    backout_init: float = 0.2
+    bigram_scale_init: float = 0.05
+    share_vectors_std: float = 0.1
+    head_norm_eps: float = 1e-5
+
+
+MODEL_CONSTANTS = tuple(item.name for item in dataclasses.fields(ModelConstants))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe(ModelConstants):
+    """A complete set of constants: those of the model, and those of its training. Defaults are July's."""
 
     # Horizon and batch (RECIPE 2.2)
     target_param_data_ratio: float = 12.0
@@ -78,22 +138,10 @@ class Recipe:
     momentum_warmup_steps: int = 400
     momentum_final: float = 0.90
     weight_decay_shape: str = "cosine"  # or "linear"
-    # Model
-    document_mask: bool = False  # attention stays within documents, asked or not
-    rope_base: float = 100_000.0
-    softcap: float = 15.0
-    qk_scale: float = 1.2
-    short_window_divisor: int = 4
-    value_gate_channels: int = 12
-    value_gate_scale: float = 3.0
-    value_gate_init: float = 0.02  # uniform from 0 to this
-    # Initial weights
-    embedding_std: float = 0.8
-    mlp_in_scale: float = 0.4
-    resid_first: float = 1.15
-    resid_last: float = 1.05
-    x0_first: float = 0.20
-    x0_last: float = 0.05
+
+    def model_constants(self) -> dict[str, Any]:
+        """The constants that a new model gets, by name."""
+        return {name: getattr(self, name) for name in MODEL_CONSTANTS}
 
     def matrix_group(self, optimizer: str) -> GroupRecipe:
         """The group of the block matrices under an optimizer: "muon", "soap" or "adamw"."""

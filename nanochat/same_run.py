@@ -1,22 +1,34 @@
-"""Whether a checkpoint is of the run that wants to go on from it. Pure."""
+"""Whether a checkpoint is of the run that wants to go on from it: the one place that refuses. Pure.
+
+What decides the weights or the data may not change. The dtype and fp8 are of that kind; the attention
+backend, torch.compile, recomputation and the number of ranks are not, although their sums are rounded in
+another order: they are how a machine computes, and a run may go on on another machine.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from nanochat.compatibility import completed
 from nanochat.config import TrainArgs
 from nanochat.errors import UserError
-from nanochat.scaling import GPTConfig, GroupPlan, Plan
-from nanochat.schedule import Schedule
+from nanochat.scaling import Plan
 
-# What a resumed run may not change: these decide the weights and the data. World size, micro-batch, cadences,
-# names and the machine are free. --extend lets the horizon through, with what follows from it.
-FIXED_ARGS = ("corpus", "keep_tails", "document_mask", "seed", "soap_every", "soap_sides", "z_loss")
-FIXED_PLAN = ("model", "batch_tokens", "lanes", "steps", "groups", "schedule")
-HORIZON = ("steps", "schedule.", "groups.matrix.weight_decay")
+HORIZON = ("steps", "schedule.", "groups.matrix.weight_decay")  # what --extend lets through
+
+
+def fixed_fields(cls: type[Any], names: Iterable[str]) -> list[str]:
+    """Those of the names that a resumed run may not change: all whose metadata does not say that it may.
+
+    The guard is closed by default: a new flag or field is fixed, and so is one of a later version that this
+    one does not know.
+    """
+    open_fields = {item.name for item in dataclasses.fields(cls) if "resume" in item.metadata}
+    return sorted(set(names) - open_fields)
 
 
 def _flat(value: Any, name: str) -> dict[str, Any]:
@@ -26,27 +38,12 @@ def _flat(value: Any, name: str) -> dict[str, Any]:
     return {leaf: v for key, inner in value.items() for leaf, v in _flat(inner, f"{name}.{key}").items()}
 
 
-def _filled(value: Any, cls: type[Any]) -> Any:
-    """The fields of a dataclass as a file holds them; one that is newer than the file has its default."""
-    if not isinstance(value, dict):
-        return value
-    known = {item.name: item.default for item in dataclasses.fields(cls)}
-    return {name: default for name, default in known.items() if default is not dataclasses.MISSING} | value
-
-
 def _fixed(plan: dict[str, Any], fingerprints: dict[str, str]) -> dict[str, Any]:
     """What may not change, by the name under which a difference is shown."""
-    args = _filled(plan["args"], TrainArgs)
-    groups = plan.get("groups")
-    if isinstance(groups, dict):
-        groups = {kind: _filled(group, GroupPlan) for kind, group in groups.items()}
-    plan = plan | {
-        "model": _filled(plan.get("model"), GPTConfig),
-        "schedule": _filled(plan.get("schedule"), Schedule),
-        "groups": groups,
-    }
-    out = {f"--{name.replace('_', '-')}": args.get(name) for name in FIXED_ARGS}
-    for name in FIXED_PLAN:
+    args = plan["args"]
+    out = {f"--{name.replace('_', '-')}": args[name] for name in fixed_fields(TrainArgs, args)}
+    known = [item.name for item in dataclasses.fields(Plan) if item.name != "args"]
+    for name in fixed_fields(Plan, known):
         out |= _flat(plan.get(name), name)
     return out | {f"{name} hash": value for name, value in fingerprints.items()}
 
@@ -68,8 +65,12 @@ def require_same_run(
     Raises:
         UserError: any other difference; each is shown with both values.
     """
+    saved = completed(meta["plan"])
+    asked_then, asked_now = saved["args"], dataclasses.asdict(plan.args)
+    if asked_then.get("dtype") == "auto":  # an early checkpoint, which does not say what auto was there
+        asked_then = asked_then | {"dtype": asked_now["dtype"]}
     # Through JSON, where tuples become lists.
-    then = json.loads(json.dumps(_fixed(meta["plan"], meta["fingerprints"])))
+    then = json.loads(json.dumps(_fixed(saved | {"args": asked_then}, meta["fingerprints"])))
     now = json.loads(json.dumps(_fixed(plan.to_dict(), fingerprints)))
     absent = "nothing"
     changed = {
@@ -79,12 +80,25 @@ def require_same_run(
     }
     allowed = {name for name in changed if plan.args.extend and name.startswith(HORIZON)}
     if refused := [text for name, text in changed.items() if name not in allowed]:
-        only_horizon = all(name.startswith(HORIZON) for name in changed)
-        advice = (
-            "Change the horizon with --extend, " if only_horizon else "Give the same arguments as before, "
-        )
+        advice = _advice(list(changed), asked_then, asked_now)
         raise UserError(
             f"{folder}: cannot be resumed, since these differ: {'; '.join(refused)}. "
             f"{advice}or start another run with --run."
         )
     return [changed[name] for name in sorted(allowed)]
+
+
+def _advice(changed: list[str], then: dict[str, Any], now: dict[str, Any]) -> str:
+    """What helps against the differences, from the flags that were given then and now."""
+    if all(name.startswith(HORIZON) for name in changed):
+        return "Change the horizon with --extend, "
+    if "groups.value_embedding.lr" in changed and "scalar_lr" not in then:
+        return (
+            "The version that made it left the value embeddings at the recipe's rate under --embedding-lr: "
+            "finish the run with that version, "
+        )
+    asked = [item.name for item in dataclasses.fields(TrainArgs) if item.metadata.get("resume") == "planned"]
+    in_plan = not any(name.startswith("--") or name.endswith(" hash") for name in changed)
+    if in_plan and all(then.get(name) == now[name] for name in asked):
+        return f"The recipe {now['recipe']!r} has changed since: put its constants back, "
+    return "Give the same arguments as before, "

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from nanochat.config import TrainArgs, require_possible
 from nanochat.errors import UserError
+from nanochat.model_config import GPTConfig, ParamCounts, count_params, flops_per_token, round_up
 from nanochat.recipe import (
     RECIPES,
     REFERENCE_BATCH_TOKENS,
@@ -22,152 +23,9 @@ from nanochat.recipe import (
 )
 from nanochat.schedule import Schedule, batch_units, units_until, window_share
 
-VOCAB_MULTIPLE = 64
-WINDOW_MULTIPLE = 128
 MAX_LANES = 16  # each opens with a block of about a million tokens: start-up time and memory
 MICRO_BATCH_CONTEXT = 2048  # context for which RECIPE 1.5 gives rows of a micro-batch
 ADAM_EPS = 1e-10
-
-
-def round_up(n: int, multiple: int) -> int:
-    """The smallest multiple that is not below n.
-
-    >>> round_up(770, 128)
-    896
-    """
-    return -(-n // multiple) * multiple
-
-
-@dataclass(frozen=True)
-class GPTConfig:
-    """Shape and constants of a model (RECIPE 1.1, 1.2, 2.4).
-
-    Attributes:
-        n_layer: number of blocks.
-        n_embd: model width C.
-        n_head: query heads.
-        n_kv_head: key and value heads; divides n_head.
-        head_dim: width D of a head, even.
-        vocab_size: entries of the tokenizer.
-        sequence_len: context length T.
-        window_pattern: S and L, tiled over layers; the last layer is always L.
-        recipe: name of the set of constants.
-        attention_kind: one of config.ATTENTION_KINDS.
-        bigram: whether pairs of neighbouring tokens have a table.
-    """
-
-    n_layer: int
-    n_embd: int
-    n_head: int
-    n_kv_head: int
-    head_dim: int
-    vocab_size: int
-    sequence_len: int
-    window_pattern: str = "SSSL"
-    recipe: str = "july"
-    attention_kind: str = "softmax"
-    bigram: bool = False
-
-    @property
-    def constants(self) -> Recipe:
-        """The constants of the recipe."""
-        return RECIPES[self.recipe]
-
-    @property
-    def padded_vocab_size(self) -> int:
-        """Rows of the tables: the vocabulary, raised to a multiple of 64."""
-        return round_up(self.vocab_size, VOCAB_MULTIPLE)
-
-    @property
-    def n_map(self) -> int:
-        """Attention maps of a layer, each with its own queries: two a head under differential attention."""
-        return self.n_head if self.attention_kind == "softmax" else 2 * self.n_head
-
-    @property
-    def qk_dim(self) -> int:
-        """Width of a query and of a key: under diff1 the two maps of a head share the width of the head."""
-        return self.head_dim // 2 if self.attention_kind == "diff1" else self.head_dim
-
-    @property
-    def windows(self) -> tuple[int, ...]:
-        """How many earlier tokens each layer sees beside the current one."""
-        full = self.sequence_len
-        short = min(full, round_up(-(-full // self.constants.short_window_divisor), WINDOW_MULTIPLE))
-        kinds = [self.window_pattern[i % len(self.window_pattern)] for i in range(self.n_layer - 1)] + ["L"]
-        return tuple(short if kind == "S" else full for kind in kinds)
-
-    def windows_at(self, share: float) -> tuple[int, ...]:
-        """The windows where layers have a share of their own, raised to a multiple of 128."""
-        return tuple(min(own, round_up(math.ceil(own * share), WINDOW_MULTIPLE)) for own in self.windows)
-
-    @property
-    def bigram_rows(self) -> int:
-        """Rows of the table of pairs, which share them by a hash: five times the vocabulary's (RECIPE 3)."""
-        return 5 * self.padded_vocab_size if self.bigram else 0
-
-    def has_value_embedding(self, layer: int) -> bool:
-        """Every other layer owns a value table, the last one included."""
-        return layer % 2 == (self.n_layer - 1) % 2
-
-    @property
-    def value_gate_channels(self) -> int:
-        """Channels of the attention input that the value gate reads."""
-        return min(self.constants.value_gate_channels, self.n_embd)
-
-    @property
-    def smear_gate_channels(self) -> int:
-        """Channels of the embedding that the smear gate reads (RECIPE 2.4)."""
-        return min(24, self.n_embd)
-
-
-@dataclass(frozen=True)
-class ParamCounts:
-    """Parameters by kind, padded rows included; the table of pairs is one of the value tables."""
-
-    matrix: int
-    unembedding: int
-    embedding: int
-    value_embedding: int
-    scalars: int
-
-    @property
-    def scaling(self) -> int:
-        """The N of the scaling rules: block matrices and output head."""
-        return self.matrix + self.unembedding
-
-    @property
-    def total(self) -> int:
-        """All parameters."""
-        return self.matrix + self.unembedding + self.embedding + self.value_embedding + self.scalars
-
-
-def count_params(c: GPTConfig) -> ParamCounts:
-    """Parameters of a model, without building it."""
-    q_width, out_width, kv_width = c.n_map * c.qk_dim, c.n_head * c.head_dim, c.n_kv_head * c.head_dim
-    value_layers = sum(c.has_value_embedding(i) for i in range(c.n_layer))
-    shares = c.n_head if c.attention_kind == "diff2" else 0
-    attention = c.n_embd * (q_width + out_width + 2 * kv_width + shares)
-    share_vectors = 4 * c.qk_dim if c.attention_kind == "diff1" else 0
-    mlp = 2 * c.n_embd * 4 * c.n_embd
-    gates = value_layers * c.n_kv_head * c.value_gate_channels
-    table = c.padded_vocab_size * c.n_embd
-    return ParamCounts(
-        matrix=c.n_layer * (attention + mlp) + gates,
-        unembedding=table,
-        embedding=table,
-        value_embedding=value_layers * c.padded_vocab_size * kv_width + c.bigram_rows * c.n_embd,
-        scalars=c.n_layer * (2 + c.bigram + share_vectors) + c.smear_gate_channels + 2,
-    )
-
-
-def flops_per_token(c: GPTConfig) -> float:
-    """Training FLOPs a token (RECIPE 1.5): 6 a matmul weight, 12 C min(window, T) a layer for attention.
-
-    Of the 12 C, 6 are for scores and 6 for values: diff1 takes the second twice (5.2), diff2 both.
-    """
-    width = c.n_map * (c.qk_dim + c.head_dim)
-    attention = sum(6 * width * min(window, c.sequence_len) for window in c.windows)
-    return 6 * count_params(c).scaling + attention
 
 
 @dataclass(frozen=True)
@@ -182,9 +40,16 @@ class GroupPlan:
     weight_decay: float
 
 
-@dataclass(frozen=True)
+def _not_compared() -> Any:
+    """A field of Plan that a resumed run may change, or that follows from those that it may not."""
+    return field(metadata={"resume": "free"})
+
+
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """Everything derived from the arguments. config.json holds it whole.
+
+    A resumed run has to have the plan that it began with, but for the fields made by `_not_compared`.
 
     Attributes:
         args: what was asked.
@@ -199,24 +64,26 @@ class Plan:
         lanes: independent streams of data.
         steps: optimizer steps.
         groups: how each kind of parameter is updated.
+        polar_norm_factor: Muon's safety factor on the norm before Polar Express.
         schedule: shape of the run over its steps.
         notices: what was adjusted, for the console.
     """
 
     args: TrainArgs
-    world_size: int
+    world_size: int = _not_compared()
     model: GPTConfig
-    params: ParamCounts
-    flops_per_token: float
+    params: ParamCounts = _not_compared()
+    flops_per_token: float = _not_compared()
     batch_tokens: int
     batch_rows: int
-    device_batch_size: int
-    grad_accum_steps: int
+    device_batch_size: int = _not_compared()
+    grad_accum_steps: int = _not_compared()
     lanes: int
     steps: int
     groups: dict[str, GroupPlan]
+    polar_norm_factor: float
     schedule: Schedule
-    notices: tuple[str, ...]
+    notices: tuple[str, ...] = _not_compared()
 
     @property
     def tokens(self) -> int:
@@ -248,7 +115,7 @@ class Plan:
 def model_config(args: TrainArgs, vocab_size: int, depth: int) -> GPTConfig:
     """The model of a depth: width = depth * aspect ratio raised to whole heads (RECIPE 1.1)."""
     width = round_up(depth * args.aspect_ratio, args.head_dim)
-    heads = width // args.head_dim
+    heads, recipe = width // args.head_dim, RECIPES[args.recipe]
     return GPTConfig(
         n_layer=depth,
         n_embd=width,
@@ -261,6 +128,7 @@ def model_config(args: TrainArgs, vocab_size: int, depth: int) -> GPTConfig:
         recipe=args.recipe,
         attention_kind=args.attention_kind,
         bigram=args.bigram,
+        **recipe.model_constants() | {"document_mask": args.document_mask or recipe.document_mask},
     )
 
 
@@ -306,6 +174,7 @@ def plan(args: TrainArgs, vocab_size: int, world_size: int = 1) -> Plan:
         lanes=math.gcd(rows, MAX_LANES),
         steps=steps,
         groups=_groups(args, recipe, model.n_embd, batch_tokens, weight_decay),
+        polar_norm_factor=recipe.polar_norm_factor,
         schedule=_schedule(args, recipe, steps, weight_decay),
         notices=notices,
     )
@@ -317,9 +186,9 @@ def with_micro_batch(p: Plan, rows: int) -> Plan:
     return dataclasses.replace(p, device_batch_size=rows, grad_accum_steps=p.batch_tokens // micro_tokens)
 
 
-def masks_documents(args: TrainArgs) -> bool:
-    """Whether attention stays within documents: asked for, or by the recipe."""
-    return args.document_mask or RECIPES[args.recipe].document_mask
+def with_precision(p: Plan, dtype: str, fp8: bool) -> Plan:
+    """The same plan with the dtype that "auto" has become here: it decides the weights."""
+    return dataclasses.replace(p, args=dataclasses.replace(p.args, dtype=dtype, fp8=fp8))
 
 
 def _batch_tokens(recipe: Recipe, horizon_share: float) -> int:
@@ -372,8 +241,16 @@ def _split_batch(
 def _groups(
     args: TrainArgs, recipe: Recipe, width: int, batch_tokens: int, matrix_weight_decay: float
 ) -> dict[str, GroupPlan]:
-    """Learning rates of every kind of parameter: base x width rule x batch rule (RECIPE 1.3, 2.2)."""
+    """Learning rates of every kind of parameter: base x width rule x batch rule (RECIPE 1.3, 2.2).
+
+    One flag moves the rates of both kinds of embedding, and one those of both kinds of residual scalar, which
+    keep the ratio that the recipe has: as in karpathy/nanochat.
+    """
     asked = {"matrix": args.matrix_lr, "embedding": args.embedding_lr, "unembedding": args.unembedding_lr}
+    if args.embedding_lr is not None:
+        asked["value_embedding"] = args.embedding_lr * (recipe.value_embedding.lr / recipe.embedding.lr)
+    if args.scalar_lr is not None:
+        asked |= {"x0": args.scalar_lr, "resid": args.scalar_lr * (recipe.resid.lr / recipe.x0.lr)}
 
     def group(kind: str, base: GroupRecipe, optimizer: str = "adamw") -> GroupPlan:
         given = asked.get(kind)

@@ -39,7 +39,7 @@ def create_state(
 ) -> TrainState:
     """A run at step 0: initial weights from the seed, empty moments, the beginning of the data."""
     with torch.device("meta"):
-        model = GPT(plan.model, precision, tokenizer.bos_id if scaling.masks_documents(plan.args) else None)
+        model = GPT(plan.model, precision, tokenizer.bos_id if plan.model.document_mask else None)
     model.to_empty(device=world.device)
     model.init_weights(plan.args.seed)
     model.recompute = plan.args.recompute
@@ -50,7 +50,7 @@ def create_state(
         plan.groups,
         world,
         precision.compute_dtype,
-        plan.model.constants.polar_norm_factor,
+        plan.polar_norm_factor,
         MatrixOptions(plan.args.soap_every, plan.args.soap_sides),
     )
     loader = TrainLoader(
@@ -168,6 +168,7 @@ def run(
     Raises:
         UserError: the base directory cannot be written, or the checkpoint to go on from is of another run.
     """
+    plan = scaling.with_precision(plan, str(precision.compute_dtype).removeprefix("torch."), precision.fp8)
     folder = files.run_dir(plan.args.run_name)
     fingerprints = {"corpus": corpus.fingerprint, "tokenizer": tokenizer.fingerprint}
     start = starting_point(plan, world)

@@ -25,7 +25,7 @@ def main() -> None:
             ranks.print0(json.dumps(plan.to_dict(), indent=2))
             return
         corpus = Corpus.open(args.corpus)
-        shape = AttentionShape.of(plan.model, scaling.masks_documents(args))
+        shape = AttentionShape.of(plan.model, plan.model.document_mask)
         precision, reason = backends.choose_precision(
             ranks.device, args.dtype, args.attention, args.fp8, shape, ranks
         )

@@ -34,8 +34,8 @@ LAYERS = (
         "stopping",
     )
     + ("loop", "links", "replicas", "watchdog"),
-    ("flags", "config", "recipe", "schedule", "scaling", "tokenizer", "checksums", "token_shards")
-    + ("shards", "packing")
+    ("flags", "config", "recipe", "schedule", "model_config", "scaling")
+    + ("tokenizer", "checksums", "token_shards", "shards", "packing")
     + ("core_stats", "core_results", "core_batches", "run_files"),
     ("arrival", "corpora", "hub", "dataset", "sdpa", "attention", "attention_times", "backends")
     + (
@@ -55,6 +55,7 @@ LAYERS = (
         "core_prompts",
         "core_tokens",
         "checkpoint_files",
+        "compatibility",
         "same_run",
     ),
     ("lanes", "dataloader", "gpt", "tok_train", "tok_eval"),
@@ -74,6 +75,7 @@ PURE = (
     "config",
     "recipe",
     "schedule",
+    "model_config",
     "scaling",
     "charts",
     "report",

@@ -11,7 +11,8 @@ from nanochat.engine import KVCache
 from nanochat.errors import UserError
 from nanochat.gpt import GPT
 from nanochat.layers import pair_rows
-from nanochat.scaling import count_params, flops_per_token, model_config
+from nanochat.model_config import count_params, flops_per_token
+from nanochat.scaling import model_config
 from tests.dist.launch import digest, losses
 from tests.dist.world import train_world
 from tests.reference_model import reference_loss, reference_pairs

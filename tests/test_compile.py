@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import types
 from pathlib import Path
@@ -11,8 +12,9 @@ import pytest
 import torch
 import torch._dynamo.testing
 
-from nanochat import files, hardware, reporter, scaling, train
+from nanochat import files, hardware, reporter, train
 from nanochat.errors import UserError
+from nanochat.recipe import RECIPES
 from nanochat.runlog import read_metrics
 from tests.tiny import tiny_corpus, train_tiny
 
@@ -71,7 +73,8 @@ def test_nothing_is_compiled_after_the_first_step(monkeypatch: pytest.MonkeyPatc
 def test_windows_that_grow_are_compiled_before_the_first_step_and_that_is_no_time_of_training(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(scaling, "WINDOW_MULTIPLE", 4)
+    short = dataclasses.replace(RECIPES["speedrun-124m"], window_multiple=4)
+    monkeypatch.setitem(RECIPES, "speedrun-124m", short)
     clock = [0.0]
     counter = torch._dynamo.testing.CompileCounter()  # type: ignore[no-untyped-call]
     graphs: dict[int, int] = {}

@@ -16,7 +16,7 @@ from nanochat.core_tokens import Prompts
 from nanochat.errors import UserError
 from nanochat.gpt import GPT
 from nanochat.hardware import Precision
-from nanochat.scaling import GPTConfig
+from nanochat.model_config import GPTConfig
 from nanochat.stopping import Stopped
 from nanochat.tokenizer import PATTERN
 from nanochat.world import World
@@ -221,9 +221,7 @@ class Fixed:
     class config:
         sequence_len = 64
         vocab_size = 0
-
-        class constants:
-            softcap = 15.0
+        softcap = 15.0
 
     def __init__(self, table):
         self.head = torch.nn.Linear(1, 1)

@@ -13,8 +13,9 @@ from nanochat.engine import Engine, KVCache, Sampling
 from nanochat.errors import UserError
 from nanochat.gpt import GPT
 from nanochat.hardware import Precision
+from nanochat.model_config import count_params, flops_per_token
 from nanochat.runlog import read_metrics
-from nanochat.scaling import count_params, flops_per_token, model_config
+from nanochat.scaling import model_config
 from tests.reference_model import reference_logits
 from tests.test_attention import several_documents
 from tests.test_engine import BOS, ByteTokenizer, greedy_by_full_forward

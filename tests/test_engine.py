@@ -7,7 +7,7 @@ from nanochat.engine import Engine, KVCache, Sampling, choose_tokens, sample_tex
 from nanochat.errors import UserError
 from nanochat.gpt import GPT
 from nanochat.hardware import Precision
-from nanochat.scaling import GPTConfig
+from nanochat.model_config import GPTConfig
 
 BOS = 256
 

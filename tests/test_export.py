@@ -9,7 +9,7 @@ from nanochat.config import ExportArgs
 from nanochat.errors import UserError
 from nanochat.gpt import GPT
 from nanochat.hardware import Precision
-from nanochat.scaling import GPTConfig
+from nanochat.model_config import GPTConfig
 from nanochat.tokenizer import Tokenizer
 
 TEXT = "the cat sat on a mat and saw two dogs near their red house\n\n  while 12 rains fell. "

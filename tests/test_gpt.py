@@ -9,7 +9,8 @@ import torch._dynamo.testing
 from nanochat.config import TrainArgs
 from nanochat.gpt import GPT
 from nanochat.hardware import Precision
-from nanochat.scaling import GPTConfig, count_params, model_config, plan
+from nanochat.model_config import GPTConfig, count_params
+from nanochat.scaling import model_config, plan
 from tests.reference_model import reference_logits, reference_loss
 
 FP32 = Precision(torch.float32, "sdpa")

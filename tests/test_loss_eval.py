@@ -10,7 +10,7 @@ from nanochat.errors import UserError
 from nanochat.gpt import GPT
 from nanochat.hardware import Precision
 from nanochat.loss_eval import evaluate, profile_bpb
-from nanochat.scaling import GPTConfig
+from nanochat.model_config import GPTConfig
 from nanochat.stopping import Stopped
 from nanochat.world import World
 

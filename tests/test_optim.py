@@ -8,8 +8,9 @@ import torch._dynamo.testing
 
 from nanochat.errors import UserError
 from nanochat.hardware import Precision
+from nanochat.model_config import GPTConfig
 from nanochat.optim import SMALL_ELEMENTS, MuonAdamW
-from nanochat.scaling import GPTConfig, GroupPlan
+from nanochat.scaling import GroupPlan
 from nanochat.update_rules import muon_update, polar_express
 from nanochat.world import World
 from tests.reference_model import ReferenceOptimizer, reference_loss

@@ -10,7 +10,8 @@ import pytest
 
 from nanochat.config import TrainArgs
 from nanochat.errors import UserError
-from nanochat.scaling import count_params, describe, flops_per_token, model_config, plan
+from nanochat.model_config import count_params, flops_per_token
+from nanochat.scaling import describe, model_config, plan
 
 # RECIPE 2.3: n, N (M), log2 B, LR multiplier, weight decay, steps, tokens (billions), GFLOP a token, FLOPs
 JULY_TABLE = [

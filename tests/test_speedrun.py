@@ -16,6 +16,7 @@ from nanochat.config import TrainArgs
 from nanochat.errors import UserError
 from nanochat.gpt import GPT
 from nanochat.hardware import Precision
+from nanochat.recipe import RECIPES, Recipe
 from nanochat.world import World
 from tests.dist.launch import digest, lines, losses
 from tests.dist.world import run_ranks, train_rank
@@ -26,9 +27,14 @@ from tests.tiny import tiny_args, tiny_corpus, train_tiny
 RACE: dict[str, Any] = {"recipe": "speedrun-124m", "total_batch_size": 768, "device_batch_size": 2}
 
 
+def small_windows() -> Recipe:
+    """The recipe with windows for which a tiny context has room."""
+    return dataclasses.replace(RECIPES["speedrun-124m"], window_multiple=4)
+
+
 @pytest.fixture(autouse=True)
 def corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scaling, "WINDOW_MULTIPLE", 4)
+    monkeypatch.setitem(RECIPES, "speedrun-124m", small_windows())
     tiny_corpus(tmp_path)
 
 
@@ -83,7 +89,7 @@ def test_a_resumed_run_is_the_same_run_to_the_bit(at: int, monkeypatch: pytest.M
 
 def race_rank(world: World, changes: dict[str, Any], stop_at: int | None) -> None:
     """`train_rank` with the windows of `corpus`, which other processes do not have of it."""
-    scaling.WINDOW_MULTIPLE = 4
+    RECIPES["speedrun-124m"] = small_windows()
     train_rank(world, changes, stop_at)
 
 
@@ -109,8 +115,8 @@ def test_documents_are_masked_without_asking() -> None:
     assert isinstance(model, GPT)
     assert model.document_bos == tokenizer.bos_id
     assert model.windows == (8, 32)
-    assert scaling.masks_documents(TrainArgs(document_mask=True))
-    assert not scaling.masks_documents(TrainArgs())
+    assert scaling.plan(TrainArgs(document_mask=True), 512).model.document_mask
+    assert not scaling.plan(TrainArgs(), 512).model.document_mask
 
 
 # -----------------------------------------------------------------------------

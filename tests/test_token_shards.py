@@ -20,7 +20,7 @@ from nanochat.checksums import ChecksummedFile
 from nanochat.dataloader import ValBatches, epochs_for
 from nanochat.dataset import Corpus
 from nanochat.errors import UserError
-from nanochat.scaling import round_up
+from nanochat.model_config import round_up
 from nanochat.tokenizer import GPT2_PATTERN, Tokenizer
 from nanochat.world import World
 from tests.hub_server import Hub, fetch

@@ -100,7 +100,7 @@ def measure_step(plan: Plan, rows: int, precision: Precision) -> tuple[float, fl
     model.init_weights(0)
     model.compile_for(rows)
     params, kinds = dict(model.named_parameters()), model.parameter_kinds()
-    norm_factor = plan.model.constants.polar_norm_factor
+    norm_factor = plan.polar_norm_factor
     optimizer = MuonAdamW(params, kinds, plan.groups, World.solo(), torch.bfloat16, norm_factor)
     ids, targets = torch.randint(0, VOCAB, (2, rows, T), device=CUDA).unbind()
     micro_batches = plan.batch_rows // rows

@@ -34,7 +34,7 @@ WAYS = ("ours", "theirs")
 
 def unfused_loss(model: GPT, ids: Tensor, targets: Tensor) -> Tensor:
     """The textbook formula on all logits at once."""
-    softcap = model.config.constants.softcap
+    softcap = model.config.softcap
     logits = F.linear(model(ids), model.head.weight.to(model.dtype)).float()
     logits = softcap * torch.tanh(logits / softcap)
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)

@@ -75,7 +75,7 @@ class RandomBatches:
 
 def unfused_loss(model: GPT, ids: Tensor, targets: Tensor) -> Tensor:
     """The loss by its formula."""
-    cap = model.config.constants.softcap
+    cap = model.config.softcap
     logits = F.linear(model(ids), model.head.weight.to(model.dtype)).float()
     logits = cap * torch.tanh(logits / cap)
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
@@ -88,7 +88,7 @@ def measure(way: str) -> dict[str, float]:
     model = GPT(plan.model, Precision(dtype, "sdpa"))
     model.init_weights(0)
     world = World.solo()
-    kinds, factor = model.parameter_kinds(), plan.model.constants.polar_norm_factor
+    kinds, factor = model.parameter_kinds(), plan.polar_norm_factor
     optimizer = MuonAdamW(dict(model.named_parameters()), kinds, plan.groups, world, dtype, factor)
     loader: Any = RandomBatches(plan)
     state = TrainState(0, model, optimizer, loader, LossScale(dtype, device))
