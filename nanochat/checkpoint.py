@@ -39,6 +39,19 @@ from nanochat.world import World
 MAX_POSITIONS = 1 << 20  # rotary tables of more are refused: they are made, so no file's length bounds them
 
 
+@dataclass(frozen=True)
+class MicroBatch:
+    """The micro-batch of a run when its checkpoint was made: the order of the sums, so the last bits of it.
+
+    Attributes:
+        rows: of one rank.
+        asked: what --device-batch-size said, if anything.
+    """
+
+    rows: int
+    asked: int | None
+
+
 @dataclass
 class TrainState:
     """A run between two steps. What is not in it is not part of the run.
@@ -57,6 +70,8 @@ class TrainState:
         val_bpb: newest validation bits per byte, or None before the first.
         min_val_bpb: lowest so far.
         val_loss: newest validation loss, nats per token.
+        resumed: the micro-batch of the checkpoint that the run has gone on from, which `memory.plan_memory`
+            keeps; that of now is the loader's, which halves it where memory runs out.
     """
 
     step: int
@@ -70,6 +85,7 @@ class TrainState:
     val_bpb: float | None = None
     min_val_bpb: float | None = None
     val_loss: float | None = None
+    resumed: MicroBatch | None = None
 
 
 COUNTERS = ("step", "skipped_steps", "smoothed_loss", "train_seconds", "val_bpb", "min_val_bpb", "val_loss")
@@ -113,6 +129,7 @@ def take(state: TrainState, plan: Plan, fingerprints: dict[str, str], world: Wor
         optimizer,
         {
             **{name: getattr(state, name) for name in COUNTERS},
+            "device_batch_size": state.loader.device_batch_size,
             "loader": loader,
             "loss_scale": state.loss_scale.state(),
             "fingerprints": fingerprints,
@@ -145,6 +162,7 @@ def load(state: TrainState, folder: Path, plan: Plan, fingerprints: dict[str, st
     meta = checkpoint_files.read_state(folder)
     extended = require_same_run(meta, plan, fingerprints, folder)
     _require_counters(meta, folder)
+    state.resumed = MicroBatch(_rows(meta), meta["plan"]["args"].get("device_batch_size"))
     weights = checkpoint_files.read_tensors(folder / MODEL)
     _require_fit(weights, state.model, folder / MODEL)
     _copy_weights(state.model, weights)
@@ -162,6 +180,11 @@ def load(state: TrainState, folder: Path, plan: Plan, fingerprints: dict[str, st
     return extended
 
 
+def _rows(meta: dict[str, Any]) -> Any:
+    """Rows of a micro-batch; early checkpoints have them in the plan alone."""
+    return meta.get("device_batch_size", meta["plan"].get("device_batch_size"))
+
+
 def _require_counters(meta: dict[str, Any], folder: Path) -> None:
     numbers = [meta.get(name) for name in COUNTERS]
     scale = meta.get("loss_scale", [])
@@ -173,6 +196,8 @@ def _require_counters(meta: dict[str, Any], folder: Path) -> None:
         or type(meta["step"]) is not int
         or folder.name != f"step_{meta['step']:06d}"
         or not isinstance(meta.get("loader"), dict)
+        or type(_rows(meta)) is not int
+        or _rows(meta) < 1
     ):
         raise UserError(f"{folder / STATE}: its counters are {numbers}. Use another checkpoint.")
 

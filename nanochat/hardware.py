@@ -216,11 +216,22 @@ def available_memory_bytes(device: torch.device) -> int | None:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return _meminfo("MemAvailable") if device.type == "cpu" else None
+
+
+def total_memory_bytes(device: torch.device) -> int | None:
+    """All memory of the GPU where there is one, else of the machine; None if not told."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    return _meminfo("MemTotal") if device.type == "cpu" else None
+
+
+def _meminfo(name: str) -> int | None:
     info = Path("/proc/meminfo")
-    if device.type != "cpu" or not info.exists():
+    if not info.exists():
         return None
     lines = dict(line.split(":", 1) for line in info.read_text("utf-8").splitlines())
-    return int(lines["MemAvailable"].split()[0]) * 1024 if "MemAvailable" in lines else None
+    return int(lines[name].split()[0]) * 1024 if name in lines else None
 
 
 def peak_memory_bytes(device: torch.device) -> int:

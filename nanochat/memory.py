@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from nanochat import hardware
-from nanochat.checkpoint import TrainState
+from nanochat.checkpoint import MicroBatch, TrainState
 from nanochat.dataloader import Batch
 from nanochat.errors import UserError
 from nanochat.loss import CHUNK_ELEMENTS
@@ -119,16 +119,19 @@ def measure(plan: Plan, state: TrainState, world: World, dtype: torch.dtype) -> 
 def plan_memory(plan: Plan, state: TrainState, world: World, dtype: torch.dtype) -> MemoryPlan:
     """The rows of a micro-batch that fit every rank, the plan's at most, and what they need.
 
-    A size that was asked for is kept. On CUDA each rank measures a step of one and of two rows, and the rest
-    follows on a line; elsewhere the shape of the model tells.
+    A size that was asked for is kept. So is that of the checkpoint that a run goes on from, whatever memory
+    is free now, since other rows add up in another order: it gives way only where the whole device is too
+    small for it. On CUDA each rank measures a step of one and of two rows, and the rest follows on a line;
+    elsewhere the shape of the model tells.
     """
-    rows_per_rank = plan.batch_rows // world.size
     known = estimate(plan, 1, dtype, world.device.type)
-    free = hardware.available_memory_bytes(world.device)
-    # Parameters and moments are there already.
-    budget = None if free is None else free + known.optimizer + 4 * plan.params.total
-    asked = plan.args.device_batch_size is not None
-    measured = measure(plan, state, world, dtype) if world.device.type == "cuda" and not asked else []
+    kept = _kept(plan, state)
+    asked = kept.asked if kept else plan.args.device_batch_size
+    free = (hardware.total_memory_bytes if kept else hardware.available_memory_bytes)(world.device)
+    # Parameters and moments are in memory already; the whole of a device has room for them, too.
+    there = 0 if kept else known.optimizer + 4 * plan.params.total
+    budget = None if free is None or asked is not None else free + there
+    measured = measure(plan, state, world, dtype) if world.device.type == "cuda" and asked is None else []
 
     def of(rows: int) -> MemoryPlan:
         if not measured:
@@ -136,19 +139,34 @@ def plan_memory(plan: Plan, state: TrainState, world: World, dtype: torch.dtype)
         one, two = (found.activations for found in measured)
         return dataclasses.replace(measured[0], rows=rows, activations=one + (rows - 1) * max(0, two - one))
 
-    rows = plan.device_batch_size
-    while not asked and budget is not None and rows > 1 and of(rows).total > USABLE * budget:
+    rows_per_rank = plan.batch_rows // world.size
+    rows = divisor_below(rows_per_rank, kept.rows + 1) if kept else plan.device_batch_size
+    while budget is not None and rows > 1 and of(rows).total > USABLE * budget:
         rows = divisor_below(rows_per_rank, rows)
-    return of(-world.highest(-rows))
+    found = of(-world.highest(-rows))
+    if state.resumed is not None and found.rows != state.resumed.rows:
+        world.print0(
+            f"micro-batches of {found.rows} rows, of {state.resumed.rows} before: sums are rounded in "
+            "another order, so the weights will not be, to the bit, those of a run that never stopped"
+        )
+    return found
+
+
+def _kept(plan: Plan, state: TrainState) -> MicroBatch | None:
+    """The micro-batch of the checkpoint, unless another one is asked for than was asked for then."""
+    asked = plan.args.device_batch_size
+    if state.resumed is None or (asked is not None and asked != state.resumed.asked):
+        return None
+    return state.resumed
 
 
 def divisor_below(whole: int, n: int) -> int:
-    """The largest divisor of `whole` below n.
+    """The largest divisor of `whole` below n, which is above 1.
 
     >>> divisor_below(24, 12), divisor_below(7, 7)
     (8, 1)
     """
-    return next(d for d in range(n - 1, 0, -1) if whole % d == 0)
+    return next(d for d in range(min(n - 1, whole), 0, -1) if whole % d == 0)
 
 
 def is_out_of_memory(error: Exception) -> bool:
