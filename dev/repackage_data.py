@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import os
 import shutil
 import struct
 from collections import deque
@@ -169,7 +168,7 @@ def repackage(
     files.require_writable(folder.parent)
     files.sweep_temporaries(folder.parent)
     what = source.dataset or f"{len(source.paths)} local files"
-    scratch = folder.parent / f".tmp-spill-{name}.{os.getpid()}"
+    scratch = files.temporary(folder.parent / f"spill-{name}")
     scratch.mkdir()
     try:
         spill = Spill(scratch, buckets, seed)

@@ -1,8 +1,9 @@
 """A download under way, as other processes see it: its staging folder, kept fresh while it lives.
 
-Shards are fetched into `.tmp-fetch.<pid>` beside their place, verified there, and renamed: at its own name a
-shard is whole and right. The folder's time is renewed every few seconds, so that a reader who misses a shard
-can tell one that is on its way from one that nobody fetches; on the same machine or over a shared disk.
+Shards are fetched into `.tmp-fetch@<machine>.<pid>` beside their place, verified there, and renamed: at its
+own name a shard is whole and right. The folder's time is renewed every few seconds, so that a reader who
+misses a shard can tell one that is on its way from one that nobody fetches; on the same machine or over a
+shared disk, whose clock is asked: ours may differ from it, or be set back.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 from nanochat import files
 from nanochat.checksums import BrokenFileError
 
-PATTERN = ".tmp-fetch.*"
+PATTERN = f".tmp-{files.FETCHED}*"  # earlier releases put no machine into the name
 BEAT_S = 2.0  # between renewals
 STALE_S = 60.0  # without one: the download is dead
 BEGIN_S = 15.0  # a download started a moment ago may still be loading its libraries
@@ -29,11 +30,11 @@ POLL_S = 0.5
 @contextlib.contextmanager
 def staging(folder: Path) -> Iterator[Path]:
     """Yield a folder within `folder` to fetch into; what dead downloads left there is deleted first."""
-    stage = folder / f".tmp-fetch.{os.getpid()}"
+    stage = files.temporary(folder / files.FETCHED)
     folder.mkdir(parents=True, exist_ok=True)
     files.sweep_temporaries(folder)
     for left in folder.glob(PATTERN):
-        if left == stage or not _is_fresh(left):
+        if left == stage or not _lives(left):
             shutil.rmtree(left, ignore_errors=True)
     stage.mkdir()
     ended = threading.Event()
@@ -55,14 +56,16 @@ def staging(folder: Path) -> Iterator[Path]:
 
 def is_under_way(folder: Path) -> bool:
     """True if a download into `folder` lives."""
-    return any(_is_fresh(stage) for stage in folder.glob(PATTERN))
+    return any(_lives(stage) for stage in folder.glob(PATTERN))
 
 
-def _is_fresh(stage: Path) -> bool:
+def _lives(stage: Path) -> bool:
+    """Whether a stage is renewed: its time is about now, neither long ago nor in the future."""
     try:
-        return time.time() - stage.stat().st_mtime < STALE_S
+        age_s = files.disk_time(stage.parent) - stage.stat().st_mtime
     except OSError:
         return False
+    return abs(age_s) < STALE_S and not files.is_abandoned(stage)
 
 
 def has_begun(folder: Path) -> bool:

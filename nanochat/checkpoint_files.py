@@ -99,7 +99,7 @@ class Snapshot:
         """
         started = time.monotonic()
         self._require_space()
-        files.sweep_temporaries(self.folder.parent, own=True)
+        files.sweep_temporaries(self.folder.parent, owned="*")
         with files.atomic_dir(self.folder) as temporary:
             save_tensors(temporary / MODEL, self.model)
             save_tensors(temporary / OPTIMIZER, self.optimizer)

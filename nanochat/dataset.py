@@ -31,7 +31,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from nanochat import arrival, config, corpora, files, hub, shards, token_shards
+from nanochat import arrival, config, corpora, files, hub, locks, shards, token_shards
 from nanochat.checksums import BrokenFileError, ChecksummedFile
 from nanochat.errors import UserError, cli
 from nanochat.progress import bytes_bar
@@ -276,13 +276,15 @@ def prepare(
             f"For files of your own: --corpus local --name {corpus} --files FILES."
         )
     files.require_writable(folder.parent)
-    files.sweep_temporaries(folder.parent)
-    if corpus == "stdlib":
-        _prepare_stdlib(folder)
-    elif corpus == "local":
-        _prepare_local(folder, named_files, val_file)
-    else:
+    if corpus in hub.HUB_CORPORA:
+        files.sweep_temporaries(folder.parent)
         return _prepare_hub(folder, corpus, num_shards, first)
+    with locks.held(files.corpus_lock(folder.name), f"corpus {folder.name!r}", wait=True):
+        files.sweep_temporaries(folder.parent, owned=folder.name)
+        if corpus == "stdlib":
+            _prepare_stdlib(folder)
+        else:
+            _prepare_local(folder, named_files, val_file)
     return Corpus.open(folder.name)
 
 

@@ -7,12 +7,15 @@ own name it is whole or it is not there.
 from __future__ import annotations
 
 import contextlib
+import fnmatch
+import functools
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
-import tempfile
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +25,9 @@ from nanochat import typed_json
 from nanochat.errors import UserError
 
 COPY_BYTES = 1 << 20
+MADE_BY = re.compile(r"\.(?:tmp|old)-(?P<name>.+?)(?:@(?P<place>[0-9a-f]{8}))?\.(?P<pid>[0-9]+)")
+FETCHED = "fetch"  # the name of what `arrival` judges by a rule of its own
+ABANDONED_S = 86_400.0
 MAKE_AGAIN = "It is damaged; make it again."
 NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
 NAME_RULE = "up to 128 letters (a-z, A-Z), digits, '-', '_' and '.', not beginning with '.'"
@@ -77,6 +83,11 @@ def _named(folder: str, name: str) -> Path:
 def data_dir(corpus: str) -> Path:
     """Folder of a corpus: manifest.json and its shards."""
     return _named("data", corpus)
+
+
+def corpus_lock(corpus: str) -> Path:
+    """Who makes a corpus."""
+    return data_dir(corpus).with_name(f".{corpus}.lock")
 
 
 def tokenizer_dir(name: str) -> Path:
@@ -149,77 +160,119 @@ def fsync_file(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".tmp-{path.name}.{os.getpid()}")
+def temporary(path: Path, kind: str = "tmp") -> Path:
+    """A sibling of `path` that no other process writes, and whose name says which process does."""
+    return path.with_name(f".{kind}-{path.name}@{_place()}.{os.getpid()}")
+
+
+def machine() -> tuple[str, str]:
+    """What tells this machine from others, and the namespace in which process ids mean something on it."""
+    host, namespace = socket.gethostname(), ""
+    with contextlib.suppress(OSError):  # only Linux tells: the id of the boot, which its containers share
+        host = Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip() or host
+        namespace = str(Path("/proc/self/ns/pid").readlink())
+    return host, namespace
+
+
+@functools.cache
+def _place() -> str:
+    return hashlib.sha256("\n".join(machine()).encode()).hexdigest()[:8]
+
+
+def is_abandoned(path: Path) -> bool:
+    """Whether the writer of a temporary has certainly ended: only where its process id is one of here."""
+    made = MADE_BY.fullmatch(path.name)
+    return made is not None and made["place"] == _place() and not is_alive(int(made["pid"]))
 
 
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary sibling of `path` to write to; on success it is made durable and takes the name."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _temporary(path)
+    written = temporary(path)
     try:
-        yield temporary
-        fsync_file(temporary)
-        temporary.replace(path)
+        yield written
+        fsync_file(written)
+        written.replace(path)
         fsync_dir(path.parent)
     finally:
-        temporary.unlink(missing_ok=True)
+        written.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def atomic_dir(path: Path) -> Iterator[Path]:
     """Yield a temporary sibling folder; on success its files are made durable and it replaces `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _temporary(path)
-    shutil.rmtree(temporary, ignore_errors=True)
+    written = temporary(path)
+    shutil.rmtree(written, ignore_errors=True)
     try:
-        temporary.mkdir()
-        yield temporary
-        for file in sorted(temporary.rglob("*")):
+        written.mkdir()
+        yield written
+        for file in sorted(written.rglob("*")):
             if file.is_file():
                 fsync_file(file)
             else:
                 fsync_dir(file)
-        fsync_dir(temporary)
-        if path.exists():
-            _move_aside(path)
-        temporary.rename(path)
+        fsync_dir(written)
+        doomed = _move_aside(path) if path.exists() else None
+        written.rename(path)
         fsync_dir(path.parent)
+        if doomed:  # last: between the two renames is the only moment without a folder of the name
+            shutil.rmtree(doomed, ignore_errors=True)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(written, ignore_errors=True)
 
 
-def _move_aside(path: Path) -> None:
+def _move_aside(path: Path) -> Path:
     """Take a folder away in one step, so that its name never shows a half of it."""
-    doomed = path.with_name(f".old-{path.name}.{os.getpid()}")
+    doomed = temporary(path, "old")
     shutil.rmtree(doomed, ignore_errors=True)
     path.rename(doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
+    return doomed
 
 
 def remove_dir(path: Path) -> None:
     """Delete a folder; a kill midway leaves a name that nothing reads."""
-    _move_aside(path)
+    shutil.rmtree(_move_aside(path), ignore_errors=True)
 
 
-def sweep_temporaries(folder: Path, own: bool = False) -> None:
-    """Delete what killed writers left in `folder`; a temporary whose process still lives is kept.
+def sweep_temporaries(folder: Path, owned: str = "") -> None:
+    """Delete what killed writers left in `folder`.
+
+    A temporary of this machine goes if its process has ended. Process ids of other machines and containers
+    tell nothing here: what they write goes when nothing in it has changed for a day, by the disk's own clock.
 
     Args:
         folder: where to look.
-        own: also those with the id of this process, which writes nothing there now: in a container the
-            process that was killed may have had it.
+        owned: pattern of the names that nobody but this process writes, because it holds their lock, and that
+            it does not write just now: whoever began one of them has ended.
     """
     if not folder.is_dir():
         return
     for path in [*folder.glob(".tmp-*"), *folder.glob(".old-*")]:
-        pid = path.name.rpartition(".")[2]
-        if pid.isdigit() and (own and int(pid) == os.getpid() or not is_alive(int(pid))):
-            if path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink(missing_ok=True)
+        made = MADE_BY.fullmatch(path.name)
+        if made is None or made["name"] == FETCHED:
+            continue
+        if made["place"] == _place():
+            mine = int(made["pid"]) == os.getpid() and fnmatch.fnmatchcase(made["name"], owned)
+            gone = mine or is_abandoned(path)
+        else:
+            old = disk_time(folder) - _last_change(path) > ABANDONED_S
+            gone = old or fnmatch.fnmatchcase(made["name"], owned)
+        if not gone:
+            continue
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _last_change(path: Path) -> float:
+    """The newest time in a tree; now, where it changes as we look."""
+    try:
+        return max(part.lstat().st_mtime for part in [path, *path.rglob("*")])
+    except OSError:
+        return math.inf
 
 
 def is_alive(pid: int) -> bool:
@@ -235,8 +288,8 @@ def is_alive(pid: int) -> bool:
 
 def atomic_write(path: Path, data: bytes | str) -> None:
     """Write a whole file: readers see the old one or the new one, never a part."""
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(data.encode("utf-8") if isinstance(data, str) else data)
+    with atomic_path(path) as written:
+        written.write_bytes(data.encode("utf-8") if isinstance(data, str) else data)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -299,11 +352,16 @@ def free_bytes(path: Path) -> int:
 
 def disk_time(folder: Path) -> float:
     """Now, by the clock that dates the files of `folder`: that of a file server may differ from ours."""
+    probe = temporary(folder / "clock")
     try:
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=".tmp-clock.") as probe:
-            return os.fstat(probe.fileno()).st_mtime
+        with probe.open("wb") as file:
+            os.utime(file.fileno())
+            return os.fstat(file.fileno()).st_mtime
     except OSError:
         return time.time()
+    finally:
+        with contextlib.suppress(OSError):
+            probe.unlink(missing_ok=True)
 
 
 def require_writable(folder: Path) -> None:
@@ -312,11 +370,13 @@ def require_writable(folder: Path) -> None:
     Raises:
         UserError: the folder is read-only, on a full disk, or its path is taken by a file.
     """
-    probe = folder / f".tmp-probe.{os.getpid()}"
+    probe = temporary(folder / "probe")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe.write_bytes(b"\0" * 4096)
-        fsync_file(probe)
+        with probe.open("wb") as file:
+            file.write(b"\0" * 4096)
+            file.flush()
+            os.fsync(file.fileno())
     except OSError as error:
         raise UserError(
             f"{folder}: cannot write there ({error.strerror}). "

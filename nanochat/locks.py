@@ -55,13 +55,10 @@ class Owner:
     @staticmethod
     def this_process() -> Owner:
         """The process that asks."""
-        machine = namespace = ""
-        with contextlib.suppress(OSError):  # only Linux tells
-            machine = Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
-            namespace = str(Path("/proc/self/ns/pid").readlink())
+        machine, namespace = files.machine()
         now = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M:%S UTC")
         host = socket.gethostname()
-        return Owner(host, machine or host, namespace, os.getpid(), now, shlex.join(sys.orig_argv[1:])[:500])
+        return Owner(host, machine, namespace, os.getpid(), now, shlex.join(sys.orig_argv[1:])[:500])
 
     def is_of_here(self) -> bool:
         """Whether its process is one of this machine, where flock tells the truth wherever it is."""
@@ -184,7 +181,7 @@ def _is_renewed(path: Path, owner: Owner) -> bool:
 
 def _claim(path: Path) -> int | str:
     """Put a file with our name at `path`, and see whether it is still ours a moment later."""
-    temporary = path.with_name(f".tmp-{path.name}.{os.getpid()}")
+    temporary = files.temporary(path)
     descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
     _sign(descriptor)
     temporary.replace(path)

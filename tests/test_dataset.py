@@ -6,7 +6,10 @@ import json
 import random
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -64,6 +67,31 @@ def test_making_again_does_nothing_and_other_files_are_refused(tmp_path: Path) -
         make(tmp_path / "other", documents=10)
     with pytest.raises(UserError, match="holds a corpus from another source"):
         prepare("stdlib", name="local")
+
+
+def test_eight_makers_of_one_corpus_make_it_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    write = dataset.write_corpus
+
+    def spy(folder: Path, *rest: Any) -> None:
+        made.append(folder)
+        write(folder, *rest)
+
+    monkeypatch.setattr(dataset, "write_corpus", spy)
+    path = tmp_path / "x.jsonl"
+    path.write_text("\n".join(json.dumps({"text": f"document {i}"}) for i in range(300)), "utf-8")
+    with ThreadPoolExecutor(8) as pool:
+        make_it = partial(prepare, "local", named_files=[str(path)], name="once")
+        found = {corpus.fingerprint for corpus in pool.map(lambda _: make_it(), range(8))}
+    assert len(found) == len(made) == 1
+    assert [entry.name for entry in made[0].parent.iterdir()] == ["once"]
+
+
+def test_what_a_killed_maker_left_goes_when_the_corpus_is_made_again(tmp_path: Path) -> None:
+    left = files.data_dir("local").with_name(".tmp-local@0123abcd.1")  # of a container that is no more
+    left.mkdir(parents=True)
+    corpus = make(tmp_path / "in")
+    assert [entry.name for entry in corpus.folder.parent.iterdir()] == ["local"]
 
 
 def test_a_lost_shard_is_made_again(tmp_path: Path) -> None:

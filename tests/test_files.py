@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
@@ -57,16 +59,110 @@ def test_failed_folder_keeps_the_old_folder(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [folder]
 
 
-def test_sweep_takes_what_dead_writers_left_and_nothing_else(tmp_path: Path) -> None:
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
-    (tmp_path / f".tmp-step_000005.{dead.pid}").mkdir()
-    (tmp_path / f".tmp-file.{dead.pid}").write_text("x")
-    alive = tmp_path / f".tmp-step_000006.{os.getpid()}"
-    alive.mkdir()
-    (tmp_path / "step_000001").mkdir()
+def made_by(path: Path, place: str, pid: int) -> Path:
+    """What a process of some machine has begun beside a path."""
+    made = path.with_name(f".tmp-{path.name}@{place}.{pid}")
+    made.mkdir()
+    (made / "part").write_text("x")
+    return made
+
+
+@pytest.fixture
+def dead() -> int:
+    """The id of a process that has ended."""
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+HERE = files.temporary(Path("x")).name.split("@")[1].split(".")[0]
+DAY = files.ABANDONED_S
+
+
+def age(path: Path, seconds: float) -> None:
+    for part in [*path.rglob("*"), path]:
+        os.utime(part, (time.time() - seconds,) * 2)
+
+
+def test_sweep_takes_what_dead_writers_of_here_left_and_nothing_else(tmp_path: Path, dead: int) -> None:
+    made_by(tmp_path / "step_000005", HERE, dead)
+    (tmp_path / f".old-step_000004@{HERE}.{dead}").mkdir()
+    (tmp_path / f".tmp-file@{HERE}.{dead}").write_text("x")
+    kept = [made_by(tmp_path / "step_000006", HERE, pid) for pid in (os.getpid(), os.getppid())]
+    age(kept[0], 2 * DAY)
+    kept += [tmp_path / "step_000001", tmp_path / ".tmp-of-another-kind"]
+    for path in kept[2:]:
+        path.mkdir()
     files.sweep_temporaries(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [alive.name, "step_000001"]
+    assert sorted(tmp_path.iterdir()) == sorted(kept)
+
+
+def test_sweep_leaves_other_machines_and_earlier_releases_alone_for_a_day(tmp_path: Path, dead: int) -> None:
+    fresh = made_by(tmp_path / "fresh", "0123abcd", dead)
+    busy = made_by(tmp_path / "busy", "0123abcd", os.getpid())
+    age(busy, 2 * DAY)
+    (busy / "part").write_text("written a moment ago")
+    unnamed = tmp_path / f".tmp-unnamed.{dead}"
+    unnamed.mkdir()
+    future = made_by(tmp_path / "future", "0123abcd", dead)
+    age(future, -2 * DAY)
+    files.sweep_temporaries(tmp_path)
+    assert sorted(tmp_path.iterdir()) == sorted([busy, fresh, future, unnamed])
+    for path in (fresh, busy, unnamed):
+        age(path, DAY + 60)
+    files.sweep_temporaries(tmp_path)
+    assert list(tmp_path.iterdir()) == [future]
+
+
+def test_who_alone_writes_a_name_sweeps_it_whoever_began_it(tmp_path: Path, dead: int) -> None:
+    for place, pid in (("0123abcd", dead), ("0123abcd", 1), (HERE, dead), (HERE, os.getpid())):
+        made_by(tmp_path / "mine", place, pid)
+    (tmp_path / f".tmp-mine.{dead}").mkdir()
+    kept = [made_by(tmp_path / name, "0123abcd", dead) for name in ("mine.too", "yours")]
+    files.sweep_temporaries(tmp_path, owned="mine")
+    assert sorted(tmp_path.iterdir()) == sorted(kept)
+    files.sweep_temporaries(tmp_path, owned="*")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_sweep_never_touches_a_download(tmp_path: Path, dead: int) -> None:
+    stages = [made_by(tmp_path / "fetch", place, dead) for place in (HERE, "0123abcd")]
+    stages.append(tmp_path / f".tmp-fetch.{dead}")
+    stages[-1].mkdir()
+    for stage in stages:
+        age(stage, 2 * DAY)
+    files.sweep_temporaries(tmp_path, owned="*")
+    assert sorted(tmp_path.iterdir()) == sorted(stages)
+
+
+def test_sweep_asks_the_clock_of_the_disk(tmp_path: Path, dead: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = made_by(tmp_path / "x", "0123abcd", dead)
+    monkeypatch.setattr(time, "time", lambda: 9e9)
+    files.sweep_temporaries(tmp_path)
+    assert list(tmp_path.iterdir()) == [made]
+
+
+def test_a_container_of_this_machine_is_another_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine, namespace = files.machine()
+    places = set()
+    for told in ((machine, namespace), (machine, "pid:[1]"), ("another", namespace)):
+        monkeypatch.setattr(files, "machine", lambda told=told: told)
+        files._place.cache_clear()
+        places.add(files.temporary(Path("x")).name)
+    files._place.cache_clear()
+    assert len(places) == 3
+
+
+def test_a_folder_is_replaced_in_two_renames_and_its_old_content_deleted_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kill while the old content is deleted, which may take long, finds the new one in place."""
+    for text in ("old", "new"):
+        with files.atomic_dir(tmp_path / "f") as written:
+            (written / "a").write_text(text)
+            monkeypatch.setattr(shutil, "rmtree", lambda path, **options: None)
+    assert (tmp_path / "f" / "a").read_text() == "new"
+    assert [path.name.split("@")[0] for path in tmp_path.glob(".*")] == [".old-f"]
 
 
 def test_full_disk_while_writing_leaves_the_old_file(tmp_path: Path) -> None:

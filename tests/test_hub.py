@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from nanochat import arrival
+from nanochat import arrival, files
 from nanochat.dataloader import TrainLoader
 from nanochat.dataset import Corpus
 from nanochat.errors import UserError
@@ -359,7 +359,7 @@ def test_a_shard_that_does_not_come_ends_the_wait(
     monkeypatch.setattr(arrival, "POLL_S", 0.05)
     folder = base_dir / "data" / "fineweb-edu"
     corpus = Corpus.read_manifest(folder)
-    stage = folder / f".tmp-fetch.{os.getpid()}"
+    stage = files.temporary(folder / files.FETCHED)
     stage.mkdir()
     with pytest.raises(UserError, match=r"did not arrive in \d+ s; the download is too slow.*Repair: "):
         corpus.read_block(corpus.train_shards[1], 0)
@@ -368,3 +368,73 @@ def test_a_shard_that_does_not_come_ends_the_wait(
     os.utime(stage, (old, old))  # its process has been killed: it is renewed no more
     with pytest.raises(UserError, match="the download has ended without it"):
         corpus.read_block(corpus.train_shards[1], 0)
+
+
+# -----------------------------------------------------------------------------
+# Which downloads live, on shared disks and by wrong clocks
+
+
+def stage_of(folder: Path, place: str, pid: int, age_s: float) -> Path:
+    """A download's folder with something in it, renewed so long ago by the clock of the disk."""
+    stage = folder / f".tmp-fetch@{place}.{pid}"
+    stage.mkdir(parents=True)
+    (stage / "half").touch()
+    renewed = files.disk_time(folder) - age_s
+    os.utime(stage, (renewed, renewed))
+    return stage
+
+
+ELSEWHERE = "0123abcd"
+HERE = files.temporary(Path("x")).name.split("@")[1].split(".")[0]
+NOBODY = 4_194_305  # no process has this id
+
+
+def test_a_download_of_another_machine_lives_while_it_is_renewed(tmp_path: Path) -> None:
+    live = stage_of(tmp_path, ELSEWHERE, NOBODY, age_s=arrival.STALE_S - 20)
+    assert arrival.is_under_way(tmp_path)
+    with arrival.staging(tmp_path) as own:
+        assert live.is_dir()
+    assert not own.exists()
+    files.sweep_temporaries(tmp_path)
+    assert (live / "half").exists()
+
+
+@pytest.mark.parametrize(
+    ("place", "pid", "age_s"),
+    [
+        (ELSEWHERE, os.getpid(), arrival.STALE_S + 20),
+        (ELSEWHERE, os.getpid(), -86_400),  # its clock was a day ahead, or ours has been set back
+        (HERE, NOBODY, 0),  # killed a moment ago
+        (HERE, os.getpid(), -86_400),
+    ],
+)
+def test_a_dead_download_is_not_waited_for_and_is_swept(
+    tmp_path: Path, place: str, pid: int, age_s: float
+) -> None:
+    dead = stage_of(tmp_path, place, pid, age_s)
+    assert not arrival.is_under_way(tmp_path)
+    with arrival.staging(tmp_path):
+        assert not (dead / "half").exists()
+
+
+@pytest.mark.parametrize("wrong_s", [-86_400, -120, 120, 86_400])
+def test_our_own_clock_may_be_wrong(tmp_path: Path, wrong_s: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The clock of the file server dates the stages, and is asked."""
+    live = stage_of(tmp_path, ELSEWHERE, NOBODY, age_s=5)
+    true = time.time
+    monkeypatch.setattr(time, "time", lambda: true() + wrong_s)
+    assert arrival.is_under_way(tmp_path)
+    os.utime(live, (true() - 100, true() - 100))
+    assert not arrival.is_under_way(tmp_path)
+
+
+def test_a_disk_that_cannot_be_written_is_read_by_our_clock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage_of(tmp_path, ELSEWHERE, NOBODY, age_s=5)
+
+    def refuse(*arguments: object, **options: object) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(Path, "open", refuse)
+    assert arrival.is_under_way(tmp_path)
