@@ -2,44 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
-import math
-import sys
-import typing
-from dataclasses import dataclass, field
-from typing import Any, NoReturn, TypeVar
+from dataclasses import dataclass
 
-from nanochat import flags, typed_json
 from nanochat.errors import UserError
+from nanochat.flags import flag, free, planned, require_domain
+from nanochat.flags import from_dict as from_dict  # read with config, in one breath
+from nanochat.flags import parse as parse
 
-Args = TypeVar("Args")
-
-MESSAGE_LETTERS = 300  # of what the parser says: a wrong value may be long
 ATTENTION_KINDS = ("softmax", "diff1", "diff2")
-
-
-def flag(default: Any, help: str, **metadata: Any) -> Any:
-    """A field with a default, a line of help, and what else is known of it in `metadata`.
-
-    A number has a lower bound, `above` or `at_least`, and may have an upper one, `at_most`. `choices` are
-    all that is taken; so is what `pattern` matches, which `expected` says in words. `names` says in which
-    part of the base directory a text names something, `path` that it is a path and may have any bytes.
-    `short` is a one-letter form, `positional` a value without a flag.
-
-    A resumed run has to be given the value that the run began with, unless the flag is `planned` or `free`.
-    """
-    return field(default=default, metadata={"help": help, **metadata})
-
-
-def planned(default: Any, help: str, **metadata: Any) -> Any:
-    """A flag that acts through the plan alone: a resume compares what the plan made of it."""
-    return flag(default, help, resume="planned", **metadata)
-
-
-def free(default: Any, help: str, **metadata: Any) -> Any:
-    """A flag that a resumed run may change: it decides neither the weights nor the data."""
-    return flag(default, help, resume="free", **metadata)
 
 
 @dataclass(frozen=True)
@@ -47,22 +17,29 @@ class TrainArgs:
     """Train a model. Everything that is not given follows from --depth."""
 
     depth: int = planned(
-        12, "number of layers; decides width, heads, batch, learning rates, horizon, weight decay"
+        12,
+        "number of layers; decides width, heads, batch, learning rates, horizon, weight decay",
+        at_least=1,
+        at_most=1000,
     )
-    run: str = free("", "name of the run and of its folder; by default d<depth>")
+    run: str = free("", "name of the run and of its folder; by default d<depth>", names="runs")
     # Data
     corpus: str = flag(
-        "fineweb-edu", "what to train on: stdlib, fineweb-edu, climbmix, fineweb10B-gpt2, your own"
+        "fineweb-edu",
+        "what to train on: stdlib, fineweb-edu, climbmix, fineweb10B-gpt2, your own",
+        names="data",
     )
-    tokenizer: str = free("", "name of the tokenizer; by default the corpus's name")
+    tokenizer: str = free("", "name of the tokenizer; by default the corpus's name", names="tokenizers")
     keep_tails: bool = flag(False, "keep what is cropped from long documents as documents of their own")
     # Model
-    max_seq_len: int = planned(2048, "context length T in tokens")
+    max_seq_len: int = planned(2048, "context length T in tokens", at_least=1, at_most=2**24)
     window_pattern: str = planned(
         "SSSL", "attention window of each layer, tiled: S is a quarter of T, L is T"
     )
-    aspect_ratio: int = planned(64, "width = depth * aspect ratio, raised to a whole number of heads")
-    head_dim: int = planned(128, "width of an attention head")
+    aspect_ratio: int = planned(
+        64, "width = depth * aspect ratio, raised to a whole number of heads", at_least=1, at_most=2**16
+    )
+    head_dim: int = planned(128, "width of an attention head", at_least=1, at_most=2**16)
     attention_kind: str = planned(
         "softmax",
         "what a head makes of its scores: softmax, or the difference of two (nanochat/differential.py)",
@@ -73,45 +50,72 @@ class TrainArgs:
     )
     document_mask: bool = planned(False, "keep attention within a document, also where the recipe would not")
     # Horizon: the first that is given counts
-    num_iterations: int | None = planned(None, "number of optimizer steps")
-    target_flops: float | None = planned(None, "train for this many floating-point operations")
+    num_iterations: int | None = planned(None, "number of optimizer steps", at_least=1)
+    target_flops: float | None = planned(
+        None, "train for this many floating-point operations", above=0, at_most=1e30
+    )
     target_param_data_ratio: float | None = planned(
-        None, "tokens per scaling parameter; by default the recipe's"
+        None, "tokens per scaling parameter; by default the recipe's", above=0, at_most=1e6
     )
     target_loss: float | None = free(
-        None, "end the run at the first validation at or below this loss, in nats per token"
+        None,
+        "end the run at the first validation at or below this loss, in nats per token",
+        above=0,
+        at_most=1000,
     )
     # Optimization
     recipe: str = planned(
         "july", "set of constants (nanochat/recipe.py)", choices=("july", "january", "speedrun-124m")
     )
-    total_batch_size: int | None = planned(None, "tokens in a global batch; by default from the horizon")
-    device_batch_size: int | None = free(None, "rows in a micro-batch of one rank; by default from depth")
+    total_batch_size: int | None = planned(
+        None, "tokens in a global batch; by default from the horizon", at_least=1, at_most=2**40
+    )
+    device_batch_size: int | None = free(
+        None, "rows in a micro-batch of one rank; by default from depth", at_least=1, at_most=2**24
+    )
     matrix_optimizer: str = planned(
         "muon", "optimizer of the block matrices", choices=("muon", "soap", "adamw")
     )
     matrix_lr: float | None = planned(
-        None, "base learning rate of the block matrices, whatever optimizes them"
+        None, "base learning rate of the block matrices, whatever optimizes them", at_least=0, at_most=1000
     )
-    soap_every: int = flag(10, "steps between two renewals of SOAP's eigenbases")
+    soap_every: int = flag(10, "steps between two renewals of SOAP's eigenbases", at_least=1)
     soap_sides: int = flag(
         2, "sides of a matrix that have an eigenbasis in SOAP: 2, or 1 for the shorter one", choices=(1, 2)
     )
     embedding_lr: float | None = planned(
-        None, "base learning rate of the token embedding (AdamW); the value embeddings keep their ratio to it"
+        None,
+        "base learning rate of the token embedding (AdamW); the value embeddings keep their ratio to it",
+        at_least=0,
+        at_most=1000,
     )
-    unembedding_lr: float | None = planned(None, "base learning rate of the output head (AdamW)")
+    unembedding_lr: float | None = planned(
+        None, "base learning rate of the output head (AdamW)", at_least=0, at_most=1000
+    )
     scalar_lr: float | None = planned(
-        None, "base learning rate of x0_scale (AdamW); resid_scale keeps its ratio to it"
+        None,
+        "base learning rate of x0_scale (AdamW); resid_scale keeps its ratio to it",
+        at_least=0,
+        at_most=1000,
     )
-    weight_decay: float | None = planned(None, "base weight decay of the block matrices, before scaling")
-    z_loss: float = flag(0.0, "weight of the z-loss, which keeps the logits of training small")
+    weight_decay: float | None = planned(
+        None, "base weight decay of the block matrices, before scaling", at_least=0, at_most=1000
+    )
+    z_loss: float = flag(
+        0.0, "weight of the z-loss, which keeps the logits of training small", at_least=0, at_most=1000
+    )
     warmup_steps: int | None = planned(
-        None, "steps of linear learning-rate warmup; by default the recipe's, in a tenth of the run at most"
+        None,
+        "steps of linear learning-rate warmup; by default the recipe's, in a tenth of the run at most",
+        at_least=0,
     )
-    warmdown_ratio: float | None = planned(None, "last share of the run in which the learning rate falls")
-    final_lr_frac: float | None = planned(None, "share of the learning rate left at the end")
-    seed: int = flag(0, "seed of the initial weights, the order of the data and the samples")
+    warmdown_ratio: float | None = planned(
+        None, "last share of the run in which the learning rate falls", at_least=0, at_most=1
+    )
+    final_lr_frac: float | None = planned(
+        None, "share of the learning rate left at the end", at_least=0, at_most=1
+    )
+    seed: int = flag(0, "seed of the initial weights, the order of the data and the samples", at_least=0)
     on_nonfinite: str = free(
         "stop", "a step whose loss or gradient is not finite: stop, or skip it", choices=("stop", "skip")
     )
@@ -131,23 +135,38 @@ class TrainArgs:
         "compute again in the backward pass, to save memory: the MLPs or whole blocks",
         choices=("none", "mlp", "block"),
     )
-    dist_timeout: float = free(600.0, "seconds that a rank waits for another before it gives up")
-    # Evaluation, samples, checkpoints: 0 means only at the end
-    eval_every: int = free(250, "steps between validations")
-    eval_tokens: int = free(10_485_760, "validation tokens of each evaluation")
-    core_metric_every: int | None = free(
-        None, "steps between CORE evaluations; by default none while training"
+    dist_timeout: float = free(
+        600.0, "seconds that a rank waits for another before it gives up", at_least=1, at_most=10**7
     )
-    core_metric_max_per_task: int = free(500, "examples of each CORE task while training")
-    eval_bundle: str = free("", "CORE tasks: a folder, a zip, or mini; by default the base directory's")
-    sample_every: int = free(2000, "steps between samples")
-    save_every: int = free(1000, "steps between checkpoints")
-    save_minutes: float = free(0.0, "save also when the last save is so many minutes ago; 0 means never")
-    keep_last: int = free(2, "checkpoints to keep")
-    keep_every: int = free(0, "also keep the checkpoints of steps that this divides; 0 means none")
-    resume: str = free("", "go on from a checkpoint: auto (the newest valid one, if any) or a step")
+    # Evaluation, samples, checkpoints: 0 means only at the end
+    eval_every: int = free(250, "steps between validations", at_least=0)
+    eval_tokens: int = free(10_485_760, "validation tokens of each evaluation", at_least=1)
+    core_metric_every: int | None = free(
+        None, "steps between CORE evaluations; by default none while training", at_least=0
+    )
+    core_metric_max_per_task: int = free(500, "examples of each CORE task while training", at_least=0)
+    eval_bundle: str = free(
+        "", "CORE tasks: a folder, a zip, or mini; by default the base directory's", path=True
+    )
+    sample_every: int = free(2000, "steps between samples", at_least=0)
+    save_every: int = free(1000, "steps between checkpoints", at_least=0)
+    save_minutes: float = free(
+        0.0, "save also when the last save is so many minutes ago; 0 means never", at_least=0, at_most=10**7
+    )
+    keep_last: int = free(2, "checkpoints to keep", at_least=1)
+    keep_every: int = free(
+        0, "also keep the checkpoints of steps that this divides; 0 means none", at_least=0
+    )
+    resume: str = free(
+        "",
+        "go on from a checkpoint: auto (the newest valid one, if any) or a step",
+        pattern="auto|[0-9]{1,15}",
+        expected="auto or the step of a checkpoint",
+    )
     extend: bool = free(False, "let a resumed run have another horizon than before")
-    check_ranks_every: int = free(0, "steps between comparisons of the weights over the ranks; 0 means never")
+    check_ranks_every: int = free(
+        0, "steps between comparisons of the weights over the ranks; 0 means never", at_least=0
+    )
     # Logging
     wandb: str = free("off", "also log to Weights & Biases", choices=("off", "online", "offline"))
     dry_run: bool = free(False, "print the plan and stop")
@@ -317,24 +336,10 @@ def require_possible(args: TrainArgs) -> None:
     Raises:
         UserError: names the first of them.
     """
-    _require_sizes(args)
-    _require_techniques(args)
-
-
-def _require_sizes(args: TrainArgs) -> None:
-    sizes = ("depth", "max_seq_len", "aspect_ratio", "head_dim", "total_batch_size", "device_batch_size")
-    ends = ("num_iterations", "target_param_data_ratio", "target_flops", "target_loss")
-    for name in (*sizes, *ends, "keep_last", "soap_every"):
-        value = getattr(args, name)
-        if value is not None and not value > 0:
-            raise UserError(f"--{name.replace('_', '-')}={value}: expected a number above 0.")
+    require_domain(args)
     if args.head_dim % 2:
         raise UserError(
             f"--head-dim={args.head_dim}: expected an even number: rotary embeddings pair halves."
-        )
-    if args.attention_kind not in ATTENTION_KINDS:
-        raise UserError(
-            f"--attention-kind={args.attention_kind}: expected one of {', '.join(ATTENTION_KINDS)}."
         )
     if args.attention_kind == "diff1" and args.head_dim % 4:
         raise UserError(
@@ -343,104 +348,3 @@ def _require_sizes(args: TrainArgs) -> None:
         )
     if not args.window_pattern or set(args.window_pattern) - {"S", "L"}:
         raise UserError(f"--window-pattern={args.window_pattern!r}: expected letters S and L, such as SSSL.")
-    if args.warmdown_ratio is not None and not 0 <= args.warmdown_ratio <= 1:
-        raise UserError(f"--warmdown-ratio={args.warmdown_ratio}: expected a share between 0 and 1.")
-    cadences = ("eval_every", "sample_every", "save_every", "save_minutes", "keep_every", "check_ranks_every")
-    for name in (*cadences, "core_metric_every", "warmup_steps", "seed"):
-        if (value := getattr(args, name)) is not None and value < 0:
-            raise UserError(f"--{name.replace('_', '-')}={value}: expected 0 or more.")
-
-
-def _require_techniques(args: TrainArgs) -> None:
-    if not 0 <= args.z_loss < math.inf:
-        raise UserError(f"--z-loss={args.z_loss}: expected 0 or more, such as 1e-4.")
-
-
-def parse(cls: type[Args], argv: list[str] | None = None) -> Args:
-    """Read a command line into an instance of a dataclass of this module.
-
-    Args:
-        cls: one of the dataclasses above.
-        argv: the arguments; by default those of the process.
-
-    Raises:
-        SystemExit: with code 2 for an unknown flag or a value that does not parse, code 0 after --help.
-        UserError: a value outside of the domain of its flag.
-    """
-    parser = _Parser(
-        description=cls.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
-    )
-    hints = typing.get_type_hints(cls)
-    for item in dataclasses.fields(cls):  # type: ignore[arg-type]
-        _add_flag(parser, item, hints[item.name])
-    given = sys.argv[1:] if argv is None else argv
-    if given[:1] == ["--"]:  # what separates torchrun's options from ours
-        given = given[1:]
-    values = parser.parse_mixed(given)
-    args = cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
-    flags.require_domain(args)
-    return args
-
-
-class _Parser(argparse.ArgumentParser):
-    """A parser whose refusal is one line, like every other one."""
-
-    def parse_mixed(self, given: list[str]) -> dict[str, Any]:
-        """Values by name; prompts stand between flags, and behind -- whatever they begin with."""
-        cut = given.index("--") if "--" in given else len(given)
-        values, after = vars(self.parse_intermixed_args(given[:cut])), given[cut + 1 :]
-        if after:
-            taking = [action.dest for action in self._get_positional_actions() if action.nargs == "*"]
-            if not taking:
-                self.error(f"unrecognized arguments: {' '.join(after)}")
-            values[taking[0]] = [*values[taking[0]], *after]
-        return values
-
-    def error(self, message: str) -> NoReturn:
-        """Say what is wrong, and leave with code 2."""
-        plain = "".join(c if " " <= c <= "~" else ascii(c)[1:-1] for c in message[:MESSAGE_LETTERS])
-        advice = "Add --help to see the flags."
-        if "prompt" in {action.dest for action in self._get_positional_actions()}:
-            advice += " A prompt that begins with - comes last, after --."
-        self.exit(2, f"error: {plain}. {advice}\n")
-
-
-def _add_flag(parser: argparse.ArgumentParser, item: dataclasses.Field[Any], hint: Any) -> None:
-    """Turn one field into one flag: bool gives --x and --no-x, tuple takes many, X | None takes an X."""
-    options: dict[str, Any] = {"help": item.metadata["help"], "default": item.default}
-    if flags.is_number(hint) and "choices" not in item.metadata:
-        options["help"] += f"; {flags.domain(item, hint)}"
-    hint = flags.type_of(hint)
-    if "choices" in item.metadata:
-        options["choices"] = item.metadata["choices"]
-    if typing.get_origin(hint) is tuple:
-        options.update(nargs="*", type=str)
-    elif hint is bool:
-        options["action"] = argparse.BooleanOptionalAction
-    else:
-        options["type"] = hint
-    if item.metadata.get("positional"):
-        parser.add_argument(item.name, **options)
-        return
-    names = [f"--{item.name.replace('_', '-')}"]
-    if "short" in item.metadata:
-        names.insert(0, item.metadata["short"])
-    parser.add_argument(*names, dest=item.name, **options)
-
-
-def from_dict(cls: type[Args], values: dict[str, Any]) -> Args:
-    """An instance from what config.json holds.
-
-    Raises:
-        UserError: a field that this version does not know, or a value of another type.
-    """
-    known = {item.name for item in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    if unknown := sorted(set(values) - known):
-        raise UserError(
-            f"{cls.__name__}: unknown fields {unknown}. The file is of another version of nanochat."
-        )
-    hints = typing.get_type_hints(cls)
-    for name, value in values.items():
-        if wrong := typed_json.mismatch(value, hints[name], name):
-            raise UserError(f"{cls.__name__}: {wrong}. The file is damaged.")
-    return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import typing
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from nanochat import config, files, flags
+from nanochat import config, files, flags, scaling
 from nanochat.config import EvalArgs, GenerateArgs, TokTrainArgs, TrainArgs
 from nanochat.errors import UserError
 
 COMMANDS = [
-    value
-    for name, value in vars(config).items()
-    if name.endswith("Args") and isinstance(value, type) and name != "TrainArgs"
+    value for name, value in vars(config).items() if name.endswith("Args") and isinstance(value, type)
 ]
 
 HOSTILE = (
@@ -78,6 +77,30 @@ def test_what_is_typed_for_a_number_is_taken_within_its_bounds_or_refused_in_one
         assert refusal(cls, [*NEEDED.get(cls, []), f"{flag}={text}"], capsys), f"{flag}={text[:20]} is taken"
 
 
+@pytest.mark.parametrize("name", [name for cls, name in NUMBERS if cls is TrainArgs])
+def test_a_number_that_is_taken_makes_a_plan_that_a_file_can_hold(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    item = next(item for item in dataclasses.fields(TrainArgs) if item.name == name)
+    ends = [item.metadata.get(bound) for bound in flags.BOUNDS]
+    tiny = ["--depth=2", "--aspect-ratio=16", "--head-dim=16", "--max-seq-len=32", "--total-batch-size=128"]
+    planned = 0
+    for text in (*HOSTILE, *(repr(end) for end in ends if end is not None), "1e-300", "1e-46", "1", "2"):
+        argv = [*tiny, f"--{name.replace('_', '-')}={text}"]
+        if refusal(TrainArgs, argv, capsys):
+            continue
+        try:
+            plan = scaling.plan(config.parse(TrainArgs, argv), 300)
+        except UserError as refused:
+            assert "--" in str(refused)  # noqa: PT017
+            continue
+        json.dumps(plan.to_dict(), allow_nan=False)
+        assert plan.steps > 0
+        assert scaling.describe(plan)
+        planned += 1
+    assert planned
+
+
 @pytest.mark.parametrize(("cls", "name"), NUMBERS)
 def test_help_shows_the_bounds(cls: Any, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     item = next(item for item in dataclasses.fields(cls) if item.name == name)
@@ -95,6 +118,13 @@ def test_help_shows_the_bounds(cls: Any, name: str, capsys: pytest.CaptureFixtur
         (EvalArgs, ["--dist-timeout=inf"], "--dist-timeout=inf: expected a number from 1 to 10,000,000."),
         (GenerateArgs, ["--temperature=nan"], "--temperature=nan: expected 0 or more."),
         (GenerateArgs, ["--seed", str(2**63)], f"--seed={2**63}: expected 0 or more, below 2^63."),
+        (TrainArgs, ["--matrix-lr=1e38"], "--matrix-lr=1e+38: expected a number from 0 to 1,000."),
+        (TrainArgs, ["--depth=100000000"], "--depth=100000000: expected a whole number from 1 to 1,000."),
+        (TrainArgs, ["--target-flops=inf"], "--target-flops=inf: expected a number above 0, at most 1e+30."),
+        (TrainArgs, ["--resume=\u00b2"], r"--resume=\xb2: expected auto or the step of a checkpoint."),
+        (TrainArgs, ["--resume=-1"], "--resume=-1: expected auto or the step of a checkpoint."),
+        (TrainArgs, ["--save-minutes=nan"], "--save-minutes=nan: expected a number from 0 to"),
+        (TrainArgs, ["--keep-last=0"], "--keep-last=0: expected 1 or more."),
         (TokTrainArgs, ["--doc-cap=-1"], "--doc-cap=-1: expected 1 or more."),
         (GenerateArgs, ["caf\udce9"], r"prompt=caf\udce9: expected a text in UTF-8."),
     ],
