@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nanochat import backends, checkpoint, core_compare, core_eval, core_scoring, files, hardware, hf_model
+from nanochat.checkpoint_files import STATE, folder_of
 from nanochat.config import EvalArgs, TrainArgs, from_dict
 from nanochat.core_compare import Combined, Difference
 from nanochat.core_results import CoreResult, TaskScore, verdict
@@ -98,7 +99,7 @@ def run(args: EvalArgs, world: World) -> dict[str, Any]:
         found.update(core.as_dict(), max_per_task=args.core_metric_max_per_task)
         found["core_matmul"] = matmul_use(core, scorer, precision.compute_dtype, world)
     if "bpb" in parts:
-        trained = from_dict(TrainArgs, meta["plan"]["args"])
+        trained = from_dict(TrainArgs, meta["plan"]["args"], folder_of(args.run, meta["step"]) / STATE)
         corpus = Corpus.open(trained.corpus)
         profiles = _score_bpb(model, tokenizer, corpus, args, trained.keep_tails, world)
         found["bpb"] = {split: profile.bpb for split, profile in profiles.items()}

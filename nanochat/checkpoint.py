@@ -270,7 +270,7 @@ def _load_model(
 ) -> tuple[GPT, Tokenizer, dict[str, Any]]:
     meta = checkpoint_files.read_state(folder)
     _require_counters(meta, folder)
-    args = config.from_dict(config.TrainArgs, meta["plan"]["args"])
+    args = config.from_dict(config.TrainArgs, meta["plan"]["args"], folder / STATE)
     tokenizer = Tokenizer.load(files.tokenizer_dir(args.tokenizer_name))
     if tokenizer.fingerprint != meta["fingerprints"].get("tokenizer"):
         raise UserError(

@@ -278,7 +278,7 @@ class DatasetArgs:
     corpus: str = flag(
         "fineweb-edu", "which corpus: stdlib, local, fineweb-edu, climbmix, fineweb10B-gpt2", names="data"
     )
-    num_shards: int | None = flag(None, "training shards to have; by default all", short="-n", at_least=1)
+    num_shards: int | None = flag(None, "training shards to have; by default all", short="-n", at_least=0)
     first: int | None = flag(None, "fetch only so many of them now; the manifest lists all of -n", at_least=0)
     files: tuple[str, ...] = flag((), "parquet, jsonl or txt files or folders (corpus local)", path=True)
     val_file: str = flag("", "the file among them that is for validation (corpus local)", path=True)

@@ -25,13 +25,13 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from nanochat import arrival, config, corpora, files, hub, locks, shards, token_shards
+from nanochat import arrival, config, corpora, files, hub, locks, shards, token_shards, typed_json
 from nanochat.checksums import BrokenFileError, ChecksummedFile
 from nanochat.errors import UserError, cli
 from nanochat.progress import bytes_bar
@@ -92,19 +92,17 @@ class Corpus:
             raise UserError(
                 f"corpus {name!r}: {path} is not there. Make it: python -m nanochat.dataset --corpus {made}"
             )
-        raw = files.read_json(path)
-        if not isinstance(raw, dict) or raw.get("format") != FORMAT:
-            found = raw.get("format") if isinstance(raw, dict) else raw
+        again = f"Delete {folder} and make it again."
+        raw = files.read_json(path, dict[str, Any], advice=again)
+        if raw.get("format") != FORMAT:
             raise UserError(
-                f"{path}: format {found!r}, expected {FORMAT}. Delete {folder} and make it again."
+                f"{path}: format {typed_json.shown(raw.get('format'))}, expected {FORMAT}. {again}"
             )
         try:
             members = shards.from_manifest(raw["shards"])
             return cls(folder, str(raw["name"]), str(raw["source"]), members)
         except (KeyError, TypeError, ValueError) as error:
-            raise UserError(
-                f"{path}: a field is missing or wrong ({error}). Delete {folder} and make it again."
-            ) from None
+            raise UserError(f"{path}: a field is missing or wrong ({error}). {again}") from None
 
     def write_manifest(self, folder: Path) -> None:
         """Write manifest.json into `folder`, atomically."""

@@ -7,6 +7,7 @@ own name it is whole or it is not there.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fnmatch
 import functools
 import hashlib
@@ -378,9 +379,11 @@ def require_writable(folder: Path) -> None:
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
+        helps = "Free some space"
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            helps = f"Make {error.filename or folder} a folder that you can write to"
         raise UserError(
-            f"{folder}: cannot write there ({error.strerror}). "
-            "Free some space, or set NANOCHAT_BASE_DIR to another folder."
+            f"{folder}: cannot write there ({error.strerror}). {helps}, or set NANOCHAT_BASE_DIR to another."
         ) from None
     finally:
         with contextlib.suppress(OSError):

@@ -14,6 +14,7 @@ import sys
 import types
 import typing
 from dataclasses import field
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from nanochat import files, typed_json
@@ -189,19 +190,23 @@ def _add_flag(parser: argparse.ArgumentParser, item: dataclasses.Field[Any], hin
     parser.add_argument(*names, dest=item.name, **options)
 
 
-def from_dict(cls: type[Args], values: dict[str, Any]) -> Args:
-    """An instance from what config.json holds.
+def from_dict(cls: type[Args], values: dict[str, Any], path: Path) -> Args:
+    """An instance from what a file of a run holds. Domains are not looked at: an older version took more.
+
+    Args:
+        cls: one of the dataclasses of config.py.
+        values: its fields; those that are not there have their defaults.
+        path: the file, for the message.
 
     Raises:
         UserError: a field that this version does not know, or a value of another type.
     """
-    known = {item.name for item in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    if unknown := sorted(set(values) - known):
-        raise UserError(
-            f"{cls.__name__}: unknown fields {unknown}. The file is of another version of nanochat."
-        )
     hints = typing.get_type_hints(cls)
+    if unknown := sorted(set(values) - set(hints)):
+        raise UserError(
+            f"{path}: {typed_json.shown(unknown[0])} is no argument of this version. Use that which made it."
+        )
     for name, value in values.items():
         if wrong := typed_json.mismatch(value, hints[name], name):
-            raise UserError(f"{cls.__name__}: {wrong}. The file is damaged.")
+            raise UserError(f"{path}: {wrong}. It is damaged: use another checkpoint.")
     return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})

@@ -92,6 +92,22 @@ def estimate(plan: Plan, rows: int, dtype: torch.dtype, device_type: str) -> Mem
     )
 
 
+def require_room(plan: Plan, world: World, dtype: torch.dtype) -> None:
+    """Refuse a model that no micro-batch makes fit, before it is built and the system ends the process.
+
+    Raises:
+        UserError: weights, gradients and moments are more than all the memory there is.
+    """
+    known, there = estimate(plan, 1, dtype, world.device.type), hardware.total_memory_bytes(world.device)
+    needed = known.parameters + known.gradients + known.optimizer
+    if there is not None and needed > there:
+        raise UserError(
+            f"--depth={plan.args.depth}: its {plan.params.total / 1e9:,.1f} G parameters need "
+            f"{needed / 1e9:,.0f} GB with gradients and moments, and a {world.device.type} here has "
+            f"{there / 1e9:,.0f} GB. Lower --depth, --aspect-ratio or the vocabulary."
+        )
+
+
 def _activations(model: GPTConfig, recompute: str) -> int:
     """Elements a token."""
     more = 0 if model.attention_kind == "softmax" else DIFFERENTIAL

@@ -156,13 +156,12 @@ class Tokenizer:
             UserError: the file is absent, damaged, or not one that `save` writes.
         """
         path = folder / FILE_NAME
-        document = files.read_json(path)
+        again = "Put a copy back, or train it again with scripts/tok_train.py --overwrite."
+        document = files.read_json(path, advice=again)
         try:
             tokenizer = cls(*_from_json(document))
         except ValueError as error:
-            raise UserError(
-                f"{path}: not a tokenizer of this project: {error}. Train it again with scripts/tok_train.py."
-            ) from error
+            raise UserError(f"{path}: not a tokenizer of this project: {error}. {again}") from error
         contents = path.read_bytes()
         if contents != tokenizer._contents:
             if contents != _to_json(tokenizer._bpe, tokenizer.trained_on, with_digest=False):
@@ -171,7 +170,7 @@ class Tokenizer:
                 )
                 raise UserError(
                     f"{path}: damaged, or changed by hand: sha256 {found}, what it says has {expected}. "
-                    "Put a copy back, or train it again with scripts/tok_train.py --overwrite."
+                    f"{again}"
                 )
             # From before there was a digest: checkpoints know this tokenizer by the sha256 of this file.
             tokenizer._contents = contents

@@ -171,6 +171,7 @@ def run(
     plan = scaling.with_precision(plan, str(precision.compute_dtype).removeprefix("torch."), precision.fp8)
     folder = files.run_dir(plan.args.run_name)
     fingerprints = {"corpus": corpus.fingerprint, "tokenizer": tokenizer.fingerprint}
+    memory.require_room(plan, world, precision.compute_dtype)
     start = starting_point(plan, world)
     state = create_state(plan, corpus, tokenizer, precision, world)
     if start is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shlex
+from pathlib import Path
 
 import pytest
 
@@ -65,9 +66,10 @@ def test_help_names_every_flag(cls: type, capsys: pytest.CaptureFixture[str]) ->
 @pytest.mark.parametrize("cls", ALL)
 def test_arguments_survive_json(cls: type) -> None:
     stored = json.loads(json.dumps(dataclasses.asdict(cls())))
-    assert config.from_dict(cls, stored) == cls()
-    with pytest.raises(UserError, match="'colour'"):
-        config.from_dict(cls, {**stored, "colour": "red"})
+    path = Path("state.json")
+    assert config.from_dict(cls, stored, path) == cls()
+    with pytest.raises(UserError, match=r"state\.json: 'colour'"):
+        config.from_dict(cls, {**stored, "colour": "red"}, path)
 
 
 def test_names_that_follow_from_others() -> None:

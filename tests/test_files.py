@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -204,12 +205,22 @@ def test_sha256_of_a_file_over_one_block(tmp_path: Path) -> None:
     assert files.sha256(tmp_path / "a") == hashlib.sha256(data).hexdigest()
 
 
-def test_require_writable_names_the_folder(tmp_path: Path) -> None:
+def test_require_writable_names_the_folder_and_what_helps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     taken = tmp_path / "file"
     taken.write_text("x")
-    with pytest.raises(UserError, match="file"):
+    with pytest.raises(UserError, match=r"file/below: .*Make \S*file\S* a folder that you can write to"):
         files.require_writable(taken / "below")
     files.require_writable(tmp_path / "new")
+    assert list((tmp_path / "new").iterdir()) == []
+
+    def full(fd: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match=r"No space left on device.*Free some space"):
+        files.require_writable(tmp_path / "new")
     assert list((tmp_path / "new").iterdir()) == []
 
 

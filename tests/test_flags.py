@@ -189,7 +189,8 @@ def test_a_refusal_of_the_parser_is_one_short_line(capsys: pytest.CaptureFixture
 
 
 def test_old_arguments_are_read_whatever_their_domain_is_now() -> None:
-    assert config.from_dict(EvalArgs, {"eval_tokens": -5}).eval_tokens == -5
+    path = Path("step_000004") / "state.json"
+    assert config.from_dict(EvalArgs, {"eval_tokens": -5}, path).eval_tokens == -5
     for wrong in ({"eval_tokens": 0.5}, {"run": 3}, {"compare": "ab"}, {"keep_going": 1}, {"step": "3"}):
-        with pytest.raises(UserError, match=f"EvalArgs: {next(iter(wrong))} is .*expected"):
-            config.from_dict(EvalArgs, wrong)
+        with pytest.raises(UserError, match=rf"state\.json: {next(iter(wrong))} is .*expected"):
+            config.from_dict(EvalArgs, wrong, path)

@@ -159,3 +159,14 @@ def test_one_row_that_does_not_fit_is_the_users_to_mend(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="one row"):
         memory.halve(state, state.loader.next_batch(), world)
     state.loader.close()
+
+
+def test_a_model_larger_than_the_machine_is_refused_before_it_is_built(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_corpus(tmp_path)
+    with pytest.raises(UserError, match=r"--depth=900: its .* need .* GB .* Lower --depth"):
+        train_tiny(run="huge", depth=900, aspect_ratio=2048)
+    assert not files.run_dir("huge").exists()
+    monkeypatch.setattr(hardware, "total_memory_bytes", lambda device: None)  # where the system does not tell
+    train_tiny(run="told-nothing", num_iterations=1)
