@@ -36,7 +36,9 @@ class Tokenizer:
     """A vocabulary of byte strings and the pattern that splits text before merging.
 
     Safe to share between threads: a training that ends swaps the vocabulary in at once; calls under way keep
-    the old one.
+    the old one. Splitting, training, encoding, and decoding of arrays let other threads of Python run, and
+    stop at Ctrl-C; what reads or makes lists, `str` and `bytes` does not. `num_threads` is 1 or more; four a
+    core are the most that are used, and fewer where the system gives no more.
     """
 
     def __init__(self) -> None:
@@ -102,13 +104,16 @@ class Tokenizer:
     def encode_batch_numpy(
         self, texts: Iterable[str], num_threads: int | None = None
     ) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
-        """Ids of all texts end to end, and offsets: those of text i are `ids[offsets[i]:offsets[i + 1]]`."""
+        """Ids of all texts end to end, and offsets: those of text i are `ids[offsets[i]:offsets[i + 1]]`.
+
+        Texts are read while earlier ones are encoded, and let go as they are done with.
+        """
 
     def decode(self, ids: Sequence[int] | NDArray[np.uint32]) -> str:
         """Text of ids; bytes that are not valid UTF-8 become U+FFFD as in `bytes.decode(errors="replace")`.
 
         Raises:
-            ValueError: an id outside the vocabulary.
+            ValueError: an id that the vocabulary does not have.
         """
 
     def decode_bytes(self, ids: Sequence[int] | NDArray[np.uint32]) -> bytes:

@@ -263,7 +263,10 @@ class Tokenizer:
         numbers = np.asarray(ids, dtype=np.int64)
         wrong = numbers[(numbers < 0) | (numbers >= self.vocab_size)]
         if wrong.size:
-            raise UserError(f"token id {wrong[0]} is outside the vocabulary of {self.vocab_size} entries.")
+            raise UserError(
+                f"unknown token id {wrong[0]}: the vocabulary has the ids 0 to {self.vocab_size - 1}. "
+                "Decode with the tokenizer that the ids were made with."
+            )
         parts: list[bytes] = []
         start = 0
         for end in np.flatnonzero(numbers >= self._first_special):

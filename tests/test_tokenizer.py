@@ -175,8 +175,8 @@ def test_tiktoken_ranks_load(shared_data: Path, tmp_path: Path) -> None:
         ("surrogates", lambda t: Tokenizer.train(["ok", "\ud800"], 1000)),
         ("surrogates", lambda t: t.encode("\ud800")),
         (r"texts\[1\].*surrogates", lambda t: t.encode_batch(["ok", "\ud800"])),
-        ("token id 1000 is outside the vocabulary of 1000", lambda t: t.decode([1000])),
-        ("token id -1 is outside", lambda t: t.decode_bytes([5, -1])),
+        ("unknown token id 1000: .* 0 to 999", lambda t: t.decode([1000])),
+        ("unknown token id -1", lambda t: t.decode_bytes([5, -1])),
     ],
 )
 def test_bad_input_is_the_users_mistake(

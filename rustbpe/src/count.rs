@@ -169,7 +169,7 @@ impl PieceCounter {
             pieces += 1;
             let Some(key) = Key::of(bytes, start, end) else {
                 self.long.add(&bytes[start..end], 1);
-                return;
+                return Ok(());
             };
             keys[len] = key.get();
             len += usize::from(end - start > 1);
@@ -177,6 +177,7 @@ impl PieceCounter {
                 self.short.add_each(&keys);
                 len = 0;
             }
+            Ok(())
         })?;
         self.short.add_each(&keys[..len]);
         self.pieces += pieces;

@@ -1,9 +1,8 @@
-//! Encoding: text to ids, one thread or many.
+//! Encoding: text to ids, on one thread; `batches` has many at work.
 //!
 //! A piece is looked up in a bounded cache of the thread, then in the vocabulary, and only then merged. Each thread
 //! takes a cache of its own from a pool for the length of a call, so threads never wait for each other.
 
-use std::sync::mpsc::channel;
 use std::sync::{Mutex, PoisonError};
 
 use crate::error::{Error, Result};
@@ -18,14 +17,11 @@ const CACHE_LINES: usize = 1 << 17;
 /// Pieces looked up together: the reads of one batch do not wait for each other, so their cache misses overlap.
 const BATCH: usize = 64;
 
-/// Caches kept for later calls; more are made while more threads are at work, and dropped after.
-const POOL_MAX: usize = 64;
+/// Bytes of text after which a long text asks whether to go on.
+const CHECK_EVERY: usize = 1 << 16;
 
-/// Below this many bytes a batch is not worth a second thread.
-const PARALLEL_MIN_BYTES: usize = 1 << 16;
-
-/// Bytes of one unit of work of a thread.
-const UNIT_BYTES: usize = 1 << 18;
+/// Asked every now and then by whatever may take long: an error ends it.
+pub type Check<'a> = &'a mut (dyn FnMut() -> Result<()> + Send);
 
 /// A piece of up to 15 bytes and its ids, if they are three or fewer; without a key, a free slot.
 #[derive(Clone, Copy, Default)]
@@ -37,7 +33,7 @@ struct Slot {
 }
 
 /// One thread's memory: bounded; each piece has one line it may be in, and pushes out the older of the two there.
-struct Cache {
+pub struct Cache {
     lines: Vec<Line>,
 }
 
@@ -73,12 +69,15 @@ pub struct Encoder {
     vocab: Vocab,
     splitter: Splitter,
     pool: Mutex<Vec<Cache>>,
+    /// Caches kept for later calls, one for each core: 8 MiB each.
+    pool_max: usize,
 }
 
 impl Encoder {
     /// Joins a vocabulary and a pattern.
     pub fn new(vocab: Vocab, splitter: Splitter) -> Self {
-        Self { vocab, splitter, pool: Mutex::default() }
+        let pool_max = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+        Self { vocab, splitter, pool: Mutex::default(), pool_max }
     }
 
     /// The vocabulary.
@@ -91,120 +90,86 @@ impl Encoder {
         &self.splitter
     }
 
-    fn with_cache<T>(&self, work: impl FnOnce(&mut Cache) -> T) -> T {
+    pub(crate) fn with_cache<T>(&self, work: impl FnOnce(&mut Cache) -> T) -> T {
         let pool = || self.pool.lock().unwrap_or_else(PoisonError::into_inner);
         let taken = pool().pop();
         let mut cache = taken.unwrap_or_else(Cache::new);
         let result = work(&mut cache);
         let mut pool = pool();
-        if pool.len() < POOL_MAX {
+        if pool.len() < self.pool_max {
             pool.push(cache);
         }
         result
     }
 
     /// The ids of one text. O(bytes), n log n within a piece at worst.
+    ///
+    /// # Errors
+    /// That of the splitter.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
+        self.encode_checked(text, &mut || Ok(()))
+    }
+
+    /// [`Encoder::encode`] for whoever may want to stop it.
+    ///
+    /// # Errors
+    /// That of the splitter, or of `check`.
+    pub fn encode_checked(&self, text: &str, check: Check) -> Result<Vec<u32>> {
         let mut out = Vec::with_capacity(text.len() / 4 + 1);
-        self.with_cache(|cache| self.encode_into(text, cache, &mut out))?;
+        self.with_cache(|cache| self.encode_into(text, cache, &mut out, check))?;
         Ok(out)
     }
 
-    /// The ids of all texts end to end, and where each text ends, on up to `threads` threads. O(bytes).
-    pub fn encode_batch<T: AsRef<str> + Sync>(&self, texts: &[T], threads: usize) -> Result<(Vec<u32>, Vec<usize>)> {
-        if threads <= 1 {
-            let mut unit = Unit::for_texts(texts);
-            self.with_cache(|cache| self.encode_unit(texts, cache, &mut unit))?;
-            return Ok(gather(vec![unit], 1));
-        }
-        let mut units = units(texts).into_iter();
-        self.encode_stream(threads, || Ok(units.next().map(|range| texts[range].iter().collect())), |work| work())
-    }
-
-    /// [`Encoder::encode_batch`] for batches of texts that `next` makes on the calling thread while the others encode;
-    /// afterwards the calling thread encodes too, inside `release`.
-    ///
-    /// # Errors
-    /// The first error of `next`, or of the splitter.
-    pub fn encode_stream<T: AsRef<str> + Send, E: From<Error>>(
+    /// Appends the ids of some texts.
+    pub(crate) fn encode_texts<T: AsRef<str>>(
         &self,
-        threads: usize,
-        mut next: impl FnMut() -> std::result::Result<Option<Vec<T>>, E>,
-        release: impl FnOnce(&mut (dyn FnMut() + Send)),
-    ) -> std::result::Result<(Vec<u32>, Vec<usize>), E> {
-        let (sender, receiver) = channel::<(usize, Vec<T>)>();
-        let receiver = Mutex::new(receiver);
-        // A batch is held to the end: it may be the caller's own thread that has to drop it.
-        let work = || {
-            self.with_cache(|cache| {
-                let mut done = Vec::new();
-                loop {
-                    let batch = receiver.lock().unwrap_or_else(PoisonError::into_inner).recv();
-                    let Ok((index, texts)) = batch else { return Ok(done) };
-                    let mut unit = Unit::for_texts(&texts);
-                    self.encode_unit(&texts, cache, &mut unit)?;
-                    done.push((index, texts, unit));
-                }
-            })
-        };
-        let mut done: Vec<(usize, Vec<T>, Unit)> = std::thread::scope(|scope| {
-            let mut others = Vec::new();
-            let mut feed = || -> std::result::Result<(), E> {
-                for index in 0.. {
-                    let Some(batch) = next()? else { break };
-                    // The first batch may be all there is.
-                    if 0 < index && index < threads {
-                        others.push(scope.spawn(work));
-                    }
-                    if sender.send((index, batch)).is_err() {
-                        break;
-                    }
-                }
-                Ok(())
-            };
-            let outcome = feed();
-            drop(sender);
-            let mut results: Vec<Result<_>> = Vec::new();
-            if outcome.is_ok() {
-                release(&mut || results.push(work()));
-            }
-            results.extend(others.into_iter().map(|w| w.join().unwrap_or_else(|p| std::panic::resume_unwind(p))));
-            outcome?;
-            let all: Vec<Vec<_>> = results.into_iter().collect::<Result<_>>()?;
-            Ok::<_, E>(all.into_iter().flatten().collect())
-        })?;
-        done.sort_unstable_by_key(|&(index, ..)| index);
-        Ok(gather(done.into_iter().map(|(_, _, unit)| unit).collect(), threads))
-    }
-
-    fn encode_unit<T: AsRef<str>>(&self, texts: &[T], cache: &mut Cache, unit: &mut Unit) -> Result<()> {
+        texts: &[T],
+        cache: &mut Cache,
+        flat: &mut Flat,
+        check: Check,
+    ) -> Result<()> {
+        let bytes: usize = texts.iter().map(|text| text.as_ref().len()).sum();
+        // Four bytes an id.
+        flat.ids.reserve(bytes / 4 + 1);
         for text in texts {
-            self.encode_into(text.as_ref(), cache, &mut unit.ids)?;
-            unit.ends.push(unit.ids.len());
+            check()?;
+            self.encode_into(text.as_ref(), cache, &mut flat.ids, check)?;
+            flat.offsets.push(flat.ids.len());
         }
         Ok(())
     }
 
-    fn encode_into(&self, text: &str, cache: &mut Cache, out: &mut Vec<u32>) -> Result<()> {
+    fn encode_into(&self, text: &str, cache: &mut Cache, out: &mut Vec<u32>, check: Check) -> Result<()> {
         if text.len() >= u32::MAX as usize {
             return Err(Error::invalid(format!("a text of {} bytes is too long; 4 GiB is the most", text.len())));
         }
         let mut spans = [(0, 0); BATCH];
-        let mut len = 0;
+        let (mut len, mut checked) = (0, 0);
         self.splitter.for_each(text, |bytes, start, end| {
             spans[len] = (start as u32, end as u32);
             len += 1;
-            if len == BATCH {
-                self.encode_pieces(bytes, &spans, cache, out);
-                len = 0;
+            if len < BATCH {
+                return Ok(());
             }
+            len = 0;
+            if end - checked >= CHECK_EVERY {
+                checked = end;
+                check()?;
+            }
+            self.encode_pieces(bytes, &spans, cache, out, check)
         })?;
-        self.encode_pieces(text.as_bytes(), &spans[..len], cache, out);
-        Ok(())
+        self.encode_pieces(text.as_bytes(), &spans[..len], cache, out, check)
     }
 
     #[inline(never)]
-    fn encode_pieces(&self, text: &[u8], spans: &[(u32, u32)], cache: &mut Cache, out: &mut Vec<u32>) {
+    fn encode_pieces(
+        &self,
+        text: &[u8],
+        spans: &[(u32, u32)],
+        cache: &mut Cache,
+        out: &mut Vec<u32>,
+        check: Check,
+    ) -> Result<()> {
         let mut slots = [Slot::default(); BATCH];
         let mut unknown = [0u8; BATCH];
         let mut unknowns = 0;
@@ -220,11 +185,12 @@ impl Encoder {
         }
         for (slot, &(start, end)) in slots.iter().zip(spans) {
             match slot.len {
-                0 => self.merge(text, start as usize, end as usize, cache, out),
+                0 => self.merge(text, start as usize, end as usize, cache, out, check)?,
                 1 => out.push(slot.ids[0]),
                 len => out.extend_from_slice(&slot.ids[..len as usize]),
             }
         }
+        Ok(())
     }
 
     /// A piece that the cache does not hold, if it is a token; else an empty slot.
@@ -238,84 +204,48 @@ impl Encoder {
     }
 
     /// A piece that is no token.
-    fn merge(&self, text: &[u8], start: usize, end: usize, cache: &mut Cache, out: &mut Vec<u32>) {
+    fn merge(
+        &self,
+        text: &[u8],
+        start: usize,
+        end: usize,
+        cache: &mut Cache,
+        out: &mut Vec<u32>,
+        check: Check,
+    ) -> Result<()> {
         let before = out.len();
-        merge_piece(&self.vocab, &text[start..end], out);
+        merge_piece(&self.vocab, &text[start..end], out, check)?;
         let made = &out[before..];
         if let Some(key) = Key::of(text, start, end).filter(|_| made.len() <= 3) {
             let mut ids = [0; 3];
             ids[..made.len()].copy_from_slice(made);
             cache.put(key, ids, made.len() as u32);
         }
+        Ok(())
     }
 }
 
-/// Ids of some consecutive texts and where each ends.
-struct Unit {
-    ids: Vec<u32>,
-    ends: Vec<usize>,
+/// The ids of some texts end to end, and where each begins and the last one ends.
+pub struct Flat {
+    /// All ids.
+    pub ids: Vec<u32>,
+    /// One entry more than texts.
+    pub offsets: Vec<usize>,
 }
 
-impl Unit {
-    /// Room for the ids of `texts`, at four bytes an id.
-    fn for_texts<T: AsRef<str>>(texts: &[T]) -> Self {
-        let bytes: usize = texts.iter().map(|text| text.as_ref().len()).sum();
-        Self { ids: Vec::with_capacity(bytes / 4 + 1), ends: Vec::with_capacity(texts.len()) }
+impl Default for Flat {
+    fn default() -> Self {
+        Self { ids: Vec::new(), offsets: vec![0] }
     }
 }
 
-/// Consecutive ranges of texts of about [`UNIT_BYTES`] each; one range if all is short.
-fn units<T: AsRef<str>>(texts: &[T]) -> Vec<std::ops::Range<usize>> {
-    let total: usize = texts.iter().map(|text| text.as_ref().len()).sum();
-    let unit_bytes = if total < PARALLEL_MIN_BYTES { usize::MAX } else { UNIT_BYTES.min(total / 16) };
-    let (mut units, mut start, mut bytes) = (Vec::new(), 0, 0);
-    for (i, text) in texts.iter().enumerate() {
-        bytes += text.as_ref().len();
-        if bytes >= unit_bytes {
-            units.push(start..i + 1);
-            (start, bytes) = (i + 1, 0);
-        }
+impl Flat {
+    /// Adds the texts of `next` behind these.
+    pub fn append(&mut self, next: &Self) {
+        let base = self.ids.len();
+        self.ids.extend_from_slice(&next.ids);
+        self.offsets.extend(next.offsets[1..].iter().map(|&end| base + end));
     }
-    if start < texts.len() {
-        units.push(start..texts.len());
-    }
-    units
-}
-
-/// The ids of all units end to end, copied by as many threads: what a copy costs is mostly the first touch of its pages.
-fn gather(mut units: Vec<Unit>, threads: usize) -> (Vec<u32>, Vec<usize>) {
-    let mut offsets = vec![0];
-    let mut base = 0;
-    for unit in &units {
-        offsets.extend(unit.ends.iter().map(|&end| base + end));
-        base += unit.ids.len();
-    }
-    if units.len() <= 1 {
-        return (units.pop().map(|unit| unit.ids).unwrap_or_default(), offsets);
-    }
-    let mut ids = vec![0; base];
-    let mut rest = ids.as_mut_slice();
-    std::thread::scope(|scope| {
-        let mut shares = units.chunks(units.len().div_ceil(threads)).peekable();
-        while let Some(share) = shares.next() {
-            let (room, after) = std::mem::take(&mut rest).split_at_mut(share.iter().map(|unit| unit.ids.len()).sum());
-            rest = after;
-            let copy = move || {
-                let mut room = room;
-                for unit in share {
-                    let (own, after) = room.split_at_mut(unit.ids.len());
-                    own.copy_from_slice(&unit.ids);
-                    room = after;
-                }
-            };
-            if shares.peek().is_some() {
-                scope.spawn(copy);
-            } else {
-                copy();
-            }
-        }
-    });
-    (ids, offsets)
 }
 
 #[cfg(test)]

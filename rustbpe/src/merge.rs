@@ -5,16 +5,25 @@ use std::collections::BinaryHeap;
 
 use rustc_hash::FxHashMap;
 
+use crate::encode::Check;
+use crate::error::Result;
 use crate::vocab::{NO_ID, Vocab};
 
+/// Places looked at between two calls of `check`: some milliseconds.
+const CHECK_EVERY: usize = 1 << 16;
+
 /// Appends the ids of `piece` (not empty) to `out`.
-pub fn merge_piece(vocab: &Vocab, piece: &[u8], out: &mut Vec<u32>) {
+///
+/// # Errors
+/// That of `check`, which a long piece asks every now and then.
+pub fn merge_piece(vocab: &Vocab, piece: &[u8], out: &mut Vec<u32>, check: Check) -> Result<()> {
     match piece.len() {
         ..=16 => merge_by_scan::<16>(vocab, piece, out),
         17..=64 => merge_by_scan::<64>(vocab, piece, out),
-        _ if vocab.is_monotone() => merge_by_rounds(vocab, piece, out),
-        _ => merge_by_heap(vocab, piece, out),
+        _ if vocab.is_monotone() => merge_by_rounds(vocab, piece, out, check)?,
+        _ => merge_by_heap(vocab, piece, out, check)?,
     }
+    Ok(())
 }
 
 /// For up to `N` bytes, all on the stack: looks for the lowest pair each time, O(n^2) but within a few cache lines.
@@ -112,7 +121,7 @@ impl<'a> Slots<'a> {
 
 /// For vocabularies in which every merge makes a larger id than its parts: ids rise from round to round, each round
 /// merges all places of one id from left to right. O(n) places in all, plus a heap of the ids in play.
-fn merge_by_rounds(vocab: &Vocab, piece: &[u8], out: &mut Vec<u32>) {
+fn merge_by_rounds(vocab: &Vocab, piece: &[u8], out: &mut Vec<u32>, check: Check) -> Result<()> {
     let mut slots = Slots::new(vocab, piece);
     let mut rounds = Rounds::default();
     for start in 1..piece.len() {
@@ -122,7 +131,10 @@ fn merge_by_rounds(vocab: &Vocab, piece: &[u8], out: &mut Vec<u32>) {
         let places = rounds.places.remove(&id).unwrap_or_default();
         let (left, right) = vocab.parts(id);
         let left_len = vocab.token(left).len();
-        for start in places {
+        for (i, start) in places.into_iter().enumerate() {
+            if i % CHECK_EVERY == 0 {
+                check()?;
+            }
             let start = start as usize;
             if slots.ids[start] != left || slots.ids[start + left_len] != right {
                 continue;
@@ -134,6 +146,7 @@ fn merge_by_rounds(vocab: &Vocab, piece: &[u8], out: &mut Vec<u32>) {
         }
     }
     slots.emit(out);
+    Ok(())
 }
 
 /// Places waiting for their round, by the id they make.
@@ -156,14 +169,19 @@ impl Rounds {
 }
 
 /// For any vocabulary: a heap of (id made, place). O(n log n).
-fn merge_by_heap(vocab: &Vocab, piece: &[u8], out: &mut Vec<u32>) {
+fn merge_by_heap(vocab: &Vocab, piece: &[u8], out: &mut Vec<u32>, check: Check) -> Result<()> {
     let mut slots = Slots::new(vocab, piece);
     let candidate = |slots: &Slots, start: usize| {
         let id = slots.made_at(start);
         (id != NO_ID).then_some(Reverse((id, start)))
     };
     let mut heap: BinaryHeap<_> = (1..piece.len()).filter_map(|start| candidate(&slots, start)).collect();
+    let mut looked = 0;
     while let Some(Reverse((id, start))) = heap.pop() {
+        looked += 1;
+        if looked % CHECK_EVERY == 0 {
+            check()?;
+        }
         let (left, right) = vocab.parts(id);
         if slots.ids[start] != left || slots.ids[start + vocab.token(left).len()] != right {
             continue;
@@ -173,6 +191,7 @@ fn merge_by_heap(vocab: &Vocab, piece: &[u8], out: &mut Vec<u32>) {
         heap.extend(candidate(&slots, start));
     }
     slots.emit(out);
+    Ok(())
 }
 
 #[cfg(test)]
@@ -225,11 +244,11 @@ mod tests {
             }
             prop_assert_eq!(&scanned, &expected);
             let mut heaped = Vec::new();
-            merge_by_heap(&vocab, &piece, &mut heaped);
+            merge_by_heap(&vocab, &piece, &mut heaped, &mut || Ok(())).unwrap();
             prop_assert_eq!(&heaped, &expected);
             if vocab.is_monotone() {
                 let mut rounds = Vec::new();
-                merge_by_rounds(&vocab, &piece, &mut rounds);
+                merge_by_rounds(&vocab, &piece, &mut rounds, &mut || Ok(())).unwrap();
                 prop_assert_eq!(&rounds, &expected);
             }
         }
@@ -243,7 +262,7 @@ mod tests {
             let piece: Vec<u8> = (0..n).map(|i| if i % 17 == 16 { b'b' } else { b'a' }).collect();
             let (mut by_scan, mut by_rounds) = (Vec::new(), Vec::new());
             merge_by_scan::<255>(&vocab, &piece, &mut by_scan);
-            merge_by_rounds(&vocab, &piece, &mut by_rounds);
+            merge_by_rounds(&vocab, &piece, &mut by_rounds, &mut || Ok(())).unwrap();
             assert_eq!(by_scan, by_rounds);
         }
     }

@@ -1,4 +1,8 @@
-//! The Python module: arguments in, arrays and lists out. Everything slow runs with the GIL released.
+//! The Python module: arguments in, arrays and lists out.
+//!
+//! Splitting, counting, training, encoding, and decoding of arrays run with the GIL released, and stop at Ctrl-C. What
+//! reads or makes objects of Python holds it, and cannot do without: `str` to UTF-8, numbers of a list (decoded as they
+//! are read), and the lists, `bytes` and `str` that are returned. An array is copied first, so that nobody changes it.
 
 mod texts;
 
@@ -7,18 +11,19 @@ use std::sync::{Arc, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 use numpy::{IntoPyArray, PyArray1, PyArrayMethods};
-use pyo3::exceptions::{PyTypeError, PyValueError};
+use pyo3::exceptions::{PyOverflowError, PyTypeError, PyValueError};
 use pyo3::ffi;
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict, PyList, PyString};
 
 use self::texts::{Source, Text, text_of, type_name};
-use crate::encode::Encoder;
+use crate::batches::encode_stream;
+use crate::encode::{Encoder, Flat};
 use crate::error::Error;
 use crate::split::{GPT4_PATTERN, Splitter};
 use crate::stream::{Limits, count_stream};
 use crate::train::train;
-use crate::vocab::{NO_ID, Vocab, show};
+use crate::vocab::{NO_ID, Vocab, show, unknown_id};
 
 /// How often a long computation looks for Ctrl-C and reports its progress.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
@@ -26,14 +31,20 @@ const LOOK_EVERY: Duration = Duration::from_millis(100);
 /// The least bound on memory, in bytes: below it the tables of an empty training would not fit.
 const MIN_MEMORY: i64 = 64 << 20;
 
-/// Bytes of text that a thread encodes at a time, when there are several.
-const UNIT_BYTES: usize = 1 << 17;
+/// Texts of a training that are handed over at once, if the caller says nothing else.
+const BUFFER_SIZE: usize = 8192;
+
+/// Pieces between two looks for Ctrl-C.
+const SPLIT_CHECK_EVERY: usize = 1 << 14;
 
 /// What `PyLong_AsUnsignedLong` returns beside an exception; no id is so large.
 const WRONG: std::ffi::c_ulong = std::ffi::c_ulong::MAX;
 
-/// Texts below this many bytes are encoded without releasing the GIL, which costs more than it gives there.
+/// Texts and arrays below this many bytes are worked on without releasing the GIL, which costs more than it gives there.
 const DETACH_MIN_BYTES: usize = 1 << 12;
+
+/// Threads for each core that a caller may ask for: more bring nothing, and each has a cache of 8 MiB.
+const MOST_THREADS_PER_CORE: usize = 4;
 
 /// What stops a call: an error of ours, or a Python exception on its way.
 enum Stop {
@@ -92,25 +103,26 @@ impl Tokenizer {
         Ok(Self::wrap(Encoder::new(vocab, splitter)))
     }
 
-    #[pyo3(signature = (iterator, vocab_size, buffer_size=8192, pattern=None, num_threads=None, max_memory=None,
+    #[pyo3(signature = (iterator, vocab_size, buffer_size=None, pattern=None, num_threads=None, max_memory=None,
         progress=None))]
     #[allow(clippy::too_many_arguments)]
     fn train_from_iterator<'py>(
         &self,
         iterator: &Bound<'py, PyAny>,
-        vocab_size: i64,
-        buffer_size: i64,
+        vocab_size: &Bound<'py, PyAny>,
+        buffer_size: Option<&Bound<'py, PyAny>>,
         pattern: Option<&str>,
-        num_threads: Option<i64>,
-        max_memory: Option<i64>,
+        num_threads: Option<&Bound<'py, PyAny>>,
+        max_memory: Option<&Bound<'py, PyAny>>,
         progress: Option<Py<PyAny>>,
     ) -> PyResult<Bound<'py, PyDict>> {
-        let merges = merge_count(vocab_size)?;
+        let merges = merge_count(number("vocab_size", vocab_size)?)?;
         let limits = Limits { threads: thread_count(num_threads)?, max_memory: memory_bound(max_memory)? };
         let splitter = Splitter::new(pattern.unwrap_or(GPT4_PATTERN))?;
-        let mut source = Source::new(iterator, positive("buffer_size", buffer_size)?)?;
+        let mut source =
+            Source::new(iterator, buffer_size.map_or(Ok(BUFFER_SIZE), |value| positive("buffer_size", value))?)?;
         let pieces = AtomicU64::new(0);
-        let mut watch = Watch { progress, last: Instant::now(), raised: None, bytes: 0, pieces: &pieces };
+        let mut watch = Watch { progress, signals: Signals::new(), bytes: 0, pieces: &pieces };
         let (vocab, distinct, pruned) = iterator.py().detach(|| -> Result<_, Stop> {
             let (counter, pruned) = count_stream(&splitter, limits, &pieces, || {
                 Python::attach(|py| {
@@ -121,10 +133,9 @@ impl Tokenizer {
             })?;
             let (distinct, words) = (counter.len(), counter.into_words());
             let found = train(words, merges, |done| watch.check(done));
-            watch.raised.take().map_or(Ok(()), Err)?;
+            watch.signals.raised()?;
             let found = found?;
-            watch.last = Instant::now().checked_sub(LOOK_EVERY).unwrap_or(watch.last);
-            Python::attach(|py| watch.look(py, found.len()))?;
+            Python::attach(|py| watch.tell(py, found.len()))?;
             Ok((Vocab::from_merges(&found)?, distinct, pruned))
         })?;
         *self.encoder.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(Encoder::new(vocab, splitter));
@@ -148,9 +159,17 @@ impl Tokenizer {
     }
 
     #[pyo3(signature = (texts, num_threads=None))]
-    fn batch_encode(&self, texts: &Bound<'_, PyAny>, num_threads: Option<i64>) -> PyResult<Vec<Vec<u32>>> {
-        let (ids, offsets) = self.flat(texts, num_threads)?;
-        Ok(offsets.windows(2).map(|w| ids[w[0]..w[1]].to_vec()).collect())
+    fn batch_encode<'py>(
+        &self,
+        texts: &Bound<'py, PyAny>,
+        num_threads: Option<&Bound<'py, PyAny>>,
+    ) -> PyResult<Bound<'py, PyList>> {
+        let Flat { ids, offsets } = self.flat(texts, num_threads)?;
+        let lists = PyList::empty(texts.py());
+        for ends in offsets.windows(2) {
+            lists.append(PyList::new(texts.py(), &ids[ends[0]..ends[1]])?)?;
+        }
+        Ok(lists)
     }
 
     #[pyo3(signature = (texts, num_threads=None))]
@@ -158,9 +177,9 @@ impl Tokenizer {
         &self,
         py: Python<'py>,
         texts: &Bound<'py, PyAny>,
-        num_threads: Option<i64>,
+        num_threads: Option<&Bound<'py, PyAny>>,
     ) -> PyResult<FlatArrays<'py>> {
-        let (ids, offsets) = self.flat(texts, num_threads)?;
+        let Flat { ids, offsets } = self.flat(texts, num_threads)?;
         let offsets: Vec<i64> = offsets.into_iter().map(|offset| offset as i64).collect();
         Ok((ids.into_pyarray(py), offsets.into_pyarray(py)))
     }
@@ -175,11 +194,23 @@ impl Tokenizer {
         Ok(PyBytes::new(py, &self.bytes_of(ids)?))
     }
 
-    fn split(&self, text: &Bound<'_, PyAny>) -> PyResult<Vec<String>> {
+    fn split<'py>(&self, py: Python<'py>, text: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyList>> {
         let text = text_of(text, || "text".to_owned())?;
         let text = text.as_ref();
-        let mut pieces = Vec::new();
-        self.encoder().splitter().for_each(text, |_, start, end| pieces.push(text[start..end].to_owned()))?;
+        let mut signals = Signals::new();
+        let mut ends = Vec::new();
+        let push = |_: &[u8], _, end| {
+            ends.push(end);
+            if ends.len() % SPLIT_CHECK_EVERY == 0 { signals.check() } else { Ok(()) }
+        };
+        let outcome = py.detach(|| self.encoder().splitter().for_each(text, push));
+        signals.raised()?;
+        outcome?;
+        let starts = std::iter::once(&0).chain(&ends);
+        let pieces = PyList::empty(py);
+        for (&start, &end) in starts.zip(&ends) {
+            pieces.append(&text[start..end])?;
+        }
         Ok(pieces)
     }
 
@@ -203,7 +234,7 @@ impl Tokenizer {
         (0..vocab.len() as u32)
             .filter(|&id| vocab.token(id).len() > 1)
             .map(|id| match vocab.parts(id) {
-                (u32::MAX, _) => Err(PyValueError::new_err(format!(
+                (NO_ID, _) => Err(PyValueError::new_err(format!(
                     "token {id}, {}, is not made by any merge of lower ranks: these ranks are no list of merges",
                     show(vocab.token(id))
                 ))),
@@ -231,53 +262,46 @@ impl Tokenizer {
         let text = text_of(text, || "text".to_owned())?;
         let text = text.as_ref();
         let encoder = self.encoder();
-        let ids = if text.len() < DETACH_MIN_BYTES { encoder.encode(text) } else { py.detach(|| encoder.encode(text)) };
+        if text.len() < DETACH_MIN_BYTES {
+            return Ok(encoder.encode(text)?);
+        }
+        let mut signals = Signals::new();
+        let ids = py.detach(|| encoder.encode_checked(text, &mut || signals.check()));
+        signals.raised()?;
         Ok(ids?)
     }
 
     /// Ids of all texts end to end, and where each begins; texts are read while those before them are encoded.
-    fn flat(&self, texts: &Bound<'_, PyAny>, num_threads: Option<i64>) -> PyResult<(Vec<u32>, Vec<usize>)> {
+    fn flat(&self, texts: &Bound<'_, PyAny>, num_threads: Option<&Bound<'_, PyAny>>) -> PyResult<Flat> {
         let (py, threads) = (texts.py(), thread_count(num_threads)?);
         if texts.is_instance_of::<PyString>() {
             return Err(PyTypeError::new_err("texts: expected a list of str, got one str"));
         }
         let encoder = self.encoder();
         let mut texts = texts.try_iter()?.enumerate();
-        let mut next_text = || -> PyResult<Option<Text>> {
-            texts.next().map(|(i, text)| text_of(&text?, || format!("texts[{i}]"))).transpose()
+        let next = || -> Result<Option<Text>, Stop> {
+            Ok(texts.next().map(|(i, text)| text_of(&text?, || format!("texts[{i}]"))).transpose()?)
         };
-        if threads == 1 {
-            let mut all = Vec::new();
-            while let Some(text) = next_text()? {
-                all.push(text);
-            }
-            return Ok(py.detach(|| encoder.encode_batch(&all, 1))?);
-        }
-        let next_batch = || -> Result<Option<Vec<Text>>, Stop> {
-            let (mut batch, mut bytes) = (Vec::new(), 0);
-            while bytes < UNIT_BYTES {
-                let Some(text) = next_text()? else { break };
-                bytes += text.as_ref().len();
-                batch.push(text);
-            }
-            Ok((!batch.is_empty()).then_some(batch))
-        };
-        Ok(encoder.encode_stream(threads, next_batch, |work| py.detach(work))?)
+        let mut signals = Signals::new();
+        let flat = encode_stream(&encoder, threads, next, |work| py.detach(work), &mut || signals.check());
+        signals.raised()?;
+        Ok(flat?)
     }
 
     fn bytes_of(&self, ids: &Bound<'_, PyAny>) -> PyResult<Vec<u8>> {
-        let encoder = self.encoder();
+        let (py, encoder) = (ids.py(), self.encoder());
         let vocab = encoder.vocab();
-        if let Ok(list) = ids.cast::<PyList>() {
+        if let Ok(list) = ids.cast_exact::<PyList>() {
             if let Ok(bytes) = vocab.decode(numbers_of(list)) {
                 return Ok(bytes);
             }
         } else if let Ok(array) = ids.cast::<PyArray1<u32>>() {
             let array = array.readonly();
-            return Ok(match array.as_slice() {
-                Ok(ids) => vocab.decode(ids.iter().copied())?,
-                Err(_) => vocab.decode(array.as_array().to_vec().into_iter())?,
-            });
+            if let Some(ids) = array.as_slice().ok().filter(|ids| size_of_val(*ids) < DETACH_MIN_BYTES) {
+                return Ok(vocab.decode(ids.iter().copied())?);
+            }
+            let ids = array.as_array().to_vec();
+            return Ok(py.detach(|| vocab.decode(ids.into_iter()))?);
         }
         let mut list = Vec::with_capacity(ids.len().unwrap_or(0));
         for id in ids.try_iter()? {
@@ -293,7 +317,7 @@ impl Tokenizer {
 #[allow(unsafe_code)]
 fn numbers_of(list: &Bound<'_, PyList>) -> impl ExactSizeIterator<Item = u32> {
     (0..list.len()).map(|i| {
-        // SAFETY: `list` is a list and we hold the GIL, which neither call lets go of: PyList_GetItem checks the index
+        // SAFETY: `list` is a list and we hold the GIL (abi3 knows no Python without), which neither call lets go of: PyList_GetItem checks the index
         // and lends a reference that the list owns; PyLong_AsUnsignedLong runs no Python code, since it takes
         // instances of int only, so the list cannot change while the reference is in use. Null is not passed on. Both
         // report failures as an exception, which is taken back here.
@@ -311,23 +335,36 @@ fn numbers_of(list: &Bound<'_, PyList>) -> impl ExactSizeIterator<Item = u32> {
 /// The exception for something that is no id: a wrong type, or a number no vocabulary has.
 fn not_an_id(id: &Bound<'_, PyAny>, vocab_size: usize) -> PyErr {
     if id.extract::<i128>().is_ok() {
-        PyValueError::new_err(format!("token id {id} is outside the vocabulary of {vocab_size} ids"))
+        PyValueError::new_err(unknown_id(id, vocab_size))
     } else {
         PyTypeError::new_err(format!("token ids must be int, got {}", type_name(id)))
     }
 }
 
-fn positive(name: &str, value: i64) -> PyResult<usize> {
+/// The integer that was given for `name`; one that no 64 bits hold is as wrong a value as any other.
+fn number(name: &str, value: &Bound<'_, PyAny>) -> PyResult<i64> {
+    value.extract().map_err(|error: PyErr| {
+        if error.is_instance_of::<PyOverflowError>(value.py()) {
+            PyValueError::new_err(format!("{name}={value}: it must be less than 2**63, and not below -2**63"))
+        } else {
+            PyTypeError::new_err(format!("{name}: expected int, got {}", type_name(value)))
+        }
+    })
+}
+
+fn positive(name: &str, value: &Bound<'_, PyAny>) -> PyResult<usize> {
+    let value = number(name, value)?;
     usize::try_from(value)
         .ok()
         .filter(|&value| value > 0)
         .ok_or_else(|| PyValueError::new_err(format!("{name}={value}: it must be 1 or more")))
 }
 
-fn thread_count(num_threads: Option<i64>) -> PyResult<usize> {
+fn thread_count(num_threads: Option<&Bound<'_, PyAny>>) -> PyResult<usize> {
+    let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
     match num_threads {
-        Some(value) => positive("num_threads", value).map(|threads| threads.min(1024)),
-        None => Ok(std::thread::available_parallelism().map_or(1, std::num::NonZero::get)),
+        Some(value) => positive("num_threads", value).map(|threads| threads.min(MOST_THREADS_PER_CORE * cores)),
+        None => Ok(cores),
     }
 }
 
@@ -340,8 +377,8 @@ fn merge_count(vocab_size: i64) -> PyResult<usize> {
     })
 }
 
-fn memory_bound(max_memory: Option<i64>) -> PyResult<Option<u64>> {
-    match max_memory {
+fn memory_bound(max_memory: Option<&Bound<'_, PyAny>>) -> PyResult<Option<u64>> {
+    match max_memory.map(|value| number("max_memory", value)).transpose()? {
         Some(bytes) if bytes < MIN_MEMORY => {
             Err(PyValueError::new_err(format!("max_memory={bytes}: it must be {MIN_MEMORY} bytes (64 MiB) or more")))
         }
@@ -377,36 +414,72 @@ fn tokens_by_rank(ranks: &Bound<'_, PyAny>) -> PyResult<Vec<Vec<u8>>> {
     Ok(pairs.into_iter().map(|(_, token)| token).collect())
 }
 
-/// Looks for Ctrl-C now and then from inside a computation that has released the GIL, and reports progress.
+/// Looks for Ctrl-C now and then from inside a computation that has released the GIL.
+struct Signals {
+    last: Instant,
+    raised: Option<PyErr>,
+}
+
+impl Signals {
+    fn new() -> Self {
+        Self { last: Instant::now(), raised: None }
+    }
+
+    /// Whether it is time to look again.
+    fn due(&mut self) -> bool {
+        let due = self.last.elapsed() >= LOOK_EVERY;
+        if due {
+            self.last = Instant::now();
+        }
+        due
+    }
+
+    fn check(&mut self) -> Result<(), Error> {
+        if self.due() { Python::attach(|py| self.keep(py.check_signals())) } else { Ok(()) }
+    }
+
+    /// An exception stops the computation, which knows nothing of Python, and waits here.
+    fn keep(&mut self, outcome: PyResult<()>) -> Result<(), Error> {
+        outcome.map_err(|error| {
+            self.raised = Some(error);
+            Error::Interrupted
+        })
+    }
+
+    /// The exception that has stopped the computation, if one has.
+    fn raised(&mut self) -> PyResult<()> {
+        self.raised.take().map_or(Ok(()), Err)
+    }
+}
+
+/// Looks for Ctrl-C in a training, and reports its progress.
 struct Watch<'a> {
     /// `progress(bytes read, pieces counted, merges done)`, if there is one.
     progress: Option<Py<PyAny>>,
-    last: Instant,
-    raised: Option<Stop>,
+    signals: Signals,
     bytes: usize,
     pieces: &'a AtomicU64,
 }
 
 impl Watch<'_> {
-    fn look(&mut self, py: Python<'_>, merges: usize) -> Result<(), Stop> {
+    fn tell(&self, py: Python<'_>, merges: usize) -> PyResult<()> {
         py.check_signals()?;
-        if self.last.elapsed() >= LOOK_EVERY {
-            self.last = Instant::now();
-            if let Some(progress) = &self.progress {
-                progress.call1(py, (self.bytes, self.pieces.load(Ordering::Relaxed), merges))?;
-            }
+        if let Some(progress) = &self.progress {
+            progress.call1(py, (self.bytes, self.pieces.load(Ordering::Relaxed), merges))?;
         }
         Ok(())
     }
 
+    fn look(&mut self, py: Python<'_>, merges: usize) -> PyResult<()> {
+        if self.signals.due() { self.tell(py, merges) } else { py.check_signals() }
+    }
+
     fn check(&mut self, merges: usize) -> Result<(), Error> {
-        if self.last.elapsed() < LOOK_EVERY {
+        if !self.signals.due() {
             return Ok(());
         }
-        Python::attach(|py| self.look(py, merges)).map_err(|stop| {
-            self.raised = Some(stop);
-            Error::Interrupted
-        })
+        let outcome = Python::attach(|py| self.tell(py, merges));
+        self.signals.keep(outcome)
     }
 }
 

@@ -72,9 +72,10 @@ impl Splitter {
     /// Calls `piece(text, start, end)` for each piece in order. O(length) for the known patterns.
     ///
     /// # Errors
-    /// Only with a pattern of the caller's own: when the regex engine gives up (its backtracking limit).
+    /// That of `piece`, which ends it; and with a pattern of the caller's own, when the regex engine gives up (its
+    /// backtracking limit).
     #[inline]
-    pub fn for_each(&self, text: &str, mut piece: impl FnMut(&[u8], usize, usize)) -> Result<()> {
+    pub fn for_each(&self, text: &str, mut piece: impl FnMut(&[u8], usize, usize) -> Result<()>) -> Result<()> {
         let bytes = text.as_bytes();
         let classes = classes();
         let mut at = 0;
@@ -82,7 +83,7 @@ impl Splitter {
             Kind::Gpt2 => {
                 while at < bytes.len() {
                     let end = next_gpt2(classes, bytes, at);
-                    piece(bytes, at, end);
+                    piece(bytes, at, end)?;
                     at = end;
                 }
             }
@@ -93,7 +94,7 @@ impl Splitter {
                         let (base, any) = (at, starts != 0);
                         while starts != 0 {
                             let end = base + starts.trailing_zeros() as usize;
-                            piece(bytes, at, end);
+                            piece(bytes, at, end)?;
                             at = end;
                             starts &= starts - 1;
                         }
@@ -102,7 +103,7 @@ impl Splitter {
                         }
                     }
                     let end = next_gpt4(classes, bytes, at, *max_digits, *whole_tail);
-                    piece(bytes, at, end);
+                    piece(bytes, at, end)?;
                     at = end;
                 }
             }
@@ -116,7 +117,7 @@ impl Splitter {
                         ))
                     })?;
                     if !found.as_str().is_empty() {
-                        piece(bytes, found.start(), found.end());
+                        piece(bytes, found.start(), found.end())?;
                     }
                 }
             }
@@ -336,7 +337,11 @@ mod tests {
 
     fn pieces(splitter: &Splitter, text: &str) -> Vec<String> {
         let mut all = Vec::new();
-        splitter.for_each(text, |_, start, end| all.push(text[start..end].to_owned())).unwrap();
+        let push = |_: &[u8], start, end| {
+            all.push(text[start..end].to_owned());
+            Ok(())
+        };
+        splitter.for_each(text, push).unwrap();
         all
     }
 

@@ -23,7 +23,7 @@ const MIN_ROUND: u64 = 1 << 16;
 /// How to count.
 #[derive(Debug, Clone, Copy)]
 pub struct Limits {
-    /// Threads that count, beside the one that reads.
+    /// Threads that count, beside the one that reads. With none that the system gives, the one that reads counts.
     pub threads: usize,
     /// Memory, in bytes, that counting and training may take, as [`PieceCounter::cost`] estimates it.
     pub max_memory: Option<u64>,
@@ -42,7 +42,7 @@ pub fn count_stream<T: AsRef<str> + Send, E: From<Error>>(
     pieces: &AtomicU64,
     mut next: impl FnMut() -> std::result::Result<Option<Vec<T>>, E>,
 ) -> std::result::Result<(PieceCounter, Pruned), E> {
-    let mut counters: Vec<PieceCounter> = (0..limits.threads.max(1)).map(|_| PieceCounter::default()).collect();
+    let mut counters: Vec<PieceCounter> = (0..=limits.threads.max(1)).map(|_| PieceCounter::default()).collect();
     let mut pruned = Pruned::default();
     let round = limits.max_memory.map_or(u64::MAX, |bound| (bound / ROUNDS).max(MIN_ROUND));
     loop {
@@ -63,7 +63,8 @@ pub fn count_stream<T: AsRef<str> + Send, E: From<Error>>(
     }
 }
 
-/// Counts batches of `round` bytes in all, each thread into its own counter. False if the stream has ended.
+/// Counts batches of `round` bytes in all, each thread into its own counter; the first is the calling thread's. False if
+/// the stream has ended.
 fn count_round<T: AsRef<str> + Send, E: From<Error>>(
     splitter: &Splitter,
     counters: &mut [PieceCounter],
@@ -71,16 +72,19 @@ fn count_round<T: AsRef<str> + Send, E: From<Error>>(
     next: &mut impl FnMut() -> std::result::Result<Option<Vec<T>>, E>,
     round: u64,
 ) -> std::result::Result<bool, E> {
-    let (sender, receiver) = sync_channel::<Vec<T>>(counters.len());
+    let [own, others @ ..] = counters else { return Ok(false) };
+    let (sender, receiver) = sync_channel::<Vec<T>>(others.len());
     let failed = AtomicBool::new(false);
     std::thread::scope(|scope| {
         // Only the workers own the receiver: if all of them are gone, sending fails instead of waiting for ever.
         let receiver = Arc::new(Mutex::new(receiver));
-        let workers: Vec<_> = counters
+        // As many as the system gives.
+        let workers: Vec<_> = others
             .iter_mut()
-            .map(|counter| {
+            .map_while(|counter| {
                 let (receiver, failed) = (Arc::clone(&receiver), &failed);
-                scope.spawn(move || count_batches(splitter, counter, &receiver, failed, pieces))
+                let work = move || count_batches(splitter, counter, &receiver, failed, pieces);
+                std::thread::Builder::new().spawn_scoped(scope, work).ok()
             })
             .collect();
         drop(receiver);
@@ -89,7 +93,9 @@ fn count_round<T: AsRef<str> + Send, E: From<Error>>(
             while bytes < round {
                 let Some(batch) = next()? else { return Ok(false) };
                 bytes += batch.iter().map(|text| text.as_ref().len() as u64).sum::<u64>();
-                if failed.load(Ordering::Relaxed) || sender.send(batch).is_err() {
+                if workers.is_empty() {
+                    count_batch(splitter, own, &batch, pieces)?;
+                } else if failed.load(Ordering::Relaxed) || sender.send(batch).is_err() {
                     return Ok(false);
                 }
             }
@@ -117,17 +123,25 @@ fn count_batches<T: AsRef<str>>(
     loop {
         let batch = receiver.lock().unwrap_or_else(PoisonError::into_inner).recv();
         let Ok(batch) = batch else { break };
-        let before = counter.pieces();
-        for text in &batch {
-            if outcome.is_ok() && !failed.load(Ordering::Relaxed) {
-                outcome = counter.count_text(splitter, text.as_ref());
-            }
+        if outcome.is_ok() && !failed.load(Ordering::Relaxed) {
+            outcome = count_batch(splitter, counter, &batch, pieces);
         }
-        pieces.fetch_add(counter.pieces() - before, Ordering::Relaxed);
         if outcome.is_err() {
             failed.store(true, Ordering::Relaxed);
         }
     }
+    outcome
+}
+
+fn count_batch<T: AsRef<str>>(
+    splitter: &Splitter,
+    counter: &mut PieceCounter,
+    batch: &[T],
+    pieces: &AtomicU64,
+) -> Result<()> {
+    let before = counter.pieces();
+    let outcome = batch.iter().try_for_each(|text| counter.count_text(splitter, text.as_ref()));
+    pieces.fetch_add(counter.pieces() - before, Ordering::Relaxed);
     outcome
 }
 
@@ -163,7 +177,11 @@ mod tests {
         let texts = texts();
         let mut expected: HashMap<Vec<u8>, u64> = HashMap::new();
         for text in &texts {
-            splitter.for_each(text, |bytes, s, e| *expected.entry(bytes[s..e].to_vec()).or_default() += 1).unwrap();
+            let add = |bytes: &[u8], s: usize, e: usize| {
+                *expected.entry(bytes[s..e].to_vec()).or_default() += 1;
+                Ok(())
+            };
+            splitter.for_each(text, add).unwrap();
         }
         let all: u64 = expected.values().sum();
         expected.retain(|piece, _| piece.len() > 1);

@@ -4,6 +4,7 @@ use hashbrown::HashTable;
 
 use crate::error::{Error, Result};
 use crate::key::{Key, MAX_SHORT, hash, hash_bytes};
+use crate::merge::merge_piece;
 use crate::pairs::PairTable;
 
 /// "No id": larger than any id.
@@ -73,10 +74,15 @@ impl Vocab {
     /// An empty or repeated token, a missing byte, more than 4 GiB of tokens.
     pub fn from_tokens(tokens: &[Vec<u8>]) -> Result<Self> {
         let mut vocab = Self::with_tokens(tokens)?;
-        let made: Vec<_> = tokens.iter().map(|token| vocab.last_pair(token)).collect();
-        for (id, pair) in made.into_iter().enumerate() {
-            if let Some((left, right)) = pair {
-                vocab.set_parts(id as u32, left, right);
+        // By length: what a token is made of is known when its turn comes.
+        let mut order: Vec<u32> = (0..vocab.len() as u32).filter(|&id| tokens[id as usize].len() > 1).collect();
+        order.sort_by_key(|&id| tokens[id as usize].len());
+        let mut parts = Vec::new();
+        for id in order {
+            parts.clear();
+            merge_piece(&vocab, &tokens[id as usize], &mut parts, &mut || Ok(()))?;
+            if let &[left, right] = parts.as_slice() {
+                vocab.set_parts(id, left, right);
             }
         }
         Ok(vocab)
@@ -257,7 +263,7 @@ impl Vocab {
         let mut at = 0;
         for id in ids {
             let Some(head) = self.heads.get(id as usize) else {
-                return Err(Error::invalid(format!("token id {id} is outside the vocabulary of {} ids", self.len())));
+                return Err(Error::invalid(unknown_id(id, self.len())));
             };
             let len = head[MAX_SHORT];
             if let Some(room) = out.get_mut(at..at + size_of::<Head>()).filter(|_| len != LONG) {
@@ -275,30 +281,11 @@ impl Vocab {
         out.truncate(at);
         Ok(out)
     }
+}
 
-    /// The last merge when `token` is merged by itself in order of ranks, or `None` if it does not end as one token.
-    fn last_pair(&self, token: &[u8]) -> Option<(u32, u32)> {
-        let mut ends: Vec<usize> = (1..=token.len()).collect();
-        let mut rank_at: Vec<u32> =
-            (0..token.len().saturating_sub(1)).map(|i| self.find(token, i, i + 2).unwrap_or(NO_ID)).collect();
-        while ends.len() > 2 {
-            let (i, &rank) = rank_at.iter().enumerate().min_by_key(|&(_, rank)| rank)?;
-            if rank == NO_ID {
-                return None;
-            }
-            ends.remove(i);
-            rank_at.remove(i);
-            let start = |i: usize| if i == 0 { 0 } else { ends[i - 1] };
-            if i > 0 {
-                rank_at[i - 1] = self.find(token, start(i - 1), ends[i]).unwrap_or(NO_ID);
-            }
-            if i < rank_at.len() {
-                rank_at[i] = self.find(token, start(i), ends[i + 1]).unwrap_or(NO_ID);
-            }
-        }
-        let [middle, end] = ends[..] else { return None };
-        self.find(token, 0, middle).zip(self.find(token, middle, end))
-    }
+/// What is said of an id that is not in the vocabulary.
+pub fn unknown_id(id: impl std::fmt::Display, vocab_size: usize) -> String {
+    format!("unknown token id {id}: the vocabulary has the ids 0 to {}", vocab_size - 1)
 }
 
 /// Bytes as Python would print them.
@@ -342,7 +329,7 @@ mod tests {
     fn decoding_checks_every_id() {
         let vocab = Vocab::from_merges(&[(97, 98)]).unwrap();
         assert_eq!(vocab.decode([256, 99].into_iter()).unwrap(), b"abc");
-        assert!(vocab.decode([257].into_iter()).unwrap_err().to_string().contains("token id 257"));
+        assert!(vocab.decode([257].into_iter()).unwrap_err().to_string().contains("unknown token id 257"));
         assert_eq!(vocab.decode([].into_iter()).unwrap(), b"");
     }
 

@@ -6,6 +6,7 @@ use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::pybacked::{PyBackedBytes, PyBackedStr};
+use pyo3::sync::PyOnceLock;
 use pyo3::types::{PyBytes, PyIterator, PyList, PyString};
 
 use super::Stop;
@@ -43,12 +44,21 @@ pub fn type_name(object: &Bound<'_, PyAny>) -> String {
     object.get_type().name().map_or_else(|_| "an object".to_owned(), |name| name.to_string())
 }
 
+/// Whether every character of a `str` is ASCII. Asked of `str` itself: a subclass may say what it likes.
+fn is_ascii(text: &Bound<'_, PyString>) -> PyResult<bool> {
+    static IS_ASCII: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
+    let py = text.py();
+    let is_ascii =
+        IS_ASCII.get_or_try_init(py, || Ok::<_, PyErr>(py.get_type::<PyString>().getattr("isascii")?.unbind()))?;
+    is_ascii.call1(py, (text,))?.is_truthy(py)
+}
+
 /// The text of a Python `str`. `name` says in errors which one it was.
 pub fn text_of(object: &Bound<'_, PyAny>, name: impl Fn() -> String) -> PyResult<Text> {
     let text = object
         .cast::<PyString>()
         .map_err(|_| PyTypeError::new_err(format!("{}: expected str, got {}", name(), type_name(object))))?;
-    if text.call_method0(intern!(object.py(), "isascii"))?.is_truthy()? {
+    if is_ascii(text)? {
         return Ok(Text::Ascii(PyBackedStr::try_from(text.clone())?));
     }
     let bytes = text.encode_utf8().map_err(|error| {
