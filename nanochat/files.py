@@ -31,7 +31,7 @@ FETCHED = "fetch"  # the name of what `arrival` judges by a rule of its own
 ABANDONED_S = 86_400.0
 MAKE_AGAIN = "It is damaged; make it again."
 NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
-NAME_RULE = "up to 128 letters (a-z, A-Z), digits, '-', '_' and '.', not beginning with '.'"
+NAME_RULE = "a name of up to 128 letters (a-z, A-Z), digits, '-', '_' and '.', not beginning with '.'"
 SURROGATES = re.compile("[\ud800-\udfff]")
 
 

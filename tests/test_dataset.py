@@ -297,9 +297,9 @@ def test_the_command_line_makes_lists_and_verifies(tmp_path: Path) -> None:
         (["--corpus", "stdlib", "-n", "3"], "-n and --first choose shards of"),
         (["--corpus", "stdlib", "--files", "x"], "use --corpus local"),
         (["--corpus", "fineweb-edu", "-n", "0"], "has 1 to 1822 training shards"),
-        (["--corpus", "fineweb-edu", "-n", "9", "--first", "-1"], "--first -1: expected 0 or more"),
+        (["--corpus", "fineweb-edu", "-n", "9", "--first", "-1"], "--first=-1: expected 0 or more"),
         (["--corpus", "local", "--files", "absent.txt"], "absent.txt: no such file"),
-        (["--corpus", "stdlib", "--name", "../x"], "not a usable name"),
+        (["--corpus", "stdlib", "--name", "../x"], "expected a name of up to 128 letters"),
         (["--corpus", "absent", "--verify"], "is not there. Make it"),
     ],
 )
