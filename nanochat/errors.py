@@ -30,6 +30,8 @@ def cli(main: Callable[[], None]) -> Callable[[], None]:
             sys.exit(130)
         except OSError as error:
             _leave(describe_os_error(error))
+        except MemoryError:
+            _leave("memory ran out. Take a smaller --device-batch-size, or end other programs.")
 
     return wrapped
 

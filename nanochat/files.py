@@ -219,7 +219,7 @@ def atomic_dir(path: Path) -> Iterator[Path]:
         written.rename(path)
         fsync_dir(path.parent)
         if doomed:  # last: between the two renames is the only moment without a folder of the name
-            shutil.rmtree(doomed, ignore_errors=True)
+            _delete(doomed)
     finally:
         shutil.rmtree(written, ignore_errors=True)
 
@@ -227,14 +227,23 @@ def atomic_dir(path: Path) -> Iterator[Path]:
 def _move_aside(path: Path) -> Path:
     """Take a folder away in one step, so that its name never shows a half of it."""
     doomed = temporary(path, "old")
-    shutil.rmtree(doomed, ignore_errors=True)
+    _delete(doomed)
     path.rename(doomed)
     return doomed
 
 
+def _delete(path: Path) -> None:
+    """Delete a file, a link (not what it leads to) or a folder, as far as the disk lets us."""
+    if path.is_symlink() or not path.is_dir():
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
+    else:
+        shutil.rmtree(path, ignore_errors=True)
+
+
 def remove_dir(path: Path) -> None:
     """Delete a folder; a kill midway leaves a name that nothing reads."""
-    shutil.rmtree(_move_aside(path), ignore_errors=True)
+    _delete(_move_aside(path))
 
 
 def sweep_temporaries(folder: Path, owned: str = "") -> None:
@@ -262,10 +271,7 @@ def sweep_temporaries(folder: Path, owned: str = "") -> None:
             gone = old or fnmatch.fnmatchcase(made["name"], owned)
         if not gone:
             continue
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
+        _delete(path)
 
 
 def _last_change(path: Path) -> float:

@@ -12,13 +12,13 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from nanochat import checkpoint_files, files
 from nanochat.checkpoint_files import Snapshot, folder_of, steps_of, verify
-from tests.reliability import record
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits and mounts of Linux")
 RUN = "disk"
@@ -47,8 +47,9 @@ def in_child(action: Callable[[], None]) -> None:
     assert os.waitpid(pid, 0)[1] == 0
 
 
-def test_a_file_that_cannot_grow_costs_only_its_save() -> None:
+def test_a_file_that_cannot_grow_costs_only_its_save(figure: Any) -> None:
     """The limit is at each tenth of the tensor file; when it is lifted, the next save succeeds."""
+    found = figure("P6", "saves into a file that may not grow: earlier one whole, no leftover")
     snapshot(2).write()
     size = (folder_of(RUN, 2) / checkpoint_files.MODEL).stat().st_size
     for tenth in range(10):
@@ -63,16 +64,10 @@ def test_a_file_that_cannot_grow_costs_only_its_save() -> None:
             snapshot(4).write()
             verify(folder_of(RUN, 4))
 
-        in_child(limited)
-        verify(folder_of(RUN, 2))
-        shutil.rmtree(folder_of(RUN, 4))
-    record(
-        "P6",
-        n=10,
-        failures=0,
-        worst=0,
-        unit="saves into a file that may not grow: earlier one whole, no leftover",
-    )
+        with found.trial(f"{tenth} tenths"):
+            in_child(limited)
+            verify(folder_of(RUN, 2))
+            shutil.rmtree(folder_of(RUN, 4))
 
 
 @pytest.fixture
@@ -89,27 +84,22 @@ def small_disk(base_dir: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(place)], check=True)
 
 
-def test_a_disk_that_fills_up_costs_only_the_save(small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_fills_up_costs_only_the_save(
+    small_disk: Path, monkeypatch: pytest.MonkeyPatch, figure: Any
+) -> None:
+    found = figure("P6", "saves to a disk that fills up: earlier one whole, no leftover")
     with monkeypatch.context() as patch:  # else the check for space refuses before anything is written
         patch.setattr(checkpoint_files, "SPARE_BYTES", -10_000_000)
         snapshot(2).write()
-        failures = 0
         for elements in (30_000, 40_000, 60_000):
-            with pytest.raises(OSError) as refused:
-                snapshot(4, elements).write()
-            assert refused.value.errno in (errno.ENOSPC, None)
-            failures += names(small_disk) != ["step_000002"]
+            with found.trial(elements):
+                with pytest.raises(OSError) as refused:
+                    snapshot(4, elements).write()
+                assert refused.value.errno in (errno.ENOSPC, None)
+                assert names(small_disk) == ["step_000002"]
+                verify(folder_of(RUN, 2))
         snapshot(4).write()
-    assert failures == 0
     assert steps_of(RUN) == [2, 4]
-    verify(folder_of(RUN, 2))
-    record(
-        "P6",
-        n=3,
-        failures=failures,
-        worst=0,
-        unit="saves to a disk that fills up: earlier one whole, no leftover",
-    )
 
 
 def test_too_little_space_is_said_before_anything_is_written(small_disk: Path) -> None:
@@ -119,15 +109,15 @@ def test_too_little_space_is_said_before_anything_is_written(small_disk: Path) -
 
 
 def test_a_folder_turned_read_only_costs_only_the_save(
-    small_disk: Path, monkeypatch: pytest.MonkeyPatch
+    small_disk: Path, monkeypatch: pytest.MonkeyPatch, figure: Any
 ) -> None:
     monkeypatch.setattr(checkpoint_files, "SPARE_BYTES", 0)
     snapshot(2).write()
-    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
-    with pytest.raises(OSError, match="Read-only"):
+    with figure("P6", "saves to a folder turned read-only: earlier one whole").trial():
+        subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+        with pytest.raises(OSError, match="Read-only"):
+            snapshot(4).write()
+        verify(folder_of(RUN, 2))
+        subprocess.run(["mount", "-o", "remount,rw", str(small_disk)], check=True)
         snapshot(4).write()
-    verify(folder_of(RUN, 2))
-    subprocess.run(["mount", "-o", "remount,rw", str(small_disk)], check=True)
-    snapshot(4).write()
-    assert steps_of(RUN) == [2, 4]
-    record("P6", n=1, failures=0, worst=0, unit="saves to a folder turned read-only: earlier one whole")
+        assert steps_of(RUN) == [2, 4]

@@ -26,7 +26,6 @@ from nanochat.runlog import RunLog
 from nanochat.scaling import Plan
 from nanochat.tokenizer import Tokenizer
 from nanochat.world import World
-from tests.reliability import record
 from tests.tiny import tiny_args, tiny_corpus
 
 POISONED = "blocks.1.mlp.up.weight"
@@ -126,31 +125,33 @@ def rank_main(rank: int, size: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-def check(found: list[dict[str, Any]]) -> None:
-    for number, outcome in enumerate(found):
-        _, where, _, bad_rank = outcome["case"]
-        assert not outcome["changed"], outcome
-        assert not outcome["applied"], outcome
-        place = f"loss of rank {bad_rank}" if where == "loss" else f"first in the gradient of {POISONED}"
-        assert place in outcome["message"], outcome
-        assert outcome["message"].startswith(f"step {2 + number}: "), outcome
+def check(number: int, outcome: dict[str, Any]) -> None:
+    _, where, _, bad_rank = outcome["case"]
+    assert not outcome["changed"], outcome
+    assert not outcome["applied"], outcome
+    place = f"loss of rank {bad_rank}" if where == "loss" else f"first in the gradient of {POISONED}"
+    assert place in outcome["message"], outcome
+    assert outcome["message"].startswith(f"step {2 + number}: "), outcome
 
 
-def test_one_rank(tmp_path: Path) -> None:
+def test_one_rank(tmp_path: Path, figure: Any) -> None:
     tiny_corpus(tmp_path)
-    found = list(outcomes(World.solo(), tmp_path))
-    check(found)
-    record("P7", n=len(found), failures=0, worst=0, unit="steps not finite, 1 rank", note="worst: bits")
+    found = figure("P7", "steps not finite, 1 rank: no bit of weights or moments changes")
+    for number, outcome in enumerate(outcomes(World.solo(), tmp_path)):
+        with found.trial(outcome["case"]):
+            check(number, outcome)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="forks")
-def test_two_ranks_agree(tmp_path: Path) -> None:
+def test_two_ranks_agree(tmp_path: Path, figure: Any) -> None:
     tiny_corpus(tmp_path)
     mp.start_processes(rank_main, (2, str(tmp_path)), nprocs=2, start_method="fork")
     ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
     assert ranks[0] == ranks[1]
-    check(ranks[0])
-    record("P7", n=len(ranks[0]), failures=0, worst=0, unit="steps not finite, 2 ranks", note="worst: bits")
+    found = figure("P7", "steps not finite, 2 ranks: no bit of weights or moments changes")
+    for number, outcome in enumerate(ranks[0]):
+        with found.trial(outcome["case"]):
+            check(number, outcome)
 
 
 def test_without_the_mask_the_weights_would_have_changed(
@@ -161,4 +162,5 @@ def test_without_the_mask_the_weights_would_have_changed(
     real = optim.StepRates
     monkeypatch.setattr(optim, "StepRates", lambda *numbers: real(*numbers[:-1], torch.tensor(True)))
     with pytest.raises(AssertionError):
-        check(list(itertools.islice(outcomes(World.solo(), tmp_path), 6)))
+        for number, outcome in enumerate(itertools.islice(outcomes(World.solo(), tmp_path), 6)):
+            check(number, outcome)

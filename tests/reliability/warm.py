@@ -1,0 +1,123 @@
+"""Processes of base_train that start at once: forked from a server that has imported everything.
+
+Three quarters of what a short run takes is the import of its libraries. From there on a fork is a process
+like any other: it has its own session, its signals, its descriptors, and its end. Where the import itself is
+to be met, start the command instead.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+from tests.conftest import REPO
+
+
+class Warm:
+    """A process of base_train; asked as one of subprocess is."""
+
+    def __init__(self, server: WarmServer, pid: int) -> None:
+        """The server is the parent, and so the one that is told of the end."""
+        self._server, self.pid = server, pid
+        self.returncode: int | None = None
+
+    def poll(self) -> int | None:
+        """The exit code, or None while it runs."""
+        if self.returncode is None:
+            self.returncode = self._server.ask({"poll": self.pid})
+        return self.returncode
+
+    def wait(self, timeout: float = 600) -> int:
+        """The exit code, when there is one.
+
+        Raises:
+            TimeoutExpired: there is none in time.
+        """
+        deadline = time.monotonic() + timeout
+        while (code := self.poll()) is None:
+            if time.monotonic() > deadline:
+                raise subprocess.TimeoutExpired("base_train", timeout)
+            time.sleep(0.005)
+        return code
+
+
+class WarmServer:
+    """Starts them. Use as a context manager."""
+
+    def __enter__(self) -> WarmServer:
+        """Import everything."""
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.reliability.warm"],
+            cwd=REPO,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End; what was started and runs still is left to who started it."""
+        self._process.communicate()
+
+    def ask(self, request: dict[str, Any]) -> Any:
+        """One question, one answer."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        return json.loads(self._process.stdout.readline())
+
+    def start(self, flags: list[str], log: Path) -> Warm:
+        """Start base_train; what it prints goes to the log."""
+        return Warm(self, self.ask({"flags": flags, "log": str(log), "environment": dict(os.environ)}))
+
+
+def _become(request: dict[str, Any]) -> None:
+    """In the fork: run the command as `python -m scripts.base_train` does, and leave with its exit code."""
+    from scripts.base_train import main
+
+    os.setsid()
+    os.environ.clear()
+    os.environ.update(request["environment"])
+    log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    for source, target in ((nothing, 0), (log, 1), (log, 2)):
+        os.dup2(source, target)
+    sys.argv = ["base_train", *request["flags"]]
+    code = 0
+    try:
+        main()
+    except SystemExit as left:
+        code = int(left.code or 0)
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _serve() -> None:
+    import scripts.base_train
+
+    assert scripts.base_train
+    for line in sys.stdin:
+        request = json.loads(line)
+        if "poll" in request:
+            pid, status = os.waitpid(request["poll"], os.WNOHANG)
+            answer = os.waitstatus_to_exitcode(status) if pid else None
+        else:
+            answer = os.fork()
+            if answer == 0:
+                _become(request)
+        print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    _serve()
