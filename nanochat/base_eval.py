@@ -101,7 +101,7 @@ def run(args: EvalArgs, world: World) -> dict[str, Any]:
     if "bpb" in parts:
         trained = from_dict(TrainArgs, meta["plan"]["args"], folder_of(args.run, meta["step"]) / STATE)
         corpus = Corpus.open(trained.corpus)
-        profiles = _score_bpb(model, tokenizer, corpus, args, trained.keep_tails, world)
+        profiles = _score_bpb(model, tokenizer, corpus, args, bool(trained.keep_tails), world)
         found["bpb"] = {split: profile.bpb for split, profile in profiles.items()}
         found["loss"] = {split: profile.loss for split, profile in profiles.items()}
         found["bpb_profile"] = {split: profile.as_dict() for split, profile in profiles.items()}

@@ -30,9 +30,13 @@ class TrainArgs:
         names="data",
     )
     tokenizer: str = free("", "name of the tokenizer; by default the corpus's name", names="tokenizers")
-    keep_tails: bool = flag(False, "keep what is cropped from long documents as documents of their own")
+    keep_tails: bool | None = flag(
+        None, "keep what is cropped from long documents as documents; by default where most would be lost"
+    )
     # Model
-    max_seq_len: int = planned(2048, "context length T in tokens", at_least=1, at_most=2**24)
+    max_seq_len: int | None = planned(
+        None, "context length T in tokens; by default 2048, less for a small text", at_least=1, at_most=2**24
+    )
     window_pattern: str = planned(
         "SSSL", "attention window of each layer, tiled: S is a quarter of T, L is T"
     )
@@ -49,7 +53,7 @@ class TrainArgs:
         False, "add an embedding of every pair of neighbouring tokens, hashed, in all layers"
     )
     document_mask: bool = planned(False, "keep attention within a document, also where the recipe would not")
-    # Horizon: the first that is given counts
+    # Horizon: the first that is given counts; by default the recipe's, of a small text at most 10 epochs
     num_iterations: int | None = planned(None, "number of optimizer steps", at_least=1)
     target_flops: float | None = planned(
         None, "train for this many floating-point operations", above=0, at_most=1e30
@@ -68,7 +72,7 @@ class TrainArgs:
         "july", "set of constants (nanochat/recipe.py)", choices=("july", "january", "speedrun-124m")
     )
     total_batch_size: int | None = planned(
-        None, "tokens in a global batch; by default from the horizon", at_least=1, at_most=2**40
+        None, "tokens in a global batch; by default from horizon and text", at_least=1, at_most=2**40
     )
     device_batch_size: int | None = free(
         None, "rows in a micro-batch of one rank; by default from depth", at_least=1, at_most=2**24
@@ -246,8 +250,11 @@ class TokTrainArgs:
         "fineweb-edu", "what to train on: stdlib, fineweb-edu, climbmix or your own corpus", names="data"
     )
     name: str = flag("", "name of the tokenizer; by default the corpus's name", names="tokenizers")
-    vocab_size: int = flag(
-        32768, "entries of the vocabulary, special tokens included", at_least=1, at_most=2**31 - 1
+    vocab_size: int | None = flag(
+        None,
+        "entries of the vocabulary, special tokens included; by default 32768, less for a small text",
+        at_least=1,
+        at_most=2**31 - 1,
     )
     max_chars: int = flag(2_000_000_000, "characters to train on", at_least=1)
     doc_cap: int = flag(10_000, "characters taken of each document", at_least=1)

@@ -11,11 +11,13 @@ import re
 import sys
 import sysconfig
 import tokenize
+from array import array
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import BuiltinFunctionType, ModuleType
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -33,8 +35,11 @@ STDLIB_SUFFIXES = (".py", ".txt", ".rst")
 C_MODULES = ("_datetime", "_decimal", "array", "cmath", "math", "select", "unicodedata", "zlib")
 
 LOCAL_SUFFIXES = (".parquet", ".jsonl", ".txt")
-VAL_SHARE = 100  # one document in 100, at the end, is validation unless the user names a file
-MAX_VAL_DOCUMENTS = 10_000
+# Unless the user names a file, validation is the end of the text: one document in 100, and of a text below
+# 5 MB more, since a bits per byte of a few pages says little: VAL_CHARS, but at most a tenth.
+VAL_SHARE = 100
+VAL_CHARS, MAX_SHORT_VAL_SHARE = 50_000, 10
+MAX_VAL_DOCUMENTS, MAX_VAL_CHARS = 10_000, 1 << 28  # they are held in memory
 SAMPLED_BYTES = 1 << 16  # of each end of a file, to know it again
 SHUFFLE_CHARS = 512 << 20  # text held to shuffle; a corpus below it is shuffled perfectly
 
@@ -287,15 +292,92 @@ def _txt_documents(path: Path) -> Iterator[str]:
     yield from _pieces("".join(held))
 
 
-def hold_out_end(documents: Iterable[str], held: deque[str]) -> Iterator[str]:
-    """Pass documents on, but leave the last hundredth of them, at least one, in `held`: it is validation.
+def local_splits(paths: Sequence[Path], val_path: Path | None) -> tuple[Iterator[str], Iterator[str]]:
+    """Documents to train on, shuffled, and those for validation, which are there once the first are read.
 
-    What is at the end stays together, so pieces of one text are on both sides of one border at most.
+    What is held out from a text leaves out documents that training has too, unless all are such. A file that
+    a person named for validation is taken whole. What is in both is said.
     """
+    held: deque[str] = deque()
+    hashes = array("q")
+    train = local_documents(paths)
+    if val_path is None:
+        train = hold_out_end(train, held)
+
+    def val() -> Iterator[str]:
+        documents = list(held) if val_path is None else list(local_documents([val_path]))
+        repeated = is_repeated(documents, hashes)
+        stays = val_path is not None or all(repeated)
+        if count := sum(repeated):
+            so = "validation will look too good" if stays else "they were left out"
+            print(
+                f"{count} of {len(documents)} validation documents are also in the text to train on, word for"
+                f" word: {so}."
+            )
+        for document, is_known in zip(documents, repeated, strict=True):
+            if stays or not is_known:
+                yield document
+
+    return shuffled(noted(train, hashes), seed=0), val()
+
+
+def hold_out_end(documents: Iterable[str], held: deque[str]) -> Iterator[str]:
+    """Pass documents on, but leave the last of them in `held`: it is validation.
+
+    What is at the end stays together, so pieces of one text are on both sides of one border at most. Where
+    the document at the border is far longer than what is to be held out, it is cut.
+    """
+    chars_seen = held_chars = 0
     for seen, document in enumerate(documents, 1):
         held.append(document)
-        if len(held) > min(max(1, seen // VAL_SHARE), MAX_VAL_DOCUMENTS):
+        chars_seen += len(document)
+        held_chars += len(document)
+        least = min(max(1, seen // VAL_SHARE), MAX_VAL_DOCUMENTS)
+        while len(held) > least and held_chars - len(held[0]) >= val_chars(chars_seen):
+            held_chars -= len(held[0])
             yield held.popleft()
+        while len(held) > 1 and held_chars > MAX_VAL_CHARS:
+            held_chars -= len(held[0])
+            yield held.popleft()
+    wanted = val_chars(chars_seen) - sum(map(len, list(held)[1:]))  # of the first of them
+    if held and wanted > 0 and len(held[0]) - wanted > val_chars(chars_seen):
+        before, after = _cut(held.popleft(), wanted)
+        held.appendleft(after)
+        yield before
+
+
+def val_chars(chars: int) -> int:
+    """Characters to hold out at least, of a text of so many.
+
+    >>> val_chars(10_000), val_chars(1_000_000), val_chars(10**9)
+    (1000, 50000, 50000)
+    """
+    return max(1, min(VAL_CHARS, chars // MAX_SHORT_VAL_SHARE))
+
+
+def _cut(text: str, wanted: int) -> tuple[str, str]:
+    """Cut a text so that its end has `wanted` characters, or up to twice as many for the sake of a break."""
+    at = len(text) - wanted
+    for mark in BREAKS:
+        found = text.rfind(mark, max(1, at - wanted), at)
+        if found >= 0:
+            at = found + len(mark)
+            break
+    return text[:at], text[at:]
+
+
+def noted(documents: Iterable[str], hashes: array[int]) -> Iterator[str]:
+    """Pass documents on and append a hash of each, 8 bytes, for `is_repeated`."""
+    for document in documents:
+        hashes.append(hash(document))
+        yield document
+
+
+def is_repeated(documents: Sequence[str], hashes: array[int]) -> list[bool]:
+    """Which documents are among those that were noted."""
+    own = np.array([hash(document) for document in documents], np.int64)
+    repeated: list[bool] = np.isin(own, np.frombuffer(hashes, np.int64)).tolist()
+    return repeated
 
 
 def shuffled(documents: Iterable[str], seed: int) -> Iterator[str]:

@@ -21,8 +21,7 @@ import hashlib
 import json
 import platform
 import threading
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -308,7 +307,7 @@ def _prepare_stdlib(folder: Path) -> None:
         return
     train, val = corpora.stdlib_documents()
     source = f"python {platform.python_version()} standard library"
-    write_corpus(folder, source, iter(train), deque(val))
+    write_corpus(folder, source, iter(train), val)
 
 
 def _prepare_local(folder: Path, named: Sequence[str], val_file: str) -> None:
@@ -322,17 +321,11 @@ def _prepare_local(folder: Path, named: Sequence[str], val_file: str) -> None:
     source = f"local files, {len(paths)} of listing {corpora.listing_digest(paths, val_path)}"
     if _existing(folder, source):
         return
-    held: deque[str] = deque()
-    if val_path is None:
-        train = corpora.hold_out_end(corpora.local_documents(paths), held)
-    else:
-        train = corpora.local_documents(paths)
-        held.extend(corpora.local_documents([val_path]))
-    write_corpus(folder, source, corpora.shuffled(train, seed=0), held)
+    write_corpus(folder, source, *corpora.local_splits(paths, val_path))
 
 
-def write_corpus(folder: Path, source: str, train: Iterator[str], val: deque[str]) -> None:
-    """Write a whole corpus folder at once. `val` may still be filling while `train` is read."""
+def write_corpus(folder: Path, source: str, train: Iterator[str], val: Iterable[str]) -> None:
+    """Write a whole corpus folder at once. `val` is begun when `train` has ended."""
     with files.atomic_dir(folder) as temporary:
         members = shards.write_shards(train, temporary, "train", 0)
         members += shards.write_shards(val, temporary, "val", len(members))

@@ -96,7 +96,7 @@ def _validator(
         rows=plan.device_batch_size,
         world=world,
         max_tokens=plan.args.eval_tokens,
-        keep_tails=plan.args.keep_tails,
+        keep_tails=bool(plan.args.keep_tails),
     )
 
     def validate(state: TrainState) -> None:

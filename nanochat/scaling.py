@@ -23,6 +23,7 @@ from nanochat.recipe import (
 )
 from nanochat.schedule import Schedule, batch_units, units_until, window_share
 
+DEFAULT_CONTEXT = 2048
 MAX_LANES = 16  # each opens with a block of about a million tokens: start-up time and memory
 MICRO_BATCH_CONTEXT = 2048  # context for which RECIPE 1.5 gives rows of a micro-batch
 ADAM_EPS = 1e-10
@@ -123,7 +124,7 @@ def model_config(args: TrainArgs, vocab_size: int, depth: int) -> GPTConfig:
         n_kv_head=heads,
         head_dim=args.head_dim,
         vocab_size=vocab_size,
-        sequence_len=args.max_seq_len,
+        sequence_len=args.max_seq_len or DEFAULT_CONTEXT,
         window_pattern=args.window_pattern,
         recipe=args.recipe,
         attention_kind=args.attention_kind,
@@ -144,6 +145,8 @@ def plan(args: TrainArgs, vocab_size: int, world_size: int = 1) -> Plan:
         UserError: an argument out of range, or a batch that the context or the ranks do not divide.
     """
     require_possible(args)
+    context, keep_tails = args.max_seq_len or DEFAULT_CONTEXT, bool(args.keep_tails)
+    args = dataclasses.replace(args, max_seq_len=context, keep_tails=keep_tails)
     recipe = RECIPES[args.recipe]
     model, reference = (model_config(args, vocab_size, depth) for depth in (args.depth, REFERENCE_DEPTH))
     ratio = args.target_param_data_ratio or recipe.target_param_data_ratio
@@ -151,7 +154,7 @@ def plan(args: TrainArgs, vocab_size: int, world_size: int = 1) -> Plan:
     reference_tokens = ratio * count_params(reference).scaling
     batch_tokens = args.total_batch_size or recipe.batch_tokens
     batch_tokens = batch_tokens or _batch_tokens(recipe, horizon_tokens / reference_tokens)
-    rows, micro_rows, notices = _split_batch(args, recipe, batch_tokens, world_size)
+    rows, micro_rows, notices = _split_batch(args, recipe, batch_tokens, context, world_size)
     flops = flops_per_token(model)
     mean_tokens = batch_tokens * _mean_share(recipe)
     steps = args.num_iterations or _steps(args, horizon_tokens, mean_tokens, flops)
@@ -170,7 +173,7 @@ def plan(args: TrainArgs, vocab_size: int, world_size: int = 1) -> Plan:
         batch_tokens=batch_tokens,
         batch_rows=rows,
         device_batch_size=micro_rows,
-        grad_accum_steps=batch_tokens // (args.max_seq_len * micro_rows * world_size),
+        grad_accum_steps=batch_tokens // (context * micro_rows * world_size),
         lanes=math.gcd(rows, MAX_LANES),
         steps=steps,
         groups=_groups(args, recipe, model.n_embd, batch_tokens, weight_decay),
@@ -214,10 +217,10 @@ def _steps(args: TrainArgs, horizon_tokens: float, batch_tokens: float, flops: f
 
 
 def _split_batch(
-    args: TrainArgs, recipe: Recipe, batch_tokens: int, world_size: int
+    args: TrainArgs, recipe: Recipe, batch_tokens: int, context: int, world_size: int
 ) -> tuple[int, int, tuple[str, ...]]:
     """Rows of the global batch or of its unit, rows of a micro-batch, and what had to be adjusted."""
-    context, parts = args.max_seq_len, max((units for _, units in recipe.batch_stages), default=1)
+    parts = max((units for _, units in recipe.batch_stages), default=1)
     whole = context * world_size * parts
     if batch_tokens % whole:
         grows = f", {parts} times, since the batch grows with --recipe={args.recipe}" if parts > 1 else ""

@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from rich.progress import BarColumn, Progress, TextColumn
 
+from nanochat import small_text
 from nanochat.config import TokTrainArgs
 from nanochat.dataset import Corpus
 from nanochat.process import peak_memory_bytes
@@ -45,12 +46,12 @@ def columns(corpus: Corpus, *, max_chars: int, doc_cap: int) -> Iterator[pa.Arra
 
 
 @contextlib.contextmanager
-def bar(corpus: Corpus, args: TokTrainArgs) -> Iterator[Report]:
+def bar(corpus: Corpus, max_chars: int, entries: int) -> Iterator[Report]:
     """A bar on a terminal: counting, with its speed, then merging; and the memory that the process holds."""
     if not sys.stdout.isatty():
         yield lambda read, pieces, merges: None
         return
-    total, merges_asked = min(_text_bytes(corpus), args.max_chars), args.vocab_size - 256 - len(SPECIALS)
+    total, merges_asked = min(_text_bytes(corpus), max_chars), entries - 256 - len(SPECIALS)
     started = time.perf_counter()
     parts = (TextColumn("{task.description:8}"), BarColumn(), TextColumn("{task.fields[detail]}"))
     with Progress(*parts, transient=True) as progress:
@@ -81,21 +82,38 @@ def _text_bytes(corpus: Corpus) -> int:
     return int(share * sum(shard.bytes for shard in corpus.train_shards))
 
 
+def vocab_size(corpus: Corpus, asked: int | None) -> int:
+    """Entries of the vocabulary: those asked for, else what suits the text, which is said."""
+    if asked is not None:
+        return asked
+    if not small_text.is_measured(corpus):
+        return small_text.MAX_VOCAB
+    size = _text_bytes(corpus)
+    chosen = small_text.vocab_size_for(size)
+    if chosen < small_text.MAX_VOCAB:
+        print(
+            f"vocabulary: {chosen:,} entries suit {size / 1e6:,.2f} MB of text, about "
+            f"{small_text.VOCAB_BYTES:,} bytes an entry (--vocab-size)"
+        )
+    return chosen
+
+
 def train(corpus: Corpus, args: TokTrainArgs) -> Tokenizer:
     """Train on a corpus and say how it went."""
+    asked = vocab_size(corpus, args.vocab_size)
     texts = columns(corpus, max_chars=args.max_chars, doc_cap=args.doc_cap)
     started = time.perf_counter()
-    with bar(corpus, args) as report:
+    with bar(corpus, args.max_chars, asked) as report:
         tokenizer = Tokenizer.train(
-            texts, args.vocab_size, source=corpus.fingerprint, max_memory=args.max_memory, progress=report
+            texts, asked, source=corpus.fingerprint, max_memory=args.max_memory, progress=report
         )
     seconds, read = time.perf_counter() - started, int(tokenizer.trained_on["bytes"])
     print(
         f"trained {tokenizer.vocab_size} entries on {read / 1e6:,.1f} MB in {seconds:.1f} s "
         f"({read / 1e6 / seconds:,.0f} MB/s), peak memory {peak_memory_bytes() / 1e6:,.0f} MB"
     )
-    if tokenizer.vocab_size < args.vocab_size:
-        print(f"the corpus has no more pairs: {args.vocab_size} entries were asked")
+    if tokenizer.vocab_size < asked:
+        print(f"the corpus has no more pairs: {asked} entries were asked")
     if pruned := tokenizer.trained_on["pruned_pieces"]:
         print(f"--max-memory={args.max_memory} was passed: {pruned} rare pieces were dropped")
     return tokenizer

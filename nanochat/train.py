@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nanochat import checkpoint, files, hardware, links, memory, process, scaling
 from nanochat.checkpoint import TrainState
-from nanochat.dataloader import TrainLoader, epochs_for
+from nanochat.dataloader import TrainLoader
 from nanochat.dataset import Corpus
 from nanochat.gpt import GPT
 from nanochat.hardware import Precision
@@ -62,7 +62,7 @@ def create_state(
         seed=plan.args.seed,
         world=world,
         device_batch_size=plan.device_batch_size,
-        keep_tails=plan.args.keep_tails,
+        keep_tails=bool(plan.args.keep_tails),
     )
     scale = LossScale(precision.compute_dtype, world.device)
     return TrainState(step=0, model=model, optimizer=optimizer, loader=loader, loss_scale=scale)
@@ -181,8 +181,6 @@ def run(
             world.print0(f"{folder} is finished already: {state.step} steps.")
             return summary
         world.print0(f"going on from {start}")
-    if (epochs := epochs_for(corpus, tokenizer, plan.tokens)) > 1:
-        world.print0(f"the corpus is smaller than the horizon: it will be read about {epochs:.1f} times")
     plan = _prepare(plan, state, precision, world)
     speed = hardware.speed(world.device, precision.compute_dtype)
     machine = {**hardware.describe(world.device), **world.describe(), **dataclasses.asdict(speed)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 
-from nanochat import backends, config, errors, files, scaling, train, world
+from nanochat import backends, config, errors, files, scaling, small_text, train, world
 from nanochat.attention_times import AttentionShape
 from nanochat.config import TrainArgs
 from nanochat.dataset import Corpus
@@ -20,11 +20,11 @@ def main() -> None:
     args = config.parse(TrainArgs)
     with world.join(args.device_type, args.dist_timeout) as ranks:
         tokenizer = Tokenizer.load(files.tokenizer_dir(args.tokenizer_name))
-        plan = scaling.plan(args, tokenizer.vocab_size, ranks.size)
-        if args.dry_run:
+        corpus = small_text.planned_corpus(args.corpus) if args.dry_run else Corpus.open(args.corpus)
+        plan = small_text.plan_for(args, corpus, tokenizer, ranks.size)
+        if corpus is None or args.dry_run:
             ranks.print0(json.dumps(plan.to_dict(), indent=2))
             return
-        corpus = Corpus.open(args.corpus)
         shape = AttentionShape.of(plan.model, plan.model.document_mask)
         precision, reason = backends.choose_precision(
             ranks.device, args.dtype, args.attention, args.fp8, shape, ranks

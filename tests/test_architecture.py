@@ -58,7 +58,7 @@ LAYERS = (
         "compatibility",
         "same_run",
     ),
-    ("lanes", "dataloader", "gpt", "tok_train", "tok_eval"),
+    ("lanes", "dataloader", "gpt", "small_text", "tok_train", "tok_eval"),
     ("loss_eval", "engine", "core_scoring", "core_eval", "hf_model", "checkpoint", "memory", "reporter"),
     ("saver", "resume", "export", "harness", "core_compare", "base_eval", "hooks", "train", "report"),
 )

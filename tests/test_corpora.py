@@ -125,7 +125,72 @@ def test_the_end_is_held_out(count: int) -> None:
     held: deque[str] = deque()
     passed = list(hold_out_end((str(i) for i in range(count)), held))
     assert passed + list(held) == [str(i) for i in range(count)]
-    assert len(held) == (min(1, count) if count < 200 else count // 100)
+    assert len(held) == min(1, count) or sum(map(len, list(held)[1:])) < corpora.val_chars(
+        sum(map(len, passed)) + sum(map(len, held))
+    )
+
+
+def test_of_a_long_text_a_hundredth_of_the_documents_is_held_out() -> None:
+    held: deque[str] = deque()
+    passed = list(hold_out_end((f"{i:05d} " + "x" * 3_000 for i in range(3_000)), held))
+    assert [text[:5] for text in held] == [f"{i:05d}" for i in range(2970, 3000)]
+    assert len(passed) == 2970
+
+
+@pytest.mark.parametrize(("chars", "least", "most"), [(10_000, 900, 3_000), (1_000_000, 50_000, 54_000)])
+def test_of_a_short_text_enough_is_held_out_to_measure_on(chars: int, least: int, most: int) -> None:
+    text = "".join(f"line {i} of a short text\n" for i in range(chars // 20))[:chars]
+    held: deque[str] = deque()
+    passed = list(hold_out_end(split_text(text, corpora.PIECE_CHARS), held))
+    assert least <= sum(map(len, held)) <= most
+    assert "".join([*passed, *held]) == text
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_a_long_document_is_cut_where_it_is_nearly_all_there_is(count: int) -> None:
+    texts = ["".join(f"Sentence {i} of {n}.\n\n" for i in range(50_000)) for n in range(count)]
+    held: deque[str] = deque()
+    passed = list(hold_out_end(iter(texts), held))
+    assert "".join([*passed, *held]) == "".join(texts)
+    assert len(held) == 1
+    assert 50_000 <= len(held[0]) <= 100_000
+    assert held[0].startswith("Sentence")
+
+
+def test_a_document_without_a_break_is_cut_all_the_same() -> None:
+    held: deque[str] = deque()
+    assert list(hold_out_end(iter(["x" * 1_000]), held)) == ["x" * 900]
+    assert list(held) == ["x" * 100]
+
+
+def test_what_training_has_too_is_not_held_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = [f"document number {i % 40} of the text" for i in range(100)]
+    lines.insert(95, "a document that stands once")
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines), "utf-8")
+    train, val = corpora.local_splits([tmp_path / "x.jsonl"], None)
+    known = set(train)
+    assert set(val) == {"a document that stands once"}
+    assert "a document that stands once" not in known
+    assert "also in the text to train on, word for word: they were left out." in capsys.readouterr().out
+
+
+def test_a_text_that_repeats_one_document_is_validated_on_it_and_that_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "x.jsonl").write_text('{"text": "the same"}\n' * 50)
+    train, val = corpora.local_splits([tmp_path / "x.jsonl"], None)
+    assert len(list(train)) + len(list(val)) == 50
+    assert "validation will look too good" in capsys.readouterr().out
+
+
+def test_a_validation_file_that_copies_the_training_text_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text("one text\n\n" * 10)
+    train, val = corpora.local_splits([tmp_path / "a.txt"], tmp_path / "b.txt")
+    assert list(train) == list(val)
+    assert "1 of 1 validation documents are also in the text to train on" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("limit", [0, 50, 10**9])

@@ -106,7 +106,9 @@ def test_without_a_validation_file_the_end_is_held_out(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
     path.write_text("\n".join(json.dumps({"text": f"{i}"}) for i in range(1000)), "utf-8")
     corpus = prepare("local", named_files=[str(path)])
-    assert sorted(texts_of(corpus, "val"), key=int) == [str(i) for i in range(990, 1000)]
+    held = sorted(texts_of(corpus, "val"), key=int)
+    assert held == [str(i) for i in range(1000 - len(held), 1000)]
+    assert len("".join(held)) == 291  # the documents that reach 289: a tenth, since the text is short
 
 
 @pytest.mark.parametrize("content", ["", "\n\n", "   "])
