@@ -3,7 +3,8 @@
 `huggingface_hub` does the transfer, so `HF_ENDPOINT`, `HF_TOKEN`, mirrors and proxies work as its users know
 them; so do its waits and retries (a stall of 10 s, a reset, 429 with Retry-After, a wrong length). What is
 ours: one commit for all shards, what each will be before it is fetched, the check of free space, the sha256
-of what arrived, another attempt after a failure, and the name of every shard that is missing in the end.
+of what arrived, another attempt after a failure that may pass, and the name of every shard that is missing in
+the end. What cannot pass (a token that is refused, a setting, a server that is no hub) is said at once.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import errno
 import re
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,9 +32,20 @@ RESERVE_BYTES = 1 << 30  # of disk that a download leaves free
 FOOTER_BYTES = 1 << 18  # read from the end of a shard at first; its footer has about 10 kB
 MAX_FOOTER_BYTES = 1 << 26
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+REFUSED = (401, 403, 404, 410, 451)  # of the hub itself; the store that it sends to refuses what is too old
 SHA256 = re.compile(r"[0-9a-f]{64}")
 
 Result = TypeVar("Result")
+
+
+class NotAHubError(Exception):
+    """Who answers is not a hub, whatever else it is."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the server does not answer as a Hugging Face hub does, as where a network asks to sign in; "
+            "check the network, and HF_ENDPOINT if it is set"
+        )
 
 
 @dataclass(frozen=True)
@@ -213,7 +225,7 @@ class Hub:
 
         metadata = get_hf_file_metadata(hf_hub_url(self._repo, name, repo_type="dataset", revision=revision))
         if metadata.commit_hash is None or metadata.size is None:
-            raise ValueError("the server does not answer as a Hugging Face hub does; check HF_ENDPOINT")
+            raise NotAHubError
         if not SHA256.fullmatch(metadata.etag or ""):
             raise ValueError(f"the hub has no sha256 of it, but the etag {metadata.etag!r}")
         return metadata.commit_hash, metadata.size, str(metadata.etag)
@@ -283,19 +295,18 @@ class Hub:
         return {name: results[name] for name in names}
 
     def _persist(self, work: Callable[[str, int], Result], name: str) -> Result:
-        """Do `work`, again after each delay unless the hub has said that there is no such thing."""
-        from huggingface_hub.errors import (
-            RemoteEntryNotFoundError,
-            RepositoryNotFoundError,
-            RevisionNotFoundError,
-        )
+        """Do `work`, again after each delay unless another attempt cannot end otherwise.
 
-        final = (UserError, RemoteEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError)
+        Raises:
+            UserError: what refuses this file refuses all.
+        """
         for attempt, delay_s in enumerate(self._delays_s):
             try:
                 return work(name, attempt)
             except Exception as error:
-                if isinstance(error, final) or self._stopped.is_set():
+                if refusal := _refusal(error):
+                    raise UserError(f"{self._repo}: {refusal}. Then run the same command again.") from None
+                if isinstance(error, UserError) or _status(error) in REFUSED or self._stopped.is_set():
                     raise
                 print(f"{name}: {_reason(error)}; again in {delay_s:g} s", flush=True)
             if self._stopped.wait(delay_s):
@@ -303,8 +314,47 @@ class Hub:
         return work(name, len(self._delays_s))
 
 
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, and those that it came from: the client wraps what the hub says in errors of its cache."""
+    while error is not None:
+        yield error
+        error = error.__cause__
+
+
+def _status(error: BaseException) -> int:
+    """The HTTP status with which the hub itself refused; 0 where that is not what happened."""
+    from huggingface_hub import constants
+    from huggingface_hub.errors import HfHubHTTPError
+
+    for cause in _causes(error):
+        if isinstance(cause, HfHubHTTPError) and str(cause.response.url).startswith(constants.ENDPOINT):
+            return int(cause.response.status_code)
+    return 0
+
+
+def _refusal(error: BaseException) -> str:
+    """What no further attempt at any file would change, and its remedy; "" for all other errors."""
+    from huggingface_hub import get_token
+    from huggingface_hub.errors import FileMetadataError, OfflineModeIsEnabled
+
+    for cause in _causes(error):
+        if isinstance(cause, OfflineModeIsEnabled):
+            return "HF_HUB_OFFLINE forbids every download: unset it"
+        if isinstance(cause, NotAHubError | FileMetadataError):
+            return str(NotAHubError())
+    status = _status(error)
+    if status == 401:
+        given = "does not accept the token: correct or unset HF_TOKEN (or: hf auth logout)"
+        return f"401: the hub {given if get_token() else 'wants a token: set HF_TOKEN to yours'}"
+    if status == 403:
+        return "403: the hub refuses access: set HF_TOKEN to a token that may read this, and accept its terms"
+    return ""
+
+
 def _reason(error: BaseException) -> str:
     """The first line of what an error says, or its kind where it says nothing."""
+    if _status(error) in (404, 410):
+        return f"{_status(error)}: the hub has no such file"
     return (str(error).strip().splitlines() or [""])[0] or type(error).__name__
 
 

@@ -42,7 +42,9 @@ class Hub:
         times: name of a file -> how often it goes wrong before it goes right; not listed: always.
         requests: GETs of each whole file, without those of a range.
         ranges: GETs of a range of each file.
+        attempts: requests of any kind.
         tokens: what the clients gave as authorization.
+        refusal: status and headers of the answer to everything, where the hub refuses all.
         chunk_s: seconds between the pieces (a tenth each) of an answer.
     """
 
@@ -55,6 +57,8 @@ class Hub:
         self.requests: Counter[str] = Counter()
         self.ranges: Counter[str] = Counter()
         self.tokens: set[str | None] = set()
+        self.refusal: tuple[int, dict[str, str]] | None = None
+        self.attempts = 0
         self.chunk_s = 0.0
         handler = type("Handler", (_Handler,), {"hub": self})
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
@@ -94,6 +98,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def answer(self, send_body: bool) -> None:
         name = self.path.rpartition("/")[2].partition("?")[0]
+        self.hub.attempts += 1
+        if self.hub.refusal:
+            self.reply(*self.hub.refusal, b"<html>Please sign in</html>")
+            return
         data = self.find(name)
         if data is None:
             self.reply(404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT}, b"")

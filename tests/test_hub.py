@@ -13,13 +13,17 @@ import textwrap
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from nanochat import arrival, files
+from nanochat import hub as hub_module
 from nanochat.dataloader import TrainLoader
 from nanochat.dataset import Corpus
 from nanochat.errors import UserError
+from nanochat.hub import Hub as HubClient
 from nanochat.world import World
 from tests.hub_server import (
     COMMIT,
@@ -42,6 +46,20 @@ from tests.test_dataloader import Letters, rows_of
 def hub(tmp_path: Path) -> Iterator[Hub]:
     with running(tmp_path, numbered(3)) as server:
         yield server
+
+
+@pytest.fixture
+def hub_client(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The client in this process asks the hub of the test, with a token."""
+    import huggingface_hub.constants as constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+    )
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
 
 
 def names_in(folder: Path) -> list[str]:
@@ -281,6 +299,87 @@ def test_a_download_killed_at_random_moments_ends_verified_with_nothing_left(
 @pytest.mark.timeout(900)
 def test_fifty_kills(tmp_path: Path, base_dir: Path) -> None:
     kill_often(tmp_path, base_dir, 50, pause_s=0.05)
+
+
+REFUSALS: dict[str, tuple[int, dict[str, str], str]] = {
+    "a wrong token": (401, {"X-Error-Message": "Invalid credentials"}, "401: .* correct or unset HF_TOKEN"),
+    "a hidden repository": (401, {"X-Error-Code": "RepoNotFound"}, "401: .* correct or unset HF_TOKEN"),
+    "no access": (403, {}, "403: .* set HF_TOKEN to a token that may read"),
+    "terms": (403, {"X-Error-Code": "GatedRepo"}, "403: .* accept its terms"),
+    "a portal's page": (
+        200,
+        {"Content-Type": "text/html"},
+        "does not answer as a Hugging Face hub .*HF_ENDPOINT",
+    ),
+    "a portal's redirect": (
+        302,
+        {"Location": "http://127.0.0.1:9/"},
+        "does not answer as a Hugging Face hub",
+    ),
+    "no repository": (404, {"X-Error-Code": "RepoNotFound"}, "404: the hub has no such file"),
+    "no page": (404, {"Content-Type": "text/html"}, "404: the hub has no such file"),
+    "gone": (410, {}, "410: the hub has no such file"),
+}
+
+
+@pytest.mark.parametrize("kind", list(REFUSALS))
+def test_what_cannot_pass_is_asked_once_and_said(
+    hub: Hub, base_dir: Path, kind: str, hub_client: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, headers, expected = REFUSALS[kind]
+    hub.refusal = (status, headers)
+    with pytest.raises(UserError, match=expected), HubClient(REPO) as client:
+        client.newest_commit(VAL)
+    assert "again in" not in capsys.readouterr().out
+    assert hub.attempts <= 2  # a redirect to itself may be followed
+
+
+@pytest.mark.parametrize("kind", ["a wrong token", "a portal's page"])
+def test_a_refusal_in_the_middle_ends_the_whole_download(
+    hub: Hub, base_dir: Path, kind: str, hub_client: None, tmp_path: Path
+) -> None:
+    """It is said once, not for each of the shards, however the client wraps it."""
+    stage = tmp_path / "stage"
+    with HubClient(REPO) as client:
+        members = list(client.describe(numbered(3), COMMIT, VAL).values())
+        hub.refusal = REFUSALS[kind][:2]
+        with pytest.raises(UserError, match=rf"^{REPO}: .*{REFUSALS[kind][2]}") as told:
+            client.fetch(members, COMMIT, tmp_path / "folder", stage)
+    assert str(told.value).count("shard_") == 0
+
+
+def test_offline_is_said_at_once(base_dir: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    done = fetch(hub, base_dir, "-n", "1", delays_s="60")
+    assert done.returncode == 2
+    told = f"{REPO}: HF_HUB_OFFLINE forbids every download: unset it. Then run the same command again."
+    assert done.stderr == f"error: {told}\n"
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    assert fetch(hub, base_dir, "-n", "1").returncode == 0
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # what is there needs no network
+    assert fetch(hub, base_dir, "-n", "1").returncode == 0
+
+
+@pytest.mark.parametrize("status", [408, 429, 500, 503])
+def test_what_may_pass_is_asked_again(hub: Hub, hub_client: None, status: int) -> None:
+    hub.refusal = (status, {})
+    with pytest.raises(UserError, match="1 missing"), HubClient(REPO, [0.01, 0.01]) as client:
+        client.newest_commit(VAL)
+    assert hub.attempts == 3
+
+
+def test_the_store_behind_the_hub_refuses_what_is_too_old_and_is_asked_again(hub_client: None) -> None:
+    """A link to the store ends with its signature; only what the hub itself refuses is final."""
+    from huggingface_hub import constants
+    from huggingface_hub.errors import HfHubHTTPError
+
+    for url, refusal in (
+        ("https://cdn.example.org/blob?Expires=1", ""),
+        (f"{constants.ENDPOINT}/x", "403: "),
+    ):
+        response: Any = SimpleNamespace(url=url, status_code=403, headers={}, request=None)
+        error = HfHubHTTPError("expired", response=response)
+        assert hub_module._refusal(error)[:5] == refusal
 
 
 # -----------------------------------------------------------------------------
