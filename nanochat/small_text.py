@@ -167,7 +167,8 @@ def as_begun(args: TrainArgs) -> TrainArgs:
     if not checkpoint_files.steps_of(args.run_name):
         return args
     try:
-        then = files.read_json(files.run_dir(args.run_name) / "config.json", dict[str, Any]).get("args")
+        path = files.run_dir(args.run_name) / "config.json"
+        then = files.read_json(path, dict[str, Any]).get("args")
     except UserError:
         return args  # what the checkpoint holds is compared in any case
     if not isinstance(then, dict):
@@ -175,7 +176,7 @@ def as_begun(args: TrainArgs) -> TrainArgs:
     kept = {name: then[name] for name in DECIDED if getattr(args, name) is None and then.get(name)}
     if (args.num_iterations, args.target_flops) != (None, None):
         kept.pop("target_param_data_ratio", None)
-    return config.from_dict(TrainArgs, dataclasses.asdict(args) | kept)
+    return config.from_dict(TrainArgs, dataclasses.asdict(args) | kept, path)
 
 
 def planned_corpus(name: str) -> Corpus | None:
