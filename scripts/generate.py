@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict, deque
 from collections.abc import Iterator
 
-from nanochat import backends, checkpoint, config, errors, hardware
+from nanochat import backends, checkpoint, config, console, errors, hardware
 from nanochat.config import GenerateArgs
 from nanochat.engine import Completion, Engine, Sampling
 from nanochat.errors import UserError
@@ -30,6 +30,8 @@ def main() -> None:
         print(printable(args.prompt[0]), end="", flush=True)
         for piece in engine.stream(prompts[0], sampling):
             print(printable(piece), end="", flush=True)
+            if console.reader_is_gone():
+                return
         print()
         return
     for place, completion in in_order(
@@ -37,6 +39,8 @@ def main() -> None:
     ):
         text = args.prompt[place] + tokenizer.decode(completion.ids)
         print(printable(text), "-" * 40, sep="\n", flush=True)
+        if console.reader_is_gone():
+            return
 
 
 def in_order(found: Iterator[tuple[int, Completion]], num_samples: int) -> Iterator[tuple[int, Completion]]:

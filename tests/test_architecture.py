@@ -19,6 +19,7 @@ from tests.conftest import REPO
 # A module imports modules of lower layers, and those before it in its own. A new module takes its place here.
 LAYERS = (
     (
+        "console",
         "errors",
         "archives",
         "typed_json",
