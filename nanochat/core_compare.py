@@ -71,7 +71,7 @@ class Scored:
         lines: list[dict[str, Any]] = []
         if with_answers:
             path = folder / "core_predictions.jsonl"
-            lines = runlog.read_metrics(path) if path.is_file() else []
+            lines = runlog.read_lines(path) if path.is_file() else []
             if not lines or any("passage" not in line for line in lines):
                 raise UserError(f"{path}: holds no answers of this version. {again}")
         return Scored(run, scores, {(line["task"], line["line"]): line for line in lines})

@@ -151,15 +151,11 @@ def read_scores(run: str) -> dict[str, Any]:
 
 
 def read_lines(path: Path, shape: Any, notes: list[str]) -> list[dict[str, Any]]:
-    """The lines of a file that have a shape; how many have not is noted. An absent file has none.
-
-    Raises:
-        UserError: a line is not JSON.
-    """
+    """The lines of a file that have a shape; how many have not is noted. An absent file has none."""
     if not path.is_file():
         return []
-    entries = runlog.read_metrics(path)
+    entries, damaged = runlog.read_objects(path)
     good = [entry for entry in entries if not typed_json.mismatch(entry, shape)]
-    if len(good) < len(entries):
-        notes.append(f"Left out: {len(entries) - len(good):,} lines of {path}, which are not of its kind.")
+    if left_out := damaged + len(entries) - len(good):
+        notes.append(f"Left out: {left_out:,} lines of {path}, which are damaged or not of its kind.")
     return good

@@ -4,35 +4,36 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TextIO
+from typing import Any, TypedDict, TypeGuard
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from nanochat import files
-from nanochat.errors import UserError
+from nanochat import console, files, typed_json
+from nanochat.errors import UserError, warn
 from nanochat.tracker import Tracker
+
+KEPT_BYTES = 1 << 24  # of lines that could not be written: some 20,000 steps
+
+
+class Entry(TypedDict):
+    """What every line of metrics.jsonl has."""
+
+    kind: str
+    step: int
 
 
 def cut_back(path: Path, step: int) -> None:
-    """Drop the lines of metrics.jsonl from `step` on, and a last line that a kill left unfinished."""
+    """Drop the lines of metrics.jsonl from `step` on, and what a kill or a crash left of others."""
     if not path.exists():
         return
-    kept = [line + "\n" for line, entry in _entries(path) if entry["step"] < step]
-    files.atomic_write(path, "".join(kept))
-
-
-def _entries(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The lines of metrics.jsonl and what they say; what a kill or a bad disk has left is passed over."""
-    for line in path.read_text("utf-8", errors="replace").splitlines():
-        with contextlib.suppress(ValueError, RecursionError):
-            entry = json.loads(line)
-            if isinstance(entry, dict) and type(entry.get("step")) is int:
-                yield line, entry
+    lines = ((line, _object(line)) for line in path.read_bytes().split(b"\n"))
+    kept = [line + b"\n" for line, entry in lines if _is_entry(entry) and entry["step"] < step]
+    files.atomic_write(path, b"".join(kept))
 
 
 def keep_aside(path: Path, step: int) -> Path | None:
@@ -40,7 +41,10 @@ def keep_aside(path: Path, step: int) -> Path | None:
 
     For a run that will not go over these steps as it did: they stay as the only trace of work that was done.
     """
-    if not path.exists() or not any(e.get("kind") == "step" and e["step"] >= step for _, e in _entries(path)):
+    if not path.exists():
+        return None
+    entries, _ = read_objects(path)
+    if not any(_is_entry(entry) and entry["kind"] == "step" and entry["step"] >= step for entry in entries):
         return None
     number = 1
     while (copy := path.with_name(f"metrics.{number}.jsonl")).exists():
@@ -50,20 +54,112 @@ def keep_aside(path: Path, step: int) -> Path | None:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl, in order.
+    """The lines of metrics.jsonl, in order; those that a crash has damaged are counted on stderr.
 
     Raises:
-        UserError: the file is absent, or a line is not JSON.
+        UserError: the file is absent, or no line of it can be read.
     """
-    if not path.exists():
-        raise UserError(f"{path}: no such file. Has this run been started?")
-    entries = []
-    for number, line in enumerate(path.read_text("utf-8").splitlines(), start=1):
-        try:
-            entries.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}, line {number}: not JSON ({error}). Remove the line.") from None
+    found, damaged = read_objects(path)
+    entries = [entry for entry in found if _is_entry(entry)]
+    damaged += len(found) - len(entries)
+    if damaged and not entries:
+        raise UserError(f"{path}: no line of it can be read. Move it away; a run goes on without it.")
+    if damaged:
+        warn(f"{path}: {damaged} of {damaged + len(entries)} lines are damaged and left out")
     return entries
+
+
+def read_objects(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The objects of a file of JSON lines, in order, and how many lines hold none.
+
+    Raises:
+        UserError: the file is absent or cannot be read.
+    """
+    found = [_object(line) for line in _bytes_of(path).split(b"\n") if line.strip()]
+    entries = [entry for entry in found if entry is not None]
+    return entries, len(found) - len(entries)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file of JSON lines of which none may be missing, in order.
+
+    Raises:
+        UserError: the file is absent, or a line is not an object.
+    """
+    entries = []
+    for number, line in enumerate(_bytes_of(path).splitlines(), start=1):
+        if (entry := _object(line)) is None:
+            raise UserError(f"{path}, line {number}: not a JSON object. The file is damaged; make it again.")
+        entries.append(entry)
+    return entries
+
+
+def _object(line: bytes) -> dict[str, Any] | None:
+    """The object that a line holds; None for a line that is not whole."""
+    try:
+        entry = typed_json.parse(line, allow_nan=True)
+    except ValueError:
+        return None
+    return entry if isinstance(entry, dict) else None
+
+
+def _is_entry(entry: dict[str, Any] | None) -> TypeGuard[dict[str, Any]]:
+    return not typed_json.mismatch(entry, Entry)
+
+
+def _bytes_of(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file. Has this run been started?") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}).") from None
+
+
+class MetricsFile:
+    """metrics.jsonl as a sink that may fail: lines that could not be written are kept and tried again.
+
+    A full disk must not end a run that could be saved elsewhere or later, and the curve is wanted whole.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Open it to append."""
+        self._path = path
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        self._left = b""
+        self._failing = False
+        self._lost = 0
+
+    def write(self, line: str) -> None:
+        """Append a line; while that fails, keep it."""
+        if len(self._left) < KEPT_BYTES:
+            self._left += line.encode() + b"\n"
+        else:
+            self._lost += 1
+        error = self._put()
+        if error is not None and not self._failing:
+            warn(f"{self._path}: {error.strerror}; the run goes on, its lines are kept and tried again")
+        if error is None and self._failing:
+            warn(f"{self._path}: can be written again")
+        self._failing = error is not None
+
+    def close(self) -> None:
+        """Try once more what is left; say what is lost."""
+        self._put()
+        self._lost += self._left.count(b"\n")
+        if self._lost:
+            warn(f"{self._path}: the last {self._lost} lines could not be written and are lost")
+        with contextlib.suppress(OSError):
+            os.close(self._descriptor)
+
+    def _put(self) -> OSError | None:
+        """Write what is left, as far as it goes; why it did not go further."""
+        try:
+            while self._left:
+                self._left = self._left[os.write(self._descriptor, self._left) :]
+        except OSError as error:
+            return error
+        return None
 
 
 class RunLog:
@@ -78,15 +174,18 @@ class RunLog:
         self._enabled = enabled
         self._total_steps = total_steps
         self._tracker: Tracker | None = None
-        self._file: TextIO | None = None
+        self._file: MetricsFile | None = None
+        self._unread = False
         self._bar: Progress | None = None
         self._task = TaskID(0)
         if not enabled:
             return
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "metrics.jsonl"
+        if first_step and not path.exists():
+            warn(f"{path} is not there: the curve of this run begins at step {first_step}")
         cut_back(path, first_step)
-        self._file = path.open("a", encoding="utf-8")
+        self._file = MetricsFile(path)
         if sys.stdout.isatty():
             columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
             self._bar = Progress(*columns, console=self.console, transient=True)
@@ -123,6 +222,9 @@ class RunLog:
     def say(self, text: str) -> None:
         """Print a line, above the bar where there is one."""
         self.console.print(text, markup=False)
+        if not self._unread and self._enabled and console.reader_is_gone():
+            self._unread = True
+            warn("nobody reads standard output any more; the run goes on, metrics.jsonl has all")
 
     def write(self, kind: str, step: int, **values: float | int | str | None) -> None:
         """Append one object to metrics.jsonl and hand it to the tracker.
@@ -134,8 +236,7 @@ class RunLog:
         """
         if self._file is None:
             return
-        self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
-        self._file.flush()
+        self._file.write(json.dumps({"kind": kind, "step": step, **values}))
         if self._tracker is not None:
             self._tracker.log(step, {f"{kind}/{name}": value for name, value in values.items()})
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import math
+import os
 import sys
 import types
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from nanochat import runlog
 from nanochat.errors import UserError
-from nanochat.runlog import RunLog, cut_back, read_metrics
+from nanochat.runlog import RunLog, cut_back, read_lines, read_metrics
 
 
 def test_lines_are_objects_with_step_and_kind(tmp_path: Path) -> None:
@@ -50,10 +55,107 @@ def test_cut_back_of_an_absent_file_is_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_bad_line_is_named(tmp_path: Path) -> None:
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\nnonsense\n')
-    with pytest.raises(UserError, match=r"metrics\.jsonl, line 2"):
+def test_a_bad_line_of_other_files_is_named(tmp_path: Path) -> None:
+    for bad in ("nonsense", "3", "[]", '{"a": 1, "a": 2}', "\0", "9" * 5000, "[" * 50_000):
+        (tmp_path / "lines.jsonl").write_text(f'{{"id": 1}}\n{bad}\n')
+        with pytest.raises(UserError, match=r"lines\.jsonl, line 2"):
+            read_lines(tmp_path / "lines.jsonl")
+
+
+def test_a_file_without_any_line_that_can_be_read_is_named(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_bytes(b"\0" * 4096)
+    with pytest.raises(UserError, match=r"metrics\.jsonl: no line of it can be read"):
         read_metrics(tmp_path / "metrics.jsonl")
+
+
+DAMAGE = {
+    "half a last line": b'{"kind": "step", "st',
+    "a block of NUL": b"\0" * 4096 + b"\n",
+    "NUL before a line": b"\0\0\0" + b'{"kind": "step", "step": 2}\n',
+    "bad UTF-8": b'{"kind": "sample", "step": 1, "text": "\xff\xfe"}\n',
+    "a blank line": b"\n",
+    "a list": b"[1, 2]\n",
+    "no step": b'{"kind": "step"}\n',
+    "a step that is a text": b'{"kind": "step", "step": "3"}\n',
+    "5,000 digits": b'{"kind": "step", "step": 1, "loss": ' + b"9" * 5000 + b"}\n",
+    "brackets": b"[" * 100_000 + b"\n",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_damaged_lines_are_left_out_and_the_rest_is_used(
+    tmp_path: Path, damage: bytes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A crash leaves them; neither the report nor a resume may stop at them."""
+    path = tmp_path / "metrics.jsonl"
+    whole = [{"kind": "step", "step": step, "loss": 1.5} for step in range(3)]
+    path.write_bytes("".join(json.dumps(entry) + "\n" for entry in whole).encode() + damage)
+    assert read_metrics(path) == whole
+    told = capsys.readouterr().err
+    assert told.count("1 of 4 lines are damaged") == (damage != b"\n")
+    cut_back(path, 2)
+    assert read_metrics(path) == whole[:2]
+    assert capsys.readouterr().err == ""
+
+
+def test_a_nan_in_the_metrics_is_read(tmp_path: Path) -> None:
+    with RunLog(tmp_path, enabled=True, total_steps=1) as log:
+        log.step(0, "", loss=float("nan"))
+    assert math.isnan(read_metrics(tmp_path / "metrics.jsonl")[0]["loss"])
+
+
+def test_metrics_that_are_gone_on_a_resume_are_missed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with RunLog(tmp_path, enabled=True, total_steps=9, first_step=4):
+        pass
+    assert "begins at step 4" in capsys.readouterr().err
+
+
+def failing(monkeypatch: pytest.MonkeyPatch, fails: Callable[[], bool], most: int = 1 << 30) -> None:
+    """os.write answers ENOSPC while `fails`, after writing `most` bytes of what it was given."""
+    real = os.write
+
+    def write(descriptor: int, data: bytes) -> int:
+        if not fails():
+            return real(descriptor, data)
+        if most < len(data) and not write.halved:  # type: ignore[attr-defined]
+            write.halved = True  # type: ignore[attr-defined]
+            return real(descriptor, data[:most])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    write.halved = False  # type: ignore[attr-defined]
+    monkeypatch.setattr(os, "write", write)
+
+
+@pytest.mark.parametrize("most", [0, 1, 7, 1 << 30])
+def test_lines_that_cannot_be_written_are_kept_and_come_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], most: int
+) -> None:
+    at: list[int] = [0]
+    failing(monkeypatch, lambda: 3 <= at[0] < 7, most)
+    with RunLog(tmp_path, enabled=True, total_steps=10) as log:
+        for step in range(10):
+            at[0] = step
+            log.write("step", step, loss=1.0)
+    assert [entry["step"] for entry in read_metrics(tmp_path / "metrics.jsonl")] == list(range(10))
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 2
+    assert "No space left on device; the run goes on" in told[0]
+    assert "can be written again" in told[1]
+
+
+def test_lines_that_never_could_be_written_are_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(runlog, "KEPT_BYTES", 100)
+    failing(monkeypatch, lambda: True)
+    with RunLog(tmp_path, enabled=True, total_steps=10) as log:
+        for step in range(10):
+            log.write("step", step, loss=1.0)
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 2
+    assert "the last 10 lines could not be written" in told[1]
 
 
 @pytest.mark.parametrize("failing", ["import", "init", "log", "finish"])
