@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from nanochat import files
+from nanochat import files, stopping
 from nanochat.checksums import BrokenFileError
 
 PATTERN = f".tmp-{files.FETCHED}*"  # earlier releases put no machine into the name
@@ -95,6 +95,8 @@ def wait_for(path: Path) -> None:
 def _poll(condition: Callable[[], bool], limit_s: float) -> bool:
     deadline = time.monotonic() + limit_s
     while not condition():
+        if stopping.requested():  # a thread that waits on would keep the process alive
+            raise stopping.Stopped
         if time.monotonic() > deadline:
             return False
         time.sleep(POLL_S)

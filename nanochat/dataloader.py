@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
 
@@ -36,6 +36,7 @@ from nanochat.errors import UserError
 from nanochat.lanes import Lane, LoaderCounters, fit_lanes
 from nanochat.packing import Packed, pack, shuffled
 from nanochat.shards import Shard
+from nanochat.stopping import requested
 from nanochat.world import World
 
 Batch = tuple[Tensor, Tensor]
@@ -120,6 +121,8 @@ class TrainLoader:
         self._mine = [(row % self.n_lanes, row // self.n_lanes) for row in rows]
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="loader")
         self.counters = LoaderCounters()
+        self._fetched: list[list[Batch]] = []
+        self._before: dict[int, tuple[int, int, int]] = {}
         self._lanes = {lane: self._make_lane(lane) for lane in sorted({lane for lane, _ in self._mine})}
 
     def _make_lane(self, lane: int) -> Lane:
@@ -140,18 +143,36 @@ class TrainLoader:
         order = shuffled(len(packed.rows), self._seed, epoch, block)
         return Packed(packed.rows[order], packed.offered, packed.cropped, packed.filled)
 
+    def fetch(self, batches: int, stop_requested: Callable[[], bool] = requested) -> None:
+        """Draw the next global batches, for `next_batch` to hand out.
+
+        Raises:
+            Stopped: we are asked to stop while data is waited for; nothing is drawn then.
+        """
+        self._before = {index: lane.cursor for index, lane in self._lanes.items()}
+        try:
+            self._fetched = [self._draw(stop_requested) for _ in range(batches)]
+        except BaseException:  # a batch is drawn from all lanes or from none
+            self.put_back()
+            raise
+
+    def put_back(self) -> None:
+        """Take back what `fetch` has drawn: the state is that of before."""
+        self._fetched = []
+        for index, cursor in self._before.items():
+            self._lanes[index].move(*cursor)
+
     def next_batch(self) -> list[Batch]:
         """This rank's micro-batches of the next global batch: [(inputs (B, T), targets (B, T))], int64."""
+        if not self._fetched:
+            self.fetch(1)
+        return self._fetched.pop(0)
+
+    def _draw(self, stop_requested: Callable[[], bool]) -> list[Batch]:
         started = time.perf_counter()
-        before = {index: lane.cursor for index, lane in self._lanes.items()}
-        try:
-            for lane in self._lanes.values():
-                lane.start()
-            taken = {index: lane.take(self._rows_per_lane) for index, lane in self._lanes.items()}
-        except BaseException:  # a batch is drawn from all lanes or from none
-            for index, cursor in before.items():
-                self._lanes[index].move(*cursor)
-            raise
+        for lane in self._lanes.values():
+            lane.start()
+        taken = {index: lane.take(self._rows_per_lane, stop_requested) for index, lane in self._lanes.items()}
         self.counters.waited_s += time.perf_counter() - started
         rows = np.stack([taken[lane][row] for lane, row in self._mine])
         tokens = torch.from_numpy(rows.astype(np.int64))
@@ -185,6 +206,7 @@ class TrainLoader:
 
     def state_dict(self) -> dict[str, Any]:
         """Where the next batch begins, the same on all ranks. A collective: every rank has to call it."""
+        assert not self._fetched, "what was drawn is not used yet"
         cursors = torch.zeros(self.n_lanes, 3, dtype=torch.int64)
         for index, lane in self._lanes.items():
             if index % self._world.size == self._world.rank:  # a lane that ranks share is told by one

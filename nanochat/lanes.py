@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +11,9 @@ from numpy.typing import NDArray
 
 from nanochat.errors import UserError
 from nanochat.packing import Packed
+from nanochat.stopping import Stopped, requested
+
+POLL_S = 0.5  # between two looks whether to stop, while a block is waited for
 
 
 @dataclass
@@ -61,14 +64,18 @@ class Lane:
         if self._current is None:
             self._current = self._load(self.epoch, self.position)
 
-    def take(self, count: int) -> NDArray[np.int32]:
-        """The next `count` rows, (count, T + 1)."""
+    def take(self, count: int, stop_requested: Callable[[], bool] = requested) -> NDArray[np.int32]:
+        """The next `count` rows, (count, T + 1).
+
+        Raises:
+            Stopped: we are asked to stop while a block is waited for.
+        """
         parts: list[NDArray[np.int32]] = []
         empty_blocks = 0
         while count:
             self.start()
             assert self._current is not None
-            block = self._current.result()
+            block = _arrived(self._current, stop_requested)
             if self._next is None:  # the first time that rows are drawn from this block
                 self._next = self._load(*self._following())
                 self._counters.tokens += block.offered
@@ -104,6 +111,14 @@ class Lane:
     def _advance(self) -> None:
         (self.epoch, self.position), self.row = self._following(), 0
         self._current, self._next = self._next, None
+
+
+def _arrived(block: Future[Packed], stop_requested: Callable[[], bool]) -> Packed:
+    """The block when it is there: a shard that is on its way may take minutes, a scheduler gives seconds."""
+    while not wait([block], POLL_S).done:
+        if stop_requested():
+            raise Stopped
+    return block.result()
 
 
 def fit_lanes(wanted: int, rows_per_batch: int, blocks: int) -> int:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from nanochat import files
+from nanochat.errors import warn
 
 TRACE_AFTER, TRACE_WARMUP, TRACED = 2, 1, 3  # steps
 
@@ -40,8 +41,11 @@ def traced(path: Path | None) -> Iterator[Callable[[], None]]:
     from torch.profiler import profile, schedule  # 0.3 s that no other run pays
 
     def write(profiler: profile) -> None:
-        with files.atomic_path(path) as temporary:
-            profiler.export_chrome_trace(str(temporary))
+        try:
+            with files.atomic_path(path) as temporary:
+                profiler.export_chrome_trace(str(temporary))
+        except OSError as error:  # a full disk costs the trace, not the run
+            warn(f"{path} could not be written ({error.strerror}); the run goes on without it")
 
     steps = schedule(wait=TRACE_AFTER, warmup=TRACE_WARMUP, active=TRACED, repeat=1)
     with profile(schedule=steps, on_trace_ready=write) as profiler:

@@ -28,7 +28,6 @@ def starting_point(plan: Plan, world: World) -> Path | None:
     found, error = None, None
     if world.is_main:
         try:
-            files.require_writable(files.run_dir(plan.args.run_name))
             found = _look(plan.args, world)
         except UserError as refused:
             error = refused

@@ -5,16 +5,18 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nanochat import checkpoint, files, hardware, links, memory, process, scaling
+from nanochat import checkpoint, files, hardware, links, locks, memory, process, scaling, stopping
 from nanochat.checkpoint import TrainState
 from nanochat.dataloader import TrainLoader
 from nanochat.dataset import Corpus
+from nanochat.errors import UserError, warn
 from nanochat.gpt import GPT
 from nanochat.hardware import Precision
 from nanochat.hooks import Hook, default_hooks
@@ -148,13 +150,24 @@ def train(
                     return "target_reached"
             if state.step >= plan.steps:
                 return "finished"
-            result = train_step(plan, state, world)
-            state.step += 1
-            reporter.add(state, result)
-            step_traced()
-            if world.agree(stop_requested()):
+            if not _fetch(plan, state, world, stop_requested):
                 reporter.flush(state)
                 return "stopped"
+            result = train_step(plan, state, world)
+            state.step += 1
+            stopping.keep_work()
+            reporter.add(state, result)
+            step_traced()
+
+
+def _fetch(plan: Plan, state: TrainState, world: World, stop_requested: Callable[[], bool]) -> bool:
+    """Draw the batches of the next step; where a signal on any rank asks to stop, none is drawn on any."""
+    with contextlib.suppress(Stopped):
+        state.loader.fetch(plan.units_at(state.step), stop_requested)
+    if world.agree(stop_requested()):
+        state.loader.put_back()
+        return False
+    return True
 
 
 def run(
@@ -166,9 +179,41 @@ def run(
         What summary.json holds.
 
     Raises:
-        UserError: the base directory cannot be written, or the checkpoint to go on from is of another run.
+        UserError: the base directory cannot be written, another process trains this run, or the checkpoint to
+            go on from is of another run.
     """
     plan = scaling.with_precision(plan, str(precision.compute_dtype).removeprefix("torch."), precision.fp8)
+    with stop_signals() as stop_requested, _sole_owner(plan, world):
+        return _run(plan, corpus, tokenizer, precision, world, stop_requested)
+
+
+@contextlib.contextmanager
+def _sole_owner(plan: Plan, world: World) -> Iterator[None]:
+    """Within, no other process trains this run: the main rank holds its lock, the others take its word."""
+    error: UserError | None = None
+    with contextlib.ExitStack() as stack:
+        if world.is_main:
+            name = plan.args.run_name
+            folder = files.run_dir(name)
+            remedy = "Wait for its end, stop it, or name another run with --run."
+            try:
+                files.require_writable(folder)
+                stack.enter_context(locks.held(folder / ".lock", f"run {name!r}", remedy))
+            except UserError as refused:
+                error = refused
+        if world.agree(error is not None):
+            raise error or UserError("the main rank cannot begin; it says why.")
+        yield
+
+
+def _run(
+    plan: Plan,
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    precision: Precision,
+    world: World,
+    stop_requested: Callable[[], bool],
+) -> dict[str, Any]:
     folder = files.run_dir(plan.args.run_name)
     fingerprints = {"corpus": corpus.fingerprint, "tokenizer": tokenizer.fingerprint}
     memory.require_room(plan, world, precision.compute_dtype)
@@ -193,7 +238,6 @@ def run(
         world.print0(line)
     with (
         contextlib.closing(state.loader),
-        stop_signals() as stop_requested,
         Watchdog(world, folder, plan.args.dist_timeout, lambda: f"step {state.step}"),
         RunLog(folder, enabled=world.is_main, total_steps=plan.steps, first_step=state.step) as log,
     ):
@@ -209,8 +253,16 @@ def run(
         saver.finish()
         summary = summarize(plan, state, reporter, world, status)
         if world.is_main:
-            files.write_json(folder / "summary.json", summary)
+            _write_summary(folder / "summary.json", summary)
     return summary
+
+
+def _write_summary(path: Path, summary: dict[str, Any]) -> None:
+    """Write what programs read of a run's end; it follows from the checkpoint, which is saved by now."""
+    try:
+        files.write_json(path, summary)
+    except OSError as error:
+        warn(f"{path} could not be written ({error.strerror}); the same command with --resume=auto writes it")
 
 
 def _prepare(plan: Plan, state: TrainState, precision: Precision, world: World) -> Plan:

@@ -1,22 +1,36 @@
-"""Train a model: `torchrun --nproc_per_node=8 scripts/base_train.py --depth=12`, or alone with python."""
+"""Train a model: `torchrun --nproc_per_node=8 scripts/base_train.py --depth=12`, or alone with python.
+
+What is imported here loads no libraries: signals are heard before those are loaded, which takes seconds.
+"""
 
 from __future__ import annotations
 
 import json
-import sys
 
-from nanochat import backends, config, errors, files, scaling, small_text, train, world
-from nanochat.attention_times import AttentionShape
-from nanochat.config import TrainArgs
-from nanochat.dataset import Corpus
-from nanochat.report import write_report
-from nanochat.stopping import STOPPED
-from nanochat.tokenizer import Tokenizer
+from nanochat import errors
+from nanochat.stopping import STOPPED, StoppedEarly, leave, stop_signals
 
 
 @errors.cli
 def main() -> None:
-    """Parse, plan, train."""
+    """Listen, train, and leave with the exit code that says how the run has ended."""
+    with stop_signals(has_work=False):
+        try:
+            status = train_as_asked()
+        except StoppedEarly:
+            errors.warn("stopped by a signal before the first step: there was nothing to save")
+            status = "stopped"
+        leave(STOPPED if status == "stopped" else 0)
+
+
+def train_as_asked() -> str:
+    """Parse, plan, train, report; the status of the run."""
+    from nanochat import backends, config, files, report, scaling, small_text, train, world
+    from nanochat.attention_times import AttentionShape
+    from nanochat.config import TrainArgs
+    from nanochat.dataset import Corpus
+    from nanochat.tokenizer import Tokenizer
+
     args = config.parse(TrainArgs)
     with world.join(args.device_type, args.dist_timeout) as ranks:
         tokenizer = Tokenizer.load(files.tokenizer_dir(args.tokenizer_name))
@@ -24,7 +38,7 @@ def main() -> None:
         plan = small_text.plan_for(args, corpus, tokenizer, ranks.size)
         if corpus is None or args.dry_run:
             ranks.print0(json.dumps(plan.to_dict(), indent=2))
-            return
+            return "planned"
         shape = AttentionShape.of(plan.model, plan.model.document_mask)
         precision, reason = backends.choose_precision(
             ranks.device, args.dtype, args.attention, args.fp8, shape, ranks
@@ -32,12 +46,15 @@ def main() -> None:
         for line in (reason, *scaling.describe(plan), *plan.notices):
             ranks.print0(line)
         summary = train.run(plan, corpus, tokenizer, precision, ranks)
+        status = str(summary["status"])
         if ranks.is_main:
-            status = summary["status"].replace("_", " ")
-            print(f"{status} after {summary['steps']} steps, validation bpb {summary['val_bpb']}")
-            print(f"report: {write_report(args.run_name)}")
-    if summary["status"] == "stopped":
-        sys.exit(STOPPED)
+            ended = status.replace("_", " ")
+            print(f"{ended} after {summary['steps']} steps, validation bpb {summary['val_bpb']}")
+            try:
+                print(f"report: {report.write_report(args.run_name)}")
+            except (errors.UserError, OSError) as error:  # it can be made again; the exit code is the run's
+                errors.warn(f"no report: {error}; python -m nanochat.report --run {args.run_name} makes it")
+    return status
 
 
 if __name__ == "__main__":
