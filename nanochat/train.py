@@ -190,7 +190,7 @@ def run(
 @contextlib.contextmanager
 def _sole_owner(plan: Plan, world: World) -> Iterator[None]:
     """Within, no other process trains this run: the main rank holds its lock, the others take its word."""
-    error: UserError | None = None
+    error: UserError | OSError | None = None
     with contextlib.ExitStack() as stack:
         if world.is_main:
             name = plan.args.run_name
@@ -199,7 +199,7 @@ def _sole_owner(plan: Plan, world: World) -> Iterator[None]:
             try:
                 files.require_writable(folder)
                 stack.enter_context(locks.held(folder / ".lock", f"run {name!r}", remedy))
-            except UserError as refused:
+            except (UserError, OSError) as refused:
                 error = refused
         if world.agree(error is not None):
             raise error or UserError("the main rank cannot begin; it says why.")

@@ -3,6 +3,10 @@
 Collectives cannot tell: the ranks that wait report a time-out, and torchrun blames the first to leave. So a
 thread of each rank leaves a note in the store every second: how many collectives its rank has begun, and
 where it is. Whoever has begun fewer than another keeps that one waiting; whoever leaves no note is gone.
+
+Time in which this process itself did not run (Ctrl-Z, `docker pause`, a laptop that is closed) is nobody's
+fault and does not count. The backend's own time-out would count it, and those who wait in a collective just
+then would leave: so while the watchdog watches, gloo has PATIENCE_S instead.
 """
 
 from __future__ import annotations
@@ -21,13 +25,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from nanochat.world import World
+from nanochat.world import BACKSTOP_S, World
 
 HUNG = 70  # exit code: EX_SOFTWARE
 BEAT_S = 1.0  # between two notes, at most; a tenth of the time-out where that is less
 DONE = "done"  # what a rank says that leaves in good order
 LEFT_S = 10.0  # after a rank has left with an error: the others may be about to leave with the same
 LEAVE_S = 0.5  # for the others to write their stacks before the first leaves and torchrun kills the rest
+PATIENCE_S = 86_400.0  # of gloo while we watch
+SLEPT = 0.25  # of the time-out between two beats: this process was stopped
 PACKAGE = str(Path(__file__).parent)
 
 
@@ -67,6 +73,7 @@ class Watchdog:
             self._world.agree(False)  # from here on every rank has left a note
             self._read_notes()
             self._file = self._stack.open("w", encoding="utf-8")
+            self._world.be_patient(PATIENCE_S)
             self._arm()
             self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
             self._thread.start()
@@ -89,25 +96,41 @@ class Watchdog:
             if not isinstance(error, RuntimeError):
                 self._leave_note(left=DONE if error is None else f"{type(error).__name__}: {error}"[:500])
         self._file.close()
-        if not self._stack.stat().st_size:
-            self._stack.unlink()
+        if error is None or not self._stack.stat().st_size:  # a sleep that was slept well leaves stacks too
+            self._stack.unlink(missing_ok=True)
 
     def _watch(self) -> None:
+        before = time.monotonic()
         while not self._stop.wait(self._beat_s):
             self._arm()
+            before, last = time.monotonic(), before
+            if before - last > max(SLEPT * self._timeout_s, 2 * self._beat_s):
+                self._wake(before, before - last)
             try:
                 self._leave_note()
                 self._read_notes()
             except RuntimeError as error:  # torch's errors of the store are
                 self._end(f"the launcher of the run does not answer any more ({error})", True, True)
+            if waited := self._all_wait():
+                self._end(f"all ranks wait in one collective for {waited:.0f} s", self._world.is_main, True)
             if late := self._late():
                 healthy = [rank for rank in range(self._world.size) if rank not in late]
                 speaker = min(healthy, default=0)
                 self._end("\n".join(late.values()), self._world.rank == speaker, self._world.rank in late)
 
+    def _wake(self, now: float, slept_s: float) -> None:
+        """Begin to wait anew: the others slept too, or will be found late by what they do from here on."""
+        for seen in self._seen.values():
+            seen.beat_at = seen.moved_at = now
+        if self._world.is_main:
+            self._say(f"this process did not run for {slept_s:.0f} s; that does not count")
+
     def _arm(self) -> None:
-        """If no thread of Python runs for so long, this one of C still writes the stack, and leaves."""
-        faulthandler.dump_traceback_later(self._timeout_s + 2 * self._beat_s, exit=True, file=self._file)
+        """If no thread of Python runs for so long, this one of C still writes the stack.
+
+        It does not leave: it cannot tell that from a sleep of the process. The others can.
+        """
+        faulthandler.dump_traceback_later(self._timeout_s + 2 * self._beat_s, file=self._file)
 
     def _leave_note(self, left: str = "") -> None:
         self._beats += 1
@@ -118,6 +141,7 @@ class Watchdog:
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "left": left,
+            "waits": _waits(),
         }
         self._world.store.set(f"watchdog/{self._world.rank}", json.dumps(note))
 
@@ -132,6 +156,13 @@ class Watchdog:
             if note["begun"] != seen.note["begun"]:
                 seen.moved_at = now
             seen.note = note
+
+    def _all_wait(self) -> float:
+        """How long all ranks have waited in the same collective, if that is too long: the link is stuck."""
+        now, seen = time.monotonic(), list(self._seen.values())
+        same = len({one.note["begun"] for one in seen}) == 1 and all(one.note["waits"] for one in seen)
+        waited = now - max(one.moved_at for one in seen)
+        return waited if same and waited > self._timeout_s + BACKSTOP_S else 0.0
 
     def _late(self) -> dict[int, str]:
         """What is to be said of each rank that the others have waited for too long."""
@@ -182,6 +213,13 @@ class Watchdog:
 def _describe(rank: int, seen: _Seen, what: str) -> str:
     note = seen.note
     return f"rank {rank} ({note['host']}, process {note['pid']}) {what} at {note['where']}"
+
+
+def _waits() -> bool:
+    """Whether the main thread is in a collective."""
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    name = frame.f_code.co_filename if frame is not None else ""
+    return name.endswith("collectives.py") or "distributed_c10d" in name
 
 
 def _place() -> str:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import distributed_c10d
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
@@ -101,6 +102,13 @@ class World:
         parts = [torch.empty_like(own) for _ in range(self.size)]
         dist.all_gather(parts, own, group=self.control)
         return [bytes(part.tolist()) for part in parts]
+
+    def be_patient(self, timeout_s: float) -> None:
+        """From now on gloo waits so long for a rank, where somebody else finds those that hang."""
+        set_timeout = getattr(dist, "set_timeout", distributed_c10d._set_pg_timeout)  # the older name
+        for group in (self.control, dist.group.WORLD if self.backend == "gloo" else None):
+            if group is not None:
+                set_timeout(datetime.timedelta(seconds=timeout_s), group)
 
     def collectives_begun(self) -> int:
         """Collectives that this rank has entered: of two, the one with fewer keeps the other waiting."""

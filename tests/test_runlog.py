@@ -7,7 +7,6 @@ import json
 import math
 import os
 import sys
-import types
 from collections.abc import Callable
 from pathlib import Path
 
@@ -158,28 +157,62 @@ def test_lines_that_never_could_be_written_are_counted(
     assert "the last 10 lines could not be written" in told[1]
 
 
-@pytest.mark.parametrize("failing", ["import", "init", "log", "finish"])
+WANDB = """
+class Run:
+    def log(self, *args, **options):
+        {log}
+    def finish(self):
+        {finish}
+def init(**options):
+    {init}
+    return Run()
+"""
+FAILING = {
+    "import": "raise ImportError('No module named wandb')",
+    "init": WANDB.format(init="raise ConnectionError('down')", log="pass", finish="pass"),
+    "log": WANDB.format(init="pass", log="raise ConnectionError('down')", finish="pass"),
+    "finish": WANDB.format(init="pass", log="pass", finish="raise ConnectionError('down')"),
+    "exit": WANDB.format(init="import sys; sys.exit(3)", log="pass", finish="pass"),
+    "kill": WANDB.format(init="import os; os.kill(os.getpid(), 9)", log="pass", finish="pass"),
+}
+
+
+def install_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str) -> None:
+    """A module wandb that the tracker's process imports."""
+    (tmp_path / "modules").mkdir()
+    (tmp_path / "modules" / "wandb.py").write_text(code)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "modules"), prepend=os.pathsep)
+
+
+@pytest.mark.parametrize("code", FAILING.values(), ids=FAILING)
 def test_failing_tracker_does_not_hurt_the_run(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    failing: str,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], code: str
 ) -> None:
-    def call(name: str) -> None:
-        if name == failing:
-            raise ConnectionError("the tracker is down")
-
-    tracker = types.SimpleNamespace(log=lambda *_, **__: call("log"), finish=lambda: call("finish"))
-
-    def init(**_: object) -> object:
-        call("init")
-        return tracker
-
-    module = None if failing == "import" else types.SimpleNamespace(init=init)
-    monkeypatch.setitem(sys.modules, "wandb", module)
+    install_wandb(tmp_path, monkeypatch, code)
     with RunLog(tmp_path, enabled=True, total_steps=3) as log:
         log.start_tracker("online", "run", {}, tmp_path)
         for step in range(3):
             log.step(step, "", loss=1.0)
     assert len(read_metrics(tmp_path / "metrics.jsonl")) == 3
     assert capsys.readouterr().out.count("going on without it") == 1
+
+
+def test_a_tracker_gets_every_line_and_cannot_touch_the_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It changes what a library may change of its process, and leaves a hook that hangs."""
+    seen = tmp_path / "seen"
+    init = (
+        "import atexit, os, sys, time; os.chdir('/'); os.environ.clear(); sys.stdout = None; "
+        "atexit.register(time.sleep, 1000)"
+    )
+    log = f"print(*args, options, file=open({str(seen)!r}, 'a'))"
+    install_wandb(tmp_path, monkeypatch, WANDB.format(init=init, log=log, finish="pass"))
+    before = (Path.cwd(), dict(os.environ), sys.stdout)
+    with RunLog(tmp_path, enabled=True, total_steps=3) as run_log:
+        run_log.start_tracker("online", "run", {}, tmp_path)
+        for step in range(3):
+            run_log.write("step", step, loss=1.5)
+    assert (Path.cwd(), dict(os.environ), sys.stdout) == before
+    assert seen.read_text().splitlines() == [f"{{'step/loss': 1.5}} {{'step': {step}}}" for step in range(3)]
+    assert "going on without it" not in capsys.readouterr().out

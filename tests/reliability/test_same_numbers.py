@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -93,6 +94,9 @@ BAD_WANDB = {
     "finish raises": RUN.format(log="pass", finish="raise OSError('gone')"),
     "init hangs": "import time\ndef init(**options):\n    time.sleep(60)",
     "log hangs": RUN.format(log="__import__('time').sleep(60)", finish="pass"),
+    "init exits": "import sys\ndef init(**options):\n    sys.exit(3)",
+    "init kills": "import os\ndef init(**options):\n    os.kill(os.getpid(), 9)",
+    "log holds the interpreter": RUN.format(log="__import__('re').match('(a+)+b', 'a' * 40)", finish="pass"),
     "finish hangs": RUN.format(log="pass", finish="__import__('time').sleep(60)"),
 }
 
@@ -111,10 +115,8 @@ def test_a_tracker_that_fails_costs_no_step(
     monkeypatch.setattr(tracker, "FINISH_S", 0.5)
     (tmp_path / "modules").mkdir()
     (tmp_path / "modules" / "wandb.py").write_text(text or "raise ImportError('No module named wandb')")
-    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
-    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "modules"), prepend=os.pathsep)
     train_tiny(run="with", wandb="offline")
-    monkeypatch.delitem(sys.modules, "wandb", raising=False)
     said = capsys.readouterr().out
     assert said.count("going on without it") == 1
     train_tiny(run="without")
