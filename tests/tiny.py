@@ -62,7 +62,13 @@ def tiny_args(**changes: object) -> TrainArgs:
 
 def tiny_corpus(tmp_path: Path) -> None:
     """Make the corpus "local" and its tokenizer in the base directory of the test."""
-    dataset.prepare("local", named_files=[str(write_text(tmp_path / "text"))])
+    text = write_text(tmp_path / "text")
+    lines = text.read_text("utf-8").splitlines(keepends=True)
+    # The split is named: golden losses are of the trainer, not of how a corpus holds text out.
+    held = text.with_name("held.jsonl")
+    held.write_text("".join(lines[-4:]), "utf-8")
+    text.write_text("".join(lines[:-4]), "utf-8")
+    dataset.prepare("local", named_files=[str(text)], val_file=str(held))
     tokenizer_named("local")
 
 
