@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from dev import stats
 from dev.experiment_file import Experiment
 from dev.stats import Comparison, Scatter
-from nanochat import files, runlog
+from nanochat import core_stats, files, runlog
 
 ENDED = ("finished", "target_reached")  # the latter with --target-loss
 
@@ -161,7 +161,7 @@ def collect(experiment: Experiment) -> Outcome:
         target = max(result.bpb for result in first.values())
     final = [{seed: result.bpb for seed, result in each.items()} for each in results.values()]
     compared = [None, *(stats.paired(final[0], each) for each in final[1:])]
-    adjusted = stats.holm([math.nan if each is None else each.p for each in compared])
+    adjusted = core_stats.holm([math.nan if each is None else each.p for each in compared])
     rows = []
     for (name, found), comparison, p in zip(results.items(), compared, adjusted, strict=True):
         reached = [result.to_target(target) for result in found.values() if target is not None]

@@ -73,21 +73,6 @@ def paired(baseline: Mapping[int, float], variant: Mapping[int, float]) -> Compa
     return Comparison(len(seeds), mean, stderr, p)
 
 
-def holm(p_values: Sequence[float]) -> list[float]:
-    """p-values adjusted for being several (Holm 1979); NaN is left out and stays.
-
-    >>> [round(p, 3) for p in holm([0.01, 0.04, 0.03])]
-    [0.03, 0.06, 0.06]
-    """
-    order = sorted((p, i) for i, p in enumerate(p_values) if not math.isnan(p))
-    adjusted = list(p_values)
-    highest = 0.0
-    for rank, (p, i) in enumerate(order):
-        highest = max(highest, min(1.0, p * (len(order) - rank)))
-        adjusted[i] = highest
-    return adjusted
-
-
 @dataclass(frozen=True)
 class Scatter:
     """How far seeds scatter when what a variant and a seed have in common is taken out.

@@ -12,8 +12,17 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from nanochat import backends, checkpoint, core_compare, core_eval, core_scoring, files, hardware, hf_model
-from nanochat.checkpoint_files import STATE, folder_of
+from nanochat import (
+    backends,
+    checkpoint,
+    checkpoint_files,
+    core_compare,
+    core_eval,
+    core_scoring,
+    files,
+    hardware,
+    hf_model,
+)
 from nanochat.config import EvalArgs, TrainArgs, from_dict
 from nanochat.core_compare import Combined, Difference
 from nanochat.core_results import CoreResult, TaskScore, verdict
@@ -28,12 +37,13 @@ from nanochat.errors import UserError
 from nanochat.gpt import GPT
 from nanochat.loss_eval import BpbProfile, profile_bpb
 from nanochat.progress import printable
+from nanochat.score_files import SCORES, ScoreFiles
 from nanochat.tokenizer import Tokenizer
 from nanochat.world import World
 
 PARTS = ("core", "bpb", "sample")
 LOG_COLUMNS = 110  # of a table in a log; a terminal knows its own
-SIGNIFICANT = 0.01  # p-value at which a task's difference is marked
+SIGNIFICANT = 0.05  # p-value at which a difference is marked: CORE's own, and those of the tasks after Holm
 
 
 def main(args: EvalArgs, world: World) -> None:
@@ -57,10 +67,11 @@ def main(args: EvalArgs, world: World) -> None:
 
 
 def run(args: EvalArgs, world: World) -> dict[str, Any]:
-    """Score a checkpoint; the main rank writes base_eval.json and core_predictions.jsonl.
+    """Score a checkpoint; the main rank writes base_eval.json and core_predictions.jsonl, part by part.
 
     Returns:
-        What base_eval.json holds; parts that were not asked for are null.
+        What base_eval.json holds: parts that were not asked for are as an earlier scoring of the same
+        checkpoint left them, or null.
 
     Raises:
         UserError: an unknown part, run, bundle or corpus, or a folder that cannot be written.
@@ -74,48 +85,91 @@ def run(args: EvalArgs, world: World) -> dict[str, Any]:
     model, tokenizer, meta = checkpoint.load_model(
         args.run, args.step, device=world.device, precision=precision
     )
-    folder = files.run_dir(args.run)
+    state = checkpoint_files.folder_of(args.run, meta["step"]) / checkpoint_files.STATE
+    trained = from_dict(TrainArgs, meta["plan"]["args"], state)
+    corpus = Corpus.open(trained.corpus) if "bpb" in parts else None  # before hours are spent on CORE
     if world.is_main:
-        files.require_writable(folder)
+        files.require_writable(files.run_dir(args.run))
     world.print0(f"run {args.run}, step {meta['step']}, on {world.device} x {world.size}; {reason}")
-    found: dict[str, Any] = {
+    about = {
         "run": args.run,
         "step": meta["step"],
-        "core_metric": None,
-        "core_stderr": None,
-        "tasks": {},
-        "bpb": {},
-        "loss": {},
-        "samples": [],
-        "examples_per_second": None,
+        "weights": _weights_of(args.run, meta["step"]),
         "dtype": str(precision.compute_dtype).removeprefix("torch."),
         "attention": precision.attention,
         "world_size": world.size,
     }
-    core = None
+    sheet = ScoreFiles(files.run_dir(args.run) if world.is_main else None, about)
+    scores: dict[str, Any] = {}
     if bundle is not None:
         scorer = core_scoring.GPTScorer(model)
-        core = _score_core(scorer, tokenizer, bundle, args, world)
-        found.update(core.as_dict(), max_per_task=args.core_metric_max_per_task)
-        found["core_matmul"] = matmul_use(core, scorer, precision.compute_dtype, world)
-    if "bpb" in parts:
-        trained = from_dict(TrainArgs, meta["plan"]["args"], folder_of(args.run, meta["step"]) / STATE)
-        corpus = Corpus.open(trained.corpus)
+        scores = _add_core(sheet, scorer, tokenizer, bundle, args, world, started)
+    if corpus is not None:
         profiles = _score_bpb(model, tokenizer, corpus, args, bool(trained.keep_tails), world)
-        found["bpb"] = {split: profile.bpb for split, profile in profiles.items()}
-        found["loss"] = {split: profile.loss for split, profile in profiles.items()}
-        found["bpb_profile"] = {split: profile.as_dict() for split, profile in profiles.items()}
-    if "sample" in parts and world.is_main:
-        found["samples"] = sample_texts(model, tokenizer, max_tokens=args.max_new_tokens)
-    found["seconds"] = time.perf_counter() - started
+        found = _bpb_fields(profiles) | {"seconds": time.perf_counter() - started}
+        scores = sheet.add("bpb", found)
+    if "sample" in parts:
+        texts = sample_texts(model, tokenizer, max_tokens=args.max_new_tokens) if world.is_main else []
+        show_samples(texts if world.is_main else ())
+        scores = sheet.add("sample", {"samples": texts, "seconds": time.perf_counter() - started})
+    _end(sheet, world)
+    return scores
+
+
+def _weights_of(run: str, step: int) -> str | None:
+    """The hash of a checkpoint's weights, by which its scores are known; None if it was pruned meanwhile."""
+    folder = checkpoint_files.folder_of(run, step)
+    try:
+        manifest = files.read_json(folder / checkpoint_files.MANIFEST)
+        return str(manifest["files"][checkpoint_files.MODEL]["sha256"])
+    except (UserError, KeyError, TypeError):
+        return None
+
+
+def _add_core(
+    sheet: ScoreFiles,
+    scorer: Scorer,
+    tokenizer: Encoder,
+    bundle: Bundle,
+    args: EvalArgs,
+    world: World,
+    started: float,
+) -> dict[str, Any]:
+    """Score CORE, show it, and only then write it: a full disk takes no score from who sees the console."""
+    core = _score_core(scorer, tokenizer, bundle, args, world)
+    used = matmul_use(core, scorer, getattr(torch, sheet.about["dtype"]), world)
+    found = core.as_dict() | {
+        "max_per_task": args.core_metric_max_per_task,
+        "core_matmul": used,
+        "seconds": time.perf_counter() - started,
+    }
     if world.is_main:
-        if core is not None:
-            files.atomic_write(folder / "core_predictions.jsonl", core.predictions_jsonl())
-        files.write_json(folder / "base_eval.json", found)
-        show(found, core)
-        print(f"written: {folder / 'base_eval.json'}")
+        show_core(core, used)
+    return sheet.add("core", found, core.predictions_jsonl(sheet.about.get("step")))
+
+
+def _bpb_fields(profiles: dict[str, BpbProfile]) -> dict[str, Any]:
+    return {
+        "bpb": {split: profile.bpb for split, profile in profiles.items()},
+        "loss": {split: profile.loss for split, profile in profiles.items()},
+        "bpb_profile": {split: profile.as_dict() for split, profile in profiles.items()},
+    }
+
+
+def _end(sheet: ScoreFiles, world: World) -> None:
+    """Say where the scores are, or that the disk has not taken them.
+
+    Raises:
+        UserError: it has not.
+    """
+    if sheet.trouble:
+        raise UserError(
+            f"{sheet.trouble}. The scores are printed above, and could not be written. Free some space, and "
+            "run the same command again."
+        )
+    if sheet.folder is not None:
+        print(f"written: {sheet.folder / SCORES}")
     world.barrier()
-    return found
 
 
 def parse_parts(text: str) -> tuple[str, ...]:
@@ -149,25 +203,16 @@ def run_hf(args: EvalArgs, world: World) -> dict[str, Any]:
     if world.is_main:
         files.require_writable(folder)
     world.print0(f"{args.hf} on {world.device} x {world.size}, computing in {dtype} ({reason})")
-    core = _score_core(scorer, tokenizer, bundle, args, world)
-    found: dict[str, Any] = {
+    about = {
         "run": name,
         "model": args.hf,
-        "samples": [],
         "dtype": str(dtype).removeprefix("torch."),
         "world_size": world.size,
-        **core.as_dict(),
-        "core_matmul": matmul_use(core, scorer, dtype, world),
-        "max_per_task": args.core_metric_max_per_task,
-        "seconds": time.perf_counter() - started,
     }
-    if world.is_main:
-        files.atomic_write(folder / "core_predictions.jsonl", core.predictions_jsonl())
-        files.write_json(folder / "base_eval.json", found)
-        show(found, core)
-        print(f"written: {folder / 'base_eval.json'}")
-    world.barrier()
-    return found
+    sheet = ScoreFiles(folder if world.is_main else None, about)
+    scores = _add_core(sheet, scorer, tokenizer, bundle, args, world, started)
+    _end(sheet, world)
+    return scores
 
 
 def _score_core(
@@ -240,22 +285,24 @@ def _console() -> Console:
     return console if console.is_terminal else Console(width=LOG_COLUMNS)
 
 
-def show(found: dict[str, Any], core: CoreResult | None) -> None:
-    """Print the scores as a table, CORE beside GPT-2's, and the samples."""
+def show_core(core: CoreResult, used: dict[str, float]) -> None:
+    """Print CORE as a table, what follows from it, and how fast it was."""
     console = _console()
-    if core is not None:
-        console.print(_table(core))
-        used = found["core_matmul"]
-        lines = core_lines(core)
-        rate = f"{used['measured_flops_per_s']:.2e} FLOP/s measured for a large one"
-        lines.append(
-            f"products with weights: {used['flops']:.2e} FLOP, at the {rate} "
-            f"{used['share']:.0%} of the time of forward and scoring"
-        )
-        for line in lines:
-            console.print(line, highlight=False, markup=False)
-    for sample in found["samples"]:
-        console.print("-" * 40, printable(sample), sep="\n", highlight=False, markup=False, emoji=False)
+    console.print(_table(core))
+    rate = f"{used['measured_flops_per_s']:.2e} FLOP/s measured for a large one"
+    speed = (
+        f"products with weights: {used['flops']:.2e} FLOP, at the {rate} "
+        f"{used['share']:.0%} of the time of forward and scoring"
+    )
+    for line in (*core_lines(core), speed):
+        console.print(line, highlight=False, markup=False)
+
+
+def show_samples(texts: Sequence[str]) -> None:
+    """Print what the model writes."""
+    console = _console()
+    for text in texts:
+        console.print("-" * 40, printable(text), sep="\n", highlight=False, markup=False, emoji=False)
 
 
 def core_lines(core: CoreResult) -> list[str]:
@@ -274,23 +321,26 @@ def core_lines(core: CoreResult) -> list[str]:
     lines.append(f"{len(core.predictions)} examples, {core.examples_per_second:.1f} per second")
     shares = ", ".join(f"{part} {seconds:.1f}" for part, seconds in core.seconds_of.items())
     lines.append(f"{core.computed_tokens:,} tokens computed in {core.seconds:.1f} s: {shares}")
-    if cropped := sum(task.cropped_prompts for task in core.tasks):
-        lines.append(f"{cropped} prompts were cropped to the last {core.crop_tokens} tokens")
+    if length := core.describe_length():
+        lines.append(length)
+    if core.unkept:
+        lines.append(f"warning: tokens of prompts were not kept for the next time ({core.unkept})")
     return lines
 
 
 def _table(core: CoreResult) -> Table:
     table = Table(title=f"CORE, {core.bundle}", box=SIMPLE)
     table.add_column("task")
-    for heading in ("shots", "examples", "accuracy", "+-", "guessing", "centered"):
+    for heading in ("shots", "examples", "accuracy", "+-", "95 %", "guessing", "centered"):
         table.add_column(heading, justify="right")
     for task in core.tasks:
         table.add_row(
             task.label,
-            str(task.shots),
+            str(task.task.shots),
             str(task.examples),
             f"{task.accuracy:.4f}",
             f"{task.stderr:.4f}",
+            "-".join(f"{end:.3f}" for end in task.interval),
             f"{task.baseline(core.version) / 100:.3f}",
             f"{task.centered(core.version):+.4f}",
         )
@@ -298,21 +348,15 @@ def _table(core: CoreResult) -> Table:
 
 
 def show_difference(runs: Sequence[str], found: Sequence[Difference]) -> None:
-    """Print what run B has more than run A; a star marks a task's difference that is hardly chance."""
+    """Print what run B has more than run A; a star marks a difference that is hardly chance."""
     table = Table(title=f"{runs[1]} against {runs[0]}, by example", box=SIMPLE)
     table.add_column("task")
-    for heading in (
-        "examples",
-        runs[0],
-        runs[1],
-        "difference",
-        "+-",
-        f"only {runs[0]}",
-        f"only {runs[1]}",
-        "p",
-    ):
+    sides = ("difference", "+-", f"only {runs[0]}", f"only {runs[1]}", "p", "p (Holm)")
+    for heading in ("examples", runs[0], runs[1], *sides):
         table.add_column(heading, justify="right")
+    whole, *tasks = found
     for row in found:
+        adjusted = row.p_value if row is whole else row.p_holm
         table.add_row(
             row.name,
             str(row.pairs),
@@ -322,18 +366,18 @@ def show_difference(runs: Sequence[str], found: Sequence[Difference]) -> None:
             f"{row.stderr:.4f}",
             str(row.only_first),
             str(row.only_second),
-            f"{row.p_value:.3f}{' *' if row.p_value < SIGNIFICANT else ''}",
+            f"{row.p_value:.3f}{' *' if row is whole and adjusted < SIGNIFICANT else ''}",
+            "" if row is whole else f"{adjusted:.3f}{' *' if adjusted < SIGNIFICANT else ''}",
         )
     console = _console()
     console.print(table)
-    whole = found[0]
     above = probability_above(whole.second - whole.first, whole.stderr, 0.0)
-    console.print(
+    for line in (
+        f"* p below {SIGNIFICANT}: of CORE by itself; of a task after Holm's correction for {len(tasks)}",
         f"CORE of {runs[1]} is {whole.second - whole.first:+.4f} +- {whole.stderr:.4f} from that of "
         f"{runs[0]}: higher with probability {above:.3f}, before the spread between seeds.",
-        highlight=False,
-        markup=False,
-    )
+    ):
+        console.print(line, highlight=False, markup=False)
 
 
 def show_combined(found: Combined) -> None:
@@ -341,10 +385,11 @@ def show_combined(found: Combined) -> None:
     console = _console()
     for name, value in zip(found.runs, found.values, strict=True):
         console.print(f"  {name:30s} CORE {value:.4f}", highlight=False, markup=False)
-    judged = f": {found.verdict}" if found.verdict else ""
-    console.print(
-        f"CORE {found.mean:.4f} +- {found.stderr:.4f}, mean and standard error of {len(found.runs)} runs"
-        f"{judged}",
-        highlight=False,
-        markup=False,
-    )
+    n = len(found.runs)
+    for claim in found.claims:
+        judged = f": {claim.verdict}" if claim.verdict else ""
+        console.print(
+            f"CORE {found.mean:.4f} +- {claim.stderr:.4f}, {claim.what} of {n} runs{judged}",
+            highlight=False,
+            markup=False,
+        )

@@ -21,7 +21,7 @@ from nanochat.core_prompts import DCLM, NANOCHAT
 from nanochat.core_results import CoreResult, Prediction, TaskScore, choose, score_task
 from nanochat.core_scoring import Clock, Scorer, score_spans
 from nanochat.core_tasks import Bundle, Example, Task
-from nanochat.core_tokens import Encoder, Prompts
+from nanochat.core_tokens import Encoder, Prompts, Row
 from nanochat.errors import UserError
 from nanochat.stopping import Stopped
 from nanochat.world import World
@@ -73,24 +73,28 @@ def evaluate(
         world: the examples are split over its ranks; all ranks return the same result.
         variant: one of core_prompts.VARIANTS.
         batch_tokens: most positions in a forward pass of several rows, padding included.
-        crop_tokens: longer prompts lose their beginning, and are counted; None means the model's context.
+        crop_tokens: longer prompts lose their beginning, and are counted. By default nanochat's prompts to
+            our own models are never cropped, as karpathy/nanochat's are not; others are, to the context.
         keep_going: leave out tasks whose file is faulty; then there is no CORE.
         on_task: called on every rank with each task's score as soon as it is known.
         stop_requested: asked now and then; if it says so on any rank, all of them raise `Stopped`.
 
     Raises:
-        UserError: the bundle is faulty; every file is checked before the first is scored.
+        UserError: the bundle is faulty (every file is checked before the first is scored), or a prompt is
+            longer than the model can read.
     """
-    crop_tokens = _make_room(model, crop_tokens)
+    crop_tokens = _crop_of(model, variant, crop_tokens)
     clock, started = Clock(), time.perf_counter()
+    unkept: list[str] = []
     suite, faults = _load_suite(bundle, keep_going)
     clock.add("reading", started)
     scores: list[TaskScore] = []
     predictions: list[Prediction] = []
-    for task, examples in suite:
-        job = _Job(model, tokenizer, task, variant, batch_tokens, crop_tokens, clock, stop_requested)
-        answers = job.run(examples, max_per_task, world)
-        scores.append(_score_of(task, examples, answers))
+    for task, examples, digest in suite:
+        job = _Job(model, tokenizer, task, variant, batch_tokens, crop_tokens, clock, stop_requested, unkept)
+        with model.room(crop_tokens or model.longest_tokens):
+            answers = job.run(examples, max_per_task, world)
+        scores.append(_score_of(task, digest, examples, answers))
         predictions.extend(answers)
         if on_task is not None:
             on_task(scores[-1])
@@ -100,6 +104,7 @@ def evaluate(
         variant=variant,
         tasks=tuple(scores),
         predictions=tuple(predictions),
+        context_tokens=model.context_tokens,
         crop_tokens=crop_tokens,
         seconds=time.perf_counter() - started,
         seconds_of=dict(clock.seconds),
@@ -107,23 +112,30 @@ def evaluate(
         finished_tokens=finished,
         scored_tokens=scored,
         faults=faults,
+        unkept=unkept[0] if unkept else "",
     )
 
 
-def _make_room(model: Scorer, crop_tokens: int | None) -> int:
-    """The longest prompt, for which the model is prepared."""
-    crop_tokens = model.context_tokens if crop_tokens is None else crop_tokens
-    if crop_tokens < 2:
-        raise UserError(f"--core-crop-tokens={crop_tokens}: expected 2 or more, a token and what follows it.")
-    model.reserve(crop_tokens)
-    return crop_tokens
+def _crop_of(model: Scorer, variant: str, asked: int | None) -> int | None:
+    """How many tokens are left of longer prompts; None where none is cropped."""
+    if asked is None:
+        whole = variant == NANOCHAT and model.longest_tokens > model.context_tokens
+        return None if whole else model.context_tokens
+    if not 2 <= asked <= model.longest_tokens:
+        raise UserError(
+            f"--core-crop-tokens={asked}: expected 2 (a token and what follows it) to "
+            f"{model.longest_tokens}, which this model can read. Or leave it out."
+        )
+    return asked
 
 
-def _score_of(task: Task, examples: Sequence[Example], answers: Sequence[Prediction]) -> TaskScore:
+def _score_of(
+    task: Task, digest: str, examples: Sequence[Example], answers: Sequence[Prediction]
+) -> TaskScore:
     """The score, and the controls on the examples that were asked."""
     asked = {answer.line for answer in answers}
     controls = core_tasks.controls([example for example in examples if example.line in asked])
-    return score_task(task.label, task.kind, task.shots, task.baseline_percent, answers, controls)
+    return score_task(task, digest, answers, controls)
 
 
 def _sums(clock: Clock, world: World) -> list[int]:
@@ -133,13 +145,15 @@ def _sums(clock: Clock, world: World) -> list[int]:
     return sums
 
 
-def _load_suite(bundle: Bundle, keep_going: bool) -> tuple[list[tuple[Task, list[Example]]], dict[str, str]]:
-    """All tasks with their examples, and what is wrong with those that are left out."""
-    suite: list[tuple[Task, list[Example]]] = []
+def _load_suite(
+    bundle: Bundle, keep_going: bool
+) -> tuple[list[tuple[Task, list[Example], str]], dict[str, str]]:
+    """All tasks with their examples and the digest of their file, and what is wrong with those left out."""
+    suite: list[tuple[Task, list[Example], str]] = []
     faults: dict[str, str] = {}
     for task in core_tasks.load_tasks(bundle):
         try:
-            suite.append((task, core_tasks.load_examples(bundle, task)))
+            suite.append((task, core_tasks.load_examples(bundle, task), bundle.sha256(task.member)))
         except UserError as error:
             if not keep_going:
                 raise
@@ -158,9 +172,10 @@ class _Job:
     task: Task
     variant: str
     batch_tokens: int
-    crop_tokens: int
+    crop_tokens: int | None
     clock: Clock
     stop_requested: Callable[[], bool]
+    unkept: list[str]
 
     def run(self, examples: Sequence[Example], max_examples: int, world: World) -> list[Prediction]:
         """Answers to all examples, the same on every rank."""
@@ -182,13 +197,15 @@ class _Job:
         prompts = Prompts(self.tokenizer, self.task, group, self.variant, keep=world.is_main)
         self.clock.seconds["rendering"] += prompts.rendering_s
         self.clock.seconds["tokenizing"] += prompts.tokenizing_s
-        # A line an example: answer, cropped rows, losses. Each rank fills its lines; their sum is the table.
-        table = torch.zeros(len(group), 2 + max(example.options for example in group), dtype=torch.float32)
+        self.unkept.extend(filter(None, [prompts.unkept]))
+        # A line an example: answer, rows cropped, rows beyond the context, losses. Each rank fills its lines;
+        # their sum is the table.
+        table = torch.zeros(len(group), 3 + max(example.options for example in group), dtype=torch.float32)
         for window in self._windows(prompts, passages, world):
             if self.stop_requested():
                 break
             started = time.perf_counter()
-            rows = [prompts.rows(index, self.crop_tokens) for index in window]
+            rows = [self._rows(prompts, group[index], index) for index in window]
             self.clock.add("tokenizing", started)
             spans = [Span(row.ids, row.start, row.end) for own in rows for row in own]
             found = iter(
@@ -204,7 +221,8 @@ class _Job:
                 losses, greedy = zip(*(next(found) for _ in own), strict=True)
                 is_choice = self.task.kind != core_tasks.LANGUAGE_MODELING
                 answer = choose(losses) if is_choice else (0 if greedy[0] else -1)
-                line = [answer, sum(row.cropped for row in own), *losses]
+                beyond = sum(len(row.ids) > self.model.context_tokens for row in own)
+                line = [answer, sum(row.cropped for row in own), beyond, *losses]
                 table[index, : len(line)] = torch.tensor(line)
         filled = world.all_reduce_sum(table.to(world.device)).tolist()
         if world.agree(self.stop_requested()):
@@ -214,15 +232,26 @@ class _Job:
                 task=self.task.label,
                 index=first_index + index,
                 line=example.line,
-                losses=tuple(line[2 : 2 + example.options]),
+                losses=tuple(line[3 : 3 + example.options]),
                 answer=int(line[0]),
                 gold=example.gold,
                 cropped=int(line[1]),
+                beyond=int(line[2]),
                 passage=passages[index],
                 category=example.category if self.variant == DCLM else "",
             )
             for index, (example, line) in enumerate(zip(group, filled, strict=True))
         ]
+
+    def _rows(self, prompts: Prompts, example: Example, index: int) -> list[Row]:
+        """The rows of one example, none of them longer than the model can read."""
+        rows = prompts.rows(index, self.crop_tokens)
+        if (tokens := max(len(row.ids) for row in rows)) > self.model.longest_tokens:
+            raise UserError(
+                f"{self.task.member}:{example.line}: a prompt of {tokens} tokens; the model can read "
+                f"{self.model.longest_tokens}. Crop it: --core-crop-tokens {self.model.context_tokens}."
+            )
+        return rows
 
     def _windows(self, prompts: Prompts, passages: Sequence[int], world: World) -> Iterator[list[int]]:
         """This rank's examples, some at a time: those of one passage together, where they can share it."""

@@ -138,3 +138,50 @@ def mean_and_stderr(values: Sequence[float]) -> tuple[float, float]:
     mean = sum(values) / len(values)
     spread = sum((value - mean) ** 2 for value in values) / (len(values) - 1)
     return mean, math.sqrt(spread / len(values))
+
+
+def exact_mcnemar(only_first: int, only_second: int) -> float:
+    """Two-sided p of the exact McNemar test, for few pairs that differ: a coin thrown once for each.
+
+    >>> exact_mcnemar(0, 5), round(exact_mcnemar(8, 1), 4), exact_mcnemar(3, 3), exact_mcnemar(0, 0)
+    (0.0625, 0.0391, 1.0, 1.0)
+    """
+    n, few = only_first + only_second, min(only_first, only_second)
+    return min(1.0, 2 * math.fsum(math.comb(n, k) for k in range(few + 1)) / 2.0**n)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p-values adjusted for being several (Holm 1979); NaN is left out and stays.
+
+    >>> [round(p, 3) for p in holm([0.01, 0.04, 0.03])]
+    [0.03, 0.06, 0.06]
+    """
+    order = sorted((p, i) for i, p in enumerate(p_values) if not math.isnan(p))
+    adjusted = list(p_values)
+    highest = 0.0
+    for rank, (p, i) in enumerate(order):
+        highest = max(highest, min(1.0, p * (len(order) - rank)))
+        adjusted[i] = highest
+    return adjusted
+
+
+def wilson(share: float, n: float, z: float = 1.959964) -> tuple[float, float]:
+    """The 95 % interval of a share found in n draws (Wilson 1927), which is not a point where it is 0 or 1.
+
+    >>> [round(end, 3) for end in wilson(0.0, 32)], [round(end, 3) for end in wilson(0.5, 100)]
+    ([0.0, 0.107], [0.404, 0.596])
+    """
+    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def degrees_of_sum(estimated: float, known: float, degrees: int) -> int | None:
+    """Degrees of freedom of a variance that is the sum of an estimated one and a known one (Welch 1947).
+
+    None where the estimated one weighs nothing: the sum is known.
+
+    >>> degrees_of_sum(1.0, 0.0, 2), degrees_of_sum(1.0, 1.0, 2), degrees_of_sum(0.0, 1.0, 2)
+    (2, 8, None)
+    """
+    return int(degrees * ((estimated + known) / estimated) ** 2) if estimated > 0 else None

@@ -14,6 +14,7 @@ import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -62,7 +63,7 @@ class Row:
     """One sequence to be scored.
 
     Attributes:
-        ids: tokens, (T,) int32, BOS first unless cropped.
+        ids: tokens, (T,) int32; BOS first, unless it was cropped with the beginning.
         start: first scored token, at least 1.
         end: one after the last scored token; equal to `start` where nothing is scored.
         cropped: whether tokens were cut off at the left.
@@ -97,7 +98,7 @@ class Prompts:
             task: theirs.
             examples: a group of core_prompts.arrange.
             variant: one of core_prompts.VARIANTS.
-            keep: write the ids to the disk, on one rank.
+            keep: write the ids to the disk, on one rank; `unkept` says why it could not be done.
         """
         # A lone example has no shots, and DCLM writes no separator where there is no shot before it.
         task = dataclasses.replace(task, shots=min(task.shots, len(examples) - 1))
@@ -108,7 +109,7 @@ class Prompts:
         self._texts, self._places = _collect(questions, variant, bool(task.shots))
         self._shots = core_prompts.draw_shots(len(examples), task.shots, variant)
         rendered = time.perf_counter()
-        self._ids, self._offsets = encode_kept(tokenizer, self._texts, keep)
+        self._ids, self._offsets, self.unkept = encode_kept(tokenizer, self._texts, keep)
         self.rendering_s = rendered - started
         self.tokenizing_s = time.perf_counter() - rendered
         self._joins = tokenizer.pattern == PATTERN
@@ -121,8 +122,8 @@ class Prompts:
         shots = sum(int(sizes[self._places[shot].shot]) for shot in self._shots[index])
         return shots + max(sum(int(sizes[place]) for place in block) for block in places.blocks)
 
-    def rows(self, index: int, crop_tokens: int) -> list[Row]:
-        """Tokens and spans of one example's options, cut to the last `crop_tokens` tokens."""
+    def rows(self, index: int, crop_tokens: int | None) -> list[Row]:
+        """Tokens and spans of one example's options, whole, or cut to their last `crop_tokens` tokens."""
         places, shots = self._places[index], self._shots[index]
         before = [self._places[shot].shot for shot in shots[:-1]]
         before += [self._places[shot].last_shot for shot in shots[-1:]]
@@ -187,36 +188,55 @@ def _collect(
 
 def encode_kept(
     tokenizer: Encoder, texts: Sequence[str], keep: bool
-) -> tuple[NDArray[Any], NDArray[np.int64]]:
+) -> tuple[NDArray[Any], NDArray[np.int64], str]:
     """Ids and offsets of texts, from the disk where they have been tokenized before.
 
     Args:
         tokenizer: whose ids.
         texts: what to tokenize.
         keep: write them to the disk if they were not there.
+
+    Returns:
+        The ids, the offsets, and why they were not kept: a full disk costs the next evaluation some time,
+        and this one nothing. Empty where nothing went wrong.
     """
+    path = _cache_file(tokenizer, texts)
+    if (found := _read_kept(path)) is not None:
+        return *found, ""
+    ids, offsets = tokenizer.encode_batch(texts)
+    if int(ids.max(initial=0)) < 1 << 16:
+        ids = ids.astype(np.uint16)
+    try:
+        if keep:
+            _keep(path, ids, offsets)
+    except OSError as error:
+        return ids, offsets, f"{path}: {error.strerror or error}"
+    return ids, offsets, ""
+
+
+def _cache_file(tokenizer: Encoder, texts: Sequence[str]) -> Path:
+    """Where the ids of these texts are kept."""
     digest = hashlib.sha256(tokenizer.fingerprint.encode())
     for text in texts:
         # Each behind its length, so that no two lists of texts give the same bytes.
         data = text.encode("utf-8", "surrogatepass")
         digest.update(len(data).to_bytes(8, "little") + data)
-    path = files.token_cache_file(digest.hexdigest())
-    if path.is_file():
-        try:
-            found = safetensors.numpy.load_file(path)
-            ids, offsets = found["ids"], found["offsets"]
-            if _checksum(ids, offsets) == bytes(found["sha256"]):
-                return ids, offsets
-        except (SafetensorError, OSError, KeyError):
-            pass  # damaged: made again
-    ids, offsets = tokenizer.encode_batch(texts)
-    if int(ids.max(initial=0)) < 1 << 16:
-        ids = ids.astype(np.uint16)
-    if keep:
-        checksum = np.frombuffer(_checksum(ids, offsets), np.uint8)
-        content = safetensors.numpy.save({"ids": ids, "offsets": offsets, "sha256": checksum})
-        files.atomic_write(path, content)
-    return ids, offsets
+    return files.token_cache_file(digest.hexdigest())
+
+
+def _read_kept(path: Path) -> tuple[NDArray[Any], NDArray[np.int64]] | None:
+    """Ids and offsets that were kept; None where there are none, or damaged ones, which are made again."""
+    try:
+        found = safetensors.numpy.load_file(path)
+        ids, offsets = found["ids"], found["offsets"]
+        return (ids, offsets) if _checksum(ids, offsets) == bytes(found["sha256"]) else None
+    except (SafetensorError, OSError, KeyError):
+        return None
+
+
+def _keep(path: Path, ids: NDArray[Any], offsets: NDArray[np.int64]) -> None:
+    checksum = np.frombuffer(_checksum(ids, offsets), np.uint8)
+    files.atomic_write(path, safetensors.numpy.save({"ids": ids, "offsets": offsets, "sha256": checksum}))
 
 
 def _checksum(ids: NDArray[Any], offsets: NDArray[np.int64]) -> bytes:
@@ -232,7 +252,7 @@ def common_prefix(rows: Sequence[NDArray[Any]]) -> int:
     return int(differs.argmax()) if differs.any() else shortest
 
 
-def _crop(ids: Ids, start: int, crop_tokens: int) -> Row:
+def _crop(ids: Ids, start: int, crop_tokens: int | None) -> Row:
     """Keep the last `crop_tokens` tokens. The first token kept has no past, so it is never scored."""
-    cut = max(0, len(ids) - crop_tokens)
+    cut = 0 if crop_tokens is None else max(0, len(ids) - crop_tokens)
     return Row(ids[cut:], max(1, start - cut), len(ids) - cut, cut > 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -67,8 +68,14 @@ class HFScorer:
                 return int(getattr(config, name))
         return DEFAULT_CONTEXT
 
-    def reserve(self, tokens: int) -> None:
-        """Nothing to do; a model with a table of positions cannot read beyond it."""
+    @property
+    def longest_tokens(self) -> int:
+        """Its context: a model with a table of positions cannot read beyond it."""
+        return self.context_tokens
+
+    def room(self, tokens: int) -> AbstractContextManager[None]:
+        """There is always room for its context."""
+        return nullcontext()
 
     def read(self, ids: Tensor, first: int) -> Tensor:
         """(B, T) -> hidden states (B, T - first, C), or logits where the model has no head apart."""

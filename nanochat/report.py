@@ -326,7 +326,7 @@ def _core_sentence(scores: dict[str, Any]) -> str:
     variant = scores.get("core_variant", "nanochat")
     text = (
         f"CORE is {number(value)}, standard error {number(error)}, the mean of {len(tasks)} centered "
-        f"accuracies with the prompts of {variant}, cropped to {scores.get('crop_tokens')} tokens. By the "
+        f"accuracies with the prompts of {variant}{_cropped(scores)}. By the "
         f"first table of baselines it is {number(scores.get('core_v1'))}, by the corrected one "
         f"{number(scores.get('core_v2'))}."
     )
@@ -335,6 +335,12 @@ def _core_sentence(scores: dict[str, Any]) -> str:
     if judged := verdict(tasks, variant, value, error):
         return f"{text} This is {judged}."
     return text
+
+
+def _cropped(scores: dict[str, Any]) -> str:
+    """Whether prompts lost their beginning; older scores say a limit where none was cropped."""
+    count = sum(task.get("cropped_prompts", 0) for task in scores["tasks"].values())
+    return f", {count:,} of them cropped to their last {scores.get('crop_tokens')} tokens" if count else ""
 
 
 def _commonest_answers(predictions: list[dict[str, Any]]) -> dict[str, float]:

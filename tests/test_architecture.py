@@ -37,7 +37,7 @@ LAYERS = (
     + ("loop", "links", "replicas", "watchdog"),
     ("flags", "config", "recipe", "schedule", "model_config", "scaling")
     + ("tokenizer", "checksums", "token_shards", "shards", "packing")
-    + ("core_stats", "core_results", "core_batches", "run_files"),
+    + ("core_stats", "core_batches", "run_files"),
     ("arrival", "corpora", "hub", "dataset", "sdpa", "attention", "attention_times", "backends")
     + (
         "update_rules",
@@ -51,6 +51,8 @@ LAYERS = (
         "differential",
         "loss",
         "core_tasks",
+        "core_results",
+        "score_files",
         "core_download",
         "core_mini",
         "core_prompts",

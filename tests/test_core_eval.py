@@ -1,5 +1,6 @@
 """CORE's scoring against a plain scorer, one option at a time, and against answers worked by hand."""
 
+import hashlib
 import json
 import math
 import random
@@ -84,13 +85,14 @@ def assert_same(model, tokenizer, bundle, max_per_task, variant="nanochat", **op
     scorer = core_scoring.GPTScorer(model)
     options = {"world": SOLO, "variant": variant, **options}
     result = core_eval.evaluate(scorer, tokenizer, bundle, max_per_task=max_per_task, **options)
-    crop = options.get("crop_tokens", model.config.sequence_len)
+    context = model.config.sequence_len
+    crop = options.get("crop_tokens", 10 * context if variant == "nanochat" else context)
     got = iter(result.predictions)
     for task in core_tasks.load_tasks(bundle):
         examples = core_tasks.load_examples(bundle, task)
-        for index, expected in enumerate(
-            naive_core.answers(model, tokenizer, task, examples, max_per_task, crop, variant)
-        ):
+        with scorer.room(crop):
+            plain = list(naive_core.answers(model, tokenizer, task, examples, max_per_task, crop, variant))
+        for index, expected in enumerate(plain):
             found = next(got)
             assert (found.task, found.index, found.line) == (task.label, index, expected.line)
             np.testing.assert_allclose(found.losses, expected.losses, atol=2e-5)
@@ -222,6 +224,9 @@ class Fixed:
         sequence_len = 64
         vocab_size = 0
         softcap = 15.0
+
+    cos = sin = torch.empty(640)
+    block_masks: dict = {}
 
     def __init__(self, table):
         self.head = torch.nn.Linear(1, 1)
@@ -370,7 +375,7 @@ def test_every_rank_reports_the_sum_of_what_the_ranks_found(model, tokenizer):
         answers = [prediction.answer for prediction in whole.predictions[24 * task : 24 * task + 24]]
         assert total[:, 0].tolist() == answers
         expected = [prediction.losses for prediction in whole.predictions[24 * task : 24 * task + 24]]
-        np.testing.assert_allclose(total[:, 2 : 2 + len(expected[0])], expected, atol=2e-5)
+        np.testing.assert_allclose(total[:, 3 : 3 + len(expected[0])], expected, atol=2e-5)
 
 
 def test_scores_are_told_task_by_task_and_all_files_are_checked_first(model, tokenizer):
@@ -505,12 +510,48 @@ def test_stories_are_read_once_for_all_their_questions(tokenizer):
     assert result.computed_tokens < 0.6 * alone.computed_tokens
 
 
-def test_a_crop_beyond_the_context_is_no_crop(tokenizer):
+def test_prompts_of_nanochat_are_read_whole_whatever_the_context(tokenizer):
     model = tiny_gpt(tokenizer.vocab_size, sequence_len=64)
-    cropped = core_eval.evaluate(core_scoring.GPTScorer(model), tokenizer, small_bundle(), world=SOLO)
-    assert sum(task.cropped_prompts for task in cropped.tasks) > 0
-    result = assert_same(model, tokenizer, small_bundle(), 0, crop_tokens=1000)
+    tables = model.cos, model.sin
+    result = assert_same(model, tokenizer, small_bundle(), 0)
+    assert (result.crop_tokens, result.context_tokens) == (None, 64)
     assert sum(task.cropped_prompts for task in result.tasks) == 0
+    assert sum(task.beyond_prompts for task in result.tasks) > 20
+    assert "were longer than the context of 64 tokens and read whole" in result.describe_length()
+    assert (model.cos, model.sin) == tables  # the very tensors: what is compiled knows them
+
+
+def test_cropping_is_an_option_that_the_scores_say(tokenizer):
+    model = tiny_gpt(tokenizer.vocab_size, sequence_len=64)
+    result = assert_same(model, tokenizer, small_bundle(), 0, crop_tokens=64)
+    cropped = sum(task.cropped_prompts for task in result.tasks)
+    assert cropped > 20
+    assert f"{cropped} prompts were cropped to their last 64 tokens, without BOS" in result.describe_length()
+    assert (result.as_dict()["crop_tokens"], result.as_dict()["context_tokens"]) == (64, 64)
+    assert assert_same(model, tokenizer, small_bundle(), 0, variant="dclm").crop_tokens == 64
+
+
+@pytest.mark.parametrize("crop_tokens", [-1, 0, 1, 641, 2**40])
+def test_a_crop_that_cannot_be_is_refused(tokenizer, crop_tokens):
+    scorer = core_scoring.GPTScorer(tiny_gpt(tokenizer.vocab_size, sequence_len=64))
+    with pytest.raises(UserError, match=f"--core-crop-tokens={crop_tokens}: expected 2 .* to 640"):
+        core_eval.evaluate(scorer, tokenizer, small_bundle(), world=SOLO, crop_tokens=crop_tokens)
+
+
+def test_a_prompt_that_no_table_reaches_is_named_with_a_remedy_that_helps(tokenizer):
+    scorer = core_scoring.GPTScorer(tiny_gpt(tokenizer.vocab_size, sequence_len=8))
+    with pytest.raises(UserError, match=r"eval_data/.*:\d+: a prompt of \d+ tokens; .* 80. .*tokens 8\."):
+        core_eval.evaluate(scorer, tokenizer, small_bundle(), world=SOLO)
+    result = core_eval.evaluate(scorer, tokenizer, small_bundle(), world=SOLO, crop_tokens=8)
+    assert result.crop_tokens == 8
+
+
+def test_each_score_says_which_questions_were_asked(model, tokenizer):
+    bundle = small_bundle()
+    result = core_eval.evaluate(core_scoring.GPTScorer(model), tokenizer, bundle, world=SOLO)
+    for task in core_tasks.load_tasks(bundle):
+        data = b"".join(bundle.blocks(task.member))
+        assert result.as_dict()["tasks"][task.label]["sha256"] == hashlib.sha256(data).hexdigest()
 
 
 def test_what_the_controls_answer_needs_no_model():

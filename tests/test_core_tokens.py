@@ -81,7 +81,7 @@ def test_tokens_are_read_from_the_disk_the_second_time(tokenizer, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(Tokenizer, "encode_batch", refuse)
         again = core_tokens.encode_kept(tokenizer, texts, keep=True)
-        for one, two in zip(first, again, strict=True):
+        for one, two in zip(first[:2], again[:2], strict=True):
             np.testing.assert_array_equal(one, two)
         with pytest.raises(AssertionError, match="tokenized again"):  # other boundaries, other texts
             core_tokens.encode_kept(tokenizer, ["a catsat", "", " on\n"], keep=True)
@@ -91,7 +91,7 @@ def test_tokens_are_read_from_the_disk_the_second_time(tokenizer, monkeypatch):
     good = path.read_bytes()
     for damaged in (good[:-3], good[:-1] + bytes([good[-1] ^ 1]), b"", b"{}"):
         path.write_bytes(damaged)
-        ids, _ = core_tokens.encode_kept(tokenizer, texts, keep=True)
+        ids, _, _ = core_tokens.encode_kept(tokenizer, texts, keep=True)
         np.testing.assert_array_equal(ids, first[0])
         assert path.read_bytes() == good
 
