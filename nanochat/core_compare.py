@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nanochat import core_stats, files, runlog
+from nanochat import core_stats, files, run_files, runlog
 from nanochat.core_results import GPT2_CORE, GPT2_CORE_STDERR, describe_probability, is_core
 from nanochat.core_stats import Stratum
 from nanochat.errors import UserError
@@ -78,7 +78,7 @@ class Scored:
         again = f"Score it: python -m scripts.base_eval --run {run} --eval core"
         if not (folder / SCORES).is_file():
             raise UserError(f"run {run!r}: there is no {folder / 'base_eval.json'}. {again}")
-        scores = files.read_json(folder / SCORES, dict[str, Any])
+        scores = run_files.read_scores(run)
         if scores.get("core_metric") is None or "core_variant" not in scores or not scores.get("tasks"):
             raise UserError(f"{folder / SCORES}: holds no CORE of this version. {again}")
         lines = _read_answers(folder / ANSWERS, scores, again) if with_answers else []

@@ -292,7 +292,7 @@ class CoreResult:
             "accuracy": task.accuracy,
             "centered": task.centered(self.version),
             "stderr": task.stderr,
-            "interval": task.interval,
+            "interval": list(task.interval),
             "examples": task.examples,
             "passages": task.passages,
             "baseline": task.baseline(self.version) / 100,

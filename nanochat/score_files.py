@@ -47,12 +47,14 @@ class ScoreFiles:
         folder: of the run; None on the ranks that write nothing.
         about: which checkpoint or other model it is (run, step, model, weights), and how it computes.
         found: what this scoring has found, by part.
+        unwritten: the text of core_predictions.jsonl, until the disk has it.
         trouble: why it could not be written; empty where it could.
     """
 
     folder: Path | None
     about: dict[str, Any]
     found: dict[str, dict[str, Any]] = field(default_factory=dict)
+    unwritten: str | None = None
     trouble: str = ""
 
     def add(self, part: str, found: dict[str, Any], answers: str | None = None) -> dict[str, Any]:
@@ -75,7 +77,8 @@ class ScoreFiles:
             scores |= fields
         scores |= self.about
         if self.folder is not None:
-            self._write(self.folder, scores, answers)
+            self.unwritten = self.unwritten if answers is None else answers
+            self._write(self.folder, scores)
         return scores
 
     def _kept(self) -> dict[str, Any]:
@@ -94,12 +97,13 @@ class ScoreFiles:
         same = all(scores.get(name) == self.about.get(name) for name in ("step", "model"))
         return bool(scores) and same and scores.get("weights") in (None, self.about.get("weights"))
 
-    def _write(self, folder: Path, scores: dict[str, Any], answers: str | None) -> None:
+    def _write(self, folder: Path, scores: dict[str, Any]) -> None:
         self.trouble = ""
         try:
             self._make_place(folder)
-            if answers is not None:
-                files.atomic_write(folder / ANSWERS, answers)
+            if self.unwritten is not None:
+                files.atomic_write(folder / ANSWERS, self.unwritten)
+                self.unwritten = None
         except OSError as error:
             self.trouble = f"{folder / ANSWERS}: {error.strerror or error}"
         try:  # the scores are small: they may fit where the answers did not

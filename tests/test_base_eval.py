@@ -1,5 +1,7 @@
 import doctest
+import hashlib
 import json
+import shutil
 import subprocess
 import sys
 
@@ -95,6 +97,140 @@ def test_only_what_is_asked_for_is_done(state):
     found = base_eval.run(args(eval="bpb"), World.solo())
     assert (found["core_metric"], found["tasks"], found["samples"]) == (None, {}, [])
     assert not (files.run_dir("tiny") / "core_predictions.jsonl").exists()
+
+
+def score(eval_parts, **changes):
+    return base_eval.run(args(eval=eval_parts, eval_bundle="pets", **changes), World.solo())
+
+
+@pytest.fixture
+def pets(monkeypatch):
+    monkeypatch.setattr("nanochat.core_eval.find_bundle", lambda where: Bundle.from_texts(where, SUITE))
+
+
+def test_a_part_that_was_not_asked_for_keeps_what_it_had(state, pets):
+    whole = score("core,bpb")
+    answers = (files.run_dir("tiny") / "core_predictions.jsonl").read_bytes()
+    found = score("sample")
+    for name in ("core_metric", "tasks", "bpb", "loss", "bpb_profile", "bundle", "answers_sha256", "weights"):
+        assert found[name] == whole[name] != None, name  # noqa: E711
+    assert len(found["samples"]) == 6
+    assert set(found["parts"]) == {"core", "bpb", "sample"}
+    assert files.read_json(files.run_dir("tiny") / "base_eval.json") == json.loads(json.dumps(found))
+    assert (files.run_dir("tiny") / "core_predictions.jsonl").read_bytes() == answers
+
+
+def another_checkpoint(step):
+    """Step 7 again, as that of another step with other weights."""
+    folder = checkpoint.checkpoint_files.folder_of("tiny", 7)
+    meta = files.read_json(folder / "state.json")
+    tensors = checkpoint.checkpoint_files.read_tensors(folder / "model.safetensors")
+    optimizer = checkpoint.checkpoint_files.read_tensors(folder / "optimizer.safetensors")
+    first = next(iter(tensors))
+    tensors[first] = tensors[first] + 0.01
+    meta = {name: value for name, value in meta.items() if name not in ("format", "made_by")} | {"step": step}
+    other = checkpoint.checkpoint_files.folder_of("tiny", step)
+    checkpoint.checkpoint_files.Snapshot(other, tensors, optimizer, meta).write()
+
+
+def test_scores_of_another_step_are_set_aside_and_come_back(state, pets, capsys):
+    seven = score("core", step=7)
+    another_checkpoint(9)
+    nine = score("sample", step=9)
+    assert (nine["step"], nine["core_metric"]) == (9, None)
+    assert "it is now base_eval_step_000007.json" in capsys.readouterr().out
+    again = score("bpb", step=7)
+    assert (again["step"], again["core_metric"]) == (7, seven["core_metric"])
+    names = {path.name for path in files.run_dir("tiny").iterdir()}
+    assert {"base_eval.json", "core_predictions.jsonl", "base_eval_step_000009.json"} <= names
+    assert "base_eval_step_000007.json" not in names
+    assert score("bpb", step=9)["samples"] == nine["samples"]
+
+
+def test_scores_of_other_weights_at_the_same_step_are_not_mixed(state, pets):
+    score("core")
+    shutil.rmtree(
+        checkpoint.checkpoint_files.folder_of("tiny", 7).with_name("step_000009"), ignore_errors=True
+    )
+    another_checkpoint(9)
+    folder = checkpoint.checkpoint_files.folder_of("tiny", 9)
+    path = files.run_dir("tiny") / "base_eval.json"
+    files.write_json(path, files.read_json(path) | {"step": 9})  # trained anew to the same step
+    assert score("sample", step=9)["core_metric"] is None
+    assert folder.exists()
+
+
+def test_scores_of_an_older_version_are_kept_too(state, pets):
+    whole = score("core,bpb")
+    path = files.run_dir("tiny") / "base_eval.json"
+    old = {name: value for name, value in whole.items() if name not in ("weights", "parts", "answers_sha256")}
+    files.write_json(path, old | {"crop_tokens": 32})
+    found = score("sample")
+    assert (found["core_metric"], found["crop_tokens"]) == (whole["core_metric"], 32)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"step": ' + "9" * 5000 + "}"])
+def test_damaged_scores_are_set_aside(state, pets, text):
+    path = files.run_dir("tiny") / "base_eval.json"
+    path.write_text(text)
+    score("sample")
+    assert path.with_name("base_eval_damaged.json").read_text() == text
+
+
+def test_a_full_disk_under_the_token_cache_is_one_warning(state, pets, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("nanochat.core_tokens._keep", full)
+    assert score("core")["core_metric"] is not None
+    printed = " ".join(capsys.readouterr().out.split())
+    assert printed.count("warning: tokens of prompts were not kept") == 1
+    assert "No space left" in printed
+
+
+@pytest.mark.parametrize("name", ["base_eval.json", "core_predictions.jsonl"])
+def test_a_full_disk_under_the_scores_loses_nothing_that_was_computed(state, pets, monkeypatch, capsys, name):
+    atomic_write = files.atomic_write
+
+    def full(path, data):
+        if path.name == name:
+            raise OSError(28, "No space left on device", str(path))
+        atomic_write(path, data)
+
+    monkeypatch.setattr(files, "atomic_write", full)
+    with pytest.raises(UserError, match=rf"{name}: No space left .*printed above.* Free some space"):
+        score("core,bpb,sample")
+    printed = capsys.readouterr().out
+    assert "pets" in printed
+    assert "bits per byte, val" in printed
+    assert printed.count("-" * 40) >= 6
+    if name == "core_predictions.jsonl":  # the scores fit: they are there, without answers to compare
+        assert files.read_json(files.run_dir("tiny") / "base_eval.json")["core_metric"] is not None
+    monkeypatch.undo()
+
+
+def test_what_is_missing_is_said_before_core_is_scored(state, pets, monkeypatch):
+    shutil.rmtree(files.data_dir("local"))
+    monkeypatch.setattr("nanochat.core_eval.evaluate", lambda *_, **__: pytest.fail("scored"))
+    with pytest.raises(UserError, match="local"):
+        score("core,bpb")
+
+
+def test_core_is_on_the_disk_before_the_next_part_begins(state, pets, monkeypatch):
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("nanochat.base_eval.sample_texts", killed)
+    with pytest.raises(KeyboardInterrupt):
+        score("core,sample")
+    assert files.read_json(files.run_dir("tiny") / "base_eval.json")["core_metric"] is not None
+
+
+def test_answers_say_their_step_and_the_scores_their_hash(state, pets):
+    found = score("core")
+    data = (files.run_dir("tiny") / "core_predictions.jsonl").read_bytes()
+    assert {json.loads(line)["step"] for line in data.splitlines()} == {7}
+    assert found["answers_sha256"] == hashlib.sha256(data).hexdigest()
 
 
 def test_weights_that_give_no_number_are_one_clear_error(state):

@@ -153,3 +153,12 @@ def test_predictions_are_one_json_object_a_line():
 def test_examples_in_the_docstrings_hold():
     results = doctest.testmod(core_results)
     assert (results.attempted > 3, results.failed) == (True, 0)
+
+
+def test_no_right_answer_is_no_proof_of_none():
+    fields = result_of(score("a", 0, 0, 32), score("b", 0, 50, 100)).as_dict()["tasks"]
+    assert fields["a"]["stderr"] == 0
+    assert fields["a"]["interval"] == pytest.approx((0, 0.10718), abs=1e-4)
+    assert fields["b"]["interval"] == pytest.approx((0.4038, 0.5962), abs=1e-4)
+    passages = result_of(score("a", 0, 0, 32, passages=[n // 8 for n in range(32)])).as_dict()["tasks"]
+    assert passages["a"]["interval"][1] > 0.4  # four stories, not 32 draws

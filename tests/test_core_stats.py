@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import pytest
+from scipy import stats as scipy_stats
 
 from nanochat import core_stats
 from nanochat.core_stats import Stratum
@@ -115,3 +116,9 @@ def test_several_seeds_give_a_mean_and_its_error():
 def test_examples_in_the_docstrings_hold():
     results = doctest.testmod(core_stats)
     assert (results.attempted, results.failed) == (6, 0)
+
+
+@pytest.mark.parametrize(("right", "n"), [(0, 32), (32, 32), (1, 100), (37, 100), (0, 1)])
+def test_the_interval_of_a_share_is_scipys(right, n):
+    theirs = scipy_stats.binomtest(right, n).proportion_ci(method="wilson")
+    assert core_stats.wilson(right / n, n) == pytest.approx((theirs.low, theirs.high), abs=1e-6)
