@@ -92,8 +92,7 @@ def evaluate(
     predictions: list[Prediction] = []
     for task, examples, digest in suite:
         job = _Job(model, tokenizer, task, variant, batch_tokens, crop_tokens, clock, stop_requested, unkept)
-        with model.room(crop_tokens or model.longest_tokens):
-            answers = job.run(examples, max_per_task, world)
+        answers = job.run(examples, max_per_task, world)
         scores.append(_score_of(task, digest, examples, answers))
         predictions.extend(answers)
         if on_task is not None:
@@ -186,9 +185,10 @@ class _Job:
         groups = core_prompts.arrange(self.task, examples, max_examples, self.variant)
         self.clock.add("rendering", started)
         answers: list[Prediction] = []
-        for group in groups:
-            passages = [passage_of[example.line] for example in group]
-            answers.extend(self._run_group(group, passages, len(answers), world))
+        with self.model.room(self.crop_tokens or self.model.longest_tokens):
+            for group in groups:
+                passages = [passage_of[example.line] for example in group]
+                answers.extend(self._run_group(group, passages, len(answers), world))
         return answers
 
     def _run_group(
@@ -228,20 +228,24 @@ class _Job:
         if world.agree(self.stop_requested()):
             raise Stopped
         return [
-            Prediction(
-                task=self.task.label,
-                index=first_index + index,
-                line=example.line,
-                losses=tuple(line[3 : 3 + example.options]),
-                answer=int(line[0]),
-                gold=example.gold,
-                cropped=int(line[1]),
-                beyond=int(line[2]),
-                passage=passages[index],
-                category=example.category if self.variant == DCLM else "",
-            )
-            for index, (example, line) in enumerate(zip(group, filled, strict=True))
+            self._prediction(first_index + index, example, passage, line)
+            for index, (example, passage, line) in enumerate(zip(group, passages, filled, strict=True))
         ]
+
+    def _prediction(self, index: int, example: Example, passage: int, line: list[float]) -> Prediction:
+        """The answer to an example, from its line of the table."""
+        return Prediction(
+            task=self.task.label,
+            index=index,
+            line=example.line,
+            losses=tuple(line[3 : 3 + example.options]),
+            answer=int(line[0]),
+            gold=example.gold,
+            cropped=int(line[1]),
+            beyond=int(line[2]),
+            passage=passage,
+            category=example.category if self.variant == DCLM else "",
+        )
 
     def _rows(self, prompts: Prompts, example: Example, index: int) -> list[Row]:
         """The rows of one example, none of them longer than the model can read."""
