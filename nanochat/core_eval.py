@@ -60,7 +60,7 @@ def evaluate(
     batch_tokens: int = 16384,
     crop_tokens: int | None = None,
     keep_going: bool = False,
-    on_task: Callable[[TaskScore], None] | None = None,
+    on_task: Callable[[TaskScore], None] = lambda _: None,
     stop_requested: Callable[[], bool] = lambda: False,
 ) -> CoreResult:
     """Score all tasks of a bundle.
@@ -73,15 +73,13 @@ def evaluate(
         world: the examples are split over its ranks; all ranks return the same result.
         variant: one of core_prompts.VARIANTS.
         batch_tokens: most positions in a forward pass of several rows, padding included.
-        crop_tokens: longer prompts lose their beginning, and are counted. By default nanochat's prompts to
-            our own models are never cropped, as karpathy/nanochat's are not; others are, to the context.
+        crop_tokens: longer prompts lose their beginning; by default as `_crop_of` says.
         keep_going: leave out tasks whose file is faulty; then there is no CORE.
         on_task: called on every rank with each task's score as soon as it is known.
         stop_requested: asked now and then; if it says so on any rank, all of them raise `Stopped`.
 
     Raises:
-        UserError: the bundle is faulty (every file is checked before the first is scored), or a prompt is
-            longer than the model can read.
+        UserError: a faulty bundle, all of which is checked first, or a prompt longer than the model reads.
     """
     crop_tokens = _crop_of(model, variant, crop_tokens)
     clock, started = Clock(), time.perf_counter()
@@ -95,8 +93,7 @@ def evaluate(
         answers = job.run(examples, max_per_task, world)
         scores.append(_score_of(task, digest, examples, answers))
         predictions.extend(answers)
-        if on_task is not None:
-            on_task(scores[-1])
+        on_task(scores[-1])
     computed, finished, scored = _sums(clock, world)
     return CoreResult(
         bundle=bundle.name,
@@ -111,12 +108,15 @@ def evaluate(
         finished_tokens=finished,
         scored_tokens=scored,
         faults=faults,
-        unkept=unkept[0] if unkept else "",
+        unkept=next(iter(unkept), ""),
     )
 
 
 def _crop_of(model: Scorer, variant: str, asked: int | None) -> int | None:
-    """How many tokens are left of longer prompts; None where none is cropped."""
+    """How many tokens are left of longer prompts; None where none is cropped.
+
+    By default karpathy/nanochat's prompts to our own models are whole, as there; others have the context.
+    """
     if asked is None:
         whole = variant == NANOCHAT and model.longest_tokens > model.context_tokens
         return None if whole else model.context_tokens
