@@ -86,8 +86,7 @@ def evaluate(
     unkept: list[str] = []
     suite, faults = _load_suite(bundle, keep_going)
     clock.add("reading", started)
-    scores: list[TaskScore] = []
-    predictions: list[Prediction] = []
+    scores, predictions = list[TaskScore](), list[Prediction]()
     for task, examples, digest in suite:
         job = _Job(model, tokenizer, task, variant, batch_tokens, crop_tokens, clock, stop_requested, unkept)
         answers = job.run(examples, max_per_task, world)
