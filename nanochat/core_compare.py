@@ -87,7 +87,7 @@ class Scored:
 
 def _read_answers(path: Path, scores: dict[str, Any], again: str) -> list[dict[str, Any]]:
     """The answers that the scores are made of."""
-    lines = runlog.read_metrics(path) if path.is_file() else []
+    lines = runlog.read_lines(path) if path.is_file() else []
     if not lines or any(
         type(line.get(name)) is not kind for line in lines for name, kind in OF_AN_ANSWER.items()
     ):
