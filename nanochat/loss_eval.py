@@ -174,4 +174,7 @@ def _summed(values: list[float], world: World) -> list[float]:
 
 def _require_bytes(count: float) -> None:
     if not count:
-        raise UserError("bits per byte: no tokens to evaluate on. Give a larger --eval-tokens or more data.")
+        raise UserError(
+            "bits per byte: no tokens to evaluate on: the text for validation fills no row. "
+            "Use --keep-tails, a shorter --max-seq-len, or more text."
+        )

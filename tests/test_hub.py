@@ -11,7 +11,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -38,7 +38,7 @@ from tests.hub_server import (
     start,
     text_of,
 )
-from tests.reliability import record
+from tests.reliability.figures import Figure
 from tests.test_dataloader import Letters, rows_of
 
 
@@ -164,8 +164,9 @@ def table(rows: list[tuple[str, str]]) -> str:
 
 
 def test_every_fault_that_passes_is_survived(
-    tmp_path: Path, base_dir: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, base_dir: Path, capsys: pytest.CaptureFixture[str], figure: Callable[..., Figure]
 ) -> None:
+    passing = figure("P10", "faults of a transfer that pass")
     names = numbered(len(FAULTS))
     folder = base_dir / "data" / "fineweb-edu"
     with running(tmp_path, names, documents=400) as hub:
@@ -179,10 +180,12 @@ def test_every_fault_that_passes_is_survived(
         ]
         with capsys.disabled():
             print(table(rows))
+        for name, fault in hub.faults.items():
+            with passing.trial(fault):
+                assert (folder / name).read_bytes() == hub.contents[name]
+                assert hub.times[name] == 0
         assert done.returncode == 0, done.stderr
         assert_whole(hub, folder, names)
-        assert set(hub.times.values()) == {0}
-    record("P10", n=len(FAULTS), failures=len(FAULTS) - len(rows), worst=0, unit="faults that pass")
 
 
 PASSING = ("a redirect", "dropped, then ranges are ignored", "429 with Retry-After")  # even if they stay
@@ -198,7 +201,9 @@ def test_every_fault_that_stays_is_named_and_leaves_nothing(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
     lasting: list[str],
+    figure: Callable[..., Figure],
 ) -> None:
+    staying = figure("P10", f"faults of a transfer that stay, {len(lasting)} kinds")
     monkeypatch.setattr(arrival, "BEGIN_S", 0.1)
     names = numbered(len(lasting))
     folder = base_dir / "data" / "fineweb-edu"
@@ -209,8 +214,9 @@ def test_every_fault_that_stays_is_named_and_leaves_nothing(
         reasons = dict(part.split(" (", 1) for part in line.split("missing: ")[1].split("; "))
         rows = []
         for name, fault in hub.faults.items():
-            assert not (folder / name).exists()
-            rows.append((fault, f"exit code {done.returncode}: {reasons[name]}"[:120]))
+            with staying.trial(fault):
+                assert not (folder / name).exists()
+                rows.append((fault, f"exit code {done.returncode}: {reasons[name]}"[:120]))
         with capsys.disabled():
             print(table(rows))
         assert done.returncode == 2
@@ -221,7 +227,6 @@ def test_every_fault_that_stays_is_named_and_leaves_nothing(
         hub.faults = {}
         assert fetch(hub, base_dir, "-n", str(len(lasting))).returncode == 0
         assert_whole(hub, folder, names)
-    record("P10", n=len(rows), failures=0, worst=0, unit="faults that stay")
 
 
 def test_a_disk_that_fills_midway_stops_the_download_and_leaves_nothing(hub: Hub, base_dir: Path) -> None:
@@ -256,7 +261,7 @@ def test_downloads_at_once_into_one_folder_do_not_disturb_each_other(hub: Hub, b
     assert_whole(hub, base_dir / "data" / "fineweb-edu", numbered(3))
 
 
-def kill_often(tmp_path: Path, base_dir: Path, kills: int, pause_s: float) -> None:
+def kill_often(tmp_path: Path, base_dir: Path, kills: int, pause_s: float, figure: Figure) -> None:
     """Kill downloads at random moments; after each, what has a shard's name is that shard."""
     rng = random.Random(0)
     folder = base_dir / "data" / "fineweb-edu"
@@ -279,26 +284,26 @@ def kill_often(tmp_path: Path, base_dir: Path, kills: int, pause_s: float) -> No
                 assert_whole(hub, folder, names)
                 shutil.rmtree(folder)
                 continue
-            for path in folder.glob("shard_*") if folder.exists() else ():
-                assert path.read_bytes() == hub.contents[path.name]
+            with figure.trial(f"kill {killed}"):
+                for path in folder.glob("shard_*") if folder.exists() else ():
+                    assert path.read_bytes() == hub.contents[path.name]
             left_behind += folder.exists() and any(folder.glob(".*"))
         assert left_behind, "no kill came in the middle of a download"
         assert fetch(hub, base_dir, "-n", "10").returncode == 0
         assert_whole(hub, folder, names)
         assert names_in(folder.parent) == ["fineweb-edu"]
-    record("P10", n=kills, failures=0, worst=0, unit="kills -9 of a download")
 
 
 def test_a_download_killed_at_random_moments_ends_verified_with_nothing_left(
-    tmp_path: Path, base_dir: Path
+    tmp_path: Path, base_dir: Path, figure: Callable[..., Figure]
 ) -> None:
-    kill_often(tmp_path, base_dir, 5, pause_s=0.02)
+    kill_often(tmp_path, base_dir, 5, 0.02, figure("P10", "kills -9 of a download, a few"))
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_fifty_kills(tmp_path: Path, base_dir: Path) -> None:
-    kill_often(tmp_path, base_dir, 50, pause_s=0.05)
+def test_fifty_kills(tmp_path: Path, base_dir: Path, figure: Callable[..., Figure]) -> None:
+    kill_often(tmp_path, base_dir, 50, 0.05, figure("P10", "kills -9 of a download"))
 
 
 REFUSALS: dict[str, tuple[int, dict[str, str], str]] = {

@@ -379,8 +379,8 @@ def d25(box: Box) -> None:
     folder.rename(box.base / "data/before")
     (box.base / "data/again").rename(folder)
     metrics = box.base / "runs/replaced/metrics.jsonl"
-    after = metrics.read_bytes().count(b"\n") + 1500  # several epochs of it
-    box.wait_for_step("replaced", after)
+    after = metrics.read_bytes().count(b"\n") + 400  # several epochs of it
+    box.wait_for_step("replaced", after, timeout=240)
     assert process.poll() is None, box.output(0)
     path.write_bytes(path.read_bytes()[::-1])
     expect_stopped(box, 0, path.name, "Repair: ")

@@ -15,7 +15,7 @@ import pytest
 from nanochat import dataloader
 from nanochat.dataset import Corpus
 from tests.conftest import REPO
-from tests.reliability import record
+from tests.reliability.figures import Figure
 from tests.test_dataloader import digests, loaders, make, states
 
 STEPS = 300
@@ -66,60 +66,62 @@ def run_process(corpus: Corpus, size: int, state: dict[str, Any] | None = None, 
 
 
 def test_any_ranks_micro_batch_and_prefetch_give_the_same_300_batches(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, figure: Callable[..., Figure]
 ) -> None:
+    configurations = figure("P2", "numbers of ranks, micro-batches, threads, processes: 300 batches each")
     corpus = make(monkeypatch)
     expected = digests(loaders(corpus, 1), STEPS)
     assert len(set(expected)) == STEPS
-    wrong = 0
     cases = [(1, 1, 1), (2, 8, 2), (4, 2, 3), (8, 1, 1), (8, 2, 2)]
     for size, micro, threads in cases:
         ranks = loaders(corpus, size, device_batch_size=micro, threads=threads)
-        wrong += differing(digests(ranks, STEPS), expected)
+        with configurations.trial((size, micro, threads)):
+            assert differing(digests(ranks, STEPS), expected) == 0
     monkeypatch.setattr(dataloader, "ThreadPoolExecutor", OnDemand)
     for size in (1, 4):
-        wrong += differing(digests(loaders(corpus, size), STEPS), expected)
-    wrong += differing(run_process(corpus, 1)["digests"], expected)
-    assert wrong == 0
-    record("P2", n=8 * STEPS, failures=wrong, worst=0, unit="global batches, other ranks, threads, process")
+        with configurations.trial(f"{size} ranks without threads"):
+            assert differing(digests(loaders(corpus, size), STEPS), expected) == 0
+    with configurations.trial("another process"):
+        assert differing(run_process(corpus, 1)["digests"], expected) == 0
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_stops_at_random_steps_and_other_world_sizes_change_nothing(
-    monkeypatch: pytest.MonkeyPatch, seed: int
+    monkeypatch: pytest.MonkeyPatch, seed: int, figure: Callable[..., Figure]
 ) -> None:
+    stopped = figure("P2", f"stops at random steps and changes of world size, seed {seed}")
     corpus = make(monkeypatch)
     rng = random.Random(seed)
     expected = digests(loaders(corpus, 1), STEPS)
     seen: list[str] = []
     ranks = loaders(corpus, rng.choice((1, 2, 4, 8)))
-    stops = 0
     while len(seen) < STEPS:
-        seen += digests(ranks, min(rng.randrange(1, 60), STEPS - len(seen)))
+        part = digests(ranks, min(rng.randrange(1, 60), STEPS - len(seen)))
+        with stopped.trial(f"batches {len(seen)} to {len(seen) + len(part)}"):
+            assert part == expected[len(seen) :][: len(part)]
+        seen += part
         state = states(ranks)[0]
         ranks = loaders(corpus, rng.choice((1, 2, 4, 8)), device_batch_size=rng.choice((1, 2)))
         for loader in ranks:
             loader.load_state_dict(state)
-        stops += 1
-    wrong = differing(seen, expected)
-    assert wrong == 0
-    about = f"{stops} stops"
-    record("P2", n=STEPS, failures=wrong, worst=0, unit=f"global batches, seed {seed}", note=about)
+    assert differing(seen, expected) == 0
 
 
 @pytest.mark.slow
-def test_real_ranks_on_gloo_give_the_same_300_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_real_ranks_on_gloo_give_the_same_300_batches(
+    monkeypatch: pytest.MonkeyPatch, figure: Callable[..., Figure]
+) -> None:
+    started = figure("P2", "starts of 1, 2, 4, 8 gloo ranks, anew and after 117 batches: 300 batches each")
     corpus = make(monkeypatch)
     expected = digests(loaders(corpus, 1), STEPS)
     [stopped] = loaders(corpus, 1)
     digests([stopped], 117)
-    wrong = 0
     for size in (1, 2, 4, 8):
-        wrong += differing(run_process(corpus, size)["digests"], expected)
-        resumed = run_process(corpus, size, stopped.state_dict(), steps=STEPS - 117)["digests"]
-        wrong += differing(expected[:117] + resumed, expected)
-    assert wrong == 0
-    record("P2", n=8 * STEPS, failures=wrong, worst=0, unit="global batches on 1, 2, 4, 8 gloo ranks")
+        with started.trial(f"{size} ranks"):
+            assert differing(run_process(corpus, size)["digests"], expected) == 0
+        with started.trial(f"{size} ranks go on"):
+            resumed = run_process(corpus, size, stopped.state_dict(), steps=STEPS - 117)["digests"]
+            assert differing(expected[:117] + resumed, expected) == 0
 
 
 def test_planted_a_state_of_the_batch_after_next_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

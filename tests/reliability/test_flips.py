@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from dev.fault_box import Box
+from dev.fault_rows.integrity import expect_stopped, foreign, started
 from nanochat import checksums, token_shards
 from nanochat.dataloader import TrainLoader
 from nanochat.dataset import Corpus
@@ -103,6 +106,30 @@ def test_two_thousand_bits_flipped_between_two_reads_are_refused(
     trainer: Trainer, figure: Callable[..., Figure], request: pytest.FixtureRequest
 ) -> None:
     try_flips(trainer, figure("P5", UNIT.format(request.node.callspec.id)), 2000)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("kind", KINDS)
+def test_ten_real_runs_end_with_the_name_of_the_shard(
+    tmp_path: Path, kind: str, figure: Callable[..., Figure]
+) -> None:
+    """The command itself, which has read every block before and comes to it again in a later epoch."""
+    trials = figure("P5", f"runs of base_train whose shard changes by a bit, {kind}")
+    box = Box(tmp_path / "box")
+    foreign(box, kind)
+    try:
+        for number in range(10):
+            _, path = started(box, number, f"run-{number}")
+            [bit] = bits_of(path, 1, seed=number)
+            flip(path, bit)
+            with trials.trial(f"bit {bit}"):
+                expect_stopped(
+                    box, number, path.name, "have changed since", "Repair: python -m nanochat.dataset"
+                )
+            flip(path, bit)
+    finally:
+        box.close()
 
 
 def test_planted_without_checksums_flips_give_other_batches(
