@@ -340,7 +340,7 @@ def b12(box: Box) -> None:
         raise Skip("needs g++")
     box.tiny()
     flags = [*TINY, "--depth=1", "--num-iterations=2", "--compile=on", "--run=c"]
-    done = box.execute([*STRANGER, *box.argv("base_train", *flags)], timeout=600)
+    done = box.execute([*STRANGER, *box.argv("base_train", *flags)], timeout=1800)
     expect_ok(done)
     assert "torch.compile is on" in done.stdout
 
@@ -393,7 +393,7 @@ def b16(box: Box) -> None:
             f"COLUMNS=20 TERM=dumb NO_COLOR=1 {run}",
         )
     ):
-        done = box.shell(f"{how} --run=r{number}")
+        done = box.shell(f"{how} --run=r{number}", timeout=600)
         if done.returncode:
             expect_error(done)
         else:
