@@ -84,7 +84,7 @@ def command_line(**changes: object) -> list[str]:
     """The flags that say to base_train what `train_tiny` says."""
     asked = dataclasses.asdict(tiny_args(**changes))
     return [
-        f"--{name.replace('_', '-')}={value}"
+        f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}")
         for name, value in asked.items()
         if value is not None and value is not False and value != ""
     ]
