@@ -606,7 +606,7 @@ import torch
 from nanochat import checkpoint
 from nanochat.hardware import Precision
 seen, how = set(), {"device": torch.device("cpu"), "precision": Precision(torch.float32, "sdpa")}
-for _ in range(50):
+for _ in range(150):
     seen.add(checkpoint.load_model("r", None, **how)[2]["step"])
 print(len(seen))
 """
