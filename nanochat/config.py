@@ -75,7 +75,7 @@ class TrainArgs:
         None, "tokens in a global batch; by default from horizon and text", at_least=1, at_most=2**40
     )
     device_batch_size: int | None = free(
-        None, "rows in a micro-batch of one rank; by default from depth", at_least=1, at_most=2**24
+        None, "rows in a micro-batch of one rank; by default from depth and memory", at_least=1, at_most=2**24
     )
     matrix_optimizer: str = planned(
         "muon", "optimizer of the block matrices", choices=("muon", "soap", "adamw")

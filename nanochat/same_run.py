@@ -18,7 +18,17 @@ from nanochat.config import TrainArgs
 from nanochat.errors import UserError
 from nanochat.scaling import Plan
 
-HORIZON = ("steps", "schedule.", "groups.matrix.weight_decay")  # what --extend lets through
+# What --extend lets through: the steps, and what a recipe derives from them.
+HORIZON = {
+    "steps",
+    "schedule.steps",
+    "schedule.warmup_steps",
+    "schedule.warmdown_steps",
+    "schedule.matrix_weight_decay",
+    "schedule.batch_stages",
+    "schedule.window_stages",
+    "groups.matrix.weight_decay",
+}
 
 
 def fixed_fields(cls: type[Any], names: Iterable[str]) -> list[str]:
@@ -78,7 +88,7 @@ def require_same_run(
         for name in sorted(then.keys() | now.keys())
         if then.get(name, absent) != now.get(name, absent)
     }
-    allowed = {name for name in changed if plan.args.extend and name.startswith(HORIZON)}
+    allowed = {name for name in changed if plan.args.extend and name in HORIZON}
     if refused := [text for name, text in changed.items() if name not in allowed]:
         advice = _advice(list(changed), asked_then, asked_now)
         raise UserError(
@@ -90,15 +100,15 @@ def require_same_run(
 
 def _advice(changed: list[str], then: dict[str, Any], now: dict[str, Any]) -> str:
     """What helps against the differences, from the flags that were given then and now."""
-    if all(name.startswith(HORIZON) for name in changed):
-        return "Change the horizon with --extend, "
-    if "groups.value_embedding.lr" in changed and "scalar_lr" not in then:
+    asked = [item.name for item in dataclasses.fields(TrainArgs) if item.metadata.get("resume") == "planned"]
+    if "groups.value_embedding.lr" in changed and "scalar_lr" not in then and now["embedding_lr"] is not None:
         return (
             "The version that made it left the value embeddings at the recipe's rate under --embedding-lr: "
             "finish the run with that version, "
         )
-    asked = [item.name for item in dataclasses.fields(TrainArgs) if item.metadata.get("resume") == "planned"]
     in_plan = not any(name.startswith("--") or name.endswith(" hash") for name in changed)
     if in_plan and all(then.get(name) == now[name] for name in asked):
         return f"The recipe {now['recipe']!r} has changed since: put its constants back, "
+    if HORIZON.issuperset(changed):
+        return "Change the horizon with --extend, "
     return "Give the same arguments as before, "

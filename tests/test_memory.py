@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from nanochat import files, hardware, memory, scaling, train
+from nanochat import checkpoint, checkpoint_files, files, hardware, memory, scaling, train
 from nanochat.dataset import Corpus
 from nanochat.errors import UserError
 from nanochat.gpt import GPT
@@ -21,7 +21,10 @@ from nanochat.scaling import Plan
 from nanochat.tokenizer import Tokenizer
 from nanochat.world import World
 from tests.conftest import REPO
+from tests.dist.launch import digest
+from tests.dist.world import run_ranks, train_rank
 from tests.test_optim import moments_held
+from tests.test_train import stop_after
 from tests.tiny import tiny_args, tiny_corpus, train_tiny
 
 MIB = 1 << 20
@@ -170,3 +173,120 @@ def test_a_model_larger_than_the_machine_is_refused_before_it_is_built(
     assert not files.run_dir("huge").exists()
     monkeypatch.setattr(hardware, "total_memory_bytes", lambda device: None)  # where the system does not tell
     train_tiny(run="told-nothing", num_iterations=1)
+
+
+def rows_of(run: str, step: int) -> int:
+    meta = checkpoint_files.read_state(checkpoint_files.folder_of(run, step))
+    return int(meta["device_batch_size"])
+
+
+def starved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Something else runs on the machine now: only one row would be chosen."""
+    monkeypatch.setattr(hardware, "available_memory_bytes", lambda device: 1)
+
+
+BY_MEMORY: dict[str, Any] = {"device_batch_size": None, "total_batch_size": 1024}
+
+
+def cut_at(step: int, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
+    with monkeypatch.context() as patch:
+        stop_after(step, patch)
+        assert train_tiny(run="cut", **{**BY_MEMORY, **changes})["status"] == "stopped"
+
+
+def test_a_resume_keeps_its_rows_though_memory_is_scarcer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_corpus(tmp_path)
+    train_tiny(run="whole", **BY_MEMORY)
+    cut_at(6, monkeypatch)
+    starved(monkeypatch)
+    train_tiny(run="cut", resume="auto", **BY_MEMORY)
+    assert (rows_of("cut", 6), rows_of("cut", 12), rows_of("whole", 12)) == (32, 32, 32)
+    assert digest("cut", 12) == digest("whole", 12)
+    assert "rounded in another" not in capsys.readouterr().out
+
+
+def test_a_device_too_small_for_the_rows_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_corpus(tmp_path)
+    cut_at(6, monkeypatch)
+    monkeypatch.setattr(hardware, "total_memory_bytes", lambda device: 4 * 10**6)
+    train_tiny(run="cut", resume="auto", **BY_MEMORY)
+    assert rows_of("cut", 12) < 32
+    assert f"micro-batches of {rows_of('cut', 12)} rows, of 32 before" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("then", "now", "rows"), [(None, 4, 4), (16, None, 16), (16, 16, 16), (16, 4, 4)])
+def test_other_rows_are_taken_where_they_are_asked_for(
+    then: int | None,
+    now: int | None,
+    rows: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    tiny_corpus(tmp_path)
+    cut_at(2, monkeypatch, device_batch_size=then, num_iterations=4)
+    starved(monkeypatch)
+    train_tiny(run="cut", resume="auto", **{**BY_MEMORY, "device_batch_size": now, "num_iterations": 4})
+    assert rows_of("cut", 4) == rows
+    assert ("rounded in another" in capsys.readouterr().out) == (rows != (then or 32))
+
+
+def test_rows_that_were_halved_stay_halved_after_a_resume(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_corpus(tmp_path)
+    real = GPT.loss
+
+    def train_with_oom(run: str, **changes: Any) -> None:
+        calls = [0]
+
+        def loss(self: GPT, ids: torch.Tensor, *rest: Any, **how: Any) -> torch.Tensor:
+            if torch.is_grad_enabled():
+                calls[0] += 1
+                if calls[0] == 3:
+                    raise MemoryError
+            return real(self, ids, *rest, **how)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(GPT, "loss", loss)
+            if run == "cut":
+                cut_at(6, patch, **changes)
+            else:
+                train_tiny(run=run, **BY_MEMORY)
+
+    train_with_oom("whole")
+    train_with_oom("cut")
+    train_tiny(run="cut", resume="auto", **BY_MEMORY)
+    assert rows_of("cut", 6) == rows_of("whole", 12) == 16
+    assert digest("cut", 12) == digest("whole", 12)
+
+
+def starved_rank(world: World, changes: dict[str, Any]) -> None:
+    """`train_rank` where memory is scarce."""
+    hardware.available_memory_bytes = lambda device: 1
+    train_rank(world, changes, None)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="forks")
+def test_two_ranks_keep_their_rows(tmp_path: Path) -> None:
+    tiny_corpus(tmp_path)
+    run_ranks(2, tmp_path, train_rank, {"run": "whole", **BY_MEMORY}, None)
+    run_ranks(2, tmp_path, train_rank, {"run": "cut", **BY_MEMORY}, 6)
+    run_ranks(2, tmp_path, starved_rank, {"run": "cut", "resume": "auto", **BY_MEMORY})
+    assert rows_of("cut", 12) == rows_of("whole", 12) == 16
+    assert digest("cut", 12) == digest("whole", 12)
+
+
+@pytest.mark.parametrize("rows", [0, -4, "4", 2.0, True])
+def test_rows_that_no_run_has_are_refused(rows: Any, tmp_path: Path) -> None:
+    tiny_corpus(tmp_path)
+    train_tiny(num_iterations=1)
+    meta = checkpoint_files.read_state(checkpoint_files.folder_of("tiny", 1))
+    with pytest.raises(UserError, match="counters"):
+        checkpoint._require_counters(
+            {**meta, "device_batch_size": rows}, checkpoint_files.folder_of("tiny", 1)
+        )

@@ -55,6 +55,6 @@ def digest(run: str, step: int) -> str:
     """Of the weights, the moments and the place in the data at a step."""
     folder = checkpoint_files.folder_of(run, step)
     meta = files.read_json(folder / checkpoint_files.STATE)
-    kept = {name: value for name, value in meta.items() if name not in ("train_seconds", "plan")}
+    kept = {name: value for name, value in meta.items() if name not in ("train_seconds", "plan", "device_batch_size")}
     parts = [(folder / name).read_bytes() for name in (checkpoint_files.MODEL, checkpoint_files.OPTIMIZER)]
     return hashlib.sha256(b"".join([*parts, repr(sorted(kept.items())).encode()])).hexdigest()

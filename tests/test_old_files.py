@@ -1,0 +1,175 @@
+"""Files made at f4eb7ef are still read: a checkpoint, which goes on, a run, a tokenizer, corpora."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nanochat import base_eval, checkpoint, checkpoint_files, config, export, files, report, scaling, train
+from nanochat.compatibility import RECIPE_CONSTANTS, completed
+from nanochat.config import EvalArgs, ExportArgs, TrainArgs
+from nanochat.dataset import Corpus
+from nanochat.errors import UserError
+from nanochat.hardware import Precision
+from nanochat.recipe import JULY, MODEL_CONSTANTS, RECIPES
+from nanochat.runlog import read_metrics
+from nanochat.tokenizer import Tokenizer
+from nanochat.world import World
+from tests.conftest import REPO
+from tests.test_train import CLOCK
+
+OLD = REPO / "tests" / "data" / "f4eb7ef"
+CPU, FP32 = torch.device("cpu"), Precision(torch.float32, "sdpa")
+EXPECTED: dict[str, Any] = json.loads((OLD / "expected.json").read_text("utf-8"))
+# Other kernels round otherwise.
+SAME_KERNELS = (EXPECTED["torch"], EXPECTED["cpu"]) == (
+    torch.__version__,
+    torch.backends.cpu.get_cpu_capability(),
+)
+
+
+@pytest.fixture(autouse=True)
+def old(base_dir: Path) -> None:
+    """The old base directory, in this test's own."""
+    shutil.copytree(OLD, base_dir)
+
+
+def go_on(**changes: Any) -> dict[str, Any]:
+    """Resume the old run with the arguments that its config.json holds."""
+    asked = files.read_json(files.run_dir("old") / "config.json", dict)["args"] | {"resume": "auto"} | changes
+    args = config.from_dict(TrainArgs, asked)
+    tokenizer = Tokenizer.load(files.tokenizer_dir(args.tokenizer_name))
+    plan = scaling.plan(args, tokenizer.vocab_size)
+    return train.run(plan, Corpus.open(args.corpus), tokenizer, FP32, World.solo())
+
+
+def metrics() -> list[dict[str, Any]]:
+    entries = read_metrics(files.run_dir("old") / "metrics.jsonl")
+    return [{k: v for k, v in e.items() if k not in CLOCK} for e in entries if e["kind"] in ("step", "eval")]
+
+
+def test_it_is_small() -> None:
+    assert sum(path.stat().st_size for path in OLD.rglob("*") if path.is_file()) < 300_000
+
+
+def test_the_table_of_what_recipes_said_then_is_complete() -> None:
+    for name, constants in RECIPE_CONSTANTS.items():
+        assert set(constants) == set(MODEL_CONSTANTS), name
+        assert constants == RECIPES[name].model_constants(), "as long as no recipe has changed"
+
+
+def test_the_model_is_computed_as_then() -> None:
+    model, tokenizer, meta = checkpoint.load_model("old", device=CPU, precision=FP32)
+    want = EXPECTED["logits_4"]
+    assert tokenizer.encode("the cat sat on a mat and saw", bos=True) == want["ids"]
+    got = model.logits(torch.tensor([want["ids"]]))[0, -1, :16].tolist()
+    assert got == pytest.approx([float.fromhex(x) for x in want["last"]], abs=1e-5)
+    if SAME_KERNELS:
+        assert [x.hex() for x in got] == want["last"]
+    assert "softcap" not in meta["plan"]["model"]
+
+
+def test_todays_recipe_plays_no_part_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = torch.tensor([EXPECTED["logits_4"]["ids"]])
+    before = checkpoint.load_model("old", device=CPU, precision=FP32)[0].logits(ids)
+    july = dataclasses.replace(JULY, softcap=30.0, rope_base=500.0, qk_scale=2.0, value_gate_scale=1.0)
+    monkeypatch.setitem(RECIPES, "july", july)
+    assert torch.equal(checkpoint.load_model("old", device=CPU, precision=FP32)[0].logits(ids), before)
+    with pytest.raises(UserError, match=r"model\.softcap: 15\.0 then, 30\.0 now"):
+        go_on()
+
+
+def test_the_run_goes_on_as_that_commit_would_have() -> None:
+    before = metrics()
+    assert go_on()["status"] == "finished"
+    weights = (checkpoint_files.folder_of("old", 8) / checkpoint_files.MODEL).read_bytes()
+    if SAME_KERNELS:
+        assert hashlib.sha256(weights).hexdigest() == EXPECTED["weights_8"]
+        assert metrics() == before
+    else:
+        assert [e.get("loss") for e in metrics()] == pytest.approx([e.get("loss") for e in before], abs=1e-5)
+
+
+def test_its_rows_of_a_micro_batch_are_kept() -> None:
+    """They are in the plan of that version alone."""
+    args = config.from_dict(TrainArgs, files.read_json(files.run_dir("old") / "config.json", dict)["args"])
+    tokenizer = Tokenizer.load(files.tokenizer_dir("texts"))
+    plan = scaling.plan(args, tokenizer.vocab_size)
+    state = train.create_state(plan, Corpus.open("texts"), tokenizer, FP32, World.solo())
+    hashes = {"corpus": Corpus.open("texts").fingerprint, "tokenizer": tokenizer.fingerprint}
+    checkpoint.load(state, checkpoint_files.folder_of("old", 4), plan, hashes)
+    assert state.resumed == checkpoint.MicroBatch(rows=4, asked=None)
+    state.loader.close()
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"seed": 1}, "--seed"),
+        ({"dtype": "bfloat16"}, "--dtype"),
+        ({"document_mask": True}, "model.document_mask"),
+    ]
+    + [({"scalar_lr": 0.1}, "groups.resid.lr"), ({"embedding_lr": 0.1}, "groups.value_embedding.lr")],
+)
+def test_another_run_is_refused(changes: dict[str, Any], named: str) -> None:
+    if "dtype" in changes:
+        asked = TrainArgs(**{**completed_args(), **changes})
+        half = Precision(torch.bfloat16, "sdpa")
+        tokenizer = Tokenizer.load(files.tokenizer_dir("texts"))
+        with pytest.raises(UserError, match=f"{named}: .* then, .* now"):
+            train.run(
+                scaling.plan(asked, tokenizer.vocab_size), Corpus.open("texts"), tokenizer, half, World.solo()
+            )
+        return
+    with pytest.raises(UserError, match=f"{named}: .* then, .* now"):
+        go_on(**changes)
+
+
+def completed_args() -> dict[str, Any]:
+    asked: dict[str, Any] = files.read_json(files.run_dir("old") / "config.json", dict)["args"]
+    return {**asked, "resume": "auto"}
+
+
+def test_it_is_scored_exported_and_reported() -> None:
+    shutil.copytree(files.run_dir("old"), files.run_dir("again"))
+    args = EvalArgs(run="again", eval="bpb", eval_tokens=512, device_type="cpu", dtype="float32")
+    assert base_eval.run(args, World.solo())["bpb"]["val"] > 1
+    assert (export.run(ExportArgs(run="old")) / "model.safetensors").is_file()
+    text = report.write_report("old").read_text("utf-8")
+    assert "validation" in text
+
+
+def test_the_tokenizer_gives_the_same_ids() -> None:
+    want, tokenizer = EXPECTED["tokenizer"], Tokenizer.load(files.tokenizer_dir("texts"))
+    assert tokenizer.fingerprint == want["fingerprint"]
+    assert tokenizer.encode(want["text"]) == want["ids"]
+    assert tokenizer.decode(want["ids"]) == want["text"]
+
+
+@pytest.mark.parametrize("name", ["texts", "tokens"])
+def test_the_corpora_are_the_same(name: str) -> None:
+    corpus = Corpus.open(name)
+    assert corpus.fingerprint == EXPECTED["corpora"][name]["fingerprint"]
+    if name == "texts":
+        assert corpus.read_block(corpus.train_shards[0], 0)[0] == EXPECTED["corpora"]["texts"]["first"]
+    else:
+        assert corpus.read_rows(corpus.train_shards[0], 0, 33, 280).shape == (18, 33)
+
+
+@pytest.mark.parametrize("recipe", list(RECIPE_CONSTANTS))
+def test_a_plan_of_that_version_is_completed_from_its_recipe(recipe: str) -> None:
+    meta = checkpoint_files.read_state(checkpoint_files.folder_of("old", 4))["plan"]
+    meta["model"]["recipe"] = recipe
+    found = completed(meta)["model"]
+    assert {name: found[name] for name in MODEL_CONSTANTS} == RECIPE_CONSTANTS[recipe]
+    meta["args"]["document_mask"] = True
+    assert completed(meta)["model"]["document_mask"] is True
+    meta["model"]["softcap"] = 3.0  # what a checkpoint says of itself stands
+    assert completed(meta)["model"]["softcap"] == 3.0
