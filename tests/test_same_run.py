@@ -137,7 +137,7 @@ def test_a_checkpoint_that_lacks_a_flag_had_what_its_version_did() -> None:
 
 
 def test_an_early_checkpoint_does_not_say_what_auto_was() -> None:
-    args = dataclasses.asdict(ARGS) | {"dtype": "auto"}
+    args = dataclasses.asdict(plan().args) | {"dtype": "auto"}
     assert compare(plan(), plan(), args=args) == []
 
 
