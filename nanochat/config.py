@@ -287,7 +287,7 @@ class DatasetArgs:
     )
     num_shards: int | None = flag(None, "training shards to have; by default all", short="-n", at_least=0)
     first: int | None = flag(None, "fetch only so many of them now; the manifest lists all of -n", at_least=0)
-    files: tuple[str, ...] = flag((), "parquet, jsonl or txt files or folders (corpus local)", path=True)
+    files: tuple[str, ...] = flag((), "text, JSON or parquet files, or folders (corpus local)", path=True)
     val_file: str = flag("", "the file among them that is for validation (corpus local)", path=True)
     name: str = flag("", "name of the corpus folder; by default the corpus's name", names="data")
     verify: bool = flag(False, "hash every shard again and list what is wrong")

@@ -5,23 +5,21 @@ from __future__ import annotations
 import hashlib
 import importlib
 import io
-import json
+import os
 import random
 import re
 import sys
 import sysconfig
 import tokenize
 from array import array
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import BuiltinFunctionType, ModuleType
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
-from nanochat import shards
+from nanochat import files, text_files
 from nanochat.errors import UserError
 
 PIECE_CHARS = 4_000  # texts of files are cut to pieces of this size: about 1,000 tokens, as web text has
@@ -34,7 +32,6 @@ STDLIB_SUFFIXES = (".py", ".txt", ".rst")
 # Modules in C have no sources to read; the text of their docstrings is documentation all the same.
 C_MODULES = ("_datetime", "_decimal", "array", "cmath", "math", "select", "unicodedata", "zlib")
 
-LOCAL_SUFFIXES = (".parquet", ".jsonl", ".txt")
 # Unless the user names a file, validation is the end of the text: one document in 100, and of a text below
 # 5 MB more, since a bits per byte of a few pages says little: VAL_CHARS, but at most a tenth.
 VAL_SHARE = 100
@@ -179,38 +176,87 @@ def find_files(named: Iterable[str], val_file: str) -> tuple[list[Path], Path | 
     """
     found: list[Path] = []
     for item in named:
-        path = Path(item)
-        if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.suffix in LOCAL_SUFFIXES and p.is_file())
-            if not inside:
-                raise UserError(f"{path}: no {', '.join(LOCAL_SUFFIXES)} file in this folder.")
-            found += inside
-        elif not path.is_file():
-            raise UserError(f"{path}: no such file or folder.")
-        elif path.suffix not in LOCAL_SUFFIXES:
-            raise UserError(f"{path}: expected a file that ends in {', '.join(LOCAL_SUFFIXES)}.")
-        else:
-            found.append(path)
+        found += _files_of(item)
     found = list({path.resolve(): path for path in found}.values())
     if not val_file:
         return found, None
     held_out = [path for path in found if path.name == val_file or path.resolve() == Path(val_file).resolve()]
-    if not held_out and Path(val_file).is_file() and Path(val_file).suffix in LOCAL_SUFFIXES:
-        held_out = [Path(val_file)]
+    if not held_out and Path(val_file).exists():
+        held_out = _files_of(val_file, flag="--val-file")
     if len(held_out) != 1:
         raise UserError(
-            f"--val-file {val_file}: found {len(held_out)} such files, expected one. "
-            "Name a parquet, jsonl or txt file by its path."
+            f"--val-file {_shown(val_file)}: found {len(held_out)} such files, expected one. "
+            "Name the one by its path."
         )
     return [path for path in found if path != held_out[0]], held_out[0]
 
 
+def _files_of(item: str, flag: str = "--files") -> list[Path]:
+    """The files that a path stands for.
+
+    Raises:
+        UserError: there is nothing to read.
+    """
+    path = Path(item)
+    where = f"{flag} {_shown(item)}"
+    if not item.strip():
+        raise UserError(f"{flag}: one of the paths is empty. Is a variable of the shell not set?")
+    if path.is_dir():
+        inside = sorted(p for p in path.rglob("*") if text_files.kind_of(p)[0] and p.is_file())
+        if not inside:
+            raise UserError(f"{where}: no file in this folder ends in {text_files.ACCEPTED}.")
+        return inside
+    if item == "-" or (path.exists() and not path.is_file()):
+        raise UserError(
+            f"{where}: a pipe or a device, which can be read only once. Write it to a file, and name that: "
+            "... > text.txt"
+        )
+    if not path.is_file():
+        raise UserError(f"{where}: no such file or folder.")
+    if not text_files.kind_of(path)[0]:
+        raise UserError(f"{where}: expected a file that ends in {text_files.ACCEPTED}. Rename or convert it.")
+    return [path]
+
+
+def left_out(named: Iterable[str]) -> str:
+    """What folders hold beside the files that are read, counted by suffix; "" for nothing."""
+    others: list[Path] = []
+    for folder in map(Path, named):
+        if folder.is_dir():
+            others += (
+                path
+                for path in sorted(folder.rglob("*"))
+                if path.is_file() and not path.name.startswith(".") and not text_files.kind_of(path)[0]
+            )
+    if not others:
+        return ""
+    counts = Counter("".join(path.suffixes[-2:]).lower() or "no suffix" for path in others)
+    kinds = ", ".join(f"{kind} ({count})" for kind, count in counts.most_common(8))
+    names = ", ".join(text_files.shown(Path(path.name)) for path in others[:5])
+    return (
+        f"{len(others)} files were left out: {kinds}; {names}{', ...' if len(others) > 5 else ''}. "
+        f"What is read: {text_files.ACCEPTED}."
+    )
+
+
+def _shown(item: str) -> str:
+    return text_files.shown(Path(item)) if item else item
+
+
+def content_digest(paths: Sequence[Path], val_path: Path | None) -> str:
+    """Tells whether the same texts are named again: the names and the bytes of all files."""
+    digest = hashlib.sha256()
+    for path in [*paths, *([val_path] if val_path else [])]:
+        digest.update(b"%s %d %s\n" % (os.fsencode(path.name), path == val_path, files.sha256(path).encode()))
+    return digest.hexdigest()[:16]
+
+
 def listing_digest(paths: Sequence[Path], val_path: Path | None) -> str:
-    """Tells whether the same files are named again: their names, sizes, first and last bytes."""
+    """What corpora of earlier releases know their files by: names, sizes, first and last bytes."""
     digest = hashlib.sha256()
     for path in [*paths, *([val_path] if val_path else [])]:
         size = path.stat().st_size
-        digest.update(f"{path.name} {size} {path == val_path}\n".encode())
+        digest.update(b"%s %d %s\n" % (os.fsencode(path.name), size, str(path == val_path).encode()))
         with path.open("rb") as file:
             digest.update(file.read(SAMPLED_BYTES))
             file.seek(max(0, size - SAMPLED_BYTES))
@@ -219,72 +265,25 @@ def listing_digest(paths: Sequence[Path], val_path: Path | None) -> str:
 
 
 def local_documents(paths: Iterable[Path]) -> Iterator[str]:
-    """The documents of parquet (column `text`), jsonl (key `text`) and txt files, in order; none is empty.
+    """The documents of files of all kinds that `text_files` reads, in order; none is empty.
 
     Raises:
         UserError: a file is damaged, not UTF-8, or without text; says which and where.
     """
-    readers = {".parquet": _parquet_documents, ".jsonl": _jsonl_documents, ".txt": _txt_documents}
     for path in paths:
-        for document in readers[path.suffix](path):
-            if document.strip():
-                yield document
+        for text in text_files.documents(path, _pieces_of):
+            for document in split_text(text, MAX_DOCUMENT_CHARS):
+                if document.strip():
+                    yield document
 
 
-def _parquet_documents(path: Path) -> Iterator[str]:
-    try:
-        shards.counts(path)  # checks the schema
-        with pq.ParquetFile(path, pre_buffer=False) as file:  # or all of it is held while it is read
-            for batch in file.iter_batches(shards.BATCH_ROWS, columns=[shards.TEXT_COLUMN]):
-                for value in batch.column(0):
-                    yield from split_text(value.as_py() or "", MAX_DOCUMENT_CHARS)
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not a readable parquet file ({error}). Fetch or write it again.") from None
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Numbered lines, decoded, with their line end as a newline."""
-    offset = 0
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                text = line.decode("utf-8")
-            except UnicodeDecodeError as error:
-                raise UserError(
-                    f"{path}: byte {offset + error.start} is not UTF-8. Convert the file, "
-                    f"for example: iconv -f LATIN1 -t UTF-8 {path.name} > new.txt"
-                ) from None
-            offset += len(line)
-            if number == 1:
-                text = text.removeprefix("\ufeff")
-            yield number, text[:-2] + "\n" if text.endswith("\r\n") else text
-
-
-def _jsonl_documents(path: Path) -> Iterator[str]:
-    for number, line in _lines(path):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise UserError(f"{path}: line {number} is not JSON ({error}).") from None
-        text = value.get(shards.TEXT_COLUMN) if isinstance(value, dict) else None
-        if not isinstance(text, str):
-            raise UserError(f'{path}: line {number}: expected {{"text": "..."}}, found {line.strip()[:60]}')
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError:
-            raise UserError(f"{path}: line {number}: the text holds half a surrogate pair.") from None
-        yield from split_text(text, MAX_DOCUMENT_CHARS)
-
-
-def _txt_documents(path: Path) -> Iterator[str]:
-    """Pieces of a text file; a short file is one document. Holds a few pieces and a line at a time."""
+def _pieces_of(parts: Iterable[str]) -> Iterator[str]:
+    """Pieces of a plain text that comes in parts; a short text is one document. Holds a few at a time."""
     held: list[str] = []
     chars = 0
-    for _, line in _lines(path):
-        held.append(line)
-        chars += len(line)
+    for part in parts:
+        held.append(part)
+        chars += len(part)
         if chars > 8 * PIECE_CHARS:
             *ready, rest = split_text("".join(held), PIECE_CHARS)
             yield from (piece.strip("\n") for piece in ready)

@@ -30,7 +30,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from nanochat import arrival, config, corpora, files, hub, locks, shards, token_shards, typed_json
+from nanochat import arrival, config, corpora, files, hub, locks, shards, text_files, token_shards, typed_json
 from nanochat.checksums import BrokenFileError, ChecksummedFile
 from nanochat.errors import UserError, cli
 from nanochat.progress import bytes_bar
@@ -252,7 +252,7 @@ def prepare(
         num_shards: training shards of a corpus of the hub; None for all.
         first: how many of them to fetch now; None for all. The others stay planned.
         named_files: files and folders of a local corpus.
-        val_file: the validation file of a local corpus; "" holds out the last hundredth.
+        val_file: the validation file of a local corpus; "" holds out the end.
         name: of the corpus folder; "" for the corpus's own.
 
     Raises:
@@ -285,7 +285,7 @@ def prepare(
     return Corpus.open(folder.name)
 
 
-def _existing(folder: Path, source: str) -> Corpus | None:
+def _existing(folder: Path, *sources: str) -> Corpus | None:
     """The corpus of `folder` if its shards are there; None if it has to be made.
 
     Raises:
@@ -294,10 +294,10 @@ def _existing(folder: Path, source: str) -> Corpus | None:
     if not (folder / MANIFEST).is_file():
         return None
     corpus = Corpus.read_manifest(folder)
-    if not corpus.source.startswith(source):
+    if not corpus.source.startswith(sources):
         raise UserError(
-            f"{folder} holds a corpus from another source ({corpus.source}; asked for: {source}). "
-            "Give the new one a --name of its own, or delete the folder."
+            f"{folder} holds a corpus from another source, or its files have changed since ({corpus.source}; "
+            f"asked for: {sources[0]}). Give the new one a --name of its own, or delete the folder."
         )
     return None if corpus.absent else corpus
 
@@ -314,12 +314,13 @@ def _prepare_local(folder: Path, named: Sequence[str], val_file: str) -> None:
     if not named:
         if _existing(folder, "local files"):
             return
-        raise UserError(
-            "--corpus local: name the text with --files (parquet, jsonl, txt, or folders of them)."
-        )
+        raise UserError(f"--corpus local: name the text with --files (folders, or {text_files.ACCEPTED}).")
     paths, val_path = corpora.find_files(named, val_file)
-    source = f"local files, {len(paths)} of listing {corpora.listing_digest(paths, val_path)}"
-    if _existing(folder, source):
+    if others := corpora.left_out(named):
+        print(others)
+    known = f"local files, {len(paths)} of "
+    source = f"{known}content {corpora.content_digest(paths, val_path)}"
+    if _existing(folder, source, f"{known}listing {corpora.listing_digest(paths, val_path)}"):
         return
     write_corpus(folder, source, *corpora.local_splits(paths, val_path))
 
@@ -418,9 +419,15 @@ def summary(corpus: Corpus) -> str:
 def main() -> None:
     """Make, verify or list corpora."""
     args = config.parse(config.DatasetArgs)
+    damaged: list[str] = []
     if args.list:
         for manifest in sorted(files.data_dir("any").parent.glob(f"*/{MANIFEST}")):
-            print(summary(Corpus.read_manifest(manifest.parent)))
+            try:
+                print(summary(Corpus.read_manifest(manifest.parent)))
+            except UserError as error:
+                damaged.append(str(error))
+        if damaged:
+            raise UserError("; ".join(damaged))
     elif args.verify:
         verify_all(Corpus.read_manifest(files.data_dir(args.name or args.corpus)))
     else:
@@ -434,7 +441,7 @@ def main() -> None:
         )
         print(summary(corpus))
         if args.files and not args.val_file:
-            print("No --val-file was named: the last hundredth of the documents is validation.")
+            print("No --val-file was named: the end of the text is validation.")
 
 
 if __name__ == "__main__":

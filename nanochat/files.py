@@ -202,7 +202,12 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic_dir(path: Path) -> Iterator[Path]:
-    """Yield a temporary sibling folder; on success its files are made durable and it replaces `path`."""
+    """Yield a temporary sibling folder; on success its files are made durable and it replaces `path`.
+
+    Where `path` is a link, as to a larger disk, the folder behind it is replaced and the link stays.
+    """
+    if path.is_symlink():
+        path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     written = temporary(path)
     shutil.rmtree(written, ignore_errors=True)

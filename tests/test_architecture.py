@@ -36,7 +36,7 @@ LAYERS = (
     )
     + ("loop", "links", "replicas", "watchdog"),
     ("flags", "config", "recipe", "schedule", "model_config", "scaling")
-    + ("tokenizer", "checksums", "token_shards", "shards", "packing")
+    + ("tokenizer", "checksums", "token_shards", "shards", "packing", "text_files")
     + ("core_stats", "core_batches", "run_files"),
     ("arrival", "corpora", "hub", "dataset", "sdpa", "attention", "attention_times", "backends")
     + (

@@ -72,7 +72,7 @@ def test_a_file_that_is_not_utf8_is_refused_at_its_byte(tmp_path: Path) -> None:
         ("{broken", "line 2 is not JSON"),
         ('{"txt": "a"}', "line 2: expected"),
         ('{"text": 3}', "line 2: expected"),
-        ('["text"]', "line 2: expected"),
+        ("[3]", "line 2: expected"),
         ('{"text": "\\ud800"}', "line 2: the text holds half a surrogate pair"),
     ],
 )
@@ -114,7 +114,7 @@ def test_unusable_names_are_refused(tmp_path: Path) -> None:
     for name, message in [
         ("nothing.txt", "no such file"),
         ("x.csv", "expected a file"),
-        ("folder", "no .parquet"),
+        ("folder", "no file in this folder ends in .txt"),
     ]:
         with pytest.raises(UserError, match=message):
             find_files([str(tmp_path / name)], "")

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from nanochat import dataset, files, shards
+from nanochat import corpora, dataset, files, shards
 from nanochat.dataset import Corpus, prepare
 from nanochat.errors import UserError
 from tests.shard_files import read_texts
@@ -268,6 +268,68 @@ def test_stdlib_is_made_once(base_dir: Path) -> None:
     before = (corpus.folder / "manifest.json").stat().st_mtime_ns
     assert prepare("stdlib").fingerprint == corpus.fingerprint
     assert (corpus.folder / "manifest.json").stat().st_mtime_ns == before
+
+
+def test_a_file_edited_in_its_middle_is_another_source(tmp_path: Path) -> None:
+    path = tmp_path / "x.txt"
+    text = "".join(f"line {i} of a text\n" for i in range(15_000))
+    path.write_text(text)
+    first = prepare("local", named_files=[str(path)])
+    assert prepare("local", named_files=[str(path)]).fingerprint == first.fingerprint
+    path.write_text(text[:100_000] + text[100_000:200_000].upper() + text[200_000:])
+    with pytest.raises(UserError, match="its files have changed since"):
+        prepare("local", named_files=[str(path)])
+    assert Corpus.open("local").fingerprint == first.fingerprint
+
+
+def test_a_corpus_that_an_earlier_release_made_is_known_again(tmp_path: Path) -> None:
+    path = tmp_path / "x.txt"
+    path.write_text("some text\n\n" * 2000)
+    corpus = prepare("local", named_files=[str(path)])
+    manifest = json.loads((corpus.folder / "manifest.json").read_text("utf-8"))
+    manifest["source"] = f"local files, 1 of listing {corpora.listing_digest([path], None)}"
+    (corpus.folder / "manifest.json").write_text(json.dumps(manifest))
+    assert prepare("local", named_files=[str(path)]).source == manifest["source"]
+
+
+def test_a_link_to_another_disk_stays_and_the_data_are_behind_it(tmp_path: Path, base_dir: Path) -> None:
+    (tmp_path / "x.txt").write_text("some text\n\n" * 2000)
+    for name, there in (("empty", True), ("dangling", False)):
+        behind = tmp_path / "disk" / f"{name}-there"
+        if there:
+            behind.mkdir(parents=True)
+        link = base_dir / "data" / name
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(behind)
+        corpus = prepare("local", named_files=[str(tmp_path / "x.txt")], name=name)
+        assert link.is_symlink()
+        assert (behind / "manifest.json").is_file()
+        assert (corpus.name, Corpus.open(name).fingerprint) == (name, corpus.fingerprint)
+    assert sorted(p.name for p in (base_dir / "data").iterdir()) == ["dangling", "empty"]
+    assert sorted(p.name for p in (tmp_path / "disk").iterdir()) == ["dangling-there", "empty-there"]
+
+
+def test_the_list_goes_on_past_a_damaged_manifest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("a", "b", "c", "d"):
+        make(tmp_path / name, name=name)
+    for name, text in (("b", "{"), ("c", "[]")):
+        (files.data_dir(name) / "manifest.json").write_text(text)
+    monkeypatch.setattr(sys, "argv", ["dataset", "--list"])
+    with pytest.raises(SystemExit) as left:
+        dataset.main()
+    said = capsys.readouterr()
+    assert left.value.code == 2
+    assert [line[:3] for line in said.out.splitlines()] == ["a: ", "d: "]
+    assert said.err.count("manifest.json") >= 2
+
+
+def test_a_folder_says_what_it_leaves_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.txt").write_text("some text\n\n" * 2000)
+    (tmp_path / "b.pdf").write_text("x")
+    prepare("local", named_files=[str(tmp_path)])
+    assert "1 files were left out: .pdf (1); b.pdf. What is read: .txt" in capsys.readouterr().out
 
 
 def run_cli(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -237,9 +237,13 @@ def test_other_types_and_extension_types_are_refused(tmp_path: Path) -> None:
     ]
     for column in wrong:
         pq.write_table(pa.table({"text": column}), path)
-        for read in (lambda: read_texts(path, 0), lambda: list(corpora.local_documents([path]))):
+        with pytest.raises(UserError, match=r"x\.parquet: column 'text' holds"):
+            read_texts(path, 0)
+        if pa.types.is_binary(column.type):  # what a person brings may be bytes that are UTF-8
+            assert list(corpora.local_documents([path])) == ["a", "b"]
+        else:
             with pytest.raises(UserError, match=r"x\.parquet: column 'text' holds"):
-                read()
+                list(corpora.local_documents([path]))
     extended = pa.ExtensionArray.from_storage(Upper(), pa.array(["a", "b"]))
     pa.register_extension_type(Upper())
     try:
