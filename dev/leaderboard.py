@@ -75,7 +75,10 @@ def row(race: str, runs: Sequence[str]) -> list[str]:
         flops = f"{tokens * config['flops_per_token']:.3g}"
         return [*common, spread(scores, ".4f"), bpb, f"{tokens:.4g}", flops, minutes]
     losses = [significance.final_loss(run) for run in runs]
-    p = f"{significance.judge(losses).p:.2g}" if len(runs) > 1 else "one run"
+    p = "one run"
+    if len(runs) > 1:
+        found = significance.claim(runs)
+        p = f"{found.p:.2g}" + ("" if found.declared else ", runs not declared")
     steps = f"{summaries[0]['steps']:,}"
     return [*common, spread(losses, ".5f"), p, steps, f"{tokens:.4g}", minutes]
 

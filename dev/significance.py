@@ -1,21 +1,31 @@
 """Whether runs show that the mean validation loss is at or below a bar: the rule of the race to 3.28.
 
+    python -m dev.significance --declare 4 [--extend-to 8] RUN      # when the first run has begun
     python -m dev.significance RUN RUN ... [--target 3.28] [--level 0.01]
 
 One run below the bar may be luck. The rule of the modded-nanogpt speedrun: the runs of a record, which
 differ in their seed alone, must refute at p < 0.01 that their mean is above it. The test is Student's,
-one-sided, with the scatter that the runs have themselves. Runs that stopped because they had reached the bar
-are refused: they are below it by the way they were chosen.
+one-sided, with the scatter that the runs have themselves.
+
+Who looks after each run and stops when p is small believes six false records in a hundred, and who names the
+best four of twenty runs believes three of four. So the number of runs is declared before one has ended, their
+seeds are 0, 1, 2 ..., every run of the configuration is named, and a declared extension has each of its two
+looks at half the level. Runs that stopped because they had reached the bar are refused: they are below it by
+the way they were chosen.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import dataclasses
+import hashlib
 import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, TypedDict
 
 from dev import stats
 from nanochat import files
@@ -35,12 +45,14 @@ class Verdict:
         target: the bar.
         p: chance of losses so low if their mean were at the bar.
         level: that p must be below.
+        declared: whether the number of runs was fixed before one had ended; without, it is no claim.
     """
 
     losses: Sequence[float]
     target: float
     p: float
     level: float
+    declared: bool = True
 
     @property
     def holds(self) -> bool:
@@ -50,7 +62,7 @@ class Verdict:
     def describe(self) -> str:
         """In a few lines."""
         mean, stderr = stats.mean_and_stderr(self.losses)
-        verdict = "shown" if self.holds else "not shown"
+        verdict = "shown" if self.holds and self.declared else "not shown"
         test = f"one-sided t-test, p = {self.p:.2g}, {self.level} needed"
         lines = [
             f"{len(self.losses)} runs, validation loss {mean:.5f} +- {stderr:.5f} nats per token",
@@ -61,6 +73,11 @@ class Verdict:
             while stats.p_of_mean(mean - self.target, sd / math.sqrt(needed), needed) >= self.level:
                 needed += 1
             lines.append(f"with this mean and scatter it would be with {needed} runs")
+            lines.append("these do not count for them, unless an extension was declared")
+        if not self.declared:
+            lines.append(
+                "no claim: the number of runs was not declared before the first had ended (--declare)"
+            )
         return "\n".join(lines)
 
 
@@ -96,11 +113,28 @@ def final_loss(run: str) -> float:
     return float(summary["val_loss"])
 
 
+def configuration(config: dict[str, Any]) -> dict[str, Any]:
+    """What runs of one claim share: all arguments but those that are free, the corpus and the tokenizer."""
+    args = {name: value for name, value in config["args"].items() if name not in FREE}
+    return {"args": args, "fingerprints": config.get("fingerprints")}
+
+
+def runs_of(wanted: dict[str, Any]) -> list[str]:
+    """All runs of the base directory with a configuration, whether they have ended or not."""
+    found = []
+    for path in sorted((files.base_dir() / "runs").glob("*/config.json")):
+        with contextlib.suppress(UserError, KeyError, TypeError, AttributeError):  # not of this version
+            if configuration(files.read_json(path)) == wanted:
+                found.append(path.parent.name)
+    return found
+
+
 def require_alike(runs: Sequence[str]) -> dict[str, Any]:
     """The configuration that runs share but for their seed.
 
     Raises:
-        UserError: a run is named twice, two have one seed, or they differ in more than the seed.
+        UserError: a run is named twice, two have one seed, they differ in more than the seed, a seed is left
+            out, or a run of the same configuration.
     """
     configs = [files.read_json(files.run_dir(run) / "config.json") for run in runs]
     first = configs[0]
@@ -117,8 +151,72 @@ def require_alike(runs: Sequence[str]) -> dict[str, Any]:
     seeds = [config["args"]["seed"] for config in configs]
     if len(set(seeds)) < len(seeds):
         raise UserError(f"runs {', '.join(runs)}: their seeds are {seeds}; the same seed twice is one draw.")
+    if omitted := sorted(set(runs_of(configuration(first))) - set(runs)):
+        raise UserError(
+            f"run {omitted[0]!r} has the same configuration and is not named. A claim leaves out no run: "
+            "name it too, or move the folder of a run that never ended out of the runs."
+        )
+    if sorted(seeds) != list(range(len(seeds))):
+        raise UserError(
+            f"runs {', '.join(runs)}: their seeds are {sorted(seeds)}, expected 0 to {len(seeds) - 1}: seeds "
+            "with gaps may have been chosen. Train the missing ones."
+        )
     shared: dict[str, Any] = first
     return shared
+
+
+class Declared(TypedDict):
+    """How many runs a claim was to have, as it was said before one of them had ended."""
+
+    runs: int
+    extend_to: int | None
+
+
+def _declaration_of(config: dict[str, Any]) -> Path:
+    text = json.dumps(configuration(config), sort_keys=True)
+    return files.claim_file(hashlib.sha256(text.encode()).hexdigest()[:16])
+
+
+def declare(run: str, count: int, extend_to: int | None = None) -> Path:
+    """Fix the number of runs of a claim, by its first run, before any run of the configuration has ended.
+
+    Raises:
+        UserError: one has ended, another number was declared, or the numbers are none.
+    """
+    if count < 2 or (extend_to is not None and extend_to <= count):
+        raise UserError(
+            f"--declare {count} --extend-to {extend_to}: expected 2 runs or more, then still more."
+        )
+    config = files.read_json(files.run_dir(run) / "config.json")
+    if ended := [
+        name for name in runs_of(configuration(config)) if (files.run_dir(name) / "summary.json").exists()
+    ]:
+        raise UserError(f"run {ended[0]!r} of this configuration has ended: its loss may have been seen.")
+    path, said = _declaration_of(config), {"runs": count, "extend_to": extend_to}
+    if path.exists() and files.read_json(path) != said:
+        raise UserError(f"{path}: {files.read_json(path)} was declared for this configuration. It stays.")
+    files.write_json(path, said)
+    return path
+
+
+def claim(runs: Sequence[str], target: float = TARGET, level: float = LEVEL) -> Verdict:
+    """What the named runs show, by what was declared of them.
+
+    Raises:
+        UserError: as `require_alike`, `final_loss` and `judge`, or it is another number than was declared.
+    """
+    path = _declaration_of(require_alike(runs))
+    losses = [final_loss(run) for run in runs]
+    if not path.exists():
+        return dataclasses.replace(judge(losses, target, level), declared=False)
+    said: Declared = files.read_json(path, Declared)
+    looks = [number for number in (said["runs"], said["extend_to"]) if number is not None]
+    if len(runs) not in looks:
+        raise UserError(
+            f"{len(runs)} runs are named, and {' or '.join(map(str, looks))} were declared ({path}). "
+            "Train and name so many."
+        )
+    return judge(losses, target, level / len(looks))
 
 
 @cli
@@ -128,9 +226,17 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="names of runs that differ in their seed")
     parser.add_argument("--target", type=float, default=TARGET, help="the bar, nats per token")
     parser.add_argument("--level", type=float, default=LEVEL, help="that p must be below")
+    parser.add_argument("--declare", type=int, metavar="N", help="fix the number of runs, by the first one")
+    parser.add_argument(
+        "--extend-to", type=int, metavar="N", help="allow one extension, at half the level each"
+    )
     args = parser.parse_args()
-    require_alike(args.runs)
-    print(judge([final_loss(run) for run in args.runs], args.target, args.level).describe())
+    if args.declare is None:
+        print(claim(args.runs, args.target, args.level).describe())
+    elif len(args.runs) == 1:
+        print(f"declared: {declare(args.runs[0], args.declare, args.extend_to)}")
+    else:
+        raise UserError(f"--declare {args.declare}: name the first run alone.")
 
 
 if __name__ == "__main__":

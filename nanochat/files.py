@@ -111,6 +111,11 @@ def experiment_dir(name: str) -> Path:
     return _named("experiments", name)
 
 
+def claim_file(name: str) -> Path:
+    """How many runs were declared for a configuration, before one of them had ended."""
+    return base_dir() / "claims" / f"{name}.json"
+
+
 def eval_bundle_dir() -> Path:
     """Folder of the unpacked CORE tasks."""
     return base_dir() / "eval_bundle"

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import io
 import json
+import os
 import random
 import shutil
 import struct
@@ -16,6 +18,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
 from dev.fault_box import TINY, Box, expect_error, expect_ok, row
 
@@ -268,3 +271,172 @@ def e19(box: Box) -> None:
     ):
         expect_error(fetched(box, url), url)
     assert list(box.base.iterdir()) == []
+
+
+EVAL = ("--device-type=cpu", "--dtype=float32", "--eval-tokens=512", "--max-new-tokens=2")
+
+
+def scored_run(box: Box, bundle: bytes = zipped(TEXTS), name: str = "one") -> tuple[str, ...]:
+    """A run that has a checkpoint, and the flags that score it with CORE on a bundle."""
+    if not (box.base / "data").exists():
+        box.tiny()
+    expect_ok(box.run("base_train", *tiny_run(name)))
+    (box.folder / "b.zip").write_bytes(bundle)
+    return (f"--run={name}", *EVAL, f"--eval-bundle={box.folder / 'b.zip'}")
+
+
+def scores_of(box: Box, name: str = "one") -> dict[str, Any]:
+    """base_eval.json of a run."""
+    found: dict[str, Any] = json.loads((box.base / "runs" / name / "base_eval.json").read_text())
+    return found
+
+
+@row("E6", "base_eval --eval sample after a run was scored", wanted="what was not asked for stays")
+def e6(box: Box) -> None:
+    """The other parts one by one, too."""
+    flags = scored_run(box)
+    expect_ok(box.run("base_eval", *flags, "--eval=core"))
+    whole = scores_of(box)
+    for part in ("sample", "bpb"):
+        expect_ok(box.run("base_eval", *flags, f"--eval={part}"))
+        for name in ("core_metric", "tasks", "bundle"):
+            assert scores_of(box)[name] == whole[name], (part, name)
+    assert len(scores_of(box)["samples"]) == 6
+    assert scores_of(box)["bpb"]["val"] > 0
+
+
+@row("E9", "numbers of base_eval that no scoring can use", wanted="one line each, before anything is loaded")
+def e9(box: Box) -> None:
+    """Those that were tried, and others."""
+    for flag in (
+        "--core-metric-max-per-task=-3",
+        "--eval-batch-tokens=-5",
+        "--eval-tokens=-7",
+        "--eval-tokens=0",
+        "--device-batch-size=0",
+        "--max-new-tokens=-1",
+        "--core-crop-tokens=1",
+        "--step=-1",
+        "--dist-timeout=nan",
+    ):
+        expect_error(box.run("base_eval", "--run=one", flag), flag.partition("=")[0])
+
+
+@row(
+    "E10",
+    "base_eval without its corpus, tokenizer, step or runs",
+    wanted="one line each, before CORE is scored",
+)
+def e10(box: Box) -> None:
+    """Each thing is put back for the next."""
+    flags = scored_run(box)
+    for name in ("data/tiny", "tokenizers/tiny"):
+        place = box.base / name
+        place.rename(box.folder / "aside")
+        done = box.run("base_eval", *flags)
+        expect_error(done)
+        assert "CORE" not in done.stdout, done.stdout
+        (box.folder / "aside").rename(place)
+    expect_error(box.run("base_eval", *flags, "--step=99"), "99")
+    for words in (
+        ["--compare", "one"],
+        ["--compare", "one", "absent"],
+        ["--combine", "one"],
+        ["--combine", "one", "one"],
+    ):
+        expect_error(box.run("base_eval", *words))
+
+
+@row("T54", "base_eval killed between the answers and the scores", wanted="--compare refuses the mismatch")
+def t54(box: Box) -> None:
+    """The answers of a second scoring beside the scores of the first."""
+    flags = scored_run(box)
+    expect_ok(box.run("base_eval", *flags, "--eval=core"))
+    shutil.copytree(box.base / "runs" / "one", box.base / "runs" / "two")
+    expect_ok(box.run("base_eval", "--compare", "one", "two"))
+    stop = """
+import os, sys
+from nanochat import files
+write = files.write_json
+files.write_json = lambda path, value: os._exit(9) if path.name == "base_eval.json" else write(path, value)
+from scripts import base_eval
+base_eval.main()
+"""
+    done = box.python(stop, *flags, "--eval=core", "--core-metric-max-per-task=4")
+    assert done.returncode == 9, done.stderr[-300:]
+    line = expect_error(
+        box.run("base_eval", "--compare", "two", "one"), "core_predictions.jsonl", "not the answers"
+    )
+    assert "--run one --eval core" in line
+    expect_ok(box.run("base_eval", *flags, "--eval=core"))  # the remedy
+    expect_ok(box.run("base_eval", "--compare", "two", "one"))
+
+
+@row(
+    "T55",
+    "the questions change under one name between two scorings",
+    wanted="--compare refuses, the task is named",
+)
+def t55(box: Box) -> None:
+    """One question of six."""
+    flags = scored_run(box)
+    expect_ok(box.run("base_eval", *flags, "--eval=core"))
+    shutil.copytree(box.base / "runs" / "one", box.base / "runs" / "two")
+    other = TEXTS | {"eval_data/pets": TEXTS["eval_data/pets"].replace("a mat", "a rug", 1)}
+    (box.folder / "b.zip").write_bytes(zipped(other))
+    expect_ok(box.run("base_eval", *flags, "--eval=core"))
+    expect_error(box.run("base_eval", "--compare", "two", "one"), "sha256 of pets")
+    expect_error(box.run("base_eval", "--combine", "two", "one"), "sha256 of pets")
+
+
+@row(
+    "T80",
+    "eval bundles with YAML aliases and depth, a pipe, a link, NUL, 200,000 options, a long query",
+    wanted="refused or scored",
+)
+def t80(box: Box) -> None:
+    """As they are read before the first example is scored; none takes long."""
+    task = "{label: pets, dataset_uri: pets, num_fewshot: 1, icl_task_type: schema}"
+    laughs = "a0: &a0 [x]\n" + "".join(
+        f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 30)
+    )
+    many = json.dumps({"context_options": ["a"] * 200_000, "continuation": "b", "gold": 0})
+    for name, text in (
+        ("core.yaml", f"{laughs}icl_tasks: [{{label: pets, icl_task_type: *a29}}]"),
+        ("core.yaml", "[" * 3_000),
+        ("core.yaml", f"icl_tasks: [{task}]\0"),
+        ("core.yaml", "icl_tasks: [" + "9" * 5000 + "]"),
+        ("eval_data/pets", many + "\n"),
+        (
+            "eval_data/pets",
+            json.dumps({"context_options": ["a" * 6_000_000], "continuation": "b", "gold": 0}),
+        ),
+        ("eval_data/pets", "[" * 100_000),
+    ):
+        (box.folder / "x.zip").write_bytes(zipped(TEXTS | {name: text}))
+        expect_ok(box.python(READ, box.folder / "x.zip", timeout=100))
+    pipe = box.folder / "pipe.zip"
+    os.mkfifo(pipe)
+    expect_ok(box.python(READ, pipe, timeout=60))
+
+
+@row(
+    "T90",
+    "a full disk under the cache of tokens, the answers, the scores",
+    wanted="nothing computed is lost; one line",
+)
+def t90(box: Box) -> None:
+    """The calls fail as on a full disk; what was found is on the console in each case."""
+    flags = scored_run(box)
+    for name, refused in (("eval_tokens", False), ("core_predictions.jsonl", True), ("base_eval.json", True)):
+        shutil.rmtree(box.base / "eval_tokens", ignore_errors=True)
+        env = box.faulty("write", name, errno.ENOSPC)
+        done = box.run("base_eval", *flags, env=env)
+        assert "CORE 1.0000" in done.stdout or "CORE -" in done.stdout or "CORE 0" in done.stdout, done.stdout
+        assert "bits per byte, val" in done.stdout
+        if refused:
+            expect_error(done, name, "No space left", "printed above")
+        else:
+            expect_ok(done)
+            assert done.stdout.count("warning: tokens of prompts were not kept") == 1
+    expect_ok(box.run("base_eval", *flags))
