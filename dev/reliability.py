@@ -56,6 +56,7 @@ PROMISES = {
     "P17": "One rank and many are the same optimizer",
     "P18": "A checkpoint of an older release loads",
     "P19": "Resuming with other data, tokenizer or plan is refused",
+    "P20": "Ids are tiktoken's for the same ranks and pattern",
 }
 
 

@@ -22,6 +22,7 @@ from nanochat import (
     files,
     hardware,
     hf_model,
+    run_files,
 )
 from nanochat.config import EvalArgs, TrainArgs, from_dict
 from nanochat.core_compare import Combined, Difference
@@ -170,6 +171,22 @@ def _end(sheet: ScoreFiles, world: World) -> None:
     if sheet.folder is not None:
         print(f"written: {sheet.folder / SCORES}")
     world.barrier()
+
+
+def is_scored(run: str, parts: str) -> bool:
+    """Whether base_eval.json has these parts of the newest checkpoint: by its step and its weights.
+
+    Times of files say nothing about it: a clock can be set back, and a copy can be newer than what it is of.
+    """
+    try:
+        scores = run_files.read_scores(run)
+    except UserError:  # damaged, or not there
+        return False
+    newest = max(checkpoint_files.steps_of(run), default=scores.get("step"))
+    weights = None if newest is None else _weights_of(run, newest)
+    # Older versions wrote neither the weights nor the parts, and all parts at once.
+    same = scores.get("step") == newest and scores.get("weights", weights) == weights
+    return same and set(parse_parts(parts)) <= set(scores.get("parts", PARTS))
 
 
 def parse_parts(text: str) -> tuple[str, ...]:

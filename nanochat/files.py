@@ -144,7 +144,8 @@ def attention_times_file() -> Path:
 def keep_compiled() -> Path:
     """The folder where torch.compile keeps what it makes: TORCHINDUCTOR_CACHE_DIR, by default a part of ours.
 
-    It has no setting for that but the environment, so the variable is set; before anything is compiled.
+    It has no setting for that but the environment, so the variable is set; before torch's compiler is
+    imported, which sets it otherwise.
     """
     return Path(os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(base_dir() / "compiled")))
 

@@ -211,6 +211,44 @@ def speed(device: torch.device, dtype: torch.dtype) -> Speed:
     return Speed(measured, "measured", measured)
 
 
+def cpu_quota(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> float | None:
+    """Cores' worth of time that a container may use, by the tightest control group; None for all."""
+    quotas = []
+    for line in own.read_text("utf-8").splitlines() if own.exists() else []:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        base = root / "cpu" if controllers else root
+        folder = base / path.strip("/")
+        # A container may see its own group as the root, whatever it is called outside.
+        groups = [base, *(group for group in (folder, *folder.parents) if base in group.parents)]
+        quotas += [_quota_of(group) for group in groups]
+    return min((quota for quota in quotas if quota), default=None)
+
+
+def _quota_of(group: Path) -> float | None:
+    """Quota over period of one control group, of either version."""
+    names = ("cpu.max",) if (group / "cpu.max").exists() else ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+    try:
+        quota, period = " ".join((group / name).read_text("utf-8") for name in names).split()
+        return int(quota) / int(period) if int(quota) > 0 else None
+    except (OSError, ValueError, ZeroDivisionError):  # not there, or "max"
+        return None
+
+
+def quota_hint(device: torch.device) -> str:
+    """What to do where a container may use less than the cores it sees, and waiting threads spin."""
+    quota = cpu_quota() if device.type == "cpu" else None
+    passive = os.environ.get("OMP_WAIT_POLICY", "").upper() == "PASSIVE"
+    threads = torch.get_num_threads()
+    if quota is None or passive or threads <= max(1, quota):
+        return ""
+    return (
+        f"hint: {threads} threads compute, and this container may use {quota:g} cores: what they spend on "
+        "waiting for each other is lost. Faster with OMP_WAIT_POLICY=PASSIVE in the environment."
+    )
+
+
 def available_memory_bytes(device: torch.device) -> int | None:
     """What can still be allocated: of the GPU where there is one, else of the machine; None if not told."""
     if device.type == "cuda":

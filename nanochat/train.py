@@ -269,6 +269,8 @@ def _prepare(plan: Plan, state: TrainState, precision: Precision, world: World) 
     """Choose the rows of a micro-batch that fit, and compile; the plan with those rows."""
     needed = memory.plan_memory(plan, state, world, precision.compute_dtype)
     world.print0(needed.describe(hardware.available_memory_bytes(world.device)))
+    if hint := hardware.quota_hint(world.device):
+        world.print0(hint)
     plan = scaling.with_micro_batch(plan, needed.rows)
     state.loader.device_batch_size = plan.device_batch_size
     compiles, reason = hardware.choose_compile(world.device, plan.args.compile)

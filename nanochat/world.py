@@ -22,6 +22,7 @@ from torch.distributed import distributed_c10d
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
+from nanochat import files
 from nanochat.errors import UserError
 from nanochat.hardware import detect_device
 
@@ -193,6 +194,7 @@ def join(device_type: str = "auto", timeout_s: float = 600.0) -> Iterator[World]
     Raises:
         UserError: the device is absent, torchrun's variables are unusable, or a rank does not come.
     """
+    files.keep_compiled()  # before torch, which sets it at the first import of its compiler
     if "RANK" not in os.environ:
         yield World.solo(detect_device(device_type, 0))
         return

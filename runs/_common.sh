@@ -130,7 +130,20 @@ pip_install() { # REQUIREMENT...
     return
   fi
   "$PYTHON" -m pip --version >/dev/null 2>&1 || "$PYTHON" -m ensurepip >/dev/null
-  "$PYTHON" -m pip install ${quiet:+"$quiet"} --disable-pip-version-check "$@"
+  # Older ones install no folder without a setup.py; Python 3.10.0 to 3.10.2 put 21.2.4 into an environment.
+  if pip_is_older_than 21 3; then pip_here ${quiet:+"$quiet"} --upgrade pip; fi
+  pip_here ${quiet:+"$quiet"} "$@"
+}
+
+pip_here() { # into .venv, also where the user's settings say --user or another folder
+  PIP_USER=0 env -u PIP_TARGET -u PIP_PREFIX -u PIP_ROOT \
+    "$PYTHON" -m pip install --disable-pip-version-check "$@"
+}
+
+pip_is_older_than() { # MAJOR MINOR
+  "$PYTHON" -m pip --version 2>/dev/null | awk -v major="$1" -v minor="$2" '
+    $1 == "pip" { split($2, v, "."); older = v[1] * 1000 + v[2] < major * 1000 + minor }
+    END { exit !older }'
 }
 
 install_key() { # what an installation depends on; Python sources do not count, they are used where they are
@@ -177,12 +190,10 @@ finished() { # RUN_FOLDER: training came to its end, or to its target loss
   [ -f "$1/summary.json" ] && grep -qE '"status": "(finished|target_reached)"' "$1/summary.json"
 }
 
-scored() { # RUN_FOLDER: base_eval.json is newer than every checkpoint
-  local manifest
-  [ -f "$1/base_eval.json" ] || return 1
-  for manifest in "$1"/checkpoints/step_*/MANIFEST.json; do
-    [ "$1/base_eval.json" -nt "$manifest" ] || return 1
-  done
+scored() { # RUN_FOLDER PARTS: base_eval.json has these parts of the newest checkpoint; times of files do not say that
+  [ -f "$1/base_eval.json" ] &&
+    "$PYTHON" -c 'import sys; from nanochat import base_eval; sys.exit(not base_eval.is_scored(*sys.argv[1:]))' \
+      "${1##*/}" "$2"
 }
 
 count_gpus() { if have nvidia-smi; then nvidia-smi -L | grep -c '^GPU' || true; else say 0; fi; }

@@ -34,7 +34,7 @@ for depth in $DEPTHS; do
     step "training $run" launch "$NPROC" scripts.base_train --depth "$depth" "$@" --run "$run" --corpus "$CORPUS" \
       --eval-tokens "$EVAL_TOKENS" --resume auto
   fi
-  if ! scored "$folder"; then
+  if ! scored "$folder" core,bpb; then
     step "evaluation of $run" launch "$NPROC" scripts.base_eval --run "$run" --eval core,bpb \
       --eval-bundle "$EVAL_BUNDLE" --eval-tokens "$EVAL_TOKENS"
     "$PYTHON" -m nanochat.report --run "$run"

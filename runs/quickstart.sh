@@ -35,7 +35,7 @@ need_disk "$BASE" 1 "the quickstart"
 step "corpus" "$PYTHON" -m nanochat.dataset --corpus "$CORPUS"
 step "tokenizer" "$PYTHON" -m scripts.tok_train --corpus "$CORPUS" --vocab-size "$VOCAB_SIZE"
 step "training" "$PYTHON" -m scripts.base_train --run "$RUN" --corpus "$CORPUS" "${TRAIN[@]}" --resume auto
-if scored "$FOLDER"; then
+if scored "$FOLDER" core,bpb,sample; then
   printf '\nScored already; to score again, delete %s/base_eval.json.\n' "$FOLDER"
 else
   step "evaluation" "$PYTHON" -m scripts.base_eval --run "$RUN" "${EVAL[@]}"

@@ -27,7 +27,7 @@ fi
 
 prepare_data "$CORPUS" "$NPROC" "${TRAIN[@]}"
 step "training" launch "$NPROC" scripts.base_train "${TRAIN[@]}" --resume auto
-if scored "$FOLDER"; then
+if scored "$FOLDER" core,bpb,sample; then
   printf '\nScored already; to score again, delete %s/base_eval.json.\n' "$FOLDER"
 else
   step "evaluation" launch "$NPROC" scripts.base_eval --run "$RUN" --eval core,bpb,sample --eval-bundle "$EVAL_BUNDLE"

@@ -34,7 +34,7 @@ for seed in $SEEDS; do
   run=$RUN-s$seed
   folder=$(run_dir "$run")
   step "training, seed $seed" launch "$NPROC" scripts.base_train "${TRAIN[@]}" --seed "$seed" --run "$run" --resume auto
-  if scored "$folder"; then
+  if scored "$folder" bpb,sample; then
     printf '\nScored already; to score again, delete %s/base_eval.json.\n' "$folder"
   else
     step "evaluation, seed $seed" launch "$NPROC" scripts.base_eval --run "$run" --eval bpb,sample

@@ -394,23 +394,6 @@ def test_speedrun_says_how_many_gpus_it_found(machine: Machine) -> None:
     assert "NPROC=8 GPUs are asked for and nvidia-smi lists 0" in result.stderr
 
 
-def test_scores_older_than_a_checkpoint_are_made_again(machine: Machine) -> None:
-    run = machine.repo.parent / "run"
-    manifest = run / "checkpoints" / "step_000010" / "MANIFEST.json"
-    manifest.parent.mkdir(parents=True)
-    manifest.write_text("{}", "utf-8")
-
-    def scored() -> bool:
-        return machine.call(f'scored "{run}"').returncode == 0
-
-    assert not scored()
-    (run / "base_eval.json").write_text("{}", "utf-8")
-    for seconds, expected in ((5, True), (-5, False)):
-        then = manifest.stat().st_mtime + seconds
-        os.utime(run / "base_eval.json", (then, then))
-        assert scored() is expected
-
-
 def test_only_a_run_that_came_to_its_end_is_finished(machine: Machine, tmp_path: Path) -> None:
     for status, expected in (("finished", 0), ("stopped", 1)):
         files.write_json(tmp_path / "run" / "summary.json", {"run": "r", "status": status})
@@ -427,6 +410,93 @@ def call_here(code: str, **environment: str) -> subprocess.CompletedProcess[str]
         text=True,
         timeout=120,
     )
+
+
+@pytest.fixture
+def scored_run() -> Path:
+    """A run of two checkpoints, and scores of the newest."""
+    folder = files.run_dir("r")
+    for step in (1, 2):
+        listed = {"files": {"model.safetensors": {"sha256": f"of {step}"}}}
+        files.write_json(folder / "checkpoints" / f"step_{step:06d}" / "MANIFEST.json", listed)
+    parts = dict.fromkeys(("core", "bpb"), {})
+    files.write_json(folder / "base_eval.json", {"step": 2, "weights": "of 2", "parts": parts})
+    return folder
+
+
+def scored(folder: Path, parts: str = "core,bpb") -> bool:
+    result = call_here(f'scored "{folder}" {parts}')
+    assert result.stderr == ""
+    return result.returncode == 0
+
+
+def test_scores_of_the_newest_checkpoint_are_not_made_again_whatever_the_clock_says(scored_run: Path) -> None:
+    for time in (1, 4_000_000_000):
+        os.utime(scored_run / "base_eval.json", (time, time))
+        assert scored(scored_run)
+
+
+@pytest.mark.parametrize(
+    ("scores", "expected"),
+    [
+        ({"step": 1, "weights": "of 1"}, False),  # of an older checkpoint
+        ({"step": 2, "weights": "of others"}, False),  # of another one at this step
+        ({"step": 2}, True),  # by a version that wrote neither weights nor parts
+        ({"step": 2, "weights": "of 2", "parts": {"core": {}}}, False),  # stopped before all parts were done
+        ({}, False),
+    ],
+)
+def test_scores_of_another_checkpoint_are_made_again(
+    scored_run: Path, scores: dict[str, object], expected: bool
+) -> None:
+    files.write_json(scored_run / "base_eval.json", scores)
+    assert scored(scored_run) is expected
+
+
+@pytest.mark.parametrize("contents", ["", "not JSON", "[1]", None])
+def test_scores_that_cannot_be_read_are_made_again(scored_run: Path, contents: str | None) -> None:
+    path = scored_run / "base_eval.json"
+    path.unlink()
+    if contents is not None:
+        path.write_text(contents)
+    assert not scored(scored_run)
+
+
+# Writes down what pip is asked, and where the user's settings would have it install.
+PIP = """
+case "$3" in
+  --version) cat "$HOME/pip" ;;
+  *) set -- "$*" "user=${PIP_USER:-}" "target=${PIP_TARGET:-}" "prefix=${PIP_PREFIX:-}" "root=${PIP_ROOT:-}"
+     echo "$*" >>"$HOME/calls" ;;
+esac
+"""
+
+
+def pip_calls(machine: Machine, version: str) -> list[str]:
+    machine.put("python3", PIP)
+    (machine.repo.parent / "pip").write_text(f"pip {version} from /x (python 3.10)\n")
+    result = machine.call('PYTHON=python3; pip_install -e ".[plots]"')
+    assert result.returncode == 0, result.stderr
+    return calls(machine)
+
+
+@pytest.mark.parametrize("version", ["9.0.1", "19.3", "21.2.4", "21.0"])
+def test_a_pip_that_is_too_old_for_us_is_renewed_first(machine: Machine, version: str) -> None:
+    renewal, installation = pip_calls(machine, version)
+    assert "--upgrade pip " in renewal
+    assert "-e .[plots]" in installation
+
+
+@pytest.mark.parametrize("version", ["21.3", "21.3.1", "22.0", "26.1", "101.0"])
+def test_a_pip_that_is_new_enough_is_left_alone(machine: Machine, version: str) -> None:
+    (installation,) = pip_calls(machine, version)
+    assert "-e .[plots]" in installation
+
+
+def test_settings_that_install_elsewhere_are_not_ours(machine: Machine) -> None:
+    machine.environment = {"PIP_USER": "1", "PIP_TARGET": "/a", "PIP_PREFIX": "/b", "PIP_ROOT": "/c"}
+    for call in pip_calls(machine, "21.2.4"):
+        assert call.endswith(" user=0 target= prefix= root=")
 
 
 def test_the_table_of_runs_has_a_row_a_run_and_gaps_where_nothing_is_measured(tmp_path: Path) -> None:
