@@ -131,8 +131,8 @@ impl Encoder {
         let bytes: usize = texts.iter().map(|text| text.as_ref().len()).sum();
         // Four bytes an id.
         flat.ids.reserve(bytes / 4 + 1);
+        check()?;
         for text in texts {
-            check()?;
             self.encode_into(text.as_ref(), cache, &mut flat.ids, check)?;
             flat.offsets.push(flat.ids.len());
         }
