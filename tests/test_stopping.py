@@ -5,11 +5,16 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import Future
+from pathlib import Path
 
 import pytest
 
-from nanochat.stopping import ECHO_S, SIGNALS, stop_signals
+from nanochat import arrival, lanes, stopping
+from nanochat.lanes import Lane, LoaderCounters
+from nanochat.stopping import ECHO_S, SIGNALS, STOPPED, StoppedEarly, keep_work, requested, stop_signals
 from tests.conftest import REPO
 
 # Says when it is ready, then blocks where no handler runs: waiting for another thread's lock in C.
@@ -53,3 +58,103 @@ def test_a_second_signal_ends_at_once_a_process_that_is_blocked() -> None:
     finally:
         process.kill()
         process.wait()
+
+
+def test_a_stop_before_there_is_work_ends_at_once_where_the_program_is() -> None:
+    with stop_signals(has_work=False) as stop_requested:
+        with pytest.raises(StoppedEarly):
+            signal.raise_signal(signal.SIGTERM)
+        assert stop_requested()
+    with stop_signals(has_work=False):
+        assert not requested()  # the one before has ended
+        keep_work()
+        signal.raise_signal(signal.SIGTERM)
+        assert requested()
+
+
+def test_within_another_nothing_changes() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with stop_signals() as outer:
+        handler = signal.getsignal(signal.SIGTERM)
+        with stop_signals() as inner:
+            signal.raise_signal(signal.SIGTERM)
+            assert inner()
+        assert signal.getsignal(signal.SIGTERM) is handler
+        assert outer()
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_hangup_that_is_ignored_stays_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stop_signals() as stop_requested:
+            signal.raise_signal(signal.SIGHUP)
+            assert not stop_requested()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_in_a_thread_the_process_is_asked_and_nothing_installed() -> None:
+    asked: list[bool] = []
+
+    def work() -> None:
+        with stop_signals() as stop_requested:
+            asked.append(stop_requested())
+
+    before = signal.getsignal(signal.SIGTERM)
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert len(asked) == 1
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+# Blocked in C before there is anything to save.
+EARLY = """
+import threading
+from nanochat import arrival, lanes, stopping
+from nanochat.lanes import Lane, LoaderCounters
+stopping.HEED_S = 0.2
+with stopping.stop_signals(has_work=False):
+    print("ready", flush=True)
+    lock = threading.Lock()
+    lock.acquire()
+    while True:
+        try:
+            lock.acquire()
+        except stopping.StoppedEarly:
+            pass
+"""
+
+
+def test_a_stop_before_there_is_work_is_heeded_by_a_process_that_is_blocked() -> None:
+    process = subprocess.Popen([sys.executable, "-c", EARLY], cwd=REPO, stdout=subprocess.PIPE)
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == STOPPED
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_loader_that_waits_hears_the_stop_and_draws_nothing() -> None:
+    lane = Lane(lambda epoch, position: Future(), 3, LoaderCounters())
+    lane.move(1, 2, 5)
+    asked = iter([False, False, True])
+    lanes_poll, lanes.POLL_S = lanes.POLL_S, 0.01
+    try:
+        with pytest.raises(stopping.Stopped):
+            lane.take(4, lambda: next(asked))
+    finally:
+        lanes.POLL_S = lanes_poll
+    assert lane.cursor == (1, 2, 5)
+
+
+def test_whoever_waits_for_a_shard_hears_the_stop(tmp_path: Path) -> None:
+    (tmp_path / ".tmp-fetch.1").mkdir()  # a download that lives
+    with stop_signals():
+        signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(stopping.Stopped):
+            arrival.wait_for(tmp_path / "shard_00001.parquet")
