@@ -93,12 +93,16 @@ class Campaign:
         more, start = self._prepare(how, before)
         log = files.run_dir(self.run).with_name(f"{self.run}-{number}.log")
         log.parent.mkdir(parents=True, exist_ok=True)
+        log.touch()  # it is read before the process has opened it
         process = self._start(number, log, self.run, more)
-        self._wait_for_a_moment(process, number, start, log)
-        self._end(process, number, log)
+        try:
+            self._wait_for_a_moment(process, number, start, log)
+            self._end(process, number, log)
+        finally:
+            kill(process)
         told = log.read_text(errors="replace")
         assert self.ranks > 1 or "Traceback" not in told, told[-2000:]
-        stepped = re.search(r"^step +\d+/", told, re.MULTILINE) is not None
+        stepped = steps_shown(log) > 0
         saved = {int(step) for step in re.findall(r"^saved .*step_(\d{6,}) in", told, re.MULTILINE)}
         promised, whole = {step for step in before if step <= start} | saved, self.whole()
         assert len(whole) >= min(self.keep_last, len(promised)), f"{sorted(whole)} of {sorted(promised)}"
@@ -145,7 +149,7 @@ class Campaign:
             until, condition = time.monotonic() + self.rng.uniform(0, 6 if number % 8 == 7 else 1), None
         else:
             steps = start + self.rng.randrange(1, 3 * EVERY)
-            until, condition = deadline, lambda: self.reached() >= steps
+            until, condition = deadline, lambda: steps_shown(log) >= steps
         while process.poll() is None and time.monotonic() < until:
             if condition is not None and condition():
                 break
@@ -164,20 +168,24 @@ class Campaign:
         code = process.poll()
         assert code in (None, 0), f"exit {code}: {log.read_text()[-2000:]}"
         if number % 3 < 2:
-            kill(process)
             return
         os.kill(process.pid, self.rng.choice(STOPS if self.ranks == 1 else STOPS[:1]))
         try:
             code = process.wait(120)
         except subprocess.TimeoutExpired:
             raise AssertionError("alive two minutes after the signal") from None
-        finally:
-            kill(process)
         told = log.read_text(errors="replace")
         if self.ranks == 1:  # torchrun has an exit code of its own
             assert code in (0, STOPPED), f"exit {code}: {told[-1500:]}"
         if (stopped := re.search(r"stopped by a signal after step (\d+)", told)) is not None:
             assert int(stopped[1]) in self.whole(), f"step {stopped[1]} is lost: {told[-1500:]}"
+
+
+def steps_shown(log: Path) -> int:
+    """The step that a session has come to, by its console."""
+    return max(
+        map(int, re.findall(r"^step +(\d+)/.*loss", log.read_text(errors="replace"), re.MULTILINE)), default=0
+    )
 
 
 def kill(process: Process) -> None:
