@@ -10,6 +10,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -57,24 +59,26 @@ def flags(*more: object) -> list[str]:
 
 
 _finished: list[Box] = []
+_making = threading.Lock()
 
 
 def finished(box: Box) -> None:
     """Put the run into the box, finished, with checkpoints of steps 4, 8 and 12; made once."""
-    if not _finished:
-        made = Box(Path(box.folder.parent) / "ckpt-finished")
-        made.tiny()
-        expect_ok(made.run("base_train", *flags("--save-every=4", "--keep-last=9")))
-        _finished.append(made)
+    with _making:
+        if not _finished:
+            made = Box(Path(tempfile.mkdtemp(prefix="ckpt-finished-", dir=box.folder.parent)) / "box")
+            made.tiny()
+            expect_ok(made.run("base_train", *flags("--save-every=4", "--keep-last=9"), timeout=900))
+            _finished.append(made)
     shutil.copytree(_finished[0].base, box.base, dirs_exist_ok=True)
 
 
 def train(box: Box, *more: object, **how: Any) -> subprocess.CompletedProcess[str]:
-    return box.run("base_train", *flags(*more), **how)
+    return box.run("base_train", *flags(*more), timeout=900, **how)
 
 
 def signalled(box: Box, number: int, at: int, *more: object) -> subprocess.CompletedProcess[str]:
-    return box.python(SIGNALLED, int(number), at, *flags(*more))
+    return box.python(SIGNALLED, int(number), at, *flags(*more), timeout=900)
 
 
 def folder(box: Box, step: int = 0) -> Path:
