@@ -63,6 +63,19 @@ class TextSize:
         """The share of the tokens that no row of a context holds, of the split that loses more."""
         return max(_cropped_share(lengths, context + 1) for lengths in (self.train, self.val))
 
+    def require_rows(self, plan: Plan) -> None:
+        """Refuse a plan that crops all there is, before anything is built.
+
+        Raises:
+            UserError: no row of one of the splits is filled.
+        """
+        context = plan.model.sequence_len
+        if not plan.args.keep_tails and self.cropped_share(context) == 1:
+            raise UserError(
+                f"--no-keep-tails: the documents of one of the splits fill no row of --max-seq-len={context} "
+                "tokens. Leave --no-keep-tails out, or give a shorter --max-seq-len."
+            )
+
     def describe(self, plan: Plan) -> str:
         """How large the text is, and how often a plan reads it."""
         epochs = plan.tokens / max(1.0, self.tokens)
@@ -195,7 +208,7 @@ def plan_for(args: TrainArgs, corpus: Corpus | None, tokenizer: Tokenizer, world
         world_size: number of ranks.
 
     Raises:
-        UserError: as `scaling.plan`; or a shard is absent or damaged.
+        UserError: as `scaling.plan`; a shard is absent or damaged; or the text fills no row.
     """
     config.require_possible(args)
     text = measure(corpus, tokenizer) if corpus is not None and is_measured(corpus) else None
@@ -206,6 +219,7 @@ def plan_for(args: TrainArgs, corpus: Corpus | None, tokenizer: Tokenizer, world
         args, told = fit(args, tokenizer.vocab_size, text)
     plan = scaling.plan(args, tokenizer.vocab_size, world_size)
     if text is not None:
+        text.require_rows(plan)
         told = (text.describe(plan), *told)
     elif corpus is not None and not args.dry_run and (n := epochs_for(corpus, tokenizer, plan.tokens)) > 1:
         told = (f"the corpus is smaller than the horizon: it will be read about {n:.1f} times", *told)

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from nanochat import dataset, files, scaling, small_text, tok_train
 from nanochat.config import TokTrainArgs, TrainArgs
 from nanochat.dataset import Corpus
+from nanochat.errors import UserError
 from nanochat.small_text import TextSize, fit
 from nanochat.tokenizer import Tokenizer
 from tests.conftest import REPO
@@ -113,6 +114,16 @@ def test_a_validation_split_that_fills_no_row_keeps_its_tails() -> None:
     args, told = fit(dataclasses.replace(D4, max_seq_len=256), 1024, TextSize(20_000, 1e6, many, few))
     assert args.keep_tails is True
     assert "cropping would lose 100% of the text" in told[-1]
+
+
+def test_rows_that_nothing_fills_are_refused_before_anything_is_built() -> None:
+    lengths = np.array([5, 5])
+    text = TextSize(2, 20, lengths, lengths)
+    plan = scaling.plan(TrainArgs(depth=1, max_seq_len=256, keep_tails=False), 300)
+    with pytest.raises(UserError, match="Leave --no-keep-tails out, or give a shorter --max-seq-len"):
+        text.require_rows(plan)
+    text.require_rows(scaling.plan(TrainArgs(depth=1, max_seq_len=256, keep_tails=True), 300))
+    text.require_rows(scaling.plan(TrainArgs(depth=1, max_seq_len=4, keep_tails=False), 300))
 
 
 def test_a_vocabulary_is_of_a_size_that_the_text_fills() -> None:
