@@ -173,4 +173,5 @@ def load(name: str, device: torch.device, dtype: torch.dtype) -> tuple[HFScorer,
         raise UserError(
             f"--hf {name}: its tokenizer is a slow one, or has neither BOS nor EOS. Use another model."
         )
-    return HFScorer(model.to(device)), HFEncoder(tokenizer)
+    placed: Any = model  # whose own types change with the release
+    return HFScorer(placed.to(device)), HFEncoder(tokenizer)

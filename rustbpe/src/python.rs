@@ -2,7 +2,7 @@
 //!
 //! Splitting, counting, training, encoding, and decoding of arrays run with the GIL released, and stop at Ctrl-C. What
 //! reads or makes objects of Python holds it, and cannot do without: `str` to UTF-8, numbers of a list (decoded as they
-//! are read), and the lists, `bytes` and `str` that are returned.
+//! are read), and the lists, `bytes` and `str` that are returned. An array is copied first, so that nobody changes it.
 
 mod texts;
 
@@ -297,15 +297,11 @@ impl Tokenizer {
             }
         } else if let Ok(array) = ids.cast::<PyArray1<u32>>() {
             let array = array.readonly();
-            let copy;
-            let numbers = if let Ok(numbers) = array.as_slice() {
-                numbers
-            } else {
-                copy = array.as_array().to_vec();
-                &copy
-            };
-            let decode = || vocab.decode(numbers.iter().copied());
-            return Ok(if size_of_val(numbers) < DETACH_MIN_BYTES { decode() } else { py.detach(decode) }?);
+            if let Some(ids) = array.as_slice().ok().filter(|ids| size_of_val(*ids) < DETACH_MIN_BYTES) {
+                return Ok(vocab.decode(ids.iter().copied())?);
+            }
+            let ids = array.as_array().to_vec(); // without the GIL another thread could write to it meanwhile
+            return Ok(py.detach(|| vocab.decode(ids.into_iter()))?);
         }
         let mut list = Vec::with_capacity(ids.len().unwrap_or(0));
         for id in ids.try_iter()? {
