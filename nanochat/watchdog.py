@@ -104,19 +104,27 @@ class Watchdog:
         while not self._stop.wait(self._beat_s):
             self._arm()
             before, last = time.monotonic(), before
-            if before - last > max(SLEPT * self._timeout_s, 2 * self._beat_s):
+            if self._slept(before - last):
                 self._wake(before, before - last)
             try:
                 self._leave_note()
                 self._read_notes()
             except RuntimeError as error:  # torch's errors of the store are
+                if self._slept(time.monotonic() - before):
+                    continue  # its time-out ran while we slept: the next round sees the gap
                 self._end(f"the launcher of the run does not answer any more ({error})", True, True)
+            if self._slept(time.monotonic() - before):
+                continue  # the notes are from before the sleep
             if waited := self._all_wait():
                 self._end(f"all ranks wait in one collective for {waited:.0f} s", self._world.is_main, True)
             if late := self._late():
                 healthy = [rank for rank in range(self._world.size) if rank not in late]
                 speaker = min(healthy, default=0)
                 self._end("\n".join(late.values()), self._world.rank == speaker, self._world.rank in late)
+
+    def _slept(self, gap_s: float) -> bool:
+        """Whether this process was stopped, by how long two lines of it were apart."""
+        return gap_s > max(SLEPT * self._timeout_s, 2 * self._beat_s)
 
     def _wake(self, now: float, slept_s: float) -> None:
         """Begin to wait anew: the others slept too, or will be found late by what they do from here on."""
