@@ -511,6 +511,7 @@ def test_a_download_of_another_machine_lives_while_it_is_renewed(tmp_path: Path)
         (HERE, NOBODY, 0),  # killed a moment ago
         (HERE, os.getpid(), -86_400),
     ],
+    ids=["elsewhere, old", "elsewhere, ahead", "here, killed", "here, ahead"],  # process ids differ by worker
 )
 def test_a_dead_download_is_not_waited_for_and_is_swept(
     tmp_path: Path, place: str, pid: int, age_s: float
