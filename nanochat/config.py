@@ -217,7 +217,7 @@ class EvalArgs:
     core_metric_max_per_task: int = flag(0, "examples of each task; 0 means all", at_least=0)
     core_crop_tokens: int | None = flag(
         None,
-        "longer prompts of CORE lose their beginning; by default the model's context",
+        "longer prompts of CORE lose their beginning; by default those that the model cannot read",
         at_least=2,
         at_most=2**24,
     )

@@ -21,7 +21,7 @@ from nanochat.core_prompts import DCLM, NANOCHAT
 from nanochat.core_results import CoreResult, Prediction, TaskScore, choose, score_task
 from nanochat.core_scoring import Clock, Scorer, score_spans
 from nanochat.core_tasks import Bundle, Example, Task
-from nanochat.core_tokens import Encoder, Prompts, Row
+from nanochat.core_tokens import Encoder, Prompts
 from nanochat.errors import UserError
 from nanochat.stopping import Stopped
 from nanochat.world import World
@@ -73,34 +73,34 @@ def evaluate(
         world: the examples are split over its ranks; all ranks return the same result.
         variant: one of core_prompts.VARIANTS.
         batch_tokens: most positions in a forward pass of several rows, padding included.
-        crop_tokens: longer prompts lose their beginning; by default as `_crop_of` says.
+        crop_tokens: longer prompts lose their beginning; by default those that the model cannot read.
         keep_going: leave out tasks whose file is faulty; then there is no CORE.
         on_task: called on every rank with each task's score as soon as it is known.
         stop_requested: asked now and then; if it says so on any rank, all of them raise `Stopped`.
 
     Raises:
-        UserError: a faulty bundle, all of which is checked first, or a prompt longer than the model reads.
+        UserError: a faulty bundle, all of which is checked first.
     """
-    crop_tokens = _crop_of(model, variant, crop_tokens)
-    clock, started = Clock(), time.perf_counter()
+    clock, started, limit = Clock(), time.perf_counter(), _crop_of(model, variant, crop_tokens)
     unkept: list[str] = []
     suite, faults = _load_suite(bundle, keep_going)
     clock.add("reading", started)
     scores, predictions = list[TaskScore](), list[Prediction]()
     for task, examples, digest in suite:
-        job = _Job(model, tokenizer, task, variant, batch_tokens, crop_tokens, clock, stop_requested, unkept)
+        job = _Job(model, tokenizer, task, variant, batch_tokens, limit, clock, stop_requested, unkept)
         answers = job.run(examples, max_per_task, world)
         scores.append(_score_of(task, digest, examples, answers))
         predictions.extend(answers)
         on_task(scores[-1])
     computed, finished, scored = _sums(clock, world)
+    cropped = crop_tokens is not None or any(score.cropped_prompts for score in scores)
     return CoreResult(
         bundle=bundle.name,
         variant=variant,
         tasks=tuple(scores),
         predictions=tuple(predictions),
         context_tokens=model.context_tokens,
-        crop_tokens=crop_tokens,
+        crop_tokens=limit if cropped else None,
         seconds=time.perf_counter() - started,
         seconds_of=dict(clock.seconds),
         computed_tokens=computed,
@@ -111,14 +111,14 @@ def evaluate(
     )
 
 
-def _crop_of(model: Scorer, variant: str, asked: int | None) -> int | None:
-    """How many tokens are left of longer prompts; None where none is cropped.
+def _crop_of(model: Scorer, variant: str, asked: int | None) -> int:
+    """How many tokens are left of longer prompts.
 
-    By default karpathy/nanochat's prompts to our own models are whole, as there; others have the context.
+    By default karpathy/nanochat's prompts to our own models are whole, as there, as far as rotary tables go:
+    to end on one longer prompt would lose the scores of all the others. Other prompts have the context.
     """
     if asked is None:
-        whole = variant == NANOCHAT and model.longest_tokens > model.context_tokens
-        return None if whole else model.context_tokens
+        return model.longest_tokens if variant == NANOCHAT else model.context_tokens
     if not 2 <= asked <= model.longest_tokens:
         raise UserError(
             f"--core-crop-tokens={asked}: expected 2 (a token and what follows it) to "
@@ -170,7 +170,7 @@ class _Job:
     task: Task
     variant: str
     batch_tokens: int
-    crop_tokens: int | None
+    crop_tokens: int
     clock: Clock
     stop_requested: Callable[[], bool]
     unkept: list[str]
@@ -184,7 +184,7 @@ class _Job:
         groups = core_prompts.arrange(self.task, examples, max_examples, self.variant)
         self.clock.add("rendering", started)
         answers: list[Prediction] = []
-        with self.model.room(self.crop_tokens or self.model.longest_tokens):
+        with self.model.room(self.crop_tokens):
             for group in groups:
                 passages = [passage_of[example.line] for example in group]
                 answers.extend(self._run_group(group, passages, len(answers), world))
@@ -204,7 +204,7 @@ class _Job:
             if self.stop_requested():
                 break
             started = time.perf_counter()
-            rows = [self._rows(prompts, group[index], index) for index in window]
+            rows = [prompts.rows(index, self.crop_tokens) for index in window]
             self.clock.add("tokenizing", started)
             spans = [Span(row.ids, row.start, row.end) for own in rows for row in own]
             found = iter(
@@ -220,7 +220,7 @@ class _Job:
                 losses, greedy = zip(*(next(found) for _ in own), strict=True)
                 is_choice = self.task.kind != core_tasks.LANGUAGE_MODELING
                 answer = choose(losses) if is_choice else (0 if greedy[0] else -1)
-                beyond = sum(len(row.ids) > self.model.context_tokens for row in own)
+                beyond = sum(len(row.ids) > self.model.context_tokens and not row.cropped for row in own)
                 line = [answer, sum(row.cropped for row in own), beyond, *losses]
                 table[index, : len(line)] = torch.tensor(line)
         filled = world.all_reduce_sum(table.to(world.device)).tolist()
@@ -245,16 +245,6 @@ class _Job:
             passage=passage,
             category=example.category if self.variant == DCLM else "",
         )
-
-    def _rows(self, prompts: Prompts, example: Example, index: int) -> list[Row]:
-        """The rows of one example, none of them longer than the model can read."""
-        rows = prompts.rows(index, self.crop_tokens)
-        if (tokens := max(len(row.ids) for row in rows)) > self.model.longest_tokens:
-            raise UserError(
-                f"{self.task.member}:{example.line}: a prompt of {tokens} tokens; the model can read "
-                f"{self.model.longest_tokens}. Crop it: --core-crop-tokens {self.model.context_tokens}."
-            )
-        return rows
 
     def _windows(self, prompts: Prompts, passages: Sequence[int], world: World) -> Iterator[list[int]]:
         """This rank's examples, some at a time: those of one passage together, where they can share it."""
