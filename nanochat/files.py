@@ -156,15 +156,26 @@ def fsync_dir(path: Path) -> None:
         return
     fd = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(fd)
+        with _naming(path):
+            os.fsync(fd)
     finally:
         os.close(fd)
 
 
 def fsync_file(path: Path) -> None:
     """Make a file's bytes durable."""
-    with path.open("rb") as file:
+    with _naming(path), path.open("rb") as file:
         os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Give errors of the system the name of the file: those of calls on a descriptor have none."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 def temporary(path: Path, kind: str = "tmp") -> Path:
@@ -306,7 +317,7 @@ def is_alive(pid: int) -> bool:
 
 def atomic_write(path: Path, data: bytes | str) -> None:
     """Write a whole file: readers see the old one or the new one, never a part."""
-    with atomic_path(path) as written:
+    with atomic_path(path) as written, _naming(path):
         written.write_bytes(data.encode("utf-8") if isinstance(data, str) else data)
 
 

@@ -261,3 +261,18 @@ def test_bytes_that_are_no_text_are_written_as_their_digits(tmp_path: Path) -> N
         "text": "caf\u00e9 \U0001f600",
         r"\xff": 1,
     }
+
+
+def test_an_error_of_a_descriptor_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system says "Input/output error" of a descriptor; a person has to know of which file."""
+
+    def fail(descriptor: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    for write in (files.fsync_file, files.fsync_dir, lambda path: files.write_json(path / "a.json", {})):
+        target = tmp_path if write is not files.fsync_file else tmp_path / "file"
+        (tmp_path / "file").touch()
+        with pytest.raises(OSError, match="Input/output error") as caught:
+            write(target)
+        assert str(tmp_path) in str(caught.value.filename)
