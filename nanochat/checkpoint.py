@@ -186,20 +186,28 @@ def _rows(meta: dict[str, Any]) -> Any:
 
 
 def _require_counters(meta: dict[str, Any], folder: Path) -> None:
-    numbers = [meta.get(name) for name in COUNTERS]
-    scale = meta.get("loss_scale", [])
-    if (
-        not isinstance(scale, list)
-        or len(scale) not in (0, 2)
-        or not all(type(number) in (int, float) for number in (*numbers, *scale) if number is not None)
-        or None in (*numbers[:4], *scale)
-        or type(meta["step"]) is not int
-        or folder.name != f"step_{meta['step']:06d}"
-        or not isinstance(meta.get("loader"), dict)
-        or type(_rows(meta)) is not int
-        or _rows(meta) < 1
-    ):
-        raise UserError(f"{folder / STATE}: its counters are {numbers}. Use another checkpoint.")
+    """Every number that a run goes on with is one; the first that is not is named."""
+
+    def numbers(values: Any) -> bool:
+        return isinstance(values, list) and all(type(value) in (int, float) for value in values)
+
+    given: dict[str, Any] = {name: meta.get(name) for name in COUNTERS}  # the last three may be null
+    right = {name: value is None or numbers([value]) for name, value in given.items()}
+    right |= {name: numbers([given[name]]) for name in COUNTERS[:4]}
+    right["step"] = type(meta.get("step")) is int and folder.name == f"step_{meta['step']:06d}"
+    given |= {
+        "loss_scale": meta.get("loss_scale", []),
+        "loader": meta.get("loader"),
+        "device_batch_size": _rows(meta),
+    }
+    right["loss_scale"] = numbers(given["loss_scale"]) and len(given["loss_scale"]) in (0, 2)
+    right["loader"] = isinstance(given["loader"], dict)
+    rows = given["device_batch_size"]
+    right["device_batch_size"] = type(rows) is int and rows >= 1
+    for name, good in right.items():
+        if not good:
+            value = repr(given[name])[:80]
+            raise UserError(f"{folder / STATE}: {name} is {value}. Use another checkpoint.")
 
 
 def _require_fit(tensors: dict[str, Tensor], model: GPT, path: Path) -> None:

@@ -453,6 +453,7 @@ def t59(box: Box) -> None:
     finished(box)
     path = folder(box, 12) / STATE
     good = path.read_text()
+    plan = json.loads(good)["plan"]
     hostile: list[dict[str, Any]] = [
         {"step": 13},
         {"step": "12"},
@@ -466,7 +467,7 @@ def t59(box: Box) -> None:
         {"loss_scale": ["a", "b"]},
         {"fingerprints": None},
         {"plan": []},
-        {"plan": {"args": {}, "model": {"n_layer": 10**9}}},
+        {"plan": {**plan, "model": {**plan["model"], "n_layer": 10**9}}},
         {"format": 2},
     ]
     code = """
