@@ -71,7 +71,7 @@ LIBRARY = sorted((REPO / "nanochat").rglob("*.py"))
 SCRIPTS = sorted((REPO / "scripts").glob("*.py"))
 CODE = [*LIBRARY, *SCRIPTS]
 
-READ_ENVIRONMENT = ("files", "world")
+READ_ENVIRONMENT = ("files", "hardware", "world")
 PURE = (
     "typed_json",
     "files",
@@ -171,7 +171,7 @@ def test_nothing_in_a_file_can_be_executed_by_reading_it(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", CODE, ids=name_of)
-def test_the_environment_is_read_in_two_places(path: Path) -> None:
+def test_the_environment_is_read_in_three_places(path: Path) -> None:
     if path.stem in READ_ENVIRONMENT:
         return
     for node in ast.walk(tree_of(path)):

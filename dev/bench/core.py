@@ -67,13 +67,15 @@ def ours(model: GPT, tokenizer: Tokenizer, bundle: Bundle, examples: int, batch_
 def theirs(
     model: GPT, tokenizer: Tokenizer, bundle: Bundle, examples: int
 ) -> tuple[float, list[naive_core.Answer]]:
-    """The naive answers, and the seconds they took."""
+    """The naive answers, and the seconds they took; prompts are whole, as they are by default."""
     started = time.perf_counter()
     found: list[naive_core.Answer] = []
-    for task in core_tasks.load_tasks(bundle):
-        crop = model.config.sequence_len
-        all_of_it = core_tasks.load_examples(bundle, task)
-        found += naive_core.answers(model, tokenizer, task, all_of_it, examples, crop)
+    scorer = core_scoring.GPTScorer(model)
+    longest = scorer.longest_tokens
+    with scorer.room(longest):
+        for task in core_tasks.load_tasks(bundle):
+            all_of_it = core_tasks.load_examples(bundle, task)
+            found += naive_core.answers(model, tokenizer, task, all_of_it, examples, longest)
     return time.perf_counter() - started, found
 
 
