@@ -380,7 +380,7 @@ def d12(box: Box) -> None:
     process.send_signal(signal.SIGINT)
     assert process.wait(120) == STOPPED, box.output(1)[-400:]
     for seconds in (0.3, 1.0, 3.0):
-        process = box.start("dataset", "--corpus=stdlib", "--name=s", "--overwrite")
+        process = box.start("dataset", "--corpus=stdlib", "--name=s")
         time.sleep(seconds)
         process.send_signal(signal.SIGINT)
         code = process.wait(120)
