@@ -183,6 +183,7 @@ def run(
             go on from is of another run.
     """
     plan = scaling.with_precision(plan, str(precision.compute_dtype).removeprefix("torch."), precision.fp8)
+    memory.require_room(plan, world, precision.compute_dtype)
     with stop_signals() as stop_requested, _sole_owner(plan, world):
         return _run(plan, corpus, tokenizer, precision, world, stop_requested)
 
@@ -216,7 +217,6 @@ def _run(
 ) -> dict[str, Any]:
     folder = files.run_dir(plan.args.run_name)
     fingerprints = {"corpus": corpus.fingerprint, "tokenizer": tokenizer.fingerprint}
-    memory.require_room(plan, world, precision.compute_dtype)
     start = starting_point(plan, world)
     state = create_state(plan, corpus, tokenizer, precision, world)
     if start is not None:

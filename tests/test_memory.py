@@ -286,7 +286,7 @@ def test_rows_that_no_run_has_are_refused(rows: Any, tmp_path: Path) -> None:
     tiny_corpus(tmp_path)
     train_tiny(num_iterations=1)
     meta = checkpoint_files.read_state(checkpoint_files.folder_of("tiny", 1))
-    with pytest.raises(UserError, match="counters"):
+    with pytest.raises(UserError, match="device_batch_size"):
         checkpoint._require_counters(
             {**meta, "device_batch_size": rows}, checkpoint_files.folder_of("tiny", 1)
         )
