@@ -320,7 +320,9 @@ def test_a_full_disk_costs_nothing_but_the_save(share: float) -> None:
         [sys.executable, "-c", textwrap.dedent(script)], cwd=REPO, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 2, done.stderr
-    assert done.stderr.startswith("error: ")
-    assert len(done.stderr.splitlines()) == 1
+    *warnings, last = done.stderr.splitlines()  # where not a byte can be written, metrics say so as well
+    assert last.startswith("error: ")
+    assert [line for line in warnings if not line.startswith("warning: ") or "metrics.jsonl" not in line] == []
+    assert len(warnings) <= 1
     assert [path.name for path in folder.iterdir()] == ["step_000008"]
     checkpoint_files.verify(folder / "step_000008")

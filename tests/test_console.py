@@ -40,6 +40,7 @@ def run(tmp_path: Path, stdout: Any, **env: str) -> subprocess.CompletedProcess[
         stdout=stdout,
         stderr=subprocess.PIPE,
         text=True,
+        errors="replace",
     )
 
 

@@ -43,8 +43,9 @@ def old(base_dir: Path) -> None:
 
 def go_on(**changes: Any) -> dict[str, Any]:
     """Resume the old run with the arguments that its config.json holds."""
-    asked = files.read_json(files.run_dir("old") / "config.json", dict)["args"] | {"resume": "auto"} | changes
-    args = config.from_dict(TrainArgs, asked)
+    path = files.run_dir("old") / "config.json"
+    asked = files.read_json(path, dict)["args"] | {"resume": "auto"} | changes
+    args = config.from_dict(TrainArgs, asked, path)
     tokenizer = Tokenizer.load(files.tokenizer_dir(args.tokenizer_name))
     plan = scaling.plan(args, tokenizer.vocab_size)
     return train.run(plan, Corpus.open(args.corpus), tokenizer, FP32, World.solo())
@@ -99,7 +100,8 @@ def test_the_run_goes_on_as_that_commit_would_have() -> None:
 
 def test_its_rows_of_a_micro_batch_are_kept() -> None:
     """They are in the plan of that version alone."""
-    args = config.from_dict(TrainArgs, files.read_json(files.run_dir("old") / "config.json", dict)["args"])
+    path = files.run_dir("old") / "config.json"
+    args = config.from_dict(TrainArgs, files.read_json(path, dict)["args"], path)
     tokenizer = Tokenizer.load(files.tokenizer_dir("texts"))
     plan = scaling.plan(args, tokenizer.vocab_size)
     state = train.create_state(plan, Corpus.open("texts"), tokenizer, FP32, World.solo())
