@@ -322,7 +322,9 @@ def test_a_full_disk_costs_nothing_but_the_save(share: float) -> None:
     assert done.returncode == 2, done.stderr
     *warnings, last = done.stderr.splitlines()  # where not a byte can be written, metrics say so as well
     assert last.startswith("error: ")
-    assert [line for line in warnings if not line.startswith("warning: ") or "metrics.jsonl" not in line] == []
-    assert len(warnings) <= 1
+    assert [
+        line for line in warnings if not line.startswith("warning: ") or "metrics.jsonl" not in line
+    ] == []
+    assert len(warnings) <= 2  # at its first line, and at the end
     assert [path.name for path in folder.iterdir()] == ["step_000008"]
     checkpoint_files.verify(folder / "step_000008")
