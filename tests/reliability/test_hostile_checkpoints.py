@@ -125,13 +125,14 @@ def test_a_thousand_mutated_files_under_a_manifest_that_fits_never_crash(folder:
     found = figure("P11", "mutated files under a manifest made to fit: refused, or of the right shapes")
     model, _, _ = checkpoint.load_model("tiny", 12, device=CPU, precision=FP32)
     want = {name: p.shape for name, p in model.named_parameters()}
+    plan = scaling.plan(tiny_args(), model.config.vocab_size)
     optimizer = MuonAdamW(
         dict(model.named_parameters()),
         model.parameter_kinds(),
-        scaling.plan(tiny_args(), model.config.vocab_size).groups,
+        plan.groups,
         World.solo(),
         torch.float32,
-        model.config.constants.polar_norm_factor,
+        plan.polar_norm_factor,
     )
     for n in range(MUTATIONS):
         path = folder / NAMES[n % 3]
