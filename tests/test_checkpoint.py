@@ -24,7 +24,7 @@ from nanochat.gpt import GPT
 from nanochat.hardware import Precision
 from nanochat.tokenizer import Tokenizer
 from tests.conftest import REPO
-from tests.tiny import tiny_corpus, train_tiny
+from tests.tiny import train_tiny, trained_base
 
 FP32 = Precision(torch.float32, "sdpa")
 
@@ -32,12 +32,7 @@ FP32 = Precision(torch.float32, "sdpa")
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base directory with a finished run that has checkpoints of steps 8 and 12."""
-    folder = tmp_path_factory.mktemp("trained")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("NANOCHAT_BASE_DIR", str(folder / "base"))
-        tiny_corpus(folder)
-        train_tiny()
-    return folder / "base"
+    return trained_base(tmp_path_factory.mktemp("trained"))
 
 
 @pytest.fixture(autouse=True)

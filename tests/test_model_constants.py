@@ -25,7 +25,7 @@ from nanochat.same_run import require_same_run
 from nanochat.scaling import Plan
 from nanochat.world import World
 from tests.conftest import REPO
-from tests.tiny import tiny_corpus, train_tiny
+from tests.tiny import train_tiny, trained_base
 
 CPU, FP32 = torch.device("cpu"), Precision(torch.float32, "sdpa")
 
@@ -117,12 +117,7 @@ def test_nothing_but_the_plan_is_made_of_a_recipe() -> None:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base directory with a run of the July of today."""
-    folder = tmp_path_factory.mktemp("trained")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("NANOCHAT_BASE_DIR", str(folder / "base"))
-        tiny_corpus(folder)
-        train_tiny(num_iterations=4)
-    return folder / "base"
+    return trained_base(tmp_path_factory.mktemp("trained"), num_iterations=4)
 
 
 def answers() -> dict[str, Any]:

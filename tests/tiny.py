@@ -7,6 +7,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from nanochat import dataset, files, scaling, train
@@ -88,3 +89,12 @@ def command_line(**changes: object) -> list[str]:
         for name, value in asked.items()
         if value is not None and value is not False and value != ""
     ]
+
+
+def trained_base(folder: Path, **changes: object) -> Path:
+    """A base directory below `folder` with the tiny corpus and a finished run of TINY or a variation."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NANOCHAT_BASE_DIR", str(folder / "base"))
+        tiny_corpus(folder)
+        train_tiny(**changes)
+    return folder / "base"

@@ -40,6 +40,13 @@ def transformers_or_skip(box: Box) -> None:
         raise Skip("transformers is not installed (extra eval)")
 
 
+def exported(box: Box) -> None:
+    """The run "a", and the folder that transformers loads; skipped where transformers is not installed."""
+    transformers_or_skip(box)
+    trained(box)
+    expect_ok(box.run("export", "--run=a"))
+
+
 def generated(box: Box, *flags: str) -> str:
     """What generate prints."""
     result = box.run("generate", "--run=a", "--device-type=cpu", *flags)
@@ -95,9 +102,7 @@ def t89(box: Box) -> None:
 @row("E12", "greedy text of the exported folder in transformers", wanted="equal")
 def t91(box: Box) -> None:
     """Both, beside ours."""
-    transformers_or_skip(box)
-    trained(box)
-    expect_ok(box.run("export", "--run=a"))
+    exported(box)
     code = """
 import sys, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -121,9 +126,7 @@ assert greedy.tolist()[0] == row.tolist()[0][:greedy.size(1)]
 @row("E13", "a text that spells <|bos|> in transformers", wanted="our ids")
 def t92(box: Box) -> None:
     """Also other specials, and in a batch."""
-    transformers_or_skip(box)
-    trained(box)
-    expect_ok(box.run("export", "--run=a"))
+    exported(box)
     code = """
 import sys
 from transformers import AutoTokenizer
@@ -257,9 +260,7 @@ def e11(box: Box) -> None:
 @row("E14", "two prompts of different length in one generate() of transformers", wanted="works")
 def e14(box: Box) -> None:
     """Padded at either side, each gives what it gives alone."""
-    transformers_or_skip(box)
-    trained(box)
-    expect_ok(box.run("export", "--run=a"))
+    exported(box)
     code = """
 import sys
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -279,9 +280,7 @@ assert added(texts, "left") == alone and added(texts, "right") == alone
 @row("E15", "base_eval --hf on our own exported folder", wanted="one line, no question")
 def e15(box: Box) -> None:
     """Nothing waits for an answer on the console."""
-    transformers_or_skip(box)
-    trained(box)
-    expect_ok(box.run("export", "--run=a"))
+    exported(box)
     result = box.run(
         "base_eval", "--hf", box.base / "runs" / "a" / "hf", "--eval-bundle=mini", stdin=subprocess.DEVNULL
     )

@@ -26,7 +26,7 @@ from nanochat.hardware import Precision
 from nanochat.optim import MuonAdamW
 from nanochat.world import World
 from tests.conftest import REPO
-from tests.tiny import tiny_args, tiny_corpus, train_tiny
+from tests.tiny import tiny_args, train_tiny, trained_base
 
 NAMES = (MODEL, OPTIMIZER, STATE, MANIFEST)
 MUTATIONS = 1000
@@ -37,12 +37,7 @@ CPU, FP32 = torch.device("cpu"), Precision(torch.float32, "sdpa")
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base directory with a finished run that has checkpoints of steps 8 and 12."""
-    folder = tmp_path_factory.mktemp("trained")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("NANOCHAT_BASE_DIR", str(folder / "base"))
-        tiny_corpus(folder)
-        train_tiny()
-    return folder / "base"
+    return trained_base(tmp_path_factory.mktemp("trained"))
 
 
 @pytest.fixture(autouse=True)
