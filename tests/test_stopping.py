@@ -112,16 +112,16 @@ def test_in_a_thread_the_process_is_asked_and_nothing_installed() -> None:
 # Blocked in C before there is anything to save.
 EARLY = """
 import threading
-from nanochat import arrival, lanes, stopping
-from nanochat.lanes import Lane, LoaderCounters
+from nanochat import stopping
 stopping.HEED_S = 0.2
+lock = threading.Lock()
+lock.acquire()
 with stopping.stop_signals(has_work=False):
-    print("ready", flush=True)
-    lock = threading.Lock()
-    lock.acquire()
     while True:
         try:
-            lock.acquire()
+            print("ready", flush=True)
+            while True:
+                lock.acquire()
         except stopping.StoppedEarly:
             pass
 """
