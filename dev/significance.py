@@ -188,13 +188,15 @@ def declare(run: str, count: int, extend_to: int | None = None) -> Path:
             f"--declare {count} --extend-to {extend_to}: expected 2 runs or more, then still more."
         )
     config = files.read_json(files.run_dir(run) / "config.json")
+    path, said = _declaration_of(config), {"runs": count, "extend_to": extend_to}
+    if path.exists():
+        if files.read_json(path) != said:
+            raise UserError(f"{path}: {files.read_json(path)} was declared for this configuration. It stays.")
+        return path
     if ended := [
         name for name in runs_of(configuration(config)) if (files.run_dir(name) / "summary.json").exists()
     ]:
         raise UserError(f"run {ended[0]!r} of this configuration has ended: its loss may have been seen.")
-    path, said = _declaration_of(config), {"runs": count, "extend_to": extend_to}
-    if path.exists() and files.read_json(path) != said:
-        raise UserError(f"{path}: {files.read_json(path)} was declared for this configuration. It stays.")
     files.write_json(path, said)
     return path
 

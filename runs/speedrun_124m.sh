@@ -4,7 +4,7 @@
 # with the shards.
 #
 #   bash runs/speedrun_124m.sh
-#   SEEDS="0 1 2 3" bash runs/speedrun_124m.sh                 # a claim wants several
+#   SEEDS="0 1 2 3" bash runs/speedrun_124m.sh                 # a claim wants several, and says how many at the start
 #   bash runs/speedrun_124m.sh --num-iterations 2500           # flags go to base_train
 #   RUN=try bash runs/speedrun_124m.sh --target-loss 3.28      # ends where it is reached, which makes no claim
 #
@@ -15,6 +15,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/_common.sh"
 NPROC=${NPROC:-$(count_gpus)}   # GPUs
 RUN=${RUN:-speedrun-124m}       # the runs are called RUN-s<seed>
 SEEDS=${SEEDS:-0}
+read -r -a SEED_LIST <<<"$SEEDS"
 CORPUS=fineweb10B-gpt2
 TRAIN=(--recipe speedrun-124m --depth 12 "$@" --corpus "$CORPUS")
 
@@ -28,12 +29,24 @@ shards=$(shards_needed "$CORPUS" "$NPROC" "${TRAIN[@]}")
 # All of them before the clock starts: a step that waited for a shard would count as training.
 step "$shards shards of $CORPUS" "$PYTHON" -m nanochat.dataset --corpus "$CORPUS" -n "$shards"
 
+declare_when_begun() { # FOLDER RUN: fix how many runs the claim has, before the loss of one is known
+  until [ -f "$1/config.json" ]; do sleep 5; done
+  "$PYTHON" -m dev.significance --declare "${#SEED_LIST[@]}" "$2"
+}
+
 RUNS=()
 ended_early=''
-for seed in $SEEDS; do
+declaring=''
+for seed in "${SEED_LIST[@]}"; do
   run=$RUN-s$seed
   folder=$(run_dir "$run")
+  if [ "${#SEED_LIST[@]}" -gt 1 ] && [ "${#RUNS[@]}" -eq 0 ]; then
+    declare_when_begun "$folder" "$run" &
+    declaring=$!
+    trap '[ -z "$declaring" ] || kill "$declaring" 2>/dev/null || true' EXIT
+  fi
   step "training, seed $seed" launch "$NPROC" scripts.base_train "${TRAIN[@]}" --seed "$seed" --run "$run" --resume auto
+  if [ -n "$declaring" ]; then wait "$declaring" || true; declaring=''; fi # it has said why not
   if scored "$folder" bpb,sample; then
     printf '\nScored already; to score again, delete %s/base_eval.json.\n' "$folder"
   else

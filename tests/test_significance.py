@@ -185,11 +185,12 @@ def test_a_declared_extension_has_two_looks_at_half_the_level() -> None:
 
 def test_what_was_declared_stays_and_comes_before_the_first_end() -> None:
     begun("r0", 0)
-    significance.declare("r0", 4)
-    significance.declare("r0", 4)
+    path = significance.declare("r0", 4)
     with pytest.raises(UserError, match="was declared for this configuration"):
         significance.declare("r0", 3)
     a_run("r1", 1)
+    assert significance.declare("r0", 4) == path, "a script that is run again says it again"
+    path.unlink()
     with pytest.raises(UserError, match=r"'r1' of this configuration has ended"):
         significance.declare("r0", 4)
     for count, more in ((1, None), (4, 4), (4, 2), (0, None)):

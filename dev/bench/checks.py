@@ -1,0 +1,145 @@
+"""What it costs the loader to compare every block with its checksums: with them and without, in turn.
+
+    python -m dev.bench.checks [--files FOLDER_OF_PARQUET] [--rounds 9] [--json FILE]
+
+Each measurement is a process of its own, of which the opening of the loader and its first batch do not count.
+The shards of tokens are made for it; their ids are random, which the loader does not look at.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dev.bench.loader import prepare
+from nanochat import checksums, corpora, files, shards, token_shards
+from nanochat.dataloader import TrainLoader
+from nanochat.dataset import Corpus
+from nanochat.tokenizer import Tokenizer
+from nanochat.world import World
+
+T = 2048
+ROWS = 256
+LANES = 16
+THREADS = 2
+TOKENS = {".parquet": 60_000_000, token_shards.SUFFIX: 600_000_000}  # of a measurement: a few seconds
+SHARD_TOKENS = 100_000_000  # as FineWeb's shards of GPT-2's ids have
+GPT2_VOCAB, GPT2_BOS = 50257, 50256
+
+
+class Ids:
+    """What the loader asks of a vocabulary whose shards are ids already."""
+
+    vocab_size, bos_id = GPT2_VOCAB, GPT2_BOS
+
+
+def corpus_of(folder: Path, suffix: str) -> Corpus:
+    """The shards of a folder; the last is validation."""
+    paths = sorted(folder.glob(f"*{suffix}"))
+    splits = ["train"] * (len(paths) - 1) + ["val"]
+    members = [shards.describe(path, split) for path, split in zip(paths, splits, strict=True)]
+    return Corpus(folder, "bench", "local files", members)
+
+
+def make_tokens(folder: Path) -> None:
+    """Three shards of training and a small one of validation."""
+    rng = np.random.default_rng(0)
+    for number, count in enumerate((SHARD_TOKENS, SHARD_TOKENS, SHARD_TOKENS, 1_000_000)):
+        header = np.zeros(token_shards.HEADER_BYTES // 4, "<i4")
+        header[:3] = token_shards.MAGIC, token_shards.VERSION, count
+        ids = rng.integers(0, GPT2_VOCAB, count, dtype=np.uint16).astype("<u2")
+        (folder / f"{number}{token_shards.SUFFIX}").write_bytes(header.tobytes() + ids.tobytes())
+
+
+def measure(folder: Path, suffix: str, tokenizer: Path, compared: bool) -> dict[str, float]:
+    """Tokens a second, and a second of the process's time, in this process."""
+    torch.set_num_threads(1)
+    if not compared:
+        checksums._checksums = lambda data: []  # type: ignore[assignment]
+    loader = TrainLoader(
+        corpus_of(folder, suffix),
+        Tokenizer.load(tokenizer) if suffix == ".parquet" else Ids(),  # type: ignore[arg-type]
+        sequence_len=T,
+        rows_per_batch=ROWS,
+        lanes=LANES,
+        seed=0,
+        world=World.solo(),
+        device_batch_size=ROWS // 8,
+        threads=THREADS,
+    )
+    loader.next_batch()
+    began, worked, tokens = time.perf_counter(), time.process_time(), 0
+    while tokens < TOKENS[suffix]:
+        tokens += sum(inputs.numel() for inputs, _ in loader.next_batch())
+    seconds, busy = time.perf_counter() - began, time.process_time() - worked
+    loader.close()
+    return {"tokens_per_second": tokens / seconds, "tokens_per_busy_second": tokens / busy}
+
+
+def run(folder: Path, suffix: str, tokenizer: Path, rounds: int) -> list[dict[str, Any]]:
+    """Medians over the rounds, and the cost of each round beside them."""
+    found: dict[bool, list[dict[str, float]]] = {True: [], False: []}
+    for number in range(rounds):
+        for compared in (number % 2 == 0, number % 2 == 1):
+            command = [sys.executable, "-m", "dev.bench.checks", "--files", str(folder), "--measure"]
+            done = subprocess.run(
+                [*command, suffix, str(tokenizer), str(int(compared))], capture_output=True, text=True
+            )
+            if done.returncode:
+                raise RuntimeError(done.stderr)
+            found[compared].append(json.loads(done.stdout.splitlines()[-1]))
+    rows = []
+    for metric in ("tokens_per_second", "tokens_per_busy_second"):
+        with_them, without = ([each[metric] for each in found[kind]] for kind in (True, False))
+        costs = sorted(100 * (1 - a / b) for a, b in zip(with_them, without, strict=True))
+        row = {"shards": suffix, "metric": metric, "compared": statistics.median(with_them)}
+        row |= {"not_compared": statistics.median(without), "cost_percent": statistics.median(costs)}
+        rows.append({**row, "costs_percent": [round(cost, 2) for cost in costs]})
+    return rows
+
+
+def main() -> None:
+    """Measure, print a table, and write JSON where asked."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--files", type=Path, help="folder of parquet; by default Python's own sources")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--json", type=Path, help="write the figures there")
+    parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.measure:
+        suffix, tokenizer, compared = args.measure
+        print(json.dumps(measure(args.files, suffix, Path(tokenizer), compared == "1")))
+        return
+    rows = []
+    with tempfile.TemporaryDirectory() as temporary:
+        scratch = Path(temporary)
+        texts = args.files or scratch
+        if args.files is None:
+            train, val = corpora.stdlib_documents()
+            shards.write_shards(train, texts, "train", 0)
+            shards.write_shards(val, texts, "val", 99999)
+        prepare(scratch / "tokenizer", corpus_of(texts, ".parquet"))
+        make_tokens(scratch)
+        for folder, suffix in ((texts, ".parquet"), (scratch, token_shards.SUFFIX)):
+            rows += run(folder, suffix, scratch / "tokenizer", args.rounds)
+    print(f"{'shards':10}{'metric':24}{'compared':>14}{'not compared':>14}{'cost':>8}  lowest to highest")
+    for row in rows:
+        rates = f"{row['compared']:14,.0f}{row['not_compared']:14,.0f}{row['cost_percent']:7.2f}%"
+        spread = f"{row['costs_percent'][0]} to {row['costs_percent'][-1]}"
+        print(f"{row['shards']:10}{row['metric']:24}{rates}  {spread}")
+    if args.json:
+        files.write_json(args.json, {"rounds": args.rounds, "rows": rows})
+
+
+if __name__ == "__main__":
+    main()
