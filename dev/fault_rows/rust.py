@@ -197,7 +197,9 @@ def b27(box: Box) -> None:
     train = [*TINY, "--run=c", "--num-iterations=1", "--depth=1", "--eval-every=0"]
     expect_ok(box.run("base_train", *train, "--compile=on", env=env, timeout=600))
     assert any((box.base / "compiled").rglob("*.so")), "nothing was kept below the base directory"
-    assert not list((box.folder / "tmp").glob("torchinductor_*")), "it is in the temporary folder"
+    # Torch compiles the headers of its generated C++ once a user, and has no setting for where.
+    kept = {path.name for path in (box.folder / "tmp").glob("torchinductor_*/*")} - {"precompiled_headers"}
+    assert not kept, f"in the temporary folder: {sorted(kept)}"
 
 
 @contextlib.contextmanager
