@@ -16,6 +16,7 @@ import importlib
 import json
 import pkgutil
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -60,6 +61,13 @@ def try_row(row: Row, folder: Path) -> dict[str, Any]:
     return {"id": row.id, "what": row.what, "verdict": verdict, "reason": reason, "seconds": seconds}
 
 
+def heed_signals() -> None:
+    """Ignore no signal, so that the commands inherit none that is ignored, as below nohup or in the background."""
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT):
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
+
+
 def main() -> None:
     """Try the rows that are named, by default all; exit code 1 where one fails."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
@@ -71,6 +79,7 @@ def main() -> None:
     if unknown := set(args.rows) - {row.id for row in rows}:
         parser.error(f"no such rows: {', '.join(sorted(unknown))}")
     chosen = [row for row in rows if not args.rows or row.id in args.rows]
+    heed_signals()
     results = []
     with tempfile.TemporaryDirectory(prefix="faults-") as scratch, ThreadPoolExecutor(args.jobs) as pool:
         for result in pool.map(lambda row: try_row(row, Path(scratch) / row.id), chosen):
