@@ -62,7 +62,7 @@ def try_row(row: Row, folder: Path) -> dict[str, Any]:
 
 
 def heed_signals() -> None:
-    """Ignore no signal, so that the commands inherit none that is ignored, as below nohup or in the background."""
+    """Ignore no signal: below nohup or in the background, commands would inherit that some are ignored."""
     for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT):
         if signal.getsignal(number) == signal.SIG_IGN:
             signal.signal(number, signal.SIG_DFL)
