@@ -13,7 +13,9 @@ from nanochat.loop import collector_held, traced
 from tests.tiny import tiny_corpus, train_tiny
 
 
-def test_the_collector_is_held_within_and_as_it_was_after() -> None:
+def test_the_collector_is_held_within_and_as_it_was_after(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()  # the tests keep it from letting go: see conftest.py
+    gc.unfreeze()
     assert gc.isenabled()
     with pytest.raises(ValueError, match="out"), collector_held():
         assert not gc.isenabled()

@@ -227,7 +227,8 @@ def e4(box: Box) -> None:
     expect_ok(both)
     assert both.stdout.count("-" * 40) == 2, both.stdout
     expect_ok(box.run("generate", *flags, "--run=a", "--", "-hello"))
-    expect_error(box.run("generate", *flags, "--run=a", "-hello"), "-hello", "--")
+    said = "A prompt that begins with - comes last, after --"
+    expect_error(box.run("generate", *flags, "--run=a", "-hello"), said)
 
 
 @row("E5", "--num-samples 100000", wanted="text comes as it is made, memory is bounded")

@@ -164,7 +164,8 @@ def d17(box: Box) -> None:
     env = {"NANOCHAT_BASE_DIR": str(moved)}
     again = ("base_train", *SHORT, "--run=other name")
     for odd in ("Auto", "-1", "²", "1e3"):
-        expect_error(box.run(*again, f"--resume={odd}", env=env), f"--resume={odd}", "expected")
+        shown = ascii(odd)[1:-1]
+        expect_error(box.run(*again, f"--resume={odd}", env=env), f"--resume={shown}", "expected")
     for absent in ("7", "10"):
         expect_error(box.run(*again, f"--resume={absent}", env=env), f"step {absent}", "There are: 4")
     expect_ok(box.run(*again, "--resume=4", "--eval-every=3", "--device-batch-size=2", env=env))
