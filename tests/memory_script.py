@@ -16,7 +16,7 @@ from nanochat.tokenizer import Tokenizer
 from nanochat.world import World
 from tests.tiny import tiny_args
 
-SHAPE = {"max_seq_len": 256, "aspect_ratio": 64, "total_batch_size": 32 * 256, "device_batch_size": 32}
+SHAPE = {"max_seq_len": 128, "aspect_ratio": 64, "total_batch_size": 32 * 128, "device_batch_size": 32}
 
 
 def main() -> None:
