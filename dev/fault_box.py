@@ -210,7 +210,8 @@ def failing_calls(
 
     Args:
         folder: gets faults.log, a line for every call that failed.
-        ops: of open, read, write, fsync, close, rename, unlink, mkdir, truncate, with commas.
+        ops: of open, create (an open that makes the file where it is absent), read, write, fsync, close,
+            rename, unlink, mkdir, truncate, with commas.
         path: the calls are on paths with this in them (of a rename: either name).
         error: such as errno.ENOSPC; SHORT for reads and writes that do half.
         first: the first such call of a process that fails, from 1.

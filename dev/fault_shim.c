@@ -1,6 +1,7 @@
 /* Calls on chosen files that fail as a bad or full disk makes them fail; put before libc by LD_PRELOAD.
  *
- * FAULT_OPS    operations, with commas: open read write fsync close rename unlink mkdir truncate
+ * FAULT_OPS    operations, with commas: open read write fsync close rename unlink mkdir truncate,
+ *              and create, which is to open what may have to be made
  * FAULT_PATH   the path has this in it (of a rename: either name)
  * FAULT_ERRNO  what the call answers; 0: a write, or a read, does only half of what was asked
  * FAULT_FIRST  the first call that fails, from 1; FAULT_TIMES how many do, 0 for all from then on
@@ -114,6 +115,8 @@ static int at_fails(const char *op, int dir, const char *path) {
             va_end(rest);                                           \
         }                                                           \
         if (at_fails("open", AT_FDCWD, path)) return -1;            \
+        if (flags & O_CREAT && at_fails("create", AT_FDCWD, path))  \
+            return -1;                                              \
         return REAL(name)(path, flags, mode);                       \
     }
 OPEN(open)
@@ -129,6 +132,8 @@ OPEN(open64)
             va_end(rest);                                           \
         }                                                           \
         if (at_fails("open", dir, path)) return -1;                 \
+        if (flags & O_CREAT && at_fails("create", dir, path))       \
+            return -1;                                              \
         return REAL(name)(dir, path, flags, mode);                  \
     }
 OPENAT(openat)

@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import NoReturn
 
+from nanochat.errors import warn
+
 # As a preemption, a person at the keyboard, a terminal that is closed, and a scheduler shortly before a limit
 # send them. SIGQUIT (Ctrl-\) is left to end the process at once.
 NAMES = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
@@ -61,7 +63,8 @@ def stop_signals(*, has_work: bool = True) -> Iterator[Callable[[], bool]]:
     ECHO_S after another is its echo. SIGHUP stays ignored where it was, as nohup wants it.
 
     Args:
-        has_work: without, a signal raises StoppedEarly wherever the program is, until `keep_work` is called.
+        has_work: without, a signal raises StoppedEarly wherever the program is, until `keep_work` is called;
+            within an import, which others may catch and try again, it ends the process.
     """
     if threading.current_thread() is not threading.main_thread() or _is_listening():
         yield requested
@@ -106,10 +109,25 @@ def _is_listening() -> bool:
     return signal.getsignal(signal.SIGTERM) is _note
 
 
+def leave_early() -> NoReturn:
+    """End the process, of which nothing is to be saved."""
+    warn("stopped by a signal before the first step: there was nothing to save")
+    leave(STOPPED)
+
+
 def _note(number: int, frame: FrameType | None) -> None:
     _requested.set()
-    if not _has_work.is_set():
-        raise StoppedEarly
+    if _has_work.is_set():
+        return
+    if _is_importing(frame):
+        leave_early()
+    raise StoppedEarly
+
+
+def _is_importing(frame: FrameType | None) -> bool:
+    while frame is not None and not frame.f_code.co_filename.startswith("<frozen importlib"):
+        frame = frame.f_back
+    return frame is not None
 
 
 def _listen(numbers: socket.socket) -> None:
@@ -123,10 +141,10 @@ def _listen(numbers: socket.socket) -> None:
             os._exit(128 + number[0])
         last = now
         if not _has_work.is_set():
-            threading.Thread(target=_leave_early, name="signals-early", daemon=True).start()
+            threading.Thread(target=_leave_where_blocked, name="signals-early", daemon=True).start()
 
 
-def _leave_early() -> None:
+def _leave_where_blocked() -> None:
     """Python is in C, and nothing would be lost: do not let the scheduler's patience run out."""
     time.sleep(HEED_S)
     if not _has_work.is_set():

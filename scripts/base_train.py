@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 
 from nanochat import errors
-from nanochat.stopping import STOPPED, StoppedEarly, leave, stop_signals
+from nanochat.stopping import STOPPED, StoppedEarly, leave, leave_early, stop_signals
 
 
 @errors.cli
@@ -18,8 +18,7 @@ def main() -> None:
         try:
             status = train_as_asked()
         except StoppedEarly:
-            errors.warn("stopped by a signal before the first step: there was nothing to save")
-            status = "stopped"
+            leave_early()
         leave(STOPPED if status == "stopped" else 0)
 
 

@@ -14,6 +14,7 @@ from dev.fault_box import FAULT_LOG, SHORT, Skip, failing_calls
 
 CALLS = {
     "open": "open(path)",
+    "create": "os.open(path, os.O_RDWR); os.open(path, os.O_RDWR | os.O_CREAT)",
     "read": "open(path).read()",
     "write": "os.write(fd, b'x')",
     "fsync": "os.fsync(fd)",

@@ -139,6 +139,37 @@ def test_a_stop_before_there_is_work_is_heeded_by_a_process_that_is_blocked() ->
         process.wait()
 
 
+# What imports may catch it and import again: numpy does, and cannot be imported twice.
+IMPORTING = """
+import sys
+from nanochat import stopping
+sys.path.insert(0, sys.argv[1])
+with stopping.stop_signals(has_work=False):
+    try:
+        import slow_module
+    except BaseException:
+        print("caught", flush=True)
+"""
+
+
+def test_a_stop_in_an_import_is_caught_by_nobody(tmp_path: Path) -> None:
+    (tmp_path / "slow_module.py").write_text("import time; print('ready', flush=True); time.sleep(60)")
+    process = subprocess.Popen(
+        [sys.executable, "-c", IMPORTING, str(tmp_path)],
+        cwd=REPO,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGTERM)
+    out, told = process.communicate(timeout=30)
+    assert (process.returncode, out) == (STOPPED, "")
+    assert told.startswith("warning: stopped by a signal before the first step")
+    assert told.count("\n") == 1
+
+
 def test_a_loader_that_waits_hears_the_stop_and_draws_nothing() -> None:
     lane = Lane(lambda epoch, position: Future(), 3, LoaderCounters())
     lane.move(1, 2, 5)

@@ -216,6 +216,7 @@ def on_ranks(box: Box, fault: str, *flags: str) -> subprocess.CompletedProcess[s
         "--standalone",
         "--nproc_per_node=2",
         str(script),
+        "--",  # torchrun takes --run for the beginning of an option of its own
     ]
     common = [*TINY, "--num-iterations=20", "--save-every=100", "--eval-every=0"]
     done = box.execute([*command, *common, *flags], env={"MARKS": str(box.folder)})
