@@ -221,11 +221,13 @@ def atomic_path(path: Path) -> Iterator[Path]:
 def atomic_dir(path: Path) -> Iterator[Path]:
     """Yield a temporary sibling folder; on success its files are made durable and it replaces `path`.
 
-    Where `path` is a link, as to a larger disk, the folder behind it is replaced and the link stays.
+    Where `path` is a link, as to a larger disk, the folder behind it is replaced and the link stays. What
+    killed writers have left beside it goes first: models are large.
     """
     if path.is_symlink():
         path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
+    sweep_temporaries(path.parent)
     written = temporary(path)
     shutil.rmtree(written, ignore_errors=True)
     try:

@@ -98,6 +98,15 @@ def test_sweep_takes_what_dead_writers_of_here_left_and_nothing_else(tmp_path: P
     assert sorted(tmp_path.iterdir()) == sorted(kept)
 
 
+def test_a_folder_is_written_where_a_killed_writer_left_one_which_goes(tmp_path: Path, dead: int) -> None:
+    left = tmp_path / f".tmp-exported@{HERE}.{dead}"
+    left.mkdir()
+    (left / "model.safetensors").write_bytes(b"half of it")
+    with files.atomic_dir(tmp_path / "another") as written:
+        (written / "model.safetensors").write_bytes(b"whole")
+    assert [path.name for path in tmp_path.iterdir()] == ["another"]
+
+
 def test_sweep_leaves_other_machines_and_earlier_releases_alone_for_a_day(tmp_path: Path, dead: int) -> None:
     fresh = made_by(tmp_path / "fresh", "0123abcd", dead)
     busy = made_by(tmp_path / "busy", "0123abcd", os.getpid())
