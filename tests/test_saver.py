@@ -274,6 +274,9 @@ def test_one_that_is_damaged_while_training_goes_on_is_not_counted_as_kept(
 
     def step(plan: Any, state: Any, world: Any) -> Any:
         if state.step == 7:
+            for thread in threading.enumerate():
+                if thread.name == "saver":  # that writes step 6
+                    thread.join()
             (checkpoint_files.folder_of("tiny", 6) / checkpoint_files.MANIFEST).unlink()
         return real_step(plan, state, world)
 
