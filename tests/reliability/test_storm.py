@@ -135,7 +135,7 @@ class Campaign:
             return {"resume": str(step)}, step
         if how == "extend":
             longer = self.changes["num_iterations"] * 2
-            # All are kept: the next session goes back to this start, which a signal may have saved at any step.
+            # All are kept: the next session goes back to this start, which a signal may have saved anywhere.
             more = {"resume": "auto", "extend": True, "num_iterations": longer, "keep_every": 1}
             return more, newest
         if how in ("flip", "manifest", "torn") and len(whole) > 1:
