@@ -11,6 +11,7 @@ import torch
 from dev.bench import naive_core
 from nanochat import base_eval, checkpoint, core_tasks, dataset, files, scaling, train
 from nanochat.config import EvalArgs
+from nanochat.core_scoring import ROTARY_CONTEXTS
 from nanochat.hardware import Precision
 from nanochat.tokenizer import Tokenizer
 from nanochat.world import World
@@ -45,14 +46,15 @@ def make_run(shared_data, trained):
     return checkpoint.load_model("tiny", device=torch.device("cpu"), precision=PRECISION)
 
 
-def plain_answers(model, tokenizer, path):
-    """(task, answer) of every example, in order."""
+def plain_answers(model, tokenizer, path, crop):
+    """(task, answer) of every example, in order, from prompts of at most so many tokens."""
+    model.reserve_positions(crop)
     bundle = core_tasks.open_bundle(path)
     return [
         (task, answer)
         for task in core_tasks.load_tasks(bundle)
         for answer in naive_core.answers(
-            model, tokenizer, task, core_tasks.load_examples(bundle, task), EXAMPLES, CONTEXT
+            model, tokenizer, task, core_tasks.load_examples(bundle, task), EXAMPLES, crop
         )
     ]
 
@@ -74,7 +76,7 @@ def assert_equal(found, plain):
 def test_every_answer_on_the_public_bundle_is_the_plain_scorers(shared_data, base_dir, trained):
     model, tokenizer, _ = make_run(shared_data, trained)
     path = shared_data / "eval_bundle.zip"
-    plain = plain_answers(model, tokenizer, path)
+    plain = plain_answers(model, tokenizer, path, ROTARY_CONTEXTS * CONTEXT)
     assert len({task.label for task, _ in plain}) == 22
     assert len({answer.answer for _, answer in plain}) > 4  # -1, 0 and most choices
     asked = {
@@ -88,6 +90,8 @@ def test_every_answer_on_the_public_bundle_is_the_plain_scorers(shared_data, bas
     for rows in (1, 2, 5, 16, 64):
         base_eval.run(EvalArgs(**asked, eval_batch_tokens=rows * CONTEXT), World.solo())
         assert_equal(predictions_of("tiny"), plain)
+    base_eval.run(EvalArgs(**asked, core_crop_tokens=CONTEXT), World.solo())
+    assert_equal(predictions_of("tiny"), plain_answers(model, tokenizer, path, CONTEXT))
     for rows in (1, 64):
         asked["eval_batch_tokens"] = rows * CONTEXT
         flags = [f"--{name.replace('_', '-')}={value}" for name, value in asked.items()]
