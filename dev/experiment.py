@@ -16,9 +16,9 @@ import sys
 from pathlib import Path
 
 from dev import experiment_file, experiment_report, experiment_results, experiment_runs
-from nanochat import files
-from nanochat.errors import UserError, cli
-from nanochat.stopping import STOPPED
+from nanochat.common import files
+from nanochat.common.errors import UserError, cli
+from nanochat.common.stop_signals import STOPPED
 
 
 def _arguments() -> argparse.Namespace:

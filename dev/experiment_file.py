@@ -22,8 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nanochat import files
-from nanochat.errors import UserError
+from nanochat.common import files
+from nanochat.common.errors import UserError
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 from dev import stats
 from dev.experiment_file import Experiment
 from dev.stats import Comparison, Scatter
-from nanochat import core_stats, files, runlog
+from nanochat.common import files, jsonl
+from nanochat.evaluation.core import statistics as core_stats
 
 ENDED = ("finished", "target_reached")  # the latter with --target-loss
 
@@ -53,7 +54,7 @@ class Result:
         if summary["status"] not in ENDED:
             return None
         config = files.read_json(folder / "config.json")
-        metrics = runlog.read_metrics(folder / "metrics.jsonl")
+        metrics = jsonl.read_metrics(folder / "metrics.jsonl")
         evals = [entry for entry in metrics if entry["kind"] == "eval"]
         speeds = [entry["tokens_per_second"] for entry in metrics if entry["kind"] == "step"]
         return Result(

@@ -16,9 +16,9 @@ from typing import Any, TextIO
 
 from dev.experiment_file import Experiment, Run
 from dev.experiment_results import ENDED
-from nanochat import files
-from nanochat.errors import UserError
-from nanochat.stopping import STOPPED, stop_signals
+from nanochat.common import files
+from nanochat.common.errors import UserError
+from nanochat.common.stop_signals import STOPPED, stop_signals
 
 ROOT = Path(__file__).resolve().parents[1]
 POLL_S = 0.2

@@ -21,13 +21,6 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"
 
-COMMANDS = {
-    "dataset": "nanochat.dataset",
-    "core_download": "nanochat.core_download",
-    "checkpoint": "nanochat.checkpoint",
-    "report": "nanochat.report",
-}  # every other command is a module of scripts/
-
 # A run that steps in milliseconds, on the corpus that `Box.tiny` makes.
 TINY = [
     "--corpus=tiny",
@@ -101,8 +94,7 @@ class Box:
 
     def argv(self, command: str, *flags: Any) -> list[str]:
         """The command line of a command: "base_train", "dataset", ..."""
-        module = COMMANDS.get(command, f"scripts.{command}")
-        return [sys.executable, "-m", module, *map(str, flags)]
+        return [sys.executable, "-m", f"scripts.{command}", *map(str, flags)]
 
     def run(
         self, command: str, *flags: Any, env: dict[str, str] | None = None, timeout: float = 240, **how: Any

@@ -26,7 +26,7 @@ import numpy as np
 import tiktoken
 
 import rustbpe
-from nanochat.tokenizer import GPT2_PATTERN, PATTERN
+from nanochat.tokenizer.tokenizer import GPT2_PATTERN, PATTERN
 
 ONE_PIECE = r"(?s).+"  # the text as it is, so that merging sees all of it
 PATTERNS = (PATTERN, GPT2_PATTERN, ONE_PIECE, PATTERN.replace("{1,2}", "{1,3}"), r"\w+|[^\w\s]+|\s+")

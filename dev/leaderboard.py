@@ -17,9 +17,9 @@ from typing import Any
 
 from dev import significance
 from dev.experiment_report import spread
-from nanochat import files
-from nanochat.core_results import is_core
-from nanochat.errors import UserError, cli
+from nanochat.common import files
+from nanochat.common.errors import UserError, cli
+from nanochat.evaluation.core.results import is_core
 
 COMMON = ("date", "commit", "command", "hardware", "seeds")
 HEADS = {

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nanochat import charts, files
-from nanochat.errors import UserError
+from nanochat.common import charts, files
+from nanochat.common.errors import UserError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

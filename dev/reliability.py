@@ -14,8 +14,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from nanochat import files
-from nanochat.errors import UserError, cli
+from nanochat.common import files
+from nanochat.common.errors import UserError, cli
 
 HEAD = """# Reliability: what was tried, and how often it failed
 

@@ -27,8 +27,10 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from nanochat import corpora, dataset, files
-from nanochat.errors import UserError, cli
+from nanochat.common import files
+from nanochat.common.errors import UserError, cli
+from nanochat.data import corpus as dataset
+from nanochat.data import sources as corpora
 
 DIGEST_BYTES = 16
 HEADER = struct.Struct(f"<{DIGEST_BYTES}sQ")  # of a document in a bucket: its digest, its bytes

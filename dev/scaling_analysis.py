@@ -17,8 +17,8 @@ import numpy as np
 
 from dev import plots
 from dev.scaling_fit import Budget, Estimate, Laws, Trained, analyse
-from nanochat import files
-from nanochat.errors import UserError, cli
+from nanochat.common import files
+from nanochat.common.errors import UserError, cli
 
 
 def read(run: str) -> Trained:

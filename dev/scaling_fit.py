@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dev import stats
-from nanochat.errors import UserError
+from nanochat.common.errors import UserError
 
 Floats = NDArray[np.float64]
 

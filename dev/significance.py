@@ -28,8 +28,8 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from dev import stats
-from nanochat import files
-from nanochat.errors import UserError, cli
+from nanochat.common import files
+from nanochat.common.errors import UserError, cli
 
 TARGET = 3.28  # nats a token, on the first 10,485,760 tokens of FineWeb's validation shard
 LEVEL = 0.01

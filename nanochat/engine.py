@@ -19,10 +19,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from nanochat.errors import UserError
-from nanochat.gpt import GPT
-from nanochat.model_config import GPTConfig
-from nanochat.tokenizer import Tokenizer
+from nanochat.common.errors import UserError
+from nanochat.config.model_config import GPTConfig
+from nanochat.model.gpt import GPT
+from nanochat.tokenizer.tokenizer import Tokenizer
 
 Reason = Literal["stop", "length", "context"]
 

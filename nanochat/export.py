@@ -10,13 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanochat import checkpoint, checkpoint_files, files
-from nanochat.config import ExportArgs
-from nanochat.errors import UserError
-from nanochat.gpt import GPT
-from nanochat.hardware import Precision
-from nanochat.model_config import GPTConfig
-from nanochat.tokenizer import FILE_NAME, Tokenizer
+from nanochat.checkpoint import format as checkpoint_files
+from nanochat.checkpoint import state as checkpoint
+from nanochat.common import files
+from nanochat.common.errors import UserError
+from nanochat.common.machine import Precision
+from nanochat.config.arguments import ExportArgs
+from nanochat.config.model_config import GPTConfig
+from nanochat.model.gpt import GPT
+from nanochat.tokenizer.tokenizer import FILE_NAME, Tokenizer
 
 MODELING = "modeling_nanochat.py"
 BOS = "<|bos|>"

@@ -1,6 +1,6 @@
 """report.html: what a run was, what came of it and on which machine, in one file that needs nothing else.
 
-Made from the files of a run, so it can be made again at any time: `python -m nanochat.report --run d12`.
+Made from the files of a run, so it can be made again at any time: `python -m scripts.report --run d12`.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from nanochat import charts, config, errors, files, run_files
-from nanochat.charts import Series
-from nanochat.core_results import GPT2_ACCURACY, centre, is_core, verdict
-from nanochat.errors import UserError
+from nanochat.common import charts, files, run_files
+from nanochat.common.charts import Series
+from nanochat.common.errors import UserError
+from nanochat.evaluation.core.results import GPT2_ACCURACY, centre, is_core, verdict
 
 TABLE_ROWS = 25  # of a curve, where it cannot be drawn
 
@@ -235,7 +235,7 @@ def _training(found: RunFiles) -> str:
     else:
         parts.append(
             '<p class="note">For plots instead of tables: pip install "nanochat[plots]" (matplotlib), then '
-            f"python -m nanochat.report --run {escape(found.run)}</p>\n"
+            f"python -m scripts.report --run {escape(found.run)}</p>\n"
         )
     return "".join(parts)
 
@@ -429,12 +429,7 @@ def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
         yield name, "-" if value is None or value == "" else str(value)
 
 
-@errors.cli
-def main() -> None:
-    """Make the report of a run again."""
-    args = config.parse(config.ReportArgs)
-    print(write_report(args.run))
+if __name__ == "__main__":  # `python -m nanochat.report` as before 0.2
+    from scripts.report import main
 
-
-if __name__ == "__main__":
     main()

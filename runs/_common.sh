@@ -182,9 +182,9 @@ ensure_environment() { # EXTRA...: .venv with nanochat and these extras; nothing
 # --------------------------------------------------------------------------------------------------------------
 # Data and runs
 
-base_dir() { "$PYTHON" -c 'from nanochat import files; print(files.base_dir())'; }
+base_dir() { "$PYTHON" -c 'from nanochat.common import files; print(files.base_dir())'; }
 
-run_dir() { "$PYTHON" -c 'import sys; from nanochat import files; print(files.run_dir(sys.argv[1]))' "$1"; }
+run_dir() { "$PYTHON" -c 'import sys; from nanochat.common import files; print(files.run_dir(sys.argv[1]))' "$1"; }
 
 finished() { # RUN_FOLDER: training came to its end, or to its target loss
   [ -f "$1/summary.json" ] && grep -qE '"status": "(finished|target_reached)"' "$1/summary.json"
@@ -192,7 +192,7 @@ finished() { # RUN_FOLDER: training came to its end, or to its target loss
 
 scored() { # RUN_FOLDER PARTS: base_eval.json has these parts of the newest checkpoint; times of files do not say that
   [ -f "$1/base_eval.json" ] &&
-    "$PYTHON" -c 'import sys; from nanochat import base_eval; sys.exit(not base_eval.is_scored(*sys.argv[1:]))' \
+    "$PYTHON" -c 'import sys; from nanochat.evaluation import base_eval; sys.exit(not base_eval.is_scored(*sys.argv[1:]))' \
       "${1##*/}" "$2"
 }
 
@@ -217,7 +217,7 @@ shards_needed() { # CORPUS NPROC TRAIN_FLAG...
 import math
 import sys
 
-from nanochat import config, errors, hub, scaling
+from nanochat.config import arguments as config, plan as scaling; from nanochat.common import errors; from nanochat.data import hub
 
 
 @errors.cli
@@ -248,7 +248,7 @@ prepare_data() { # CORPUS NPROC TRAIN_FLAG...: its shards, and the tokenizer of 
   case $corpus in
     fineweb-edu | climbmix) ;;
     stdlib)
-      step "corpus" "$PYTHON" -m nanochat.dataset --corpus stdlib
+      step "corpus" "$PYTHON" -m scripts.dataset --corpus stdlib
       train_tokenizer stdlib --vocab-size 8192 # it is small: a larger vocabulary would be rare words
       return
       ;;
@@ -260,9 +260,9 @@ prepare_data() { # CORPUS NPROC TRAIN_FLAG...: its shards, and the tokenizer of 
   shards=$(shards_needed "$@")
   # 8 shards have the 2e9 characters that the tokenizer is trained on. The others arrive while it and the model
   # are trained: base_train waits for the shard that it needs next, and says so.
-  step "first shards of $corpus" "$PYTHON" -m nanochat.dataset --corpus "$corpus" -n "$shards" --first 8
+  step "first shards of $corpus" "$PYTHON" -m scripts.dataset --corpus "$corpus" -n "$shards" --first 8
   say "Fetching $shards shards in all, in the background."
-  "$PYTHON" -m nanochat.dataset --corpus "$corpus" -n "$shards" &
+  "$PYTHON" -m scripts.dataset --corpus "$corpus" -n "$shards" &
   download=$!
   # shellcheck disable=SC2064 # the process id of now
   trap "kill $download 2>/dev/null || true" EXIT
@@ -276,7 +276,7 @@ import io
 import sys
 from pathlib import Path
 
-from nanochat import errors, files
+from nanochat.common import errors, files
 
 HEAD = ("run", "depth", "tokens", "train_minutes", "tokens_per_second", "mfu", "val_bpb", "core", "core_stderr")
 

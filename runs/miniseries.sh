@@ -37,7 +37,7 @@ for depth in $DEPTHS; do
   if ! scored "$folder" core,bpb; then
     step "evaluation of $run" launch "$NPROC" scripts.base_eval --run "$run" --eval core,bpb \
       --eval-bundle "$EVAL_BUNDLE" --eval-tokens "$EVAL_TOKENS"
-    "$PYTHON" -m nanochat.report --run "$run"
+    "$PYTHON" -m scripts.report --run "$run"
   fi
   step "table" write_table "$TABLE" "${runs[@]}"
 done

@@ -32,7 +32,7 @@ BASE=$(base_dir)
 FOLDER=$(run_dir "$RUN")
 need_disk "$BASE" 1 "the quickstart"
 
-step "corpus" "$PYTHON" -m nanochat.dataset --corpus "$CORPUS"
+step "corpus" "$PYTHON" -m scripts.dataset --corpus "$CORPUS"
 step "tokenizer" "$PYTHON" -m scripts.tok_train --corpus "$CORPUS" --vocab-size "$VOCAB_SIZE"
 step "training" "$PYTHON" -m scripts.base_train --run "$RUN" --corpus "$CORPUS" "${TRAIN[@]}" --resume auto
 if scored "$FOLDER" core,bpb,sample; then
@@ -40,7 +40,7 @@ if scored "$FOLDER" core,bpb,sample; then
 else
   step "evaluation" "$PYTHON" -m scripts.base_eval --run "$RUN" "${EVAL[@]}"
 fi
-step "report" "$PYTHON" -m nanochat.report --run "$RUN"
+step "report" "$PYTHON" -m scripts.report --run "$RUN"
 
 cat <<END
 

@@ -22,7 +22,7 @@ gpus=$(count_gpus)
 ensure_environment plots
 FOLDER=$(run_dir "$RUN")
 if [ -z "$EVAL_BUNDLE" ] && [ ! -f "$(base_dir)/eval_bundle/core.yaml" ]; then
-  step "the CORE tasks" "$PYTHON" -m nanochat.core_download
+  step "the CORE tasks" "$PYTHON" -m scripts.core_download
 fi
 
 prepare_data "$CORPUS" "$NPROC" "${TRAIN[@]}"
@@ -32,5 +32,5 @@ if scored "$FOLDER" core,bpb,sample; then
 else
   step "evaluation" launch "$NPROC" scripts.base_eval --run "$RUN" --eval core,bpb,sample --eval-bundle "$EVAL_BUNDLE"
 fi
-step "report" "$PYTHON" -m nanochat.report --run "$RUN"
+step "report" "$PYTHON" -m scripts.report --run "$RUN"
 printf '\nDone in %s. Curves and scores, with GPT-2 beside them: %s/report.html\n' "$(minutes)" "$FOLDER"

@@ -27,7 +27,7 @@ ensure_environment plots
 
 shards=$(shards_needed "$CORPUS" "$NPROC" "${TRAIN[@]}")
 # All of them before the clock starts: a step that waited for a shard would count as training.
-step "$shards shards of $CORPUS" "$PYTHON" -m nanochat.dataset --corpus "$CORPUS" -n "$shards"
+step "$shards shards of $CORPUS" "$PYTHON" -m scripts.dataset --corpus "$CORPUS" -n "$shards"
 
 declare_when_begun() { # FOLDER RUN: fix how many runs the claim has, before the loss of one is known
   until [ -f "$1/config.json" ]; do sleep 5; done
@@ -52,7 +52,7 @@ for seed in "${SEED_LIST[@]}"; do
   else
     step "evaluation, seed $seed" launch "$NPROC" scripts.base_eval --run "$run" --eval bpb,sample
   fi
-  step "report, seed $seed" "$PYTHON" -m nanochat.report --run "$run"
+  step "report, seed $seed" "$PYTHON" -m scripts.report --run "$run"
   if grep -q '"status": "target_reached"' "$folder/summary.json"; then ended_early=yes; fi
   RUNS+=("$run")
 done

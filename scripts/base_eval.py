@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from nanochat import base_eval, config, errors, world
-from nanochat.config import EvalArgs
+from nanochat.common import errors
+from nanochat.config import arguments as config
+from nanochat.config.arguments import EvalArgs
+from nanochat.distributed import world
+from nanochat.evaluation import base_eval
 
 
 @errors.cli

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import json
 
-from nanochat import errors
-from nanochat.stopping import STOPPED, StoppedEarly, leave, leave_early, stop_signals
+from nanochat.common import errors
+from nanochat.common.stop_signals import STOPPED, StoppedEarly, leave, leave_early, stop_signals
 
 
 @errors.cli
@@ -24,11 +24,18 @@ def main() -> None:
 
 def train_as_asked() -> str:
     """Parse, plan, train, report; the status of the run."""
-    from nanochat import backends, config, files, report, scaling, small_text, train, world
-    from nanochat.attention_times import AttentionShape
-    from nanochat.config import TrainArgs
-    from nanochat.dataset import Corpus
-    from nanochat.tokenizer import Tokenizer
+    from nanochat import report
+    from nanochat.common import files
+    from nanochat.config import arguments as config
+    from nanochat.config import plan as scaling
+    from nanochat.config.arguments import TrainArgs
+    from nanochat.data.corpus import Corpus
+    from nanochat.distributed import world
+    from nanochat.model import attention_backends as backends
+    from nanochat.model.attention_autotune import AttentionShape
+    from nanochat.tokenizer.tokenizer import Tokenizer
+    from nanochat.train import run as train
+    from nanochat.train import small_text
 
     args = config.parse(TrainArgs)
     with world.join(args.device_type, args.dist_timeout) as ranks:
@@ -52,7 +59,7 @@ def train_as_asked() -> str:
             try:
                 print(f"report: {report.write_report(args.run_name)}")
             except (errors.UserError, OSError) as error:  # it can be made again; the exit code is the run's
-                errors.warn(f"no report: {error}; python -m nanochat.report --run {args.run_name} makes it")
+                errors.warn(f"no report: {error}; python -m scripts.report --run {args.run_name} makes it")
     return status
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from nanochat import config, errors, export
-from nanochat.config import ExportArgs
+from nanochat import export
+from nanochat.common import errors
+from nanochat.config import arguments as config
+from nanochat.config.arguments import ExportArgs
 
 
 @errors.cli

@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections import defaultdict, deque
 from collections.abc import Iterator
 
-from nanochat import backends, checkpoint, config, console, errors, hardware
-from nanochat.config import GenerateArgs
+from nanochat.checkpoint import state as checkpoint
+from nanochat.common import console, errors
+from nanochat.common import machine as hardware
+from nanochat.common.errors import UserError
+from nanochat.common.progress import printable
+from nanochat.config import arguments as config
+from nanochat.config.arguments import GenerateArgs
 from nanochat.engine import Completion, Engine, Sampling
-from nanochat.errors import UserError
-from nanochat.progress import printable
+from nanochat.model import attention_backends as backends
 
 
 @errors.cli

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from nanochat import config, errors, files, tok_eval
-from nanochat.config import TokEvalArgs
-from nanochat.dataset import Corpus
-from nanochat.tokenizer import Tokenizer
+from nanochat.common import errors, files
+from nanochat.config import arguments as config
+from nanochat.config.arguments import TokEvalArgs
+from nanochat.data.corpus import Corpus
+from nanochat.data.tokenizer_texts import validation_text
+from nanochat.tokenizer import compression as tok_eval
+from nanochat.tokenizer.tokenizer import Tokenizer
 
 SAMPLES = Path(__file__).resolve().parent.parent / "dev" / "samples"
 
@@ -21,7 +24,7 @@ def main() -> None:
     tokenizers = tok_eval.vocabularies(Tokenizer.load(folder), peers)
     texts = tok_eval.samples(Path(args.samples) if args.samples else SAMPLES)
     if args.corpus:
-        texts = {args.corpus: tok_eval.validation_text(Corpus.open(args.corpus)), **texts}
+        texts = {args.corpus: validation_text(Corpus.open(args.corpus), tok_eval.MAX_CHARS), **texts}
     rows = tok_eval.measure(texts, tokenizers)
     print(tok_eval.table(rows, tokenizers))
     for path in tok_eval.write(folder, rows, tokenizers):

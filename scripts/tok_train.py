@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from nanochat import config, errors, files, tok_train
-from nanochat.config import TokTrainArgs
-from nanochat.dataset import Corpus
-from nanochat.errors import UserError
-from nanochat.tokenizer import Tokenizer
+from nanochat.common import errors, files
+from nanochat.common.errors import UserError
+from nanochat.config import arguments as config
+from nanochat.config.arguments import TokTrainArgs
+from nanochat.data import tokenizer_texts as tok_train
+from nanochat.data.corpus import Corpus
+from nanochat.tokenizer.tokenizer import Tokenizer
 
 
 @errors.cli

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanochat import hardware
+from nanochat.common import machine as hardware
 from tests.reliability.figures import Figure, close
 
 REPO = Path(__file__).resolve().parents[1]

@@ -16,8 +16,8 @@ from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from nanochat import shards
-from nanochat.hub import HUB_CORPORA
+from nanochat.data import parquet_shards as shards
+from nanochat.data.hub import HUB_CORPORA
 
 REPO = HUB_CORPORA["fineweb-edu"].repo
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -25,9 +25,9 @@ VAL = HUB_CORPORA["fineweb-edu"].val_shard
 
 # The command a user types, but with short waits before another attempt.
 COMMAND = (
-    "import sys; from nanochat import dataset, hub\n"
+    "import sys; from nanochat.data import corpus as dataset, hub\n"
     "hub.Hub.__init__.__defaults__ = ([float(x) for x in sys.argv.pop(1).split(',')],)\n"
-    "dataset.main()"
+    "from scripts.dataset import main; main()"
 )
 
 

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import torch
 
-from nanochat import files, scaling, train
-from nanochat.dataset import Corpus
-from nanochat.hardware import Precision
-from nanochat.tokenizer import Tokenizer
-from nanochat.world import World
+from nanochat.common import files
+from nanochat.common.machine import Precision
+from nanochat.config import plan as scaling
+from nanochat.data.corpus import Corpus
+from nanochat.distributed.world import World
+from nanochat.tokenizer.tokenizer import Tokenizer
+from nanochat.train import run as train
 from tests.tiny import tiny_args
 
 SHAPE = {"max_seq_len": 128, "aspect_ratio": 64, "total_batch_size": 32 * 128, "device_batch_size": 32}

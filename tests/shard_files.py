@@ -10,9 +10,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from nanochat import files, shards
-from nanochat.checksums import ChecksummedFile
-from nanochat.dataset import Corpus
+from nanochat.common import files
+from nanochat.common.checksums import ChecksummedFile
+from nanochat.data import parquet_shards as shards
+from nanochat.data.corpus import Corpus
 from tests.token_files import make_corpus
 
 KINDS = ("zstd", "snappy", "none", "tokens")  # parquet as the hub has it, by its compression; shards of ids

@@ -1,8 +1,9 @@
-"""The rules of the house, read from the syntax tree: layers, sizes, what no file and no import may do."""
+"""The rules of the house, read from the syntax tree: order, doors, sizes, what files and imports may not."""
 
 from __future__ import annotations
 
 import ast
+import graphlib
 import json
 import os
 import re
@@ -16,73 +17,40 @@ import pytest
 
 from tests.conftest import REPO
 
-# A module imports modules of lower layers, and those before it in its own. A new module takes its place here.
-LAYERS = (
-    (
-        "console",
-        "errors",
-        "archives",
-        "typed_json",
-        "files",
-        "locks",
-        "process",
-        "hardware",
-        "world",
-        "tracker",
-        "runlog",
-        "charts",
-        "progress",
-        "stopping",
-    )
-    + ("loop", "links", "replicas", "watchdog"),
-    ("flags", "config", "recipe", "schedule", "model_config", "scaling")
-    + ("tokenizer", "checksums", "token_shards", "shards", "packing", "text_files")
-    + ("core_stats", "core_batches", "run_files"),
-    ("arrival", "corpora", "hub", "dataset", "sdpa", "attention", "attention_times", "backends")
-    + (
-        "update_rules",
-        "soap",
-        "matrix_rules",
-        "collectives",
-        "optim",
-        "loss_scale",
-        "fp8",
-        "layers",
-        "differential",
-        "loss",
-        "core_tasks",
-        "core_results",
-        "score_files",
-        "core_download",
-        "core_mini",
-        "core_prompts",
-        "core_tokens",
-        "checkpoint_files",
-        "compatibility",
-        "same_run",
-    ),
-    ("lanes", "dataloader", "gpt", "small_text", "tok_train", "tok_eval"),
-    ("loss_eval", "engine", "core_scoring", "core_eval", "hf_model", "checkpoint", "memory", "reporter"),
-    ("saver", "resume", "export", "harness", "core_compare", "base_eval", "hooks", "train", "report"),
+# A folder or a module at the top imports those before it here. A new module in a folder needs no entry.
+ORDER = (
+    "common",
+    "config",
+    "distributed",
+    "tokenizer",
+    "optim",
+    "model",
+    "data",
+    "checkpoint",
+    "engine",
+    "evaluation",
+    "export",
+    "report",
+    "train",
 )
-ORDER = [name for layer in LAYERS for name in layer]
+COMMANDS_OF_0_1 = ("dataset", "core_download", "__main__")  # they lead to scripts/
 
 LIBRARY = sorted((REPO / "nanochat").rglob("*.py"))
 SCRIPTS = sorted((REPO / "scripts").glob("*.py"))
 CODE = [*LIBRARY, *SCRIPTS]
 
-READ_ENVIRONMENT = ("files", "hardware", "world")
+READ_ENVIRONMENT = ("files", "machine", "world")
 PURE = (
-    "typed_json",
-    "files",
-    "config",
-    "recipe",
-    "schedule",
-    "model_config",
-    "scaling",
-    "charts",
+    "common.typed_json",
+    "common.files",
+    "config.arguments",
+    "config.recipes",
+    "config.schedule",
+    "config.model_config",
+    "config.plan",
+    "common.charts",
     "report",
-    "dataset",
+    "data.corpus",
 )  # without torch
 OPTIONAL = {
     "datasets",
@@ -130,24 +98,88 @@ def at_import(body: list[ast.stmt]) -> Iterator[ast.stmt]:
                 yield from at_import(getattr(node, inner, []))
 
 
+def module_of(path: Path) -> str:
+    """nanochat/data/corpus.py -> nanochat.data.corpus; of a package, the package."""
+    return ".".join(path.relative_to(REPO).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {module_of(path): path for path in LIBRARY}
+
+
+def modules_imported(path: Path) -> Iterator[tuple[int, str]]:
+    """Line and name of each module of the library that a file imports, here or later."""
+    for node in ast.walk(tree_of(path)):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names = list(imported(node))
+            for name in names[1:] if isinstance(node, ast.ImportFrom) else names:
+                module = name if name in MODULES else name.rpartition(".")[0]
+                if module in MODULES:
+                    yield node.lineno, module
+
+
+def place_of(module: str) -> str:
+    """The entry of ORDER that a module belongs to."""
+    return module.split(".")[1] if "." in module else ""
+
+
 @pytest.mark.parametrize("path", LIBRARY, ids=name_of)
-def test_a_module_imports_only_lower_layers(path: Path) -> None:
-    if path.stem == "__init__":
-        assert not list(tree_of(path).body[1:]), "nanochat/__init__.py holds a docstring, nothing else"
+def test_a_module_imports_only_what_comes_before_it(path: Path) -> None:
+    if path.stem in COMMANDS_OF_0_1:
         return
-    assert path.stem in ORDER, f"{path.stem} has no place in LAYERS"
-    allowed = set(ORDER[: ORDER.index(path.stem)])
+    if path.stem == "__init__":
+        assert not list(tree_of(path).body[1:]), "an __init__.py holds a docstring, nothing else"
+        return
+    here = place_of(module_of(path))
+    assert here in ORDER, f"{here} has no place in ORDER"
+    for line, module in modules_imported(path):
+        there = place_of(module)
+        assert there in ORDER[: ORDER.index(here) + 1], f"line {line}: {here} must not import {there}"
     for node in ast.walk(tree_of(path)):
         for name in imported(node):
-            parts = name.split(".")
-            assert parts[0] not in ("scripts", "tests", "dev", "runs"), f"line {node.lineno}: {name}"
-            if parts[0] == "nanochat" and len(parts) > 1 and parts[1] in ORDER:
-                assert parts[1] in allowed, f"line {node.lineno}: {path.stem} must not import {parts[1]}"
+            if name.split(".")[0] in ("scripts", "tests", "dev", "runs"):
+                assert path.name == "report.py", f"line {node.lineno}: {name}"  # a command of 0.1, too
 
 
-def test_every_place_in_the_layers_is_taken() -> None:
-    assert set(ORDER) == {path.stem for path in LIBRARY} - {"__init__"}
-    assert len(ORDER) == len(set(ORDER))
+def test_no_module_imports_itself_through_others() -> None:
+    imports = {name: {module for _, module in modules_imported(path)} for name, path in MODULES.items()}
+    list(graphlib.TopologicalSorter(imports).static_order())
+
+
+def test_every_place_in_the_order_is_taken() -> None:
+    tops = {place_of(name) for name in MODULES} - {""}
+    assert tops - set(COMMANDS_OF_0_1) == set(ORDER)
+
+
+def said_of(folder: Path, what: str) -> list[str]:
+    """The names that the docstring of a folder lists behind a word."""
+    text = " ".join((ast.get_docstring(tree_of(folder / "__init__.py")) or "").split())
+    found = re.search(rf"{what}: ([\w, ]+)\.", text)
+    return found[1].split(", ") if found else []
+
+
+FOLDERS_OF_THE_LIBRARY = sorted(path.parent for path in LIBRARY if path.name == "__init__.py")[1:]
+
+
+@pytest.mark.parametrize("folder", FOLDERS_OF_THE_LIBRARY, ids=name_of)
+def test_a_folder_names_its_rooms(folder: Path) -> None:
+    rooms = {
+        path.stem for path in folder.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()
+    }
+    assert set(said_of(folder, "Rooms, in reading order")) == rooms - {"__init__", "__main__"}
+
+
+@pytest.mark.parametrize("folder", FOLDERS_OF_THE_LIBRARY, ids=name_of)
+def test_others_come_in_by_the_doors(folder: Path) -> None:
+    """Each door is used, and nobody outside of the folder imports another room of it."""
+    used = set()
+    for path in CODE:
+        if path.parent == folder:
+            continue
+        for line, module in modules_imported(path):
+            if MODULES[module].parent == folder:
+                used.add(module.rpartition(".")[2])
+                assert used <= set(said_of(folder, "Doors")), f"{name_of(path)}, line {line}: {module}"
+    assert used == set(said_of(folder, "Doors"))
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=name_of)
@@ -259,7 +291,7 @@ os.write(report, json.dumps(told).encode())
 
 def test_importing_any_module_leaves_no_file_no_output_and_no_connection(tmp_path: Path) -> None:
     base = tmp_path / "base"
-    modules = [f"nanochat.{name}" for name in ORDER] + [f"scripts.{path.stem}" for path in SCRIPTS]
+    modules = [*MODULES, *(f"scripts.{path.stem}" for path in SCRIPTS)]
     result = subprocess.run(
         [sys.executable, "-B", "-c", WATCH, str(base), *modules],
         cwd=REPO,
@@ -329,5 +361,5 @@ def test_no_tracked_file_is_large() -> None:
 
 def test_every_module_has_a_place_in_the_description_of_the_house() -> None:
     text = (REPO / "dev" / "ARCHITECTURE.md").read_text("utf-8")
-    for name in ORDER:
-        assert f"`{name}.py`" in text, f"dev/ARCHITECTURE.md does not name {name}.py"
+    for path in LIBRARY:
+        assert path.name == "__init__.py" or f"`{path.name}`" in text, name_of(path)

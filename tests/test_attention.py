@@ -5,17 +5,10 @@ import math
 import pytest
 import torch
 
-from nanochat.attention import (
-    BACKENDS,
-    Layout,
-    attention,
-    attention_reference,
-    block_masks,
-    layout_of,
-)
-from nanochat.backends import available_backends, choose_backend
-from nanochat.errors import UserError
-from nanochat.sdpa import _stacked_blocks
+from nanochat.common.errors import UserError
+from nanochat.model.attention import BACKENDS, Layout, attention, attention_reference, block_masks, layout_of
+from nanochat.model.attention_backends import available_backends, choose_backend
+from nanochat.model.sdpa_attention import _stacked_blocks
 
 
 def naive(q, k, v, window):

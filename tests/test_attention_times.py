@@ -10,12 +10,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanochat import files, scaling
-from nanochat.attention import attention_reference
-from nanochat.attention_times import AttentionShape, fastest, key_of, one_pass
-from nanochat.backends import choose_precision
-from nanochat.config import TrainArgs
-from nanochat.world import World
+from nanochat.common import files
+from nanochat.config import plan as scaling
+from nanochat.config.arguments import TrainArgs
+from nanochat.distributed.world import World
+from nanochat.model.attention import attention_reference
+from nanochat.model.attention_autotune import AttentionShape, fastest, key_of, one_pass
+from nanochat.model.attention_backends import choose_precision
 from tests.dist.world import run_ranks
 
 CPU = torch.device("cpu")

@@ -10,15 +10,20 @@ import torch
 
 import scripts.base_eval
 import scripts.generate
-from nanochat import base_eval, checkpoint, dataset, files, scaling, train
-from nanochat.config import EvalArgs
-from nanochat.core_tasks import Bundle
-from nanochat.dataloader import ValBatches
-from nanochat.errors import UserError
-from nanochat.hardware import Precision
-from nanochat.loss_eval import evaluate
-from nanochat.tokenizer import Tokenizer
-from nanochat.world import World
+from nanochat.checkpoint import state as checkpoint
+from nanochat.common import files
+from nanochat.common.errors import UserError
+from nanochat.common.machine import Precision
+from nanochat.config import plan as scaling
+from nanochat.config.arguments import EvalArgs
+from nanochat.data import corpus as dataset
+from nanochat.data.train_loader import ValBatches
+from nanochat.distributed.world import World
+from nanochat.evaluation import base_eval
+from nanochat.evaluation.bits_per_byte import evaluate
+from nanochat.evaluation.core.bundle import Bundle
+from nanochat.tokenizer.tokenizer import Tokenizer
+from nanochat.train import run as train
 from tests.conftest import REPO
 from tests.tiny import tiny_args, tokenizer_named, write_text
 
@@ -67,7 +72,9 @@ def args(**changes):
 
 
 def test_a_checkpoint_is_scored_into_the_files_of_its_run(state, monkeypatch, capsys):
-    monkeypatch.setattr("nanochat.core_eval.find_bundle", lambda where: Bundle.from_texts(where, SUITE))
+    monkeypatch.setattr(
+        "nanochat.evaluation.core.evaluate.find_bundle", lambda where: Bundle.from_texts(where, SUITE)
+    )
     found = base_eval.run(args(eval_bundle="pets"), World.solo())
     folder = files.run_dir("tiny")
     assert files.read_json(folder / "base_eval.json") == json.loads(json.dumps(found))
@@ -105,7 +112,9 @@ def score(eval_parts, **changes):
 
 @pytest.fixture
 def pets(monkeypatch):
-    monkeypatch.setattr("nanochat.core_eval.find_bundle", lambda where: Bundle.from_texts(where, SUITE))
+    monkeypatch.setattr(
+        "nanochat.evaluation.core.evaluate.find_bundle", lambda where: Bundle.from_texts(where, SUITE)
+    )
 
 
 def test_a_part_that_was_not_asked_for_keeps_what_it_had(state, pets):
@@ -181,7 +190,7 @@ def test_a_full_disk_under_the_token_cache_is_one_warning(state, pets, monkeypat
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("nanochat.core_tokens._keep", full)
+    monkeypatch.setattr("nanochat.evaluation.core.prompt_tokens._keep", full)
     assert score("core")["core_metric"] is not None
     printed = " ".join(capsys.readouterr().out.split())
     assert printed.count("warning: tokens of prompts were not kept") == 1
@@ -211,7 +220,7 @@ def test_a_full_disk_under_the_scores_loses_nothing_that_was_computed(state, pet
 
 def test_what_is_missing_is_said_before_core_is_scored(state, pets, monkeypatch):
     shutil.rmtree(files.data_dir("local"))
-    monkeypatch.setattr("nanochat.core_eval.evaluate", lambda *_, **__: pytest.fail("scored"))
+    monkeypatch.setattr("nanochat.evaluation.core.evaluate.evaluate", lambda *_, **__: pytest.fail("scored"))
     with pytest.raises(UserError, match="local"):
         score("core,bpb")
 
@@ -220,7 +229,7 @@ def test_core_is_on_the_disk_before_the_next_part_begins(state, pets, monkeypatc
     def killed(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("nanochat.base_eval.sample_texts", killed)
+    monkeypatch.setattr("nanochat.evaluation.base_eval.sample_texts", killed)
     with pytest.raises(KeyboardInterrupt):
         score("core,sample")
     assert files.read_json(files.run_dir("tiny") / "base_eval.json")["core_metric"] is not None

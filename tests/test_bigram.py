@@ -5,14 +5,15 @@ import sys
 import pytest
 import torch
 
-from nanochat import export, scaling
-from nanochat.config import ExportArgs, TrainArgs
+from nanochat import export
+from nanochat.common.errors import UserError
+from nanochat.config import plan as scaling
+from nanochat.config.arguments import ExportArgs, TrainArgs
+from nanochat.config.model_config import count_params, flops_per_token
+from nanochat.config.plan import model_config
 from nanochat.engine import KVCache
-from nanochat.errors import UserError
-from nanochat.gpt import GPT
-from nanochat.layers import pair_rows
-from nanochat.model_config import count_params, flops_per_token
-from nanochat.scaling import model_config
+from nanochat.model.gpt import GPT
+from nanochat.model.layers import pair_rows
 from tests.dist.launch import digest, losses
 from tests.dist.world import train_world
 from tests.reference_model import reference_loss, reference_pairs

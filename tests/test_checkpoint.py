@@ -18,11 +18,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from nanochat import checkpoint, checkpoint_files, files
-from nanochat.errors import UserError
-from nanochat.gpt import GPT
-from nanochat.hardware import Precision
-from nanochat.tokenizer import Tokenizer
+from nanochat.checkpoint import format as checkpoint_files
+from nanochat.checkpoint import state as checkpoint
+from nanochat.common import files
+from nanochat.common.errors import UserError
+from nanochat.common.machine import Precision
+from nanochat.model.gpt import GPT
+from nanochat.tokenizer.tokenizer import Tokenizer
 from tests.conftest import REPO
 from tests.tiny import train_tiny, trained_base
 
@@ -297,8 +299,8 @@ def test_a_full_disk_costs_nothing_but_the_save(share: float) -> None:
     shutil.rmtree(folder / "step_000012")
     script = f"""
         import resource, signal
-        from nanochat import train
-        from nanochat.errors import cli
+        from nanochat.train import run as train
+        from nanochat.common.errors import cli
         from tests.tiny import train_tiny
 
         real_step = train.train_step

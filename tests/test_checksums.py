@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanochat import checksums
-from nanochat.checksums import PIECE_BYTES, BrokenFileError, ChecksummedFile
+from nanochat.common import checksums
+from nanochat.common.checksums import PIECE_BYTES, BrokenFileError, ChecksummedFile
 from tests.shard_files import flip
 
 SIZE = 3 * PIECE_BYTES + 1000

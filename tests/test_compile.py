@@ -12,10 +12,13 @@ import pytest
 import torch
 import torch._dynamo.testing
 
-from nanochat import files, hardware, reporter, train
-from nanochat.errors import UserError
-from nanochat.recipe import RECIPES
-from nanochat.runlog import read_metrics
+from nanochat.common import files
+from nanochat.common import machine as hardware
+from nanochat.common.errors import UserError
+from nanochat.common.jsonl import read_metrics
+from nanochat.config.recipes import RECIPES
+from nanochat.train import run as train
+from nanochat.train import step_metrics as reporter
 from tests.tiny import tiny_corpus, train_tiny
 
 CPU = torch.device("cpu")

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from nanochat import config
-from nanochat.config import (
+from nanochat.common.errors import UserError
+from nanochat.config import arguments as config
+from nanochat.config.arguments import (
     DatasetArgs,
     EvalArgs,
     ExportArgs,
@@ -20,7 +21,6 @@ from nanochat.config import (
     TokTrainArgs,
     TrainArgs,
 )
-from nanochat.errors import UserError
 
 ALL = [TrainArgs, EvalArgs, TokTrainArgs, TokEvalArgs, DatasetArgs, GenerateArgs, ReportArgs, ExportArgs]
 

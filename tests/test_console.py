@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 from rich.console import Console
 from rich.table import Table
-from nanochat import console, errors
+from nanochat.common import console, errors
 @errors.cli
 def main():
     for number in range(3):
@@ -93,7 +93,7 @@ def test_a_stream_that_returns_instead_of_waiting_gets_everything(tmp_path: Path
     theirs, ours = os.pipe()
     os.set_blocking(ours, False)
     code = (
-        "from nanochat import errors\n"
+        "from nanochat.common import errors\n"
         "@errors.cli\n"
         "def main():\n"
         "    for n in range(20000): print(n, 'x' * 50)\n"
@@ -108,7 +108,7 @@ def test_a_stream_that_returns_instead_of_waiting_gets_everything(tmp_path: Path
 
 
 def test_streams_that_are_not_the_interpreters_are_left_alone(capsys: pytest.CaptureFixture[str]) -> None:
-    from nanochat import console
+    from nanochat.common import console
 
     before = sys.stdout, sys.stderr
     console.install()

@@ -2,8 +2,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanochat import core_batches
-from nanochat.core_batches import Family, Inputs, Span
+from nanochat.evaluation.core import batching as core_batches
+from nanochat.evaluation.core.batching import Family, Inputs, Span
 
 # Few token ids, so that prefixes, repeats and ties are common.
 ROWS = st.lists(

@@ -6,11 +6,14 @@ import numpy as np
 import pytest
 from scipy import stats as scipy_stats
 
-from nanochat import base_eval, core_compare, core_stats, files
-from nanochat.config import EvalArgs
-from nanochat.core_results import GPT2_ACCURACY
-from nanochat.errors import UserError
-from nanochat.world import World
+from nanochat.common import files
+from nanochat.common.errors import UserError
+from nanochat.config.arguments import EvalArgs
+from nanochat.distributed.world import World
+from nanochat.evaluation import base_eval
+from nanochat.evaluation.core import compare as core_compare
+from nanochat.evaluation.core import statistics as core_stats
+from nanochat.evaluation.core.results import GPT2_ACCURACY
 
 
 def write_run(name, answers, core, passage=2, **changes):

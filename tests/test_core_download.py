@@ -10,8 +10,10 @@ import zipfile
 
 import pytest
 
-from nanochat import core_download, core_eval, files
-from nanochat.errors import UserError
+from nanochat.common import files
+from nanochat.common.errors import UserError
+from nanochat.evaluation.core import download as core_download
+from nanochat.evaluation.core import evaluate as core_eval
 from tests.hub_server import FAULTS, Hub
 
 CONTENTS = {
@@ -154,9 +156,9 @@ def test_what_cannot_be_an_answer_is_refused_at_once(server, base_dir, monkeypat
 
 # The command with the hashes of the bundle that is served here.
 COMMAND = (
-    "import json, sys; from nanochat import core_download\n"
+    "import json, sys; from nanochat.evaluation.core import download as core_download\n"
     "core_download.SHA256 = json.loads(sys.argv.pop(1))\n"
-    "core_download.main()"
+    "from scripts.core_download import main; main()"
 )
 
 
@@ -268,7 +270,7 @@ def test_the_hashes_are_those_of_the_real_bundle(shared_data):
 
 def test_the_command_fetches_the_real_bundle(shared_data, base_dir, monkeypatch):
     server = Hub({ZIP: (shared_data / "eval_bundle.zip").read_bytes()})
-    command = [sys.executable, "-m", "nanochat.core_download", "--url", f"{server.url}/elsewhere/{ZIP}"]
+    command = [sys.executable, "-m", "scripts.core_download", "--url", f"{server.url}/elsewhere/{ZIP}"]
     environment = {**os.environ, "NO_PROXY": "127.0.0.1", "NANOCHAT_BASE_DIR": str(base_dir)}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     server.close()

@@ -11,16 +11,18 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from dev.bench import naive_core
-from nanochat import core_eval, core_scoring, core_tasks
-from nanochat.core_tasks import Bundle, Example, Task
-from nanochat.core_tokens import Prompts
-from nanochat.errors import UserError
-from nanochat.gpt import GPT
-from nanochat.hardware import Precision
-from nanochat.model_config import GPTConfig
-from nanochat.stopping import Stopped
-from nanochat.tokenizer import PATTERN
-from nanochat.world import World
+from nanochat.common.errors import UserError
+from nanochat.common.machine import Precision
+from nanochat.common.stop_signals import Stopped
+from nanochat.config.model_config import GPTConfig
+from nanochat.distributed.world import World
+from nanochat.evaluation.core import bundle as core_tasks
+from nanochat.evaluation.core import evaluate as core_eval
+from nanochat.evaluation.core import scoring as core_scoring
+from nanochat.evaluation.core.bundle import Bundle, Example, Task
+from nanochat.evaluation.core.prompt_tokens import Prompts
+from nanochat.model.gpt import GPT
+from nanochat.tokenizer.tokenizer import PATTERN
 
 SOLO = World.solo()
 
@@ -422,7 +424,7 @@ def test_the_result_has_the_fields_of_base_eval_json(model, tokenizer):
 
 
 def test_bundles_are_found_by_path_by_name_or_in_the_base_directory(tmp_path, base_dir, monkeypatch):
-    monkeypatch.setattr("nanochat.core_mini.build", lambda: {"core.yaml": "mini"})
+    monkeypatch.setattr("nanochat.evaluation.core.mini_bundle.build", lambda: {"core.yaml": "mini"})
     assert core_eval.find_bundle("mini").text("core.yaml") == "mini"
     with pytest.raises(UserError, match="no eval bundle.*--eval-bundle mini"):
         core_eval.find_bundle("")

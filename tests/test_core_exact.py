@@ -9,12 +9,18 @@ import pytest
 import torch
 
 from dev.bench import naive_core
-from nanochat import base_eval, checkpoint, core_tasks, dataset, files, scaling, train
-from nanochat.config import EvalArgs
-from nanochat.core_scoring import ROTARY_CONTEXTS
-from nanochat.hardware import Precision
-from nanochat.tokenizer import Tokenizer
-from nanochat.world import World
+from nanochat.checkpoint import state as checkpoint
+from nanochat.common import files
+from nanochat.common.machine import Precision
+from nanochat.config import plan as scaling
+from nanochat.config.arguments import EvalArgs
+from nanochat.data import corpus as dataset
+from nanochat.distributed.world import World
+from nanochat.evaluation import base_eval
+from nanochat.evaluation.core import bundle as core_tasks
+from nanochat.evaluation.core.scoring import ROTARY_CONTEXTS
+from nanochat.tokenizer.tokenizer import Tokenizer
+from nanochat.train import run as train
 from tests.conftest import REPO
 from tests.test_base_eval import predictions_of
 from tests.tiny import tiny_args, train_tiny

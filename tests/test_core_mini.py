@@ -2,8 +2,9 @@ import random
 
 import pytest
 
-from nanochat import core_mini, core_tasks
-from nanochat.errors import UserError
+from nanochat.common.errors import UserError
+from nanochat.evaluation.core import bundle as core_tasks
+from nanochat.evaluation.core import mini_bundle as core_mini
 
 SOURCE = '''
 from collections import deque, OrderedDict

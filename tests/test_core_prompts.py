@@ -5,8 +5,9 @@ import re
 
 import pytest
 
-from nanochat import core_prompts, core_tasks
-from nanochat.core_tasks import Example, Task
+from nanochat.evaluation.core import bundle as core_tasks
+from nanochat.evaluation.core import prompts as core_prompts
+from nanochat.evaluation.core.bundle import Example, Task
 
 MC = Task("mc", "multiple_choice", 1, "\nAnswer: ", "eval_data/mc.jsonl", 25.0)
 SCHEMA = Task("schema", "schema", 1, " ", "eval_data/schema.jsonl", 50.0)

@@ -5,10 +5,11 @@ import math
 
 import pytest
 
-from nanochat import core_results, core_tasks
-from nanochat.core_results import CoreResult, Prediction, TaskScore, centre, choose
-from nanochat.core_stats import Stratum
-from nanochat.core_tasks import Task
+from nanochat.evaluation.core import bundle as core_tasks
+from nanochat.evaluation.core import results as core_results
+from nanochat.evaluation.core.bundle import Task
+from nanochat.evaluation.core.results import CoreResult, Prediction, TaskScore, centre, choose
+from nanochat.evaluation.core.statistics import Stratum
 
 
 def score(label, baseline, correct, examples, cropped=0, passages=None):

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from scipy import stats as scipy_stats
 
-from nanochat import core_stats
-from nanochat.core_stats import Stratum
+from nanochat.evaluation.core import statistics as core_stats
+from nanochat.evaluation.core.statistics import Stratum
 
 
 def share_of_intervals_that_hold(estimates, errors, truth):

@@ -3,9 +3,9 @@ import zipfile
 
 import pytest
 
-from nanochat import core_tasks
-from nanochat.core_tasks import Bundle, Example, Task
-from nanochat.errors import UserError
+from nanochat.common.errors import UserError
+from nanochat.evaluation.core import bundle as core_tasks
+from nanochat.evaluation.core.bundle import Bundle, Example, Task
 
 MC = Task("mc", "multiple_choice", 1, "\nAnswer: ", "eval_data/mc.jsonl", 25.0)
 SCHEMA = Task("schema", "schema", 1, " ", "eval_data/schema.jsonl", 50.0)

@@ -7,10 +7,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanochat import core_prompts, core_tasks, core_tokens, files
-from nanochat.core_tasks import Example, Task
-from nanochat.core_tokens import Prompts
-from nanochat.tokenizer import Tokenizer
+from nanochat.common import files
+from nanochat.evaluation.core import bundle as core_tasks
+from nanochat.evaluation.core import prompt_tokens as core_tokens
+from nanochat.evaluation.core import prompts as core_prompts
+from nanochat.evaluation.core.bundle import Example, Task
+from nanochat.evaluation.core.prompt_tokens import Prompts
+from nanochat.tokenizer.tokenizer import Tokenizer
 
 PROSE = ["The cat sat; on the mat's 12 edges.\n\nAnswer: yes  no\n", "naïve   café\t\n\n x", "1, 2, 3...\n"]
 

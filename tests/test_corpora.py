@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanochat import corpora
-from nanochat.corpora import find_files, hold_out_end, local_documents, shuffled, split_text
-from nanochat.errors import UserError
+from nanochat.common.errors import UserError
+from nanochat.data import sources as corpora
+from nanochat.data.sources import find_files, hold_out_end, local_documents, shuffled, split_text
 
 
 @given(st.text(alphabet="ab \n", max_size=300), st.integers(4, 50))

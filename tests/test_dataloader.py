@@ -17,13 +17,15 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from nanochat import dataloader, files, shards
-from nanochat.dataloader import Batch, TrainLoader, ValBatches, epochs_for
-from nanochat.dataset import Corpus
-from nanochat.errors import UserError
-from nanochat.lanes import fit_lanes
-from nanochat.packing import pack, shuffled
-from nanochat.world import World
+from nanochat.common import files
+from nanochat.common.errors import UserError
+from nanochat.data import parquet_shards as shards
+from nanochat.data import train_loader as dataloader
+from nanochat.data.corpus import Corpus
+from nanochat.data.packing import pack, shuffled
+from nanochat.data.row_stream import fit_lanes
+from nanochat.data.train_loader import Batch, TrainLoader, ValBatches, epochs_for
+from nanochat.distributed.world import World
 from tests.conftest import REPO
 from tests.shard_files import read_texts
 
@@ -413,7 +415,7 @@ def test_prose_crops_under_18_percent(shared_data: Path, monkeypatch: pytest.Mon
     gpt2 = tokenizers.Tokenizer.from_file(str(shared_data / "bpe" / "gpt2_tokenizer.json"))
     texts = read_texts(shared_data / "prose" / "shard_00000.parquet", 0)
     lengths = [len(encoding.ids) for encoding in gpt2.encode_batch_fast(texts, add_special_tokens=False)]
-    from nanochat.packing import pack
+    from nanochat.data.packing import pack
 
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     ids = np.zeros(offsets[-1], np.uint32)

@@ -15,9 +15,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from nanochat import corpora, dataset, files, shards
-from nanochat.dataset import Corpus, prepare
-from nanochat.errors import UserError
+from nanochat.common import files
+from nanochat.common.errors import UserError
+from nanochat.data import corpus as dataset
+from nanochat.data import parquet_shards as shards
+from nanochat.data import sources as corpora
+from nanochat.data.corpus import Corpus, prepare
+from scripts import dataset as dataset_command
 from tests.shard_files import read_texts
 
 
@@ -142,7 +146,7 @@ def test_every_bit_flip_and_truncation_is_found_and_named(tmp_path: Path) -> Non
             shard.sha256,
             files.sha256(path),
             "Repair: rm -rf",
-            "nanochat.dataset --corpus local",
+            "scripts.dataset --corpus local",
         ):
             assert part in str(caught.value)
     path.write_bytes(good)
@@ -318,7 +322,7 @@ def test_the_list_goes_on_past_a_damaged_manifest(
         (files.data_dir(name) / "manifest.json").write_text(text)
     monkeypatch.setattr(sys, "argv", ["dataset", "--list"])
     with pytest.raises(SystemExit) as left:
-        dataset.main()
+        dataset_command.main()
     said = capsys.readouterr()
     assert left.value.code == 2
     assert [line[:3] for line in said.out.splitlines()] == ["a: ", "d: "]
@@ -334,7 +338,7 @@ def test_a_folder_says_what_it_leaves_out(tmp_path: Path, capsys: pytest.Capture
 
 def run_cli(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "nanochat.dataset", *arguments], capture_output=True, text=True
+        [sys.executable, "-m", "scripts.dataset", *arguments], capture_output=True, text=True
     )
 
 
@@ -372,7 +376,7 @@ def test_a_mistake_is_one_line(
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["dataset", *arguments])
     with pytest.raises(SystemExit) as left:
-        dataset.main()
+        dataset_command.main()
     assert left.value.code == 2
     error = capsys.readouterr().err
     assert message in error

@@ -5,17 +5,21 @@ import torch
 import torch._dynamo.testing
 from safetensors.torch import load_file
 
-from nanochat import checkpoint, checkpoint_files, export, files, scaling
-from nanochat.attention import attention, attention_reference, layout_of
-from nanochat.config import ExportArgs, TrainArgs
-from nanochat.differential import initial_share
+from nanochat import export
+from nanochat.checkpoint import format as checkpoint_files
+from nanochat.checkpoint import state as checkpoint
+from nanochat.common import files
+from nanochat.common.errors import UserError
+from nanochat.common.jsonl import read_metrics
+from nanochat.common.machine import Precision
+from nanochat.config import plan as scaling
+from nanochat.config.arguments import ExportArgs, TrainArgs
+from nanochat.config.model_config import count_params, flops_per_token
+from nanochat.config.plan import model_config
 from nanochat.engine import Engine, KVCache, Sampling
-from nanochat.errors import UserError
-from nanochat.gpt import GPT
-from nanochat.hardware import Precision
-from nanochat.model_config import count_params, flops_per_token
-from nanochat.runlog import read_metrics
-from nanochat.scaling import model_config
+from nanochat.model.attention import attention, attention_reference, layout_of
+from nanochat.model.differential_attention import initial_share
+from nanochat.model.gpt import GPT
 from tests.reference_model import reference_logits
 from tests.test_attention import several_documents
 from tests.test_engine import BOS, ByteTokenizer, greedy_by_full_forward

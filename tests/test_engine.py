@@ -3,11 +3,11 @@ import math
 import pytest
 import torch
 
+from nanochat.common.errors import UserError
+from nanochat.common.machine import Precision
+from nanochat.config.model_config import GPTConfig
 from nanochat.engine import Engine, KVCache, Sampling, choose_tokens, sample_texts
-from nanochat.errors import UserError
-from nanochat.gpt import GPT
-from nanochat.hardware import Precision
-from nanochat.model_config import GPTConfig
+from nanochat.model.gpt import GPT
 
 BOS = 256
 

@@ -18,8 +18,10 @@ import pytest
 
 from dev import experiment_file, experiment_report, experiment_results, experiment_runs
 from dev.experiment_results import Point, Result
-from nanochat import config, files, scaling
-from nanochat.errors import UserError
+from nanochat.common import files
+from nanochat.common.errors import UserError
+from nanochat.config import arguments as config
+from nanochat.config import plan as scaling
 from tests import tiny
 from tests.conftest import REPO
 

@@ -4,13 +4,14 @@ import numpy as np
 import pytest
 import torch
 
-from nanochat import export, files
-from nanochat.config import ExportArgs
-from nanochat.errors import UserError
-from nanochat.gpt import GPT
-from nanochat.hardware import Precision
-from nanochat.model_config import GPTConfig
-from nanochat.tokenizer import Tokenizer
+from nanochat import export
+from nanochat.common import files
+from nanochat.common.errors import UserError
+from nanochat.common.machine import Precision
+from nanochat.config.arguments import ExportArgs
+from nanochat.config.model_config import GPTConfig
+from nanochat.model.gpt import GPT
+from nanochat.tokenizer.tokenizer import Tokenizer
 
 TEXT = "the cat sat on a mat and saw two dogs near their red house\n\n  while 12 rains fell. "
 
@@ -149,7 +150,7 @@ def test_padding_between_tokens_and_rows_of_padding_alone_do_no_harm(tokenizer, 
 
 
 def test_an_empty_folder_is_written_to_and_a_link_stays_a_link(tokenizer, tmp_path, base_dir, monkeypatch):
-    from nanochat import checkpoint
+    from nanochat.checkpoint import state as checkpoint
 
     model = odd_model(tokenizer)
     monkeypatch.setattr(checkpoint, "load_model", lambda *a, **k: (model, tokenizer, {"step": 1}))

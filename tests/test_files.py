@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from nanochat import files
-from nanochat.errors import UserError
+from nanochat.common import files
+from nanochat.common.errors import UserError
 
 
 def test_base_dir_follows_the_environment(base_dir: Path) -> None:
@@ -180,7 +180,7 @@ def test_full_disk_while_writing_leaves_the_old_file(tmp_path: Path) -> None:
     script = """
         import resource, signal, sys
         from pathlib import Path
-        from nanochat import files
+        from nanochat.common import files
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
         try:

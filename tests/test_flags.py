@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 
-from nanochat import config, files, flags, scaling
-from nanochat.config import EvalArgs, GenerateArgs, TokTrainArgs, TrainArgs
-from nanochat.errors import UserError
+from nanochat.common import files, flags
+from nanochat.common.errors import UserError
+from nanochat.config import arguments as config
+from nanochat.config import plan as scaling
+from nanochat.config.arguments import EvalArgs, GenerateArgs, TokTrainArgs, TrainArgs
 
 COMMANDS = [
     value for name, value in vars(config).items() if name.endswith("Args") and isinstance(value, type)

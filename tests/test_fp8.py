@@ -4,12 +4,12 @@ import pytest
 import torch
 import torch._dynamo.testing
 
-from nanochat.backends import choose_precision
-from nanochat.errors import UserError
-from nanochat.fp8 import E4M3, E5M2, fits, linear, quantize
-from nanochat.gpt import GPT
-from nanochat.hardware import Precision
-from nanochat.layers import Linear
+from nanochat.common.errors import UserError
+from nanochat.common.machine import Precision
+from nanochat.model.attention_backends import choose_precision
+from nanochat.model.fp8 import E4M3, E5M2, fits, linear, quantize
+from nanochat.model.gpt import GPT
+from nanochat.model.layers import Linear
 from tests.test_gpt import batch, config_of, random_model
 
 # Half a unit in the last place: 3 bits of mantissa in e4m3, 2 in e5m2.

@@ -6,11 +6,11 @@ import pytest
 import torch
 import torch._dynamo.testing
 
-from nanochat.config import TrainArgs
-from nanochat.gpt import GPT
-from nanochat.hardware import Precision
-from nanochat.model_config import GPTConfig, count_params
-from nanochat.scaling import model_config, plan
+from nanochat.common.machine import Precision
+from nanochat.config.arguments import TrainArgs
+from nanochat.config.model_config import GPTConfig, count_params
+from nanochat.config.plan import model_config, plan
+from nanochat.model.gpt import GPT
 from tests.reference_model import reference_logits, reference_loss
 
 FP32 = Precision(torch.float32, "sdpa")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanochat import hardware
+from nanochat.common import machine as hardware
 
 
 def groups(folder: Path, own: str, files: dict[str, str]) -> tuple[Path, Path]:

@@ -8,11 +8,14 @@ import pytest
 import torch
 
 from dev.bench import naive_core
-from nanochat import core_eval, core_scoring, core_tasks, harness
+from nanochat.common.errors import UserError
+from nanochat.distributed.world import World
 from nanochat.engine import Engine, Sampling
-from nanochat.errors import UserError
-from nanochat.tokenizer import Tokenizer
-from nanochat.world import World
+from nanochat.evaluation import lm_eval_harness as harness
+from nanochat.evaluation.core import bundle as core_tasks
+from nanochat.evaluation.core import evaluate as core_eval
+from nanochat.evaluation.core import scoring as core_scoring
+from nanochat.tokenizer.tokenizer import Tokenizer
 from tests.test_core_eval import WORDS, small_bundle, tiny_gpt
 
 LONG = " ".join(WORDS * 9)

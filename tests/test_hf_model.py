@@ -6,12 +6,15 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from dev.bench import naive_core
-from nanochat import base_eval, core_eval, core_tasks, files, hf_model
-from nanochat.config import EvalArgs
-from nanochat.core_tasks import Bundle
-from nanochat.errors import UserError
-from nanochat.tokenizer import Tokenizer
-from nanochat.world import World
+from nanochat.common import files
+from nanochat.common.errors import UserError
+from nanochat.config.arguments import EvalArgs
+from nanochat.distributed.world import World
+from nanochat.evaluation import base_eval, hf_model
+from nanochat.evaluation.core import bundle as core_tasks
+from nanochat.evaluation.core import evaluate as core_eval
+from nanochat.evaluation.core.bundle import Bundle
+from nanochat.tokenizer.tokenizer import Tokenizer
 from tests.test_core_eval import WORDS, small_bundle, stories_bundle
 
 transformers = pytest.importorskip("transformers")
@@ -116,7 +119,9 @@ def test_operations_are_those_that_torch_counts(tmp_path, kind):
 def test_the_command_writes_a_folder_that_runs_can_be_compared_to(tmp_path, base_dir, monkeypatch, capsys):
     folder = save_model(tmp_path / "m", "gpt2")
     bundle = small_bundle(12)
-    monkeypatch.setattr("nanochat.core_eval.find_bundle", lambda where: Bundle("b", bundle.blocks))
+    monkeypatch.setattr(
+        "nanochat.evaluation.core.evaluate.find_bundle", lambda where: Bundle("b", bundle.blocks)
+    )
     args = EvalArgs(hf=str(folder), run="gpt2", device_type="cpu", dtype="float32")
     base_eval.main(args, World.solo())
     found = files.read_json(files.run_dir("gpt2") / "base_eval.json")

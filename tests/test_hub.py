@@ -18,13 +18,14 @@ from typing import Any
 
 import pytest
 
-from nanochat import arrival, files
-from nanochat import hub as hub_module
-from nanochat.dataloader import TrainLoader
-from nanochat.dataset import Corpus
-from nanochat.errors import UserError
-from nanochat.hub import Hub as HubClient
-from nanochat.world import World
+from nanochat.common import files
+from nanochat.common.errors import UserError
+from nanochat.data import hub as hub_module
+from nanochat.data import pending_download as arrival
+from nanochat.data.corpus import Corpus
+from nanochat.data.hub import Hub as HubClient
+from nanochat.data.train_loader import TrainLoader
+from nanochat.distributed.world import World
 from tests.hub_server import (
     COMMIT,
     FAULTS,
@@ -131,9 +132,9 @@ def test_a_smaller_plan_lists_fewer_shards_and_the_larger_one_fetches_nothing_ag
 
 def test_a_disk_that_is_too_small_is_said_before_anything_is_fetched(hub: Hub, base_dir: Path) -> None:
     code = (
-        "import sys; from nanochat import dataset, files\n"
+        "import sys; from nanochat.data import corpus as dataset; from nanochat.common import files\n"
         "files.free_bytes = lambda path: 1 << 20\n"
-        "dataset.main()"
+        "from scripts.dataset import main; main()"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, "--corpus", "fineweb-edu", "-n", "3"],
@@ -233,7 +234,7 @@ def test_a_disk_that_fills_midway_stops_the_download_and_leaves_nothing(hub: Hub
     limit = len(hub.contents["shard_00000.parquet"]) // 2
     code = f"""
         import resource, signal
-        from nanochat import dataset
+        from scripts import dataset
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
         dataset.main()

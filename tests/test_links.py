@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from nanochat.links import Link, describe, report
-from nanochat.world import World
+from nanochat.distributed.link_speed import Link, describe, report
+from nanochat.distributed.world import World
 
 
 def test_alone_there_is_no_link() -> None:

@@ -15,15 +15,15 @@ from pathlib import Path
 
 import pytest
 
-from nanochat import files, locks
-from nanochat.errors import UserError
+from nanochat.common import files, locks
+from nanochat.common.errors import UserError
 from tests.conftest import REPO
 
 # Takes the lock, says so, and keeps it until it is told to go on; may be started without flock.
 HOLDER = """
 import sys
 from pathlib import Path
-from nanochat import locks
+from nanochat.common import locks
 if sys.argv[2] == "no-flock":
     locks._flock = lambda descriptor: None
 with locks.held(Path(sys.argv[1]), "the thing"):
@@ -35,7 +35,7 @@ with locks.held(Path(sys.argv[1]), "the thing"):
 MAKER = """
 import sys, time
 from pathlib import Path
-from nanochat import locks
+from nanochat.common import locks
 folder = Path(sys.argv[1])
 if sys.argv[2] == "no-flock":
     locks._flock = lambda descriptor: None

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from nanochat import files
-from nanochat.loop import collector_held, traced
+from nanochat.common import files
+from nanochat.train.profiling import collector_held, traced
 from tests.tiny import tiny_corpus, train_tiny
 
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import nanochat.loss
-from nanochat.loss import softcapped_cross_entropy, token_losses
+import nanochat.model.loss
+from nanochat.model.loss import softcapped_cross_entropy, token_losses
 
 SOFTCAP = 15.0
 
@@ -40,7 +40,7 @@ def test_loss_and_gradients_equal_float64(reduction, chunk_rows):
 
 @pytest.mark.parametrize("chunk_rows", [7, None])
 def test_the_z_loss_and_its_gradients_equal_float64(chunk_rows, monkeypatch):
-    monkeypatch.setitem(nanochat.loss.TILE_ELEMENTS, "cpu", 3 * 70)
+    monkeypatch.setitem(nanochat.model.loss.TILE_ELEMENTS, "cpu", 3 * 70)
     x, weight, targets = problem()
     loss = softcapped_cross_entropy(x, weight, targets, SOFTCAP, chunk_rows=chunk_rows, z_weight=0.01)
     grads = torch.autograd.grad(loss, (x, weight))
@@ -58,7 +58,7 @@ def test_the_z_loss_and_its_gradients_equal_float64(chunk_rows, monkeypatch):
 def test_small_tiles_of_a_chunk_change_nothing(monkeypatch):
     x, weight, targets = problem()
     want = torch.autograd.grad(softcapped_cross_entropy(x, weight, targets, SOFTCAP), (x, weight))
-    monkeypatch.setitem(nanochat.loss.TILE_ELEMENTS, "cpu", 3 * 70)
+    monkeypatch.setitem(nanochat.model.loss.TILE_ELEMENTS, "cpu", 3 * 70)
     got = torch.autograd.grad(softcapped_cross_entropy(x, weight, targets, SOFTCAP), (x, weight))
     torch.testing.assert_close(got, want)
 

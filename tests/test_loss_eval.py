@@ -5,14 +5,14 @@ import numpy as np
 import pytest
 import torch
 
-from nanochat import loss_eval
-from nanochat.errors import UserError
-from nanochat.gpt import GPT
-from nanochat.hardware import Precision
-from nanochat.loss_eval import evaluate, profile_bpb
-from nanochat.model_config import GPTConfig
-from nanochat.stopping import Stopped
-from nanochat.world import World
+from nanochat.common.errors import UserError
+from nanochat.common.machine import Precision
+from nanochat.common.stop_signals import Stopped
+from nanochat.config.model_config import GPTConfig
+from nanochat.distributed.world import World
+from nanochat.evaluation import bits_per_byte as loss_eval
+from nanochat.evaluation.bits_per_byte import evaluate, profile_bpb
+from nanochat.model.gpt import GPT
 
 VOCAB = 40
 # Token n spells n % 5 bytes; the multiples of five are special and spell none.

@@ -9,14 +9,18 @@ from typing import Any
 import pytest
 import torch
 
-from nanochat import checkpoint_files, files, loss_scale, scaling, train
-from nanochat.dataset import Corpus
-from nanochat.errors import UserError
-from nanochat.hardware import Precision, choose_dtype
-from nanochat.loss_scale import LossScale
-from nanochat.runlog import read_metrics
-from nanochat.tokenizer import Tokenizer
-from nanochat.world import World
+from nanochat.checkpoint import format as checkpoint_files
+from nanochat.common import files
+from nanochat.common.errors import UserError
+from nanochat.common.jsonl import read_metrics
+from nanochat.common.machine import Precision, choose_dtype
+from nanochat.config import plan as scaling
+from nanochat.data.corpus import Corpus
+from nanochat.distributed.world import World
+from nanochat.optim import loss_scale
+from nanochat.optim.loss_scale import LossScale
+from nanochat.tokenizer.tokenizer import Tokenizer
+from nanochat.train import run as train
 from tests.test_train import stop_after, weights
 from tests.tiny import tiny_args, tiny_corpus
 

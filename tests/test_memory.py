@@ -12,14 +12,20 @@ from typing import Any
 import pytest
 import torch
 
-from nanochat import checkpoint, checkpoint_files, files, hardware, memory, scaling, train
-from nanochat.dataset import Corpus
-from nanochat.errors import UserError
-from nanochat.gpt import GPT
-from nanochat.hardware import Precision
-from nanochat.scaling import Plan
-from nanochat.tokenizer import Tokenizer
-from nanochat.world import World
+from nanochat.checkpoint import format as checkpoint_files
+from nanochat.checkpoint import state as checkpoint
+from nanochat.common import files
+from nanochat.common import machine as hardware
+from nanochat.common.errors import UserError
+from nanochat.common.machine import Precision
+from nanochat.config import plan as scaling
+from nanochat.config.plan import Plan
+from nanochat.data.corpus import Corpus
+from nanochat.distributed.world import World
+from nanochat.model.gpt import GPT
+from nanochat.tokenizer.tokenizer import Tokenizer
+from nanochat.train import memory
+from nanochat.train import run as train
 from tests.conftest import REPO
 from tests.dist.launch import digest
 from tests.dist.world import run_ranks, train_rank

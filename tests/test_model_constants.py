@@ -13,17 +13,22 @@ from typing import Any
 import pytest
 import torch
 
-from nanochat import base_eval, checkpoint, checkpoint_files, export, files, scaling
-from nanochat.checkpoint_files import MODEL
-from nanochat.config import EvalArgs, ExportArgs, TrainArgs
+from nanochat import export
+from nanochat.checkpoint import format as checkpoint_files
+from nanochat.checkpoint import state as checkpoint
+from nanochat.checkpoint.format import MODEL
+from nanochat.checkpoint.same_run import require_same_run
+from nanochat.common import files
+from nanochat.common.errors import UserError
+from nanochat.common.machine import Precision
+from nanochat.config import plan as scaling
+from nanochat.config.arguments import EvalArgs, ExportArgs, TrainArgs
+from nanochat.config.model_config import GPTConfig
+from nanochat.config.plan import Plan
+from nanochat.config.recipes import JULY, MODEL_CONSTANTS, RECIPES, GroupRecipe, Recipe
+from nanochat.distributed.world import World
 from nanochat.engine import Engine, Sampling
-from nanochat.errors import UserError
-from nanochat.hardware import Precision
-from nanochat.model_config import GPTConfig
-from nanochat.recipe import JULY, MODEL_CONSTANTS, RECIPES, GroupRecipe, Recipe
-from nanochat.same_run import require_same_run
-from nanochat.scaling import Plan
-from nanochat.world import World
+from nanochat.evaluation import base_eval
 from tests.conftest import REPO
 from tests.tiny import train_tiny, trained_base
 
@@ -102,15 +107,15 @@ def test_a_resume_under_another_constant_is_refused_with_both_values(
 
 def test_nothing_but_the_plan_is_made_of_a_recipe() -> None:
     users = []
-    for path in sorted((REPO / "nanochat").glob("*.py")):
+    for path in sorted((REPO / "nanochat").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
-            if isinstance(node, ast.ImportFrom) and node.module == "nanochat.recipe":
+            if isinstance(node, ast.ImportFrom) and node.module == "nanochat.config.recipes":
                 users += [(path.stem, alias.name) for alias in node.names]
             names = (
                 [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
             )
             assert "recipe" not in names, path
-    planners = {"scaling", "small_text"}  # the latter makes arguments, which are in the plan
+    planners = {"plan", "small_text"}  # the latter makes arguments, which are in the plan
     assert {name for module, name in users if module not in planners} == {"ModelConstants"}
 
 

@@ -12,16 +12,23 @@ from typing import Any
 import pytest
 import torch
 
-from nanochat import base_eval, checkpoint, checkpoint_files, config, export, files, report, scaling, train
-from nanochat.compatibility import RECIPE_CONSTANTS, completed
-from nanochat.config import EvalArgs, ExportArgs, TrainArgs
-from nanochat.dataset import Corpus
-from nanochat.errors import UserError
-from nanochat.hardware import Precision
-from nanochat.recipe import JULY, MODEL_CONSTANTS, RECIPES
-from nanochat.runlog import read_metrics
-from nanochat.tokenizer import Tokenizer
-from nanochat.world import World
+from nanochat import export, report
+from nanochat.checkpoint import format as checkpoint_files
+from nanochat.checkpoint import state as checkpoint
+from nanochat.checkpoint.compatibility import RECIPE_CONSTANTS, completed
+from nanochat.common import files
+from nanochat.common.errors import UserError
+from nanochat.common.jsonl import read_metrics
+from nanochat.common.machine import Precision
+from nanochat.config import arguments as config
+from nanochat.config import plan as scaling
+from nanochat.config.arguments import EvalArgs, ExportArgs, TrainArgs
+from nanochat.config.recipes import JULY, MODEL_CONSTANTS, RECIPES
+from nanochat.data.corpus import Corpus
+from nanochat.distributed.world import World
+from nanochat.evaluation import base_eval
+from nanochat.tokenizer.tokenizer import Tokenizer
+from nanochat.train import run as train
 from tests.conftest import REPO
 from tests.test_train import CLOCK
 

@@ -6,13 +6,13 @@ import pytest
 import torch
 import torch._dynamo.testing
 
-from nanochat.errors import UserError
-from nanochat.hardware import Precision
-from nanochat.model_config import GPTConfig
-from nanochat.optim import SMALL_ELEMENTS, MuonAdamW
-from nanochat.scaling import GroupPlan
-from nanochat.update_rules import muon_update, polar_express
-from nanochat.world import World
+from nanochat.common.errors import UserError
+from nanochat.common.machine import Precision
+from nanochat.config.model_config import GPTConfig
+from nanochat.config.plan import GroupPlan
+from nanochat.distributed.world import World
+from nanochat.optim.adamw import muon_update, polar_express
+from nanochat.optim.muon_adamw import SMALL_ELEMENTS, MuonAdamW
 from tests.reference_model import ReferenceOptimizer, reference_loss
 from tests.test_gpt import random_model
 

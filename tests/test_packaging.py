@@ -86,8 +86,8 @@ def test_it_declares_its_dependencies_and_extras(wheel: Path) -> None:
 USE = """
 import sys
 import nanochat, rustbpe
-from nanochat import config, scaling
-from nanochat.tokenizer import Tokenizer
+from nanochat.config import arguments as config, plan as scaling
+from nanochat.tokenizer.tokenizer import Tokenizer
 
 for module in (nanochat, rustbpe):
     assert module.__file__.startswith(sys.argv[1]), module.__file__

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanochat.packing import Packed, pack, shuffled
+from nanochat.data.packing import Packed, pack, shuffled
 
 BOS = 1_000_000
 

@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 
-from nanochat import config, scaling, schedule
-from nanochat.config import TrainArgs
-from nanochat.scaling import Plan
+from nanochat.config import arguments as config
+from nanochat.config import plan as scaling
+from nanochat.config import schedule
+from nanochat.config.arguments import TrainArgs
+from nanochat.config.plan import Plan
 from tests.conftest import SHARED_DATA
 
 PATH = SHARED_DATA / "parity" / "plans.json"

@@ -9,13 +9,13 @@ import sys
 
 import pytest
 
-from nanochat import process
+from nanochat.common import process
 from tests.conftest import REPO
 
 
 def test_the_peak_is_of_this_process_and_in_bytes() -> None:
     code = (
-        "from nanochat import process\n"
+        "from nanochat.common import process\n"
         "before = process.peak_memory_bytes()\n"
         "held = b'x' * (128 << 20)\n"
         "del held\n"
@@ -26,7 +26,7 @@ def test_the_peak_is_of_this_process_and_in_bytes() -> None:
 
 
 def test_provenance_names_the_command_and_the_day() -> None:
-    code = "from nanochat import process; print(process.provenance())"
+    code = "from nanochat.common import process; print(process.provenance())"
     done = subprocess.run([sys.executable, "-c", code, "a b"], cwd=REPO, capture_output=True, text=True)
     assert "'a b'" in done.stdout
     assert re.search(r"'date': '20\d\d-\d\d-\d\d'", done.stdout)

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from nanochat.progress import printable
+from nanochat.common.progress import printable
 
 HOSTILE = "\x1b]0;owned\x07 a\tb\nc\x9b2J\r\x08 caf\u00e9 \U0001f600"
 

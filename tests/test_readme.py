@@ -9,9 +9,9 @@ import re
 import pytest
 
 from dev.reliability import library_digest, page
-from nanochat import files
-from nanochat.config import DatasetArgs, EvalArgs, ExportArgs, GenerateArgs, TokTrainArgs, TrainArgs
-from nanochat.scaling import plan
+from nanochat.common import files
+from nanochat.config.arguments import DatasetArgs, EvalArgs, ExportArgs, GenerateArgs, TokTrainArgs, TrainArgs
+from nanochat.config.plan import plan
 from tests.conftest import REPO
 
 README = (REPO / "README.md").read_text("utf-8")

@@ -14,8 +14,8 @@ import pytest
 
 from dev import repackage_data
 from dev.repackage_data import Source, Spill, repackage
-from nanochat.dataset import Corpus
-from nanochat.errors import UserError
+from nanochat.common.errors import UserError
+from nanochat.data.corpus import Corpus
 
 TEXTS = [f"document {i} " + "words " * (i % 40) for i in range(3000)]
 

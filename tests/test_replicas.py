@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanochat import replicas
-from nanochat.replicas import digest, require_equal
-from nanochat.world import World
+from nanochat.distributed import weight_check as replicas
+from nanochat.distributed.weight_check import digest, require_equal
+from nanochat.distributed.world import World
 
 
 def reference(tensor: torch.Tensor) -> int:

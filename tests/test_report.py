@@ -12,11 +12,13 @@ from typing import Any
 
 import pytest
 
-from nanochat import charts, files, report, scaling
-from nanochat.config import TrainArgs
-from nanochat.core_results import GPT2_ACCURACY
-from nanochat.errors import UserError
+from nanochat.common import charts, files
+from nanochat.common.errors import UserError
+from nanochat.config import plan as scaling
+from nanochat.config.arguments import TrainArgs
+from nanochat.evaluation.core.results import GPT2_ACCURACY
 from nanochat.report import RunFiles, render, write_report
+from scripts import report as report_command
 
 RUN = "r1"
 VOID = {"meta", "br", "hr", "link", "img"}
@@ -404,7 +406,7 @@ def test_the_command_prints_the_path(
     run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["report", "--run", RUN])
-    report.main()
+    report_command.main()
     assert capsys.readouterr().out.strip() == str(run / "report.html")
 
 

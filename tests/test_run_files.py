@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from nanochat import checkpoint_files, files, run_files
-from nanochat.errors import UserError
+from nanochat.checkpoint import format as checkpoint_files
+from nanochat.common import files, run_files
+from nanochat.common.errors import UserError
 from nanochat.report import write_report
 from tests.tiny import tiny_corpus, train_tiny
 

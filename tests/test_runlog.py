@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from nanochat import runlog
-from nanochat.errors import UserError
-from nanochat.runlog import RunLog, cut_back, read_lines, read_metrics
+from nanochat.common.errors import UserError
+from nanochat.common.jsonl import cut_back, read_lines, read_metrics
+from nanochat.train import run_log as runlog
+from nanochat.train.run_log import RunLog
 
 
 def test_lines_are_objects_with_step_and_kind(tmp_path: Path) -> None:

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from nanochat import files
-from nanochat.hub import HUB_CORPORA
-from nanochat.tokenizer import Tokenizer
+from nanochat.common import files
+from nanochat.data.hub import HUB_CORPORA
+from nanochat.tokenizer.tokenizer import Tokenizer
 from tests.conftest import REPO
 from tests.hub_server import Hub, environment
 from tests.tiny import WORDS
@@ -256,13 +256,13 @@ def test_speedrun_chains_the_stages_and_fetches_shards_meanwhile(gpus: Machine) 
     assert result.returncode == 0, result.stderr
     made = calls(gpus)
     ranks = "-m torch.distributed.run --standalone --nproc_per_node=8 -m scripts"
-    assert made[0] == "-m nanochat.dataset --corpus fineweb-edu -n 20 --first 8"
-    made.remove("-m nanochat.dataset --corpus fineweb-edu -n 20")  # in the background: its place may differ
+    assert made[0] == "-m scripts.dataset --corpus fineweb-edu -n 20 --first 8"
+    made.remove("-m scripts.dataset --corpus fineweb-edu -n 20")  # in the background: its place may differ
     assert made[1] == "-m scripts.tok_train --corpus fineweb-edu"
     name = "speedrun-d24"
     assert made[2] == f"{ranks}.base_train -- --depth 24 --run {name} --corpus fineweb-edu --resume auto"
     assert made[3].startswith(f"{ranks}.base_eval -- --run {name} --eval core,bpb,sample")
-    assert made[4:] == [f"-m nanochat.report --run {name}"]
+    assert made[4:] == [f"-m scripts.report --run {name}"]
 
 
 def test_the_race_trains_every_seed_on_all_gpus_and_makes_one_row(gpus: Machine) -> None:
@@ -272,13 +272,13 @@ def test_the_race_trains_every_seed_on_all_gpus_and_makes_one_row(gpus: Machine)
     assert result.returncode == 0, result.stderr
     ranks = "-m torch.distributed.run --standalone --nproc_per_node=8 -m scripts"
     train = f"{ranks}.base_train -- --recipe speedrun-124m --depth 12 --corpus fineweb10B-gpt2"
-    expected = ["-m nanochat.dataset --corpus fineweb10B-gpt2 -n 20"]
+    expected = ["-m scripts.dataset --corpus fineweb10B-gpt2 -n 20"]
     for seed in (0, 1):
         name = f"speedrun-124m-s{seed}"
         expected += [
             f"{train} --seed {seed} --run {name} --resume auto",
             f"{ranks}.base_eval -- --run {name} --eval bpb,sample",
-            f"-m nanochat.report --run {name}",
+            f"-m scripts.report --run {name}",
         ]
     row = "-m dev.leaderboard --race loss speedrun-124m-s0 speedrun-124m-s1"
     made = calls(gpus)
@@ -356,7 +356,7 @@ def test_the_race_runs_from_shards_to_row(tmp_path: Path, shared_data: Path) -> 
 
 @pytest.mark.parametrize(
     "failing",
-    ["-m nanochat.dataset --corpus fineweb-edu -n 20 --first 8", "-m scripts.tok_train --corpus fineweb-edu"],
+    ["-m scripts.dataset --corpus fineweb-edu -n 20 --first 8", "-m scripts.tok_train --corpus fineweb-edu"],
 )
 def test_speedrun_does_not_train_without_shards_or_tokenizer(gpus: Machine, failing: str) -> None:
     (gpus.repo.parent / "fail").write_text(failing + "\n", "utf-8")
@@ -369,13 +369,13 @@ def test_speedrun_does_not_train_without_shards_or_tokenizer(gpus: Machine, fail
 def test_speedrun_fetches_the_core_tasks_before_anything_else_and_stops_without_them(gpus: Machine) -> None:
     (gpus.repo.parent / "base" / "eval_bundle" / "core.yaml").unlink()
     assert gpus.driver("speedrun.sh").returncode == 0
-    assert calls(gpus)[0] == "-m nanochat.core_download"
+    assert calls(gpus)[0] == "-m scripts.core_download"
     (gpus.repo.parent / "calls").unlink()
-    (gpus.repo.parent / "fail").write_text("-m nanochat.core_download\n", "utf-8")
+    (gpus.repo.parent / "fail").write_text("-m scripts.core_download\n", "utf-8")
     result = gpus.driver("speedrun.sh")
     assert result.returncode == 9
     assert "stopped at: the CORE tasks" in result.stderr
-    assert calls(gpus) == ["-m nanochat.core_download"]
+    assert calls(gpus) == ["-m scripts.core_download"]
 
 
 def test_miniseries_does_not_train_again_what_is_finished(gpus: Machine) -> None:

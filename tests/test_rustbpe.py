@@ -25,7 +25,7 @@ import regex
 import tiktoken
 
 import rustbpe
-from nanochat.tokenizer import PATTERN
+from nanochat.tokenizer.tokenizer import PATTERN
 from tests.conftest import REPO
 
 GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"

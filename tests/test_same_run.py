@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 
-from nanochat import same_run, scaling
-from nanochat.compatibility import EARLY_FLAGS
-from nanochat.config import TrainArgs
-from nanochat.errors import UserError
-from nanochat.scaling import Plan
+from nanochat.checkpoint import same_run
+from nanochat.checkpoint.compatibility import EARLY_FLAGS
+from nanochat.common.errors import UserError
+from nanochat.config import plan as scaling
+from nanochat.config.arguments import TrainArgs
+from nanochat.config.plan import Plan
 
 FIXED = {"corpus", "keep_tails", "seed", "soap_every", "soap_sides", "z_loss", "dtype", "fp8"}
 FREE = (

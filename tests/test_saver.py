@@ -14,9 +14,15 @@ from typing import Any
 import pytest
 import torch
 
-from nanochat import checkpoint, checkpoint_files, files, hooks, saver, train
-from nanochat.errors import UserError
-from nanochat.runlog import read_metrics
+from nanochat.checkpoint import async_saver as saver
+from nanochat.checkpoint import format as checkpoint_files
+from nanochat.checkpoint import state as checkpoint
+from nanochat.common import files
+from nanochat.common.errors import UserError
+from nanochat.common.jsonl import read_metrics
+from nanochat.train import hooks
+from nanochat.train import run as train
+from scripts import checkpoint as checkpoint_command
 from tests.tiny import tiny_corpus, train_tiny
 
 
@@ -149,7 +155,7 @@ def test_extend_lets_the_horizon_through_and_nothing_else(capsys: pytest.Capture
 def command(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
     monkeypatch.setattr("sys.argv", ["checkpoint", *words])
     try:
-        checkpoint.main()
+        checkpoint_command.main()
     except SystemExit as left:
         return int(left.code or 0)
     return 0

@@ -8,10 +8,10 @@ import math
 
 import pytest
 
-from nanochat.config import TrainArgs
-from nanochat.errors import UserError
-from nanochat.model_config import count_params, flops_per_token
-from nanochat.scaling import describe, model_config, plan
+from nanochat.common.errors import UserError
+from nanochat.config.arguments import TrainArgs
+from nanochat.config.model_config import count_params, flops_per_token
+from nanochat.config.plan import describe, model_config, plan
 
 # RECIPE 2.3: n, N (M), log2 B, LR multiplier, weight decay, steps, tokens (billions), GFLOP a token, FLOPs
 JULY_TABLE = [

@@ -9,8 +9,8 @@ import pytest
 
 from dev import scaling_analysis, scaling_fit
 from dev.scaling_fit import Trained
-from nanochat import files
-from nanochat.errors import UserError
+from nanochat.common import files
+from nanochat.common.errors import UserError
 
 A, B = 0.54, 0.46  # N = 0.3 C^0.54, and D what is left of C = 6 N D
 BUDGETS = (1e17, 3e17, 1e18, 3e18)

@@ -7,10 +7,10 @@ import math
 
 import pytest
 
-from nanochat import schedule
-from nanochat.config import TrainArgs
-from nanochat.scaling import plan
-from nanochat.schedule import (
+from nanochat.config import schedule
+from nanochat.config.arguments import TrainArgs
+from nanochat.config.plan import plan
+from nanochat.config.schedule import (
     batch_units,
     lr_multiplier,
     muon_momentum,

@@ -71,9 +71,9 @@ def test_every_script_starts_in_every_way_from_any_directory(way: str, name: str
 
 
 BAD = [
-    (["-m", "nanochat.dataset", "--corpus", "nowhere"], "nowhere"),
-    (["-m", "nanochat.report", "--run", "nowhere"], "nowhere"),
-    (["-m", "nanochat.report", "--run", "../up"], "../up"),
+    (["-m", "scripts.dataset", "--corpus", "nowhere"], "nowhere"),
+    (["-m", "scripts.report", "--run", "nowhere"], "nowhere"),
+    (["-m", "scripts.report", "--run", "../up"], "../up"),
     (["-m", "scripts.tok_train", "--corpus", "nowhere"], "nowhere"),
     (["-m", "scripts.tok_eval", "--tokenizer", "nowhere"], "nowhere"),
     (["-m", "scripts.base_train", "--corpus", "stdlib", "--depth", "4"], "tokenizer"),
@@ -93,6 +93,6 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments: list[str], named: str,
 
 
 def test_an_unknown_flag_is_exit_code_2(tmp_path: Path) -> None:
-    result = run(["-m", "nanochat.report", "--nonsense"], tmp_path)
+    result = run(["-m", "scripts.report", "--nonsense"], tmp_path)
     assert result.returncode == 2
     assert "--nonsense" in result.stderr

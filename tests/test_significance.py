@@ -9,9 +9,9 @@ import pytest
 from scipy import stats as scipy_stats
 
 from dev import leaderboard, significance
-from nanochat import files
-from nanochat.core_results import GPT2_ACCURACY
-from nanochat.errors import UserError
+from nanochat.common import files
+from nanochat.common.errors import UserError
+from nanochat.evaluation.core.results import GPT2_ACCURACY
 
 ARGS = {"depth": 12, "recipe": "speedrun-124m", "num_iterations": 100}
 

@@ -15,12 +15,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanochat import dataset, files, scaling, small_text, tok_train
-from nanochat.config import TokTrainArgs, TrainArgs
-from nanochat.dataset import Corpus
-from nanochat.errors import UserError
-from nanochat.small_text import TextSize, fit
-from nanochat.tokenizer import Tokenizer
+from nanochat.common import files
+from nanochat.common.errors import UserError
+from nanochat.config import plan as scaling
+from nanochat.config.arguments import TokTrainArgs, TrainArgs
+from nanochat.data import corpus as dataset
+from nanochat.data import text_size
+from nanochat.data import tokenizer_texts as tok_train
+from nanochat.data.corpus import Corpus
+from nanochat.data.text_size import TextSize
+from nanochat.tokenizer.tokenizer import Tokenizer
+from nanochat.train import small_text
+from nanochat.train.small_text import fit
 from tests.conftest import REPO
 from tests.tiny import tiny_corpus, train_tiny
 
@@ -127,18 +133,18 @@ def test_rows_that_nothing_fills_are_refused_before_anything_is_built() -> None:
 
 
 def test_a_vocabulary_is_of_a_size_that_the_text_fills() -> None:
-    sizes = [small_text.vocab_size_for(size) for size in (0, 10_000, 10**6, 11 * 10**6, 10**8, 10**12)]
+    sizes = [text_size.vocab_size_for(size) for size in (0, 10_000, 10**6, 11 * 10**6, 10**8, 10**12)]
     assert sizes == [512, 512, 1024, 8192, 32768, 32768]
-    steps = [small_text.vocab_size_for(size) for size in range(0, 40_000_000, 50_000)]
+    steps = [text_size.vocab_size_for(size) for size in range(0, 40_000_000, 50_000)]
     assert steps == sorted(steps)
 
 
 def test_the_tokenizer_takes_a_vocabulary_that_suits_the_text(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    source = (REPO / "nanochat" / "files.py").read_text("utf-8") + (REPO / "dev" / "LOG.md").read_text(
-        "utf-8"
-    )
+    source = (REPO / "nanochat" / "common" / "files.py").read_text("utf-8") + (
+        REPO / "dev" / "LOG.md"
+    ).read_text("utf-8")
     (tmp_path / "x.txt").write_text(source[:60_000], "utf-8")
     corpus = dataset.prepare("local", named_files=[str(tmp_path / "x.txt")])
     assert tok_train.train(corpus, TokTrainArgs()).vocab_size == 512
@@ -182,7 +188,7 @@ def test_three_commands_without_flags_train_on_one_plain_text(size: int, tmp_pat
     (tmp_path / "one.txt").write_text(text, "utf-8")
     steps = 50 if size == 10_000 else 3
     commands = [
-        ["nanochat.dataset", "--corpus", "local", "--name", "n", "--files", str(tmp_path / "one.txt")],
+        ["scripts.dataset", "--corpus", "local", "--name", "n", "--files", str(tmp_path / "one.txt")],
         ["scripts.tok_train", "--corpus", "n"],
         ["scripts.base_train", "--corpus", "n", "--depth", "4", "--num-iterations", str(steps)],
     ]

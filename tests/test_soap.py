@@ -4,11 +4,11 @@ import pytest
 import torch
 import torch._dynamo.testing
 
-from nanochat.matrix_rules import MatrixOptions
-from nanochat.optim import MuonAdamW
-from nanochat.scaling import GroupPlan
-from nanochat.soap import Side, find_basis, renew_basis, soap_update
-from nanochat.world import World
+from nanochat.config.plan import GroupPlan
+from nanochat.distributed.world import World
+from nanochat.optim.matrix_rule import MatrixOptions
+from nanochat.optim.muon_adamw import MuonAdamW
+from nanochat.optim.soap import Side, find_basis, renew_basis, soap_update
 
 SOAP = GroupPlan("soap", 0.01, 0.95, 0.9, 1e-8, 0.1)
 ADAMW = GroupPlan("adamw", 0.01, 0.9, 0.95, 1e-8, 0.1)

@@ -11,13 +11,19 @@ from typing import Any
 import pytest
 import torch
 
-from nanochat import checkpoint, checkpoint_files, files, hooks, reporter, scaling, train
-from nanochat.config import TrainArgs
-from nanochat.errors import UserError
-from nanochat.gpt import GPT
-from nanochat.hardware import Precision
-from nanochat.recipe import RECIPES, Recipe
-from nanochat.world import World
+from nanochat.checkpoint import format as checkpoint_files
+from nanochat.checkpoint import state as checkpoint
+from nanochat.common import files
+from nanochat.common.errors import UserError
+from nanochat.common.machine import Precision
+from nanochat.config import plan as scaling
+from nanochat.config.arguments import TrainArgs
+from nanochat.config.recipes import RECIPES, Recipe
+from nanochat.distributed.world import World
+from nanochat.model.gpt import GPT
+from nanochat.train import hooks
+from nanochat.train import run as train
+from nanochat.train import step_metrics as reporter
 from tests.dist.launch import digest, lines, losses
 from tests.dist.world import run_ranks, train_rank
 from tests.test_train import stop_after

@@ -9,7 +9,7 @@ import pytest
 from scipy import stats as scipy_stats
 
 from dev import stats
-from nanochat import core_stats
+from nanochat.evaluation.core import statistics as core_stats
 
 
 def by_seed(values: np.ndarray) -> dict[int, float]:

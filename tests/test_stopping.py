@@ -12,15 +12,25 @@ from pathlib import Path
 
 import pytest
 
-from nanochat import arrival, lanes, stopping
-from nanochat.lanes import Lane, LoaderCounters
-from nanochat.stopping import ECHO_S, SIGNALS, STOPPED, StoppedEarly, keep_work, requested, stop_signals
+from nanochat.common import stop_signals as stopping
+from nanochat.common.stop_signals import (
+    ECHO_S,
+    SIGNALS,
+    STOPPED,
+    StoppedEarly,
+    keep_work,
+    requested,
+    stop_signals,
+)
+from nanochat.data import pending_download as arrival
+from nanochat.data import row_stream as lanes
+from nanochat.data.row_stream import Lane, LoaderCounters
 from tests.conftest import REPO
 
 # Says when it is ready, then blocks where no handler runs: waiting for another thread's lock in C.
 BLOCKED = """
 import threading
-from nanochat.stopping import stop_signals
+from nanochat.common.stop_signals import stop_signals
 with stop_signals():
     print("ready", flush=True)
     threading.Thread(target=threading.Event().wait, daemon=True).start()
@@ -112,7 +122,7 @@ def test_in_a_thread_the_process_is_asked_and_nothing_installed() -> None:
 # Blocked in C before there is anything to save.
 EARLY = """
 import threading
-from nanochat import stopping
+from nanochat.common import stop_signals as stopping
 stopping.HEED_S = 0.2
 lock = threading.Lock()
 lock.acquire()
@@ -142,7 +152,7 @@ def test_a_stop_before_there_is_work_is_heeded_by_a_process_that_is_blocked() ->
 # What imports may catch it and import again: numpy does, and cannot be imported twice.
 IMPORTING = """
 import sys
-from nanochat import stopping
+from nanochat.common import stop_signals as stopping
 sys.path.insert(0, sys.argv[1])
 with stopping.stop_signals(has_work=False):
     try:

@@ -18,9 +18,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from nanochat import corpora, text_files
-from nanochat.corpora import find_files, local_documents
-from nanochat.errors import UserError
+from nanochat.common.errors import UserError
+from nanochat.data import sources as corpora
+from nanochat.data import text_files
+from nanochat.data.sources import find_files, local_documents
 
 PAIR = ["one text", "another: caf\u00e9 \u65e5\u672c"]
 

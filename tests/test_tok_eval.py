@@ -7,11 +7,15 @@ from xml.etree import ElementTree
 
 import pytest
 
-from nanochat import files, shards, tok_eval, tok_train
-from nanochat.config import TokTrainArgs
-from nanochat.dataset import Corpus
-from nanochat.errors import UserError
-from nanochat.tokenizer import Tokenizer
+from nanochat.common import files
+from nanochat.common.errors import UserError
+from nanochat.config.arguments import TokTrainArgs
+from nanochat.data import parquet_shards as shards
+from nanochat.data import tokenizer_texts as tok_train
+from nanochat.data.corpus import Corpus
+from nanochat.data.tokenizer_texts import validation_text
+from nanochat.tokenizer import compression as tok_eval
+from nanochat.tokenizer.tokenizer import Tokenizer
 from tests.conftest import REPO
 
 TEXTS = [f"document {i} caf\u00e9 \u4f60\u597d {'word ' * (i % 50)}" for i in range(2500)]
@@ -102,4 +106,4 @@ def test_a_bad_folder_of_samples_is_the_users_mistake(tmp_path: Path) -> None:
 
 
 def test_the_validation_text_is_the_corpus_own(corpus: Corpus) -> None:
-    assert tok_eval.validation_text(corpus) == "held out text\n\nand more"
+    assert validation_text(corpus, tok_eval.MAX_CHARS) == "held out text\n\nand more"

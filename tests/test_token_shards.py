@@ -15,14 +15,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from nanochat import dataset, files, hub, shards, token_shards
-from nanochat.checksums import ChecksummedFile
-from nanochat.dataloader import ValBatches, epochs_for
-from nanochat.dataset import Corpus
-from nanochat.errors import UserError
-from nanochat.model_config import round_up
-from nanochat.tokenizer import GPT2_PATTERN, Tokenizer
-from nanochat.world import World
+from nanochat.common import files
+from nanochat.common.checksums import ChecksummedFile
+from nanochat.common.errors import UserError
+from nanochat.config.model_config import round_up
+from nanochat.data import corpus as dataset
+from nanochat.data import hub, token_shards
+from nanochat.data import parquet_shards as shards
+from nanochat.data.corpus import Corpus
+from nanochat.data.train_loader import ValBatches, epochs_for
+from nanochat.distributed.world import World
+from nanochat.tokenizer.tokenizer import GPT2_PATTERN, Tokenizer
 from tests.hub_server import Hub, fetch
 from tests.shard_files import read_texts
 from tests.test_dataloader import ROWS, Letters, T, digests, global_batch, loaders, rows_of, states

@@ -16,8 +16,8 @@ import pytest
 import tiktoken.load
 import tokenizers
 
-from nanochat.errors import UserError
-from nanochat.tokenizer import PATTERN, SPECIALS, Tokenizer
+from nanochat.common.errors import UserError
+from nanochat.tokenizer.tokenizer import PATTERN, SPECIALS, Tokenizer
 
 VOCAB = 1000
 

@@ -16,12 +16,15 @@ from typing import Any
 import pytest
 import torch
 
-from nanochat import checkpoint_files, files, small_text, train
-from nanochat.dataset import Corpus
-from nanochat.errors import UserError
-from nanochat.hooks import Hook
-from nanochat.runlog import read_metrics
-from nanochat.tokenizer import Tokenizer
+from nanochat.checkpoint import format as checkpoint_files
+from nanochat.common import files
+from nanochat.common.errors import UserError
+from nanochat.common.jsonl import read_metrics
+from nanochat.data.corpus import Corpus
+from nanochat.tokenizer.tokenizer import Tokenizer
+from nanochat.train import run as train
+from nanochat.train import small_text
+from nanochat.train.hooks import Hook
 from tests.conftest import REPO
 from tests.tiny import command_line, tiny_args, tiny_corpus, train_tiny
 

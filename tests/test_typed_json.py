@@ -9,8 +9,8 @@ from typing import Any, TypedDict
 
 import pytest
 
-from nanochat import files, typed_json
-from nanochat.errors import UserError
+from nanochat.common import files, typed_json
+from nanochat.common.errors import UserError
 
 
 class Inner(TypedDict, total=False):

@@ -10,9 +10,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from nanochat import world
-from nanochat.errors import UserError
-from nanochat.world import World
+from nanochat.common.errors import UserError
+from nanochat.distributed import world
+from nanochat.distributed.world import World
 from tests.conftest import REPO
 
 

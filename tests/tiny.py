@@ -10,12 +10,15 @@ from typing import Any
 import pytest
 import torch
 
-from nanochat import dataset, files, scaling, train
-from nanochat.config import TrainArgs
-from nanochat.dataset import Corpus
-from nanochat.hardware import Precision
-from nanochat.tokenizer import Tokenizer
-from nanochat.world import World
+from nanochat.common import files
+from nanochat.common.machine import Precision
+from nanochat.config import plan as scaling
+from nanochat.config.arguments import TrainArgs
+from nanochat.data import corpus as dataset
+from nanochat.data.corpus import Corpus
+from nanochat.distributed.world import World
+from nanochat.tokenizer.tokenizer import Tokenizer
+from nanochat.train import run as train
 
 TEXT = "the cat sat on a mat and saw two dogs near their red house while rain fell over green hills"
 WORDS = TEXT.split()

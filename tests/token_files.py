@@ -8,9 +8,10 @@ import struct
 import numpy as np
 from numpy.typing import ArrayLike
 
-from nanochat import files, shards
-from nanochat.dataset import Corpus
-from nanochat.tokenizer import Tokenizer
+from nanochat.common import files
+from nanochat.data import parquet_shards as shards
+from nanochat.data.corpus import Corpus
+from nanochat.tokenizer.tokenizer import Tokenizer
 
 NAME = "fineweb10B-gpt2"
 

@@ -21,9 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanochat import files
-from nanochat.attention import attention, band_mask
-from nanochat.process import peak_memory_bytes
+from nanochat.common import files
+from nanochat.common.process import peak_memory_bytes
+from nanochat.model.attention import attention, band_mask
 
 T, WINDOW, HEADS, HEAD_DIM = 8192, 512, 4, 128
 WAYS = ("window", "full", "mask")

@@ -23,11 +23,14 @@ import numpy as np
 import torch
 
 from dev.bench.loader import prepare
-from nanochat import checksums, corpora, files, shards, token_shards
-from nanochat.dataloader import TrainLoader
-from nanochat.dataset import Corpus
-from nanochat.tokenizer import Tokenizer
-from nanochat.world import World
+from nanochat.common import checksums, files
+from nanochat.data import parquet_shards as shards
+from nanochat.data import sources as corpora
+from nanochat.data import token_shards
+from nanochat.data.corpus import Corpus
+from nanochat.data.train_loader import TrainLoader
+from nanochat.distributed.world import World
+from nanochat.tokenizer.tokenizer import Tokenizer
 
 T = 2048
 ROWS = 256

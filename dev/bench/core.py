@@ -22,14 +22,20 @@ from typing import Any
 import torch
 
 from dev.bench import naive_core
-from nanochat import base_eval, checkpoint, core_eval, core_scoring, core_tasks, files, scaling
-from nanochat.config import TrainArgs
-from nanochat.core_results import CoreResult
-from nanochat.core_tasks import Bundle
-from nanochat.gpt import GPT
-from nanochat.hardware import Precision
-from nanochat.tokenizer import Tokenizer
-from nanochat.world import World
+from nanochat.checkpoint import state as checkpoint
+from nanochat.common import files
+from nanochat.common.machine import Precision
+from nanochat.config import plan as scaling
+from nanochat.config.arguments import TrainArgs
+from nanochat.distributed.world import World
+from nanochat.evaluation import base_eval
+from nanochat.evaluation.core import bundle as core_tasks
+from nanochat.evaluation.core import evaluate as core_eval
+from nanochat.evaluation.core import scoring as core_scoring
+from nanochat.evaluation.core.bundle import Bundle
+from nanochat.evaluation.core.results import CoreResult
+from nanochat.model.gpt import GPT
+from nanochat.tokenizer.tokenizer import Tokenizer
 
 VOCAB = 32768
 PRECISION = Precision(torch.float32, "sdpa")

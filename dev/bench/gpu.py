@@ -17,16 +17,18 @@ from typing import Any
 
 import torch
 
-from nanochat import files, hardware, scaling
-from nanochat.attention import attention
-from nanochat.backends import available_backends
-from nanochat.config import TrainArgs
-from nanochat.errors import UserError, cli
-from nanochat.gpt import GPT
-from nanochat.hardware import Precision
-from nanochat.optim import MuonAdamW
-from nanochat.scaling import Plan
-from nanochat.world import World
+from nanochat.common import files
+from nanochat.common import machine as hardware
+from nanochat.common.errors import UserError, cli
+from nanochat.common.machine import Precision
+from nanochat.config import plan as scaling
+from nanochat.config.arguments import TrainArgs
+from nanochat.config.plan import Plan
+from nanochat.distributed.world import World
+from nanochat.model.attention import attention
+from nanochat.model.attention_backends import available_backends
+from nanochat.model.gpt import GPT
+from nanochat.optim.muon_adamw import MuonAdamW
 
 T, VOCAB = 2048, 32768
 DEPTHS = (12, 20)

@@ -25,12 +25,15 @@ from typing import Any
 
 import torch
 
-from nanochat import corpora, files, shards, tok_train
-from nanochat.dataloader import TrainLoader
-from nanochat.dataset import Corpus
-from nanochat.process import peak_memory_bytes
-from nanochat.tokenizer import Tokenizer
-from nanochat.world import World
+from nanochat.common import files
+from nanochat.common.process import peak_memory_bytes
+from nanochat.data import parquet_shards as shards
+from nanochat.data import sources as corpora
+from nanochat.data import tokenizer_texts as tok_train
+from nanochat.data.corpus import Corpus
+from nanochat.data.train_loader import TrainLoader
+from nanochat.distributed.world import World
+from nanochat.tokenizer.tokenizer import Tokenizer
 
 T = 2048
 ROWS = 32  # of a batch

@@ -21,12 +21,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanochat import files
-from nanochat.config import TrainArgs
-from nanochat.gpt import GPT
-from nanochat.hardware import Precision
-from nanochat.process import peak_memory_bytes
-from nanochat.scaling import model_config
+from nanochat.common import files
+from nanochat.common.machine import Precision
+from nanochat.common.process import peak_memory_bytes
+from nanochat.config.arguments import TrainArgs
+from nanochat.config.plan import model_config
+from nanochat.model.gpt import GPT
 
 ROWS, T, VOCAB, DEPTH = 16, 512, 32768, 4
 WAYS = ("ours", "theirs")

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from nanochat.core_tasks import Example, Task
+from nanochat.evaluation.core.bundle import Example, Task
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dev.repackage_data import Source, repackage
-from nanochat import files
-from nanochat.process import peak_memory_bytes
+from nanochat.common import files
+from nanochat.common.process import peak_memory_bytes
 
 FILE_BYTES = 1 << 28  # of text in a file
 MEAN_CHARS = 4000

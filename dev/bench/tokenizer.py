@@ -23,8 +23,10 @@ from pathlib import Path
 from typing import Any
 
 import rustbpe
-from nanochat import corpora, files, shards
-from nanochat.tokenizer import PATTERN, Tokenizer
+from nanochat.common import files
+from nanochat.data import parquet_shards as shards
+from nanochat.data import sources as corpora
+from nanochat.tokenizer.tokenizer import PATTERN, Tokenizer
 
 VOCAB = 32768
 TRAINERS = ("ours", "rustbpe", "tokenizers")

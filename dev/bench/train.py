@@ -29,18 +29,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dev.bench import attention
-from nanochat import dataset, files, hardware, scaling, tok_train, train
-from nanochat.checkpoint import TrainState
-from nanochat.config import TrainArgs
-from nanochat.dataloader import Batch
-from nanochat.gpt import GPT
-from nanochat.hardware import Precision
-from nanochat.loss_scale import LossScale
-from nanochat.optim import MuonAdamW
-from nanochat.process import peak_memory_bytes
-from nanochat.scaling import Plan
-from nanochat.tokenizer import Tokenizer
-from nanochat.world import World
+from nanochat.checkpoint.state import TrainState
+from nanochat.common import files
+from nanochat.common import machine as hardware
+from nanochat.common.machine import Precision
+from nanochat.common.process import peak_memory_bytes
+from nanochat.config import plan as scaling
+from nanochat.config.arguments import TrainArgs
+from nanochat.config.plan import Plan
+from nanochat.data import corpus as dataset
+from nanochat.data import tokenizer_texts as tok_train
+from nanochat.data.train_loader import Batch
+from nanochat.distributed.world import World
+from nanochat.model.gpt import GPT
+from nanochat.optim.loss_scale import LossScale
+from nanochat.optim.muon_adamw import MuonAdamW
+from nanochat.tokenizer.tokenizer import Tokenizer
+from nanochat.train import run as train
 
 VOCAB = 32768
 ARGS = TrainArgs(

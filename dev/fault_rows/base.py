@@ -152,7 +152,7 @@ def t51(box: Box) -> None:
     (run / "metrics.jsonl").write_bytes(whole["metrics.jsonl"])
     for name, contents in cases:
         (run / name).write_text(contents, "utf-8")
-        (code, text), *_ = each(box, "nanochat.report", [["--run=a"]])
+        (code, text), *_ = each(box, "scripts.report", [["--run=a"]])
         (run / name).write_bytes(whole[name])
         assert "Traceback" not in text, f"{name}, {contents[-40:]!r}: {text[-400:]}"
         assert code == 0 or (code == 2 and name in text), f"{name}, {contents[-40:]!r}: {text[-400:]}"

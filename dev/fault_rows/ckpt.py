@@ -29,7 +29,7 @@ KEPT_S = 75  # exit code of a run that was stopped and saved
 # A run of 12 steps that asks itself, by a real signal, to stop in a step; or is killed in it.
 SIGNALLED = """
 import os, signal, sys
-from nanochat import train
+from nanochat.train import run as train
 number, at = int(sys.argv.pop(1)), int(sys.argv.pop(1))
 real = train.train_step
 def step(plan, state, world):
@@ -44,7 +44,7 @@ main()
 REPLACED = """
 import sys
 code = sys.argv.pop(1)
-from nanochat import hooks, train
+from nanochat.train import hooks, run as train
 real = train.train_step
 exec(code)
 from scripts.base_train import main
@@ -472,8 +472,8 @@ def t59(box: Box) -> None:
     ]
     code = """
 import sys, torch
-from nanochat import checkpoint, errors
-from nanochat.hardware import Precision
+from nanochat.checkpoint import state as checkpoint; from nanochat.common import errors
+from nanochat.common.machine import Precision
 try:
     checkpoint.load_model("r", 12, device=torch.device("cpu"), precision=Precision(torch.float32, "sdpa"))
     print("loaded")
@@ -609,8 +609,8 @@ def d24(box: Box) -> None:
     wait_until(lambda: folder(box).is_dir() and bool(steps(box)), 120, "no checkpoint")
     code = """
 import torch
-from nanochat import checkpoint
-from nanochat.hardware import Precision
+from nanochat.checkpoint import state as checkpoint
+from nanochat.common.machine import Precision
 seen, how = set(), {"device": torch.device("cpu"), "precision": Precision(torch.float32, "sdpa")}
 for _ in range(150):
     seen.add(checkpoint.load_model("r", None, **how)[2]["step"])

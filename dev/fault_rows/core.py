@@ -32,8 +32,8 @@ TEXTS = {
 READ = """
 import json, sys
 from pathlib import Path
-from nanochat import core_tasks
-from nanochat.errors import UserError
+from nanochat.evaluation.core import bundle as core_tasks
+from nanochat.common.errors import UserError
 
 def peak():
     return int(next(l for l in open("/proc/self/status") if l.startswith("VmHWM")).split()[1]) / 1024
@@ -51,8 +51,8 @@ print(json.dumps([ended, peak() - before]))
 READ_MANY = """
 import json, sys
 from pathlib import Path
-from nanochat import core_tasks
-from nanochat.errors import UserError
+from nanochat.evaluation.core import bundle as core_tasks
+from nanochat.common.errors import UserError
 
 def read(path):
     bundle = core_tasks.open_bundle(path)
@@ -138,11 +138,12 @@ def tiny_run(name: str, steps: int = 2) -> list[str]:
 # core_download with the hashes of what is served here.
 FETCH = """
 import json, sys
-from nanochat import core_download
+from nanochat.evaluation.core import download as core_download
 core_download.SHA256 = json.loads(sys.argv.pop(1))
 core_download.RETRY_DELAYS_S = (0.1,)
 core_download.fetch.__defaults__ = (core_download.BUNDLE_URL, (0.1,))
-core_download.main()
+from scripts.core_download import main
+main()
 """
 HASHES = json.dumps({name: hashlib.sha256(text.encode()).hexdigest() for name, text in TEXTS.items()})
 Answer = Callable[[BaseHTTPRequestHandler], None]
@@ -356,7 +357,7 @@ def t54(box: Box) -> None:
     expect_ok(box.run("base_eval", "--compare", "one", "two"))
     stop = """
 import os, sys
-from nanochat import files
+from nanochat.common import files
 write = files.write_json
 files.write_json = lambda path, value: os._exit(9) if path.name == "base_eval.json" else write(path, value)
 from scripts import base_eval

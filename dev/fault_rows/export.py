@@ -16,7 +16,7 @@ WITH_NAN = """
 import sys, json, torch
 from pathlib import Path
 from safetensors.torch import load_file, save_file
-from nanochat import files
+from nanochat.common import files
 folder = next(Path(sys.argv[1]).glob("runs/a/checkpoints/step_*"))
 path, manifest = folder / "model.safetensors", folder / "MANIFEST.json"
 tensors = load_file(path)
@@ -106,8 +106,8 @@ def t91(box: Box) -> None:
     code = """
 import sys, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from nanochat import checkpoint
-from nanochat.hardware import Precision
+from nanochat.checkpoint import state as checkpoint
+from nanochat.common.machine import Precision
 theirs = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
 ids = AutoTokenizer.from_pretrained(sys.argv[1])("the cat sat", return_tensors="pt").input_ids
 ours = checkpoint.load_model("a", device=torch.device("cpu"), precision=Precision(torch.float32, "sdpa"))[0]
@@ -130,8 +130,8 @@ def t92(box: Box) -> None:
     code = """
 import sys
 from transformers import AutoTokenizer
-from nanochat import files
-from nanochat.tokenizer import Tokenizer
+from nanochat.common import files
+from nanochat.tokenizer.tokenizer import Tokenizer
 theirs, ours = AutoTokenizer.from_pretrained(sys.argv[1]), Tokenizer.load(files.tokenizer_dir("tiny"))
 texts = ["a <|bos|> b", "<|bos|>", "<|user_start|>x<|assistant_end|>", "<|bos|"]
 assert theirs(texts)["input_ids"] == [ours.encode(text, bos=True) for text in texts]
@@ -148,9 +148,10 @@ def t93(box: Box) -> None:
     trained(box)
     code = """
 import torch
-from nanochat import checkpoint, harness
-from nanochat.errors import UserError
-from nanochat.hardware import Precision
+from nanochat.checkpoint import state as checkpoint
+from nanochat.evaluation import lm_eval_harness as harness
+from nanochat.common.errors import UserError
+from nanochat.common.machine import Precision
 fp32 = Precision(torch.float32, "sdpa")
 model, tokenizer, _ = checkpoint.load_model("a", device=torch.device("cpu"), precision=fp32)
 requests = harness.Requests(model, tokenizer)
@@ -185,7 +186,7 @@ def b13(box: Box) -> None:
     for words in (
         ["scripts.generate", "--run=a", "--max-new-tokens=2", "cat"],
         ["scripts.export", "--run=a", f"--out={out}/hf"],
-        ["nanochat.checkpoint", "verify", "a"],
+        ["scripts.checkpoint", "verify", "a"],
     ):
         result = box.execute([*as_user, *words])
         if "Permission denied" in result.stderr and "python" in result.stderr:

@@ -20,9 +20,9 @@ from dev.fault_box import TINY, Box, Skip, expect_error, expect_ok, row, wait_un
 MAKE_FOREIGN = """
 import sys
 import numpy as np, pyarrow as pa, pyarrow.parquet as pq
-from nanochat import files, shards
-from nanochat.dataset import Corpus
-from nanochat.tokenizer import Tokenizer
+from nanochat.common import files; from nanochat.data import parquet_shards as shards
+from nanochat.data.corpus import Corpus
+from nanochat.tokenizer.tokenizer import Tokenizer
 
 kind = sys.argv[1]
 old, members = Corpus.open("tiny"), []
@@ -46,12 +46,12 @@ Corpus(old.folder, "tiny", "karpathy/fineweb-edu-100b-shuffle@x", members).write
 # Draws epochs of a loader while bits of its shard flip, or another file takes its place.
 READ_AGAIN = """
 import hashlib, random, sys
-from nanochat import files
-from nanochat.dataloader import TrainLoader
-from nanochat.dataset import Corpus
-from nanochat.errors import UserError
-from nanochat.tokenizer import Tokenizer
-from nanochat.world import World
+from nanochat.common import files
+from nanochat.data.train_loader import TrainLoader
+from nanochat.data.corpus import Corpus
+from nanochat.common.errors import UserError
+from nanochat.tokenizer.tokenizer import Tokenizer
+from nanochat.distributed.world import World
 
 what, count = sys.argv[1], int(sys.argv[2])
 corpus, tokenizer = Corpus.open("tiny"), Tokenizer.load(files.tokenizer_dir("tiny"))
@@ -114,7 +114,7 @@ def t2(box: Box) -> None:
         data = bytearray(path.read_bytes())
         data[len(data) // 2] ^= 4
         path.write_bytes(data)
-        expect_stopped(box, index, path.name, "have changed", "Repair: python -m nanochat.dataset")
+        expect_stopped(box, index, path.name, "have changed", "Repair: python -m scripts.dataset")
 
 
 def started(box: Box, index: int, run: str) -> tuple[Any, Path]:
@@ -184,7 +184,7 @@ def t71(box: Box) -> None:
 
 OPEN = """
 import sys, time
-from nanochat.dataset import Corpus
+from nanochat.data.corpus import Corpus
 Corpus.open(sys.argv[1])
 """
 
@@ -284,10 +284,10 @@ def t98(box: Box) -> None:
     code = """
 import sys
 from pathlib import Path
-from nanochat import shards, token_shards
-from nanochat.checksums import ChecksummedFile
-from nanochat.dataset import Corpus
-from nanochat.errors import cli
+from nanochat.data import parquet_shards as shards, token_shards
+from nanochat.common.checksums import ChecksummedFile
+from nanochat.data.corpus import Corpus
+from nanochat.common.errors import cli
 
 corpus = Corpus.open("tiny")
 source = ChecksummedFile(corpus.path(corpus.train_shards[0]))
@@ -327,7 +327,7 @@ def t102(box: Box) -> None:
 SLOW_MAKER = """
 import sys, time
 from pathlib import Path
-from nanochat import dataset, shards
+from nanochat.data import corpus as dataset, parquet_shards as shards
 
 write = shards.write_shards
 def slow(documents, folder, split, first_index):
@@ -337,7 +337,8 @@ def slow(documents, folder, split, first_index):
         time.sleep(0.05)
     return made
 shards.write_shards = slow
-dataset.main()
+from scripts.dataset import main
+main()
 """
 
 

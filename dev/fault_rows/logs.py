@@ -195,7 +195,7 @@ ON_RANK = """
 import os, sys
 from pathlib import Path
 import torch
-from nanochat import train
+from nanochat.train import run as train
 rank = int(os.environ["RANK"])
 def mark():
     (Path(os.environ["MARKS"]) / "met").write_text("met")
@@ -233,7 +233,7 @@ def t45(box: Box) -> None:
     """No rank can know another's gradient: it is of other text. The claim is that weights stay equal."""
     box.tiny()
     fault = """
-from nanochat.gpt import GPT
+from nanochat.model.gpt import GPT
 real = GPT.loss
 def loss(self, *args, **options):
     found = real(self, *args, **options)
@@ -258,7 +258,7 @@ GPT.loss = loss
 def t46(box: Box) -> None:
     box.tiny()
     fault = """
-from nanochat.dataloader import TrainLoader
+from nanochat.data.train_loader import TrainLoader
 real_step, real_batch, at = train.train_step, TrainLoader.next_batch, []
 def train_step(plan, state, *rest):
     at[:] = [state]
@@ -283,7 +283,8 @@ def t47(box: Box) -> None:
         on_ranks(box, "", *flags, f"--run={run}")
     assert weights(box, "with", 20) == weights(box, "without", 20)
     code = (
-        "import time, torch; from nanochat.replicas import digest; x = torch.randn(4_000_000); digest(x); "
+        "import time, torch; from nanochat.distributed.weight_check import digest; "
+        "x = torch.randn(4_000_000); digest(x); "
         "began = time.process_time(); digest(x); print((time.process_time() - began) / 4e6 * 1e9)"
     )
     assert float(box.python(code).stdout) < 250

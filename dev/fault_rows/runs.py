@@ -153,12 +153,12 @@ def b7(box: Box) -> None:
     box.tiny()
     box.run("base_train", *TINY, "--num-iterations=3", "--run=r")
     commands = (
-        "nanochat.dataset --list",
+        "scripts.dataset --list",
         "scripts.tok_train --corpus=tiny --vocab-size=280 --name=piped",
         "scripts.base_eval --run=r --eval=bpb,sample --device-type=cpu",
         "scripts.generate --run=r --max-new-tokens=5000 the",
-        "nanochat.report --run=r",
-        "nanochat.checkpoint list r",
+        "scripts.report --run=r",
+        "scripts.checkpoint list r",
     )
     for command in commands:
         done = box.shell(f"$PY -u -m {command} | true; exit ${{PIPESTATUS[0]}}", timeout=60)
@@ -185,7 +185,7 @@ def b1(box: Box) -> None:
     box.tiny()
     expect_ok(box.shell("$PY -m scripts.tok_train --corpus=tiny --vocab-size=280 --name=x >&-"))
     expect_ok(box.shell("$PY -m scripts.base_train $TINY --num-iterations=2 --run=x >&-"))
-    expect_ok(box.shell("$PY -m nanochat.dataset --list >&-"))
+    expect_ok(box.shell("$PY -m scripts.dataset --list >&-"))
 
 
 @row("T37", "stderr closed", wanted="trains")
@@ -454,8 +454,8 @@ SHARDS = """
 import random, sys
 from pathlib import Path
 import pyarrow as pa, pyarrow.parquet as pq
-from nanochat import shards
-from nanochat.dataset import Corpus
+from nanochat.data import parquet_shards as shards
+from nanochat.data.corpus import Corpus
 folder = Path(sys.argv[1]) / "data" / "fineweb-edu"
 folder.mkdir(parents=True)
 names = []

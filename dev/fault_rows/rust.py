@@ -92,7 +92,7 @@ def b23(box: Box) -> None:
         box,
         repo,
         f"""ensure_environment plots
-        step corpus "$PYTHON" -m nanochat.dataset --corpus local --name n --files "{box.folder}/a text.txt"
+        step corpus "$PYTHON" -m scripts.dataset --corpus local --name n --files "{box.folder}/a text.txt"
         train_tokenizer n --vocab-size 300
         step training launch 1 scripts.base_train {train} --run q --num-iterations 2
         step evaluation launch 1 scripts.base_eval --run q --eval bpb --eval-tokens 512 --device-type cpu
@@ -281,7 +281,7 @@ AROUND_65536 = """
 import random, sys
 from pathlib import Path
 import tokenizers
-from nanochat.tokenizer import Tokenizer
+from nanochat.tokenizer.tokenizer import Tokenizer
 
 size, rng = int(sys.argv[1]), random.Random(0)
 words = ["".join(rng.choices("etaoinshrdlucmfw", k=rng.randint(2, 9))) for _ in range(60_000)]

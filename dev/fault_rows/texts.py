@@ -303,7 +303,7 @@ def a32(box: Box) -> None:
 @row("A33", "a process substitution, - and a pipe as --files", wanted="a true message")
 def a33(box: Box) -> None:
     write(box, "x.jsonl", lines())
-    make = "$PY -m nanochat.dataset --corpus local --name n --files"
+    make = "$PY -m scripts.dataset --corpus local --name n --files"
     for named in ("<(cat x.jsonl)", "-", "/dev/stdin"):
         expect_error(box.shell(f"cat x.jsonl | {make} {named}"), "a pipe or a device", "Write it to a file")
 

@@ -22,9 +22,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from nanochat import checkpoint_files, train
-from nanochat.dataloader import TrainLoader, ValBatches
-from nanochat.gpt import GPT
+from nanochat.checkpoint import format as checkpoint_files
+from nanochat.train import run as train
+from nanochat.data.train_loader import TrainLoader, ValBatches
+from nanochat.model.gpt import GPT
 
 
 def befall(kind: str, state: Any) -> None:

@@ -7,8 +7,9 @@ import subprocess
 import sys
 from typing import Any
 
-from nanochat import checkpoint_files, files
-from nanochat.runlog import read_metrics
+from nanochat.checkpoint import format as checkpoint_files
+from nanochat.common import files
+from nanochat.common.jsonl import read_metrics
 from tests.conftest import REPO
 from tests.test_train import CLOCK
 

@@ -8,9 +8,9 @@ import sys
 
 import torch
 
-from nanochat import world
-from nanochat.dataloader import TrainLoader
-from nanochat.dataset import Corpus
+from nanochat.distributed import world
+from nanochat.data.train_loader import TrainLoader
+from nanochat.data.corpus import Corpus
 from tests.test_dataloader import ROWS, Letters, T, rows_of
 
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from nanochat import checkpoint_files, files
+from nanochat.checkpoint import format as checkpoint_files
+from nanochat.common import files
 from tests.dist.launch import digest, lines, losses
 from tests.dist.world import train_world
 from tests.reliability.figures import MakeFigure

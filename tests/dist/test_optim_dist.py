@@ -10,9 +10,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
 
-from nanochat.matrix_rules import MatrixOptions
-from nanochat.optim import MuonAdamW
-from nanochat.world import World
+from nanochat.optim.matrix_rule import MatrixOptions
+from nanochat.optim.muon_adamw import MuonAdamW
+from nanochat.distributed.world import World
 from tests.test_optim import GROUPS, NORM_FACTOR, moments_held, random_problem, schedule
 from tests.test_soap import ADAMW, SOAP
 

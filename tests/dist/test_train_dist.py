@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from nanochat import files
-from nanochat.runlog import read_metrics
+from nanochat.common import files
+from nanochat.common.jsonl import read_metrics
 from tests.conftest import REPO
 from tests.tiny import command_line, tiny_corpus, train_tiny
 

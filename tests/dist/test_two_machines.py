@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from nanochat import files
+from nanochat.common import files
 from tests.conftest import REPO
 from tests.dist.launch import TRAIN, losses
 from tests.tiny import command_line, tiny_corpus, train_tiny

@@ -18,12 +18,13 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from nanochat import scaling, train
-from nanochat.dataset import Corpus
-from nanochat.files import tokenizer_dir
-from nanochat.hardware import Precision
-from nanochat.tokenizer import Tokenizer
-from nanochat.world import World
+from nanochat.config import plan as scaling
+from nanochat.train import run as train
+from nanochat.data.corpus import Corpus
+from nanochat.common.files import tokenizer_dir
+from nanochat.common.machine import Precision
+from nanochat.tokenizer.tokenizer import Tokenizer
+from nanochat.distributed.world import World
 from tests.tiny import tiny_args, train_tiny
 
 

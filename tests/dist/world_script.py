@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from nanochat import world
+from nanochat.distributed import world
 
 
 def main() -> None:

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from nanochat.attention import BACKENDS, attention, attention_reference
-from nanochat.backends import available_backends
+from nanochat.model.attention import BACKENDS, attention, attention_reference
+from nanochat.model.attention_backends import available_backends
 
 pytestmark = [
     pytest.mark.gpu,

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from nanochat import files
-from nanochat.attention_times import AttentionShape
-from nanochat.backends import available_backends, choose_backend, choose_precision
-from nanochat.world import World
+from nanochat.common import files
+from nanochat.distributed.world import World
+from nanochat.model.attention_autotune import AttentionShape
+from nanochat.model.attention_backends import available_backends, choose_backend, choose_precision
 
 pytestmark = [
     pytest.mark.gpu,

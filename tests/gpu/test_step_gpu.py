@@ -3,16 +3,16 @@
 import pytest
 import torch
 
-from nanochat.attention import BACKENDS, attention, attention_reference, layout_of
-from nanochat.backends import available_backends
-from nanochat.fp8 import linear
-from nanochat.gpt import GPT
-from nanochat.hardware import Precision
-from nanochat.loss import softcapped_cross_entropy
-from nanochat.loss_scale import LossScale
-from nanochat.matrix_rules import DEFAULTS, MatrixOptions
-from nanochat.optim import MuonAdamW
-from nanochat.world import World
+from nanochat.common.machine import Precision
+from nanochat.distributed.world import World
+from nanochat.model.attention import BACKENDS, attention, attention_reference, layout_of
+from nanochat.model.attention_backends import available_backends
+from nanochat.model.fp8 import linear
+from nanochat.model.gpt import GPT
+from nanochat.model.loss import softcapped_cross_entropy
+from nanochat.optim.loss_scale import LossScale
+from nanochat.optim.matrix_rule import DEFAULTS, MatrixOptions
+from nanochat.optim.muon_adamw import MuonAdamW
 from tests.test_attention import several_documents
 from tests.test_gpt import FP32, batch, config_of, random_model
 from tests.test_loss import SOFTCAP, problem, textbook

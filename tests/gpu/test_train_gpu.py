@@ -8,13 +8,16 @@ from typing import Any
 import pytest
 import torch
 
-from nanochat import files, memory, scaling, train
-from nanochat.checkpoint import TrainState
-from nanochat.dataset import Corpus
-from nanochat.hardware import Precision
-from nanochat.scaling import Plan
-from nanochat.tokenizer import Tokenizer
-from nanochat.world import World
+from nanochat.checkpoint.state import TrainState
+from nanochat.common import files
+from nanochat.common.machine import Precision
+from nanochat.config import plan as scaling
+from nanochat.config.plan import Plan
+from nanochat.data.corpus import Corpus
+from nanochat.distributed.world import World
+from nanochat.tokenizer.tokenizer import Tokenizer
+from nanochat.train import memory
+from nanochat.train import run as train
 from tests.tiny import tiny_args, tiny_corpus
 
 pytestmark = [

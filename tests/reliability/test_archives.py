@@ -21,9 +21,11 @@ from pathlib import Path
 
 import pytest
 
-from nanochat import core_download, core_eval, core_tasks
-from nanochat.core_tasks import Example, Task
-from nanochat.errors import UserError
+from nanochat.common.errors import UserError
+from nanochat.evaluation.core import bundle as core_tasks
+from nanochat.evaluation.core import download as core_download
+from nanochat.evaluation.core import evaluate as core_eval
+from nanochat.evaluation.core.bundle import Example, Task
 from tests.reliability.figures import Figure
 
 TASKS = {
@@ -228,8 +230,8 @@ def test_a_hostile_bundle_is_refused_by_name_and_leaves_nothing(
 MEASURED = """
 import json, sys
 from pathlib import Path
-from nanochat import core_tasks
-from nanochat.errors import UserError
+from nanochat.evaluation.core import bundle as core_tasks
+from nanochat.common.errors import UserError
 
 def read(name):
     bundle = core_tasks.open_bundle(Path(name))

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from nanochat import dataloader
-from nanochat.dataset import Corpus
+from nanochat.data import train_loader as dataloader
+from nanochat.data.corpus import Corpus
 from tests.conftest import REPO
 from tests.reliability.figures import Figure
 from tests.test_dataloader import digests, loaders, make, states

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from nanochat import checkpoint_files, files
-from nanochat.checkpoint_files import MANIFEST, MODEL, OPTIMIZER, STATE, Snapshot, folder_of, steps_of
-from nanochat.errors import UserError
+from nanochat.checkpoint import format as checkpoint_files
+from nanochat.checkpoint.format import MANIFEST, MODEL, OPTIMIZER, STATE, Snapshot, folder_of, steps_of
+from nanochat.common import files
+from nanochat.common.errors import UserError
 from tests.reliability.crash import killed_before, operations
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks, and reads /proc")

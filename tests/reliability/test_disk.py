@@ -17,8 +17,9 @@ from typing import Any
 import pytest
 import torch
 
-from nanochat import checkpoint_files, files
-from nanochat.checkpoint_files import Snapshot, folder_of, steps_of, verify
+from nanochat.checkpoint import format as checkpoint_files
+from nanochat.checkpoint.format import Snapshot, folder_of, steps_of, verify
+from nanochat.common import files
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits and mounts of Linux")
 RUN = "disk"

@@ -17,7 +17,7 @@ import pytest
 
 from dev.fault_box import TINY, Box, Skip, expect_ok
 from dev.fault_rows.core import EVAL, TEXTS, zipped
-from nanochat import checkpoint_files
+from nanochat.checkpoint import format as checkpoint_files
 
 pytestmark = pytest.mark.slow
 
@@ -177,7 +177,7 @@ def test_a_closed_pipe_under_standard_output(box: Box, figure: Callable[..., Any
             box.base / "tokenizers/t/tokenizer.json",
         ),
         (
-            f"nanochat.dataset --corpus=local --name=n --files {text}",
+            f"scripts.dataset --corpus=local --name=n --files {text}",
             box.base / "data" / "n" / "manifest.json",
         ),
         (f"scripts.export --run=r --out={box.folder / 'out'}", box.folder / "out" / "model.safetensors"),

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dev.reliability import PROMISES, render
-from nanochat.errors import UserError
+from nanochat.common.errors import UserError
 from tests.reliability.figures import Figure, close
 
 ENTRY = {

@@ -13,11 +13,12 @@ from numpy.typing import NDArray
 
 from dev.fault_box import Box
 from dev.fault_rows.integrity import expect_stopped, foreign, started
-from nanochat import checksums, token_shards
-from nanochat.dataloader import TrainLoader
-from nanochat.dataset import Corpus
-from nanochat.errors import UserError
-from nanochat.world import World
+from nanochat.common import checksums
+from nanochat.common.errors import UserError
+from nanochat.data import token_shards
+from nanochat.data.corpus import Corpus
+from nanochat.data.train_loader import TrainLoader
+from nanochat.distributed.world import World
 from tests.reliability.figures import Figure
 from tests.shard_files import KINDS, bits_of, flip, foreign_corpus
 
@@ -86,7 +87,7 @@ def try_flips(trainer: Trainer, figure: Figure, count: int) -> None:
                 trainer.epoch()
             assert str(trainer.path) in str(refused.value)
             assert "have changed since the file was hashed" in str(refused.value)
-            assert "Repair: python -m nanochat.dataset" in str(refused.value)
+            assert "Repair: python -m scripts.dataset" in str(refused.value)
         flip(trainer.path, bit)
     assert trainer.epoch() == trainer.right  # and with the byte put back it goes on
 
@@ -125,7 +126,7 @@ def test_ten_real_runs_end_with_the_name_of_the_shard(
             flip(path, bit)
             with trials.trial(f"bit {bit}"):
                 expect_stopped(
-                    box, number, path.name, "have changed since", "Repair: python -m nanochat.dataset"
+                    box, number, path.name, "have changed since", "Repair: python -m scripts.dataset"
                 )
             flip(path, bit)
     finally:

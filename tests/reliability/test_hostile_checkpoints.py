@@ -19,12 +19,15 @@ from typing import Any
 import pytest
 import torch
 
-from nanochat import checkpoint, checkpoint_files, files, scaling
-from nanochat.checkpoint_files import MANIFEST, MODEL, OPTIMIZER, STATE
-from nanochat.errors import UserError
-from nanochat.hardware import Precision
-from nanochat.optim import MuonAdamW
-from nanochat.world import World
+from nanochat.checkpoint import format as checkpoint_files
+from nanochat.checkpoint import state as checkpoint
+from nanochat.checkpoint.format import MANIFEST, MODEL, OPTIMIZER, STATE
+from nanochat.common import files
+from nanochat.common.errors import UserError
+from nanochat.common.machine import Precision
+from nanochat.config import plan as scaling
+from nanochat.distributed.world import World
+from nanochat.optim.muon_adamw import MuonAdamW
 from tests.conftest import REPO
 from tests.tiny import tiny_args, train_tiny, trained_base
 
@@ -285,8 +288,8 @@ def test_a_hostile_json_file_is_refused_by_name(name: str, text: str, folder: Pa
 LOAD = """
 import sys, torch
 from pathlib import Path
-from nanochat import checkpoint_files
-from nanochat.errors import UserError
+from nanochat.checkpoint import format as checkpoint_files
+from nanochat.common.errors import UserError
 def peak():
     return int(next(l for l in open("/proc/self/status") if l.startswith("VmHWM")).split()[1]) >> 10
 before = peak()

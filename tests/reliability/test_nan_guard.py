@@ -16,16 +16,19 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from nanochat import files, optim, scaling, train
-from nanochat.checkpoint import TrainState
-from nanochat.dataset import Corpus
-from nanochat.errors import UserError
-from nanochat.hardware import Precision, Speed
-from nanochat.reporter import StepReporter
-from nanochat.runlog import RunLog
-from nanochat.scaling import Plan
-from nanochat.tokenizer import Tokenizer
-from nanochat.world import World
+from nanochat.checkpoint.state import TrainState
+from nanochat.common import files
+from nanochat.common.errors import UserError
+from nanochat.common.machine import Precision, Speed
+from nanochat.config import plan as scaling
+from nanochat.config.plan import Plan
+from nanochat.data.corpus import Corpus
+from nanochat.distributed.world import World
+from nanochat.optim import muon_adamw as optim
+from nanochat.tokenizer.tokenizer import Tokenizer
+from nanochat.train import run as train
+from nanochat.train.run_log import RunLog
+from nanochat.train.step_metrics import StepReporter
 from tests.tiny import tiny_args, tiny_corpus
 
 POISONED = "blocks.1.mlp.up.weight"

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from nanochat import checkpoint_files, files
-from nanochat.stopping import STOPPED
+from nanochat.checkpoint import format as checkpoint_files
+from nanochat.common import files
+from nanochat.common.stop_signals import STOPPED
 from tests.conftest import REPO
 from tests.dist.launch import command, digest, faulty, launch, lines, losses
 from tests.reliability.figures import MakeFigure
@@ -60,7 +61,7 @@ def test_a_hung_rank_ends_the_run_with_its_name(
     assert f"at step {step if 'waiting' in said else ''}" in done.stderr  # or where it was seen last
     folder = files.run_dir(name)
     # The healthy rank has written its stack always, the hung one wherever it runs at all.
-    assert "nanochat/train.py" in (folder / f"stack_rank{1 - rank}.txt").read_text()
+    assert "nanochat/train/run.py" in (folder / f"stack_rank{1 - rank}.txt").read_text()
     if kind != "stopped":
         assert "fault_script.py" in (folder / f"stack_rank{rank}.txt").read_text()
     dumped = (folder / f"stack_rank{1 - rank}.txt").stat().st_mtime

@@ -10,9 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from nanochat import checkpoint_files, files
-from nanochat.optim import MuonAdamW
-from nanochat.world import World
+from nanochat.checkpoint import format as checkpoint_files
+from nanochat.common import files
+from nanochat.distributed.world import World
+from nanochat.optim.muon_adamw import MuonAdamW
 from tests.dist.launch import digest, lines, losses
 from tests.dist.world import run_ranks, train_world
 from tests.reliability.figures import MakeFigure

@@ -14,11 +14,16 @@ from typing import Any
 import pytest
 import torch
 
-from nanochat import checkpoint, checkpoint_files, dataset, files, runlog, scaling, tracker
-from nanochat.errors import UserError
-from nanochat.hardware import Precision
-from nanochat.same_run import require_same_run
-from nanochat.tokenizer import Tokenizer
+from nanochat.checkpoint import format as checkpoint_files
+from nanochat.checkpoint import state as checkpoint
+from nanochat.checkpoint.same_run import require_same_run
+from nanochat.common import files, jsonl
+from nanochat.common.errors import UserError
+from nanochat.common.machine import Precision
+from nanochat.config import plan as scaling
+from nanochat.data import corpus as dataset
+from nanochat.tokenizer.tokenizer import Tokenizer
+from nanochat.train import wandb_log as tracker
 from tests.conftest import REPO
 from tests.dist.launch import digest, lines, losses
 from tests.dist.world import run_ranks, train_rank
@@ -122,7 +127,7 @@ def test_a_tracker_that_fails_costs_no_step(
     train_tiny(run="without")
     assert lines("with", "") == lines("without", "")
     assert digest("with", 12) == digest("without", 12)
-    assert runlog.read_metrics(files.run_dir("with") / "metrics.jsonl")
+    assert jsonl.read_metrics(files.run_dir("with") / "metrics.jsonl")
 
 
 # ----------------------------------------------------------------------------------------------------

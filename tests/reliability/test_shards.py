@@ -13,10 +13,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from nanochat import corpora, files, shards
-from nanochat.checksums import ChecksummedFile
-from nanochat.dataset import Corpus
-from nanochat.errors import UserError
+from nanochat.common import files
+from nanochat.common.checksums import ChecksummedFile
+from nanochat.common.errors import UserError
+from nanochat.data import parquet_shards as shards
+from nanochat.data import sources as corpora
+from nanochat.data.corpus import Corpus
 from tests.reliability.figures import Figure
 from tests.shard_files import read_texts, write_like_the_hub
 
@@ -132,8 +134,8 @@ READ = """
 import json, sys
 from itertools import islice
 from pathlib import Path
-from nanochat import corpora
-from nanochat.errors import UserError
+from nanochat.data import sources as corpora
+from nanochat.common.errors import UserError
 from tests.shard_files import read_texts
 
 path = Path(sys.argv[1])
@@ -260,8 +262,8 @@ def test_other_types_and_extension_types_are_refused(tmp_path: Path) -> None:
 MUTATE = """
 import random, resource, sys
 from pathlib import Path
-from nanochat import shards
-from nanochat.errors import UserError
+from nanochat.data import parquet_shards as shards
+from nanochat.common.errors import UserError
 from tests.shard_files import read_texts
 
 original, count, may_differ = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "may differ"

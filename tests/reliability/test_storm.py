@@ -22,11 +22,14 @@ from typing import Any
 
 import pytest
 
-from nanochat import arrival, checkpoint_files, files, shards
-from nanochat.checkpoint_files import MANIFEST, MODEL, OPTIMIZER, STATE, folder_of, steps_of
-from nanochat.dataset import Corpus
-from nanochat.errors import UserError
-from nanochat.stopping import STOPPED
+from nanochat.checkpoint import format as checkpoint_files
+from nanochat.checkpoint.format import MANIFEST, MODEL, OPTIMIZER, STATE, folder_of, steps_of
+from nanochat.common import files
+from nanochat.common.errors import UserError
+from nanochat.common.stop_signals import STOPPED
+from nanochat.data import parquet_shards as shards
+from nanochat.data import pending_download as arrival
+from nanochat.data.corpus import Corpus
 from tests.conftest import REPO
 from tests.dist.launch import command, digest, lines
 from tests.reliability.figures import Figure

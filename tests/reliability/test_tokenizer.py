@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from nanochat.errors import UserError
-from nanochat.tokenizer import Tokenizer
+from nanochat.common.errors import UserError
+from nanochat.tokenizer.tokenizer import Tokenizer
 from tests.reliability.figures import Figure
 
 FLIPS = 500

@@ -1,0 +1,360 @@
+"""A run between two steps: taken to host memory, written, and put back; for training and for scoring.
+
+What a checkpoint looks like on the disk is `checkpoint_files.py`. Tensors are full and keyed by parameter
+name, so that any number of ranks can go on from them.
+
+    python -m scripts.checkpoint list|verify|prune RUN
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import sys
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nanochat.checkpoint import format as checkpoint_files
+from nanochat.checkpoint.compatibility import completed
+from nanochat.checkpoint.format import MODEL, OPTIMIZER, STATE, Snapshot
+from nanochat.checkpoint.same_run import require_same_run
+from nanochat.common import files
+from nanochat.common.errors import UserError
+from nanochat.common.machine import Precision
+from nanochat.config import arguments as config
+from nanochat.config.model_config import GPTConfig, count_params
+from nanochat.config.plan import Plan
+from nanochat.data.train_loader import TrainLoader
+from nanochat.distributed.world import World
+from nanochat.model.gpt import GPT
+from nanochat.optim.loss_scale import LossScale
+from nanochat.optim.muon_adamw import MuonAdamW
+from nanochat.tokenizer.tokenizer import Tokenizer
+
+MAX_POSITIONS = 1 << 20  # rotary tables of more are refused: they are made, so no file's length bounds them
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """The micro-batch of a run when its checkpoint was made: the order of the sums, so the last bits of it.
+
+    Attributes:
+        rows: of one rank.
+        asked: what --device-batch-size said, if anything.
+    """
+
+    rows: int
+    asked: int | None
+
+
+@dataclass
+class TrainState:
+    """A run between two steps. What is not in it is not part of the run.
+
+    No random number is drawn in a step (seeds are in the plan), so there is no generator to keep.
+
+    Attributes:
+        step: optimizer steps done.
+        model: the weights.
+        optimizer: its moments.
+        loader: the position in the data.
+        loss_scale: the factor on the loss where the compute dtype is fp16.
+        skipped_steps: steps among them whose update was held back, since it was not finite.
+        smoothed_loss: exponential average of the training loss, in nats.
+        train_seconds: seconds spent in steps, over all sessions of the run.
+        val_bpb: newest validation bits per byte, or None before the first.
+        min_val_bpb: lowest so far.
+        val_loss: newest validation loss, nats per token.
+        resumed: the micro-batch of the checkpoint that the run has gone on from, which `memory.plan_memory`
+            keeps; that of now is the loader's, which halves it where memory runs out.
+    """
+
+    step: int
+    model: GPT
+    optimizer: MuonAdamW
+    loader: TrainLoader
+    loss_scale: LossScale
+    skipped_steps: int = 0
+    smoothed_loss: float = 0.0
+    train_seconds: float = 0.0
+    val_bpb: float | None = None
+    min_val_bpb: float | None = None
+    val_loss: float | None = None
+    resumed: MicroBatch | None = None
+
+
+COUNTERS = ("step", "skipped_steps", "smoothed_loss", "train_seconds", "val_bpb", "min_val_bpb", "val_loss")
+
+
+def take(state: TrainState, plan: Plan, fingerprints: dict[str, str], world: World) -> Snapshot | None:
+    """Copy a run to host memory, so that it can be written while training goes on. All ranks call it.
+
+    Moments are gathered one tensor after another, and only the main rank keeps them. What is not finite is
+    never saved: it would take the place of the checkpoints that a run can go on from.
+
+    Args:
+        state: the run.
+        plan: what the run is.
+        fingerprints: hashes of what the run depends on: corpus, tokenizer.
+        world: the ranks.
+
+    Returns:
+        On the main rank, what to write; None on the others.
+
+    Raises:
+        UserError: a weight or a moment is not finite; on all ranks.
+    """
+    optimizer = state.optimizer.state_tensors(keep=world.is_main)
+    loader = state.loader.state_dict()
+    model = {}
+    if world.is_main:
+        model = {name: p.detach().to("cpu", copy=True) for name, p in state.model.named_parameters()}
+    broken = first_not_finite({**model, **optimizer})
+    if world.agree(broken is not None):
+        raise UserError(
+            f"after step {state.step}, {broken or 'a tensor of the main rank'} is not finite, so nothing is "
+            "saved and training ends; the checkpoints of earlier steps are as they were. Start another run "
+            "with a lower --matrix-lr, --embedding-lr or --weight-decay."
+        )
+    if not world.is_main:
+        return None
+    return Snapshot(
+        checkpoint_files.folder_of(plan.args.run_name, state.step),
+        model,
+        optimizer,
+        {
+            **{name: getattr(state, name) for name in COUNTERS},
+            "device_batch_size": state.loader.device_batch_size,
+            "loader": loader,
+            "loss_scale": state.loss_scale.state(),
+            "fingerprints": fingerprints,
+            "plan": plan.to_dict(),
+        },
+    )
+
+
+def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """The name of the first tensor that holds a NaN or an infinity; None if all are finite."""
+    for name, tensor in tensors.items():
+        # One pass, and no second tensor of that size: a NaN is its own minimum.
+        if tensor.numel() and not all(
+            math.isfinite(bound) for bound in torch.stack(tensor.aminmax()).tolist()
+        ):
+            return name
+    return None
+
+
+def load(state: TrainState, folder: Path, plan: Plan, fingerprints: dict[str, str]) -> list[str]:
+    """Put a verified checkpoint into `state`, which is then the run as it was.
+
+    Returns:
+        What of the plan has changed, as --extend allows.
+
+    Raises:
+        UserError: it is of a run with another plan, corpus or tokenizer, the differences are shown; or it is
+            not what this program writes.
+    """
+    meta = checkpoint_files.read_state(folder)
+    extended = require_same_run(meta, plan, fingerprints, folder)
+    _require_counters(meta, folder)
+    state.resumed = MicroBatch(_rows(meta), meta["plan"]["args"].get("device_batch_size"))
+    weights = checkpoint_files.read_tensors(folder / MODEL)
+    _require_fit(weights, state.model, folder / MODEL)
+    _copy_weights(state.model, weights)
+    moments = checkpoint_files.read_tensors(folder / OPTIMIZER)
+    try:
+        state.optimizer.load_state_tensors(moments)
+    except UserError as error:
+        raise UserError(f"{folder / OPTIMIZER}: {error}") from None
+    if (broken := first_not_finite({**weights, **moments})) is not None:
+        raise UserError(f"{folder}: {broken} is not finite. Use another checkpoint, with --resume=STEP.")
+    state.loader.load_state_dict(meta["loader"])
+    state.loss_scale.load(meta.get("loss_scale", []))
+    for name in COUNTERS:
+        setattr(state, name, meta.get(name))  # val_loss is newer than the first checkpoints
+    return extended
+
+
+def _rows(meta: dict[str, Any]) -> Any:
+    """Rows of a micro-batch; early checkpoints have them in the plan alone."""
+    return meta.get("device_batch_size", meta["plan"].get("device_batch_size"))
+
+
+def _require_counters(meta: dict[str, Any], folder: Path) -> None:
+    """Every number that a run goes on with is one; the first that is not is named."""
+
+    def numbers(values: Any) -> bool:
+        return isinstance(values, list) and all(type(value) in (int, float) for value in values)
+
+    given: dict[str, Any] = {name: meta.get(name) for name in COUNTERS}  # the last three may be null
+    right = {name: value is None or numbers([value]) for name, value in given.items()}
+    right |= {name: numbers([given[name]]) for name in COUNTERS[:4]}
+    right["step"] = type(meta.get("step")) is int and folder.name == f"step_{meta['step']:06d}"
+    given |= {
+        "loss_scale": meta.get("loss_scale", []),
+        "loader": meta.get("loader"),
+        "device_batch_size": _rows(meta),
+    }
+    right["loss_scale"] = numbers(given["loss_scale"]) and len(given["loss_scale"]) in (0, 2)
+    right["loader"] = isinstance(given["loader"], dict)
+    rows = given["device_batch_size"]
+    right["device_batch_size"] = type(rows) is int and rows >= 1
+    for name, good in right.items():
+        if not good:
+            value = repr(given[name])[:80]
+            raise UserError(f"{folder / STATE}: {name} is {value}. Use another checkpoint.")
+
+
+def _require_fit(tensors: dict[str, Tensor], model: GPT, path: Path) -> None:
+    """Every parameter is there, of its shape and fp32, and nothing else is."""
+    parameters = dict(model.named_parameters())
+    for name in sorted(parameters.keys() ^ tensors.keys()):
+        where = "the model" if name in parameters else "the checkpoint"
+        raise UserError(f"{path}: only {where} has {name!r}. It is of another depth or version.")
+    for name, parameter in parameters.items():
+        found = tensors[name]
+        if found.shape != parameter.shape:
+            raise UserError(
+                f"{path}: {name} has shape {tuple(found.shape)} where the model has "
+                f"{tuple(parameter.shape)}. The checkpoint is of another depth or vocabulary."
+            )
+        if found.dtype != torch.float32:
+            raise UserError(
+                f"{path}: {name} is {found.dtype}, expected torch.float32. Use another checkpoint."
+            )
+
+
+def _require_finite(tensors: dict[str, Tensor], path: Path) -> None:
+    """A model with NaN in it gives texts and scores that look like any other's."""
+    for name, tensor in tensors.items():
+        if not bool(tensor.isfinite().all()):
+            raise UserError(
+                f"{path}: {name} holds values that are not finite. Use another checkpoint (--step)."
+            )
+
+
+def _copy_weights(model: GPT, tensors: dict[str, Tensor]) -> None:
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(tensors[name])
+
+
+def load_model(
+    run: str, step: int | None = None, *, device: torch.device, precision: Precision
+) -> tuple[GPT, Tokenizer, dict[str, Any]]:
+    """The model and tokenizer of a run, for scoring and generation.
+
+    Matrices and tables are held in the compute dtype, to which every pass would cast them: the same numbers,
+    and half the memory where that is bf16.
+
+    Args:
+        run: name of the run.
+        step: checkpoint to load; None for the newest that verifies.
+        device: where the model goes.
+        precision: how it computes.
+
+    Returns:
+        The model, its tokenizer, and state.json's contents ("step", "plan", "val_bpb", ...).
+
+    Raises:
+        UserError: unknown run, no usable checkpoint, or a tokenizer that is not the one it was trained with.
+    """
+    require_run(run)
+    loaded = checkpoint_files.read_newest(
+        run, step, lambda folder: _load_model(run, folder, device, precision)
+    )
+    if loaded is None:
+        raise UserError(f"run {run!r} has no checkpoint yet. Train it first.")
+    return loaded
+
+
+def _load_model(
+    run: str, folder: Path, device: torch.device, precision: Precision
+) -> tuple[GPT, Tokenizer, dict[str, Any]]:
+    meta = checkpoint_files.read_state(folder)
+    _require_counters(meta, folder)
+    args = config.from_dict(config.TrainArgs, meta["plan"]["args"], folder / STATE)
+    tokenizer = Tokenizer.load(files.tokenizer_dir(args.tokenizer_name))
+    if tokenizer.fingerprint != meta["fingerprints"].get("tokenizer"):
+        raise UserError(
+            f"tokenizer {args.tokenizer_name!r} is not the one that run {run!r} was trained with. "
+            "Put the old tokenizer.json back, or train again."
+        )
+    weights = checkpoint_files.read_tensors(folder / MODEL)
+    shape = _model_config(completed(meta["plan"])["model"], weights, folder / STATE)
+    with torch.device("meta"):
+        model = GPT(shape, precision, tokenizer.bos_id if shape.document_mask else None)
+    _require_fit(weights, model, folder / MODEL)
+    _require_finite(weights, folder / MODEL)
+    model.to_empty(device=device)
+    model.reserve_positions(shape.sequence_len)  # the rotary tables are not in the file
+    _copy_weights(model, weights)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.data = parameter.data.to(precision.compute_dtype)
+    return model.eval(), tokenizer, meta
+
+
+def _model_config(values: dict[str, Any], weights: dict[str, Tensor], path: Path) -> GPTConfig:
+    """The shape that a checkpoint claims, if its tensors are of that size: a claim could ask for any memory.
+
+    Raises:
+        UserError: they are not.
+    """
+    if unknown := sorted(values.keys() - {item.name for item in dataclasses.fields(GPTConfig)}):
+        raise UserError(
+            f"{path}: the model has {unknown}, which this version does not know. Use a later one."
+        )
+    elements = sum(tensor.numel() for tensor in weights.values())
+    if _has_types(values) and _is_plausible(values, len(weights), elements):
+        shape = GPTConfig(**values)
+        if count_params(shape).total == elements:
+            return shape
+    raise UserError(f"{path}: the model it describes is not that of its {elements:,} weights. Use another.")
+
+
+def _has_types(values: dict[str, Any]) -> bool:
+    """Whether every field is there, of its type and finite."""
+    kinds = typing.get_type_hints(GPTConfig)
+    return values.keys() == kinds.keys() and all(
+        abs(value) <= sys.float_info.max  # NaN is not
+        if kinds[name] is float and type(value) in (int, float)
+        else type(value) is kinds[name]
+        for name, value in values.items()
+    )
+
+
+def _is_plausible(values: dict[str, Any], tensors: int, elements: int) -> bool:
+    """Whether a model of so many weights can have these sizes and constants."""
+    sizes = [value for value in values.values() if type(value) is int]
+    return (
+        all(0 < size <= max(elements, MAX_POSITIONS) for size in sizes)
+        and values["n_layer"] <= tensors
+        and values["n_head"] % values["n_kv_head"] == 0
+        and values["attention_kind"] in config.ATTENTION_KINDS
+        and values["head_dim"] % (4 if values["attention_kind"] == "diff1" else 2) == 0
+        and values["sequence_len"] <= MAX_POSITIONS
+        and len(values["window_pattern"]) > 0
+        and set(values["window_pattern"]) <= {"S", "L"}
+        and min(values["softcap"], values["rope_base"]) > 0
+    )
+
+
+def require_run(run: str) -> None:
+    """Refuse a run that is not there.
+
+    Raises:
+        UserError: it lists those that are.
+    """
+    if not files.run_dir(run).is_dir():
+        runs = files.run_dir(run).parent
+        there = ", ".join(sorted(path.name for path in runs.iterdir())) if runs.is_dir() else ""
+        raise UserError(
+            f"unknown run {run!r} in {runs}. There are: {there or 'none'}. Train one, or name another."
+        )

@@ -1,0 +1,301 @@
+"""What the machine can do: its device, its best dtype, its peak. Chosen once, then passed on."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nanochat.common import process
+from nanochat.common.errors import UserError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+# Dense bf16 peak in FLOP/s, by a part of the name that the driver reports; the first match counts, so that
+# "h100 pcie" stands before "h100". Sources: the makers' data sheets (without sparsity).
+PEAK_BF16_FLOPS_PER_S = {
+    "gb200": 2.5e15,
+    "b200": 2.25e15,
+    "h200": 989e12,
+    "h100 nvl": 835e12,
+    "h100 pcie": 756e12,
+    "h100": 989e12,
+    "h20": 148e12,
+    "h800": 989e12,
+    "a100": 312e12,
+    "a800": 312e12,
+    "l40s": 362e12,
+    "l4": 121e12,
+    "a10": 125e12,
+    "a6000": 155e12,
+    "rtx 5090": 209.5e12,
+    "rtx 4090": 165.2e12,
+    "rtx 3090": 71e12,
+    "mi300x": 1307e12,
+}
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How numbers travel through the model.
+
+    Attributes:
+        compute_dtype: dtype of activations and matrix products; master weights stay fp32.
+        attention: name of the attention backend (`nanochat.model.attention`).
+        fp8: whether training computes the products of wide linear layers in fp8 (`nanochat.model.fp8`).
+    """
+
+    compute_dtype: torch.dtype
+    attention: str
+    fp8: bool = False
+
+
+def detect_device(device_type: str = "auto", local_rank: int = 0) -> torch.device:
+    """The device of this rank.
+
+    Raises:
+        UserError: the device asked for is not there.
+    """
+    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if device_type == "auto":
+        device_type = next(kind for kind, there in present.items() if there)
+    if not present.get(device_type, False):
+        there = ", ".join(kind for kind, is_there in present.items() if is_there)
+        raise UserError(f"--device-type={device_type}: not available on this machine, which has: {there}.")
+    if device_type == "cuda":
+        return torch.device("cuda", local_rank)
+    return torch.device(device_type)
+
+
+def cpu_multiplies_bf16() -> bool:
+    """True where the CPU has bf16 matrix instructions (AVX512-BF16 or AMX); elsewhere fp32 is faster."""
+    if platform.system() != "Linux":
+        return False
+    info = Path("/proc/cpuinfo")
+    flags = set(info.read_text("utf-8", errors="replace").split()) if info.exists() else set()
+    return bool(flags & {"avx512_bf16", "amx_bf16"})
+
+
+def choose_dtype(device: torch.device, requested: str = "auto") -> tuple[torch.dtype, str]:
+    """The compute dtype and why: bf16 where the hardware multiplies it natively, else fp16 or fp32.
+
+    fp16 is for GPUs that have matrix units for it alone, Volta and Turing; training then scales the loss.
+
+    Raises:
+        UserError: a dtype that we do not know.
+    """
+    if requested != "auto":
+        if requested not in DTYPES:
+            raise UserError(f"--dtype={requested}: expected auto, {' or '.join(DTYPES)}.")
+        return DTYPES[requested], "asked for"
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        native = capability >= (8, 0)
+        if (7, 0) <= capability < (8, 0):
+            return torch.float16, "this GPU multiplies fp16 natively, and not bf16"
+    else:
+        native = device.type == "cpu" and cpu_multiplies_bf16()
+    if native:
+        return torch.bfloat16, f"this {device.type} multiplies bf16 natively"
+    return torch.float32, f"this {device.type} does not multiply bf16 natively"
+
+
+def choose_compile(device: torch.device, requested: str = "auto") -> tuple[bool, str]:
+    """Whether torch.compile is used, and why: on CUDA yes, on a CPU not.
+
+    On 2 cores at depth 4 (LOG 2026-11-21) a compiled step took 8.8 s against 9.0 s, and started 65 s later
+    (15 s from a warm cache): the uncompiled one is ahead for the first 300 steps.
+
+    Raises:
+        UserError: it is asked for, and this machine lacks what it needs.
+    """
+    if requested == "off":
+        return False, "as asked"
+    missing = _missing_compiler(device)
+    if requested == "on":
+        if missing:
+            raise UserError(f"--compile=on: {missing}. Install what is missing or use --compile=auto.")
+        return True, "as asked"
+    if device.type != "cuda":
+        return False, f"a {device.type} reaches 100 steps sooner without"
+    return not missing, missing or "a GPU is faster with it"
+
+
+def _missing_compiler(device: torch.device) -> str:
+    """Why torch.compile cannot run here, or ""."""
+    if device.type == "cuda":
+        return "" if importlib.util.find_spec("triton") else "the package triton is not installed"
+    if device.type == "cpu" and any(shutil.which(name) for name in ("g++", "clang++", "c++")):
+        return ""
+    return "there is no C++ compiler" if device.type == "cpu" else f"not supported on {device.type}"
+
+
+def require_fp8(device: torch.device, compute_dtype: torch.dtype) -> None:
+    """Refuse --fp8 where it cannot be had.
+
+    Raises:
+        UserError: the GPU has no fp8 matrix units that we use, or the other numbers are not bf16.
+    """
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0):
+        raise UserError(
+            f"--fp8: needs a Hopper GPU (sm90) or later, the device is {device_name(device)}. Leave it out."
+        )
+    if compute_dtype != torch.bfloat16:
+        raise UserError(f"--fp8: goes with bfloat16, the compute dtype is {compute_dtype}. Use --dtype=auto.")
+
+
+def device_name(device: torch.device) -> str:
+    """What the maker calls it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type == "cpu" and Path("/proc/cpuinfo").exists():
+        for line in Path("/proc/cpuinfo").read_text("utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or device.type
+
+
+def measured_flops_per_s(
+    device: torch.device, dtype: torch.dtype, size: int = 2048, seconds: float = 0.3
+) -> float:
+    """Rate of a square matrix product, in FLOP/s: the best of several short runs.
+
+    Args:
+        device: where to measure.
+        dtype: of both factors.
+        size: rows and columns of both factors; 8192 or so on a GPU.
+        seconds: how long to measure.
+    """
+    a = torch.randn(size, size, device=device, dtype=torch.float32).to(dtype)
+    (a @ a)[0, 0].item()  # the read waits for the device
+    best, stop = float("inf"), time.perf_counter() + seconds
+    while best == float("inf") or time.perf_counter() < stop:
+        start = time.perf_counter()
+        (a @ a)[0, 0].item()
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What one device could do at most, in FLOP/s.
+
+    Attributes:
+        peak_flops: of the table for known GPUs, else as measured.
+        peak_source: "table" or "measured".
+        matmul_flops: of a large matrix product, measured here and now.
+    """
+
+    peak_flops: float
+    peak_source: str
+    matmul_flops: float
+
+
+def speed(device: torch.device, dtype: torch.dtype) -> Speed:
+    """Look the device up, and measure it for 0.3 s."""
+    # CPUs emulate fp16: there a product of 2048 takes 40 s.
+    size = 8192 if device.type == "cuda" else 256 if dtype == torch.float16 else 2048
+    measured = measured_flops_per_s(device, dtype, size)
+    if device.type == "cuda" and dtype == torch.bfloat16:
+        name = torch.cuda.get_device_name(device).lower()
+        for part, peak in PEAK_BF16_FLOPS_PER_S.items():
+            if part in name:
+                return Speed(peak, "table", measured)
+    return Speed(measured, "measured", measured)
+
+
+def cpu_quota(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> float | None:
+    """Cores' worth of time that a container may use, by the tightest control group; None for all."""
+    quotas = []
+    for line in own.read_text("utf-8").splitlines() if own.exists() else []:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        base = root / "cpu" if controllers else root
+        folder = base / path.strip("/")
+        # A container may see its own group as the root, whatever it is called outside.
+        groups = [base, *(group for group in (folder, *folder.parents) if base in group.parents)]
+        quotas += [_quota_of(group) for group in groups]
+    return min((quota for quota in quotas if quota), default=None)
+
+
+def _quota_of(group: Path) -> float | None:
+    """Quota over period of one control group, of either version."""
+    names = ("cpu.max",) if (group / "cpu.max").exists() else ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+    try:
+        quota, period = " ".join((group / name).read_text("utf-8") for name in names).split()
+        return int(quota) / int(period) if int(quota) > 0 else None
+    except (OSError, ValueError, ZeroDivisionError):  # not there, or "max"
+        return None
+
+
+def quota_hint(device: torch.device) -> str:
+    """What to do where a container may use less than the cores it sees, and waiting threads spin."""
+    quota = cpu_quota() if device.type == "cpu" else None
+    passive = os.environ.get("OMP_WAIT_POLICY", "").upper() == "PASSIVE"
+    threads = torch.get_num_threads()
+    if quota is None or passive or threads <= max(1, quota):
+        return ""
+    return (
+        f"hint: {threads} threads compute, and this container may use {quota:g} cores: what they spend on "
+        "waiting for each other is lost. Faster with OMP_WAIT_POLICY=PASSIVE in the environment."
+    )
+
+
+def available_memory_bytes(device: torch.device) -> int | None:
+    """What can still be allocated: of the GPU where there is one, else of the machine; None if not told."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return _meminfo("MemAvailable") if device.type == "cpu" else None
+
+
+def total_memory_bytes(device: torch.device) -> int | None:
+    """All memory of the GPU where there is one, else of the machine; None if not told."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    return _meminfo("MemTotal") if device.type == "cpu" else None
+
+
+def _meminfo(name: str) -> int | None:
+    info = Path("/proc/meminfo")
+    if not info.exists():
+        return None
+    lines = dict(line.split(":", 1) for line in info.read_text("utf-8").splitlines())
+    return int(lines[name].split()[0]) * 1024 if name in lines else None
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory held so far: of the GPU where there is one, else of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return process.peak_memory_bytes()
+
+
+def process_age_seconds() -> float | None:
+    """Seconds since this process was started, imports included; None where the system does not tell."""
+    stat, uptime = Path("/proc/self/stat"), Path("/proc/uptime")
+    if not stat.exists() or not uptime.exists():
+        return None
+    started_ticks = int(stat.read_text("utf-8").rpartition(")")[2].split()[19])
+    return float(uptime.read_text("utf-8").split()[0]) - started_ticks / os.sysconf("SC_CLK_TCK")
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """The machine, for config.json and the report."""
+    return {
+        "device": device_name(device),
+        "device_type": device.type,
+        "cpu_threads": torch.get_num_threads(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda if device.type == "cuda" else None,
+    }

@@ -1,0 +1,357 @@
+"""What a person may ask: one frozen dataclass a command; its fields are flags, their metadata the help."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nanochat.common.errors import UserError
+from nanochat.common.flags import flag, free, planned, require_domain
+from nanochat.common.flags import from_dict as from_dict  # read with config, in one breath
+from nanochat.common.flags import parse as parse
+
+ATTENTION_KINDS = ("softmax", "diff1", "diff2")
+
+
+@dataclass(frozen=True)
+class TrainArgs:
+    """Train a model. Everything that is not given follows from --depth."""
+
+    depth: int = planned(
+        12,
+        "number of layers; decides width, heads, batch, learning rates, horizon, weight decay",
+        at_least=1,
+        at_most=1000,
+    )
+    run: str = free("", "name of the run and of its folder; by default d<depth>", names="runs")
+    # Data
+    corpus: str = flag(
+        "fineweb-edu",
+        "what to train on: stdlib, fineweb-edu, climbmix, fineweb10B-gpt2, your own",
+        names="data",
+    )
+    tokenizer: str = free("", "name of the tokenizer; by default the corpus's name", names="tokenizers")
+    keep_tails: bool | None = flag(
+        None, "keep what is cropped from long documents as documents; by default where most would be lost"
+    )
+    # Model
+    max_seq_len: int | None = planned(
+        None, "context length T in tokens; by default 2048, less for a small text", at_least=1, at_most=2**24
+    )
+    window_pattern: str = planned(
+        "SSSL", "attention window of each layer, tiled: S is a quarter of T, L is T"
+    )
+    aspect_ratio: int = planned(
+        64, "width = depth * aspect ratio, raised to a whole number of heads", at_least=1, at_most=2**16
+    )
+    head_dim: int = planned(128, "width of an attention head", at_least=1, at_most=2**16)
+    attention_kind: str = planned(
+        "softmax",
+        "what a head makes of its scores: softmax, or the difference of two (differential_attention.py)",
+        choices=ATTENTION_KINDS,
+    )
+    bigram: bool = planned(
+        False, "add an embedding of every pair of neighbouring tokens, hashed, in all layers"
+    )
+    document_mask: bool = planned(False, "keep attention within a document, also where the recipe would not")
+    # Horizon: the first that is given counts; by default the recipe's, of a small text at most 10 epochs
+    num_iterations: int | None = planned(None, "number of optimizer steps", at_least=1)
+    target_flops: float | None = planned(
+        None, "train for this many floating-point operations", above=0, at_most=1e30
+    )
+    target_param_data_ratio: float | None = planned(
+        None, "tokens per scaling parameter; by default the recipe's", above=0, at_most=1e6
+    )
+    target_loss: float | None = free(
+        None,
+        "end the run at the first validation at or below this loss, in nats per token",
+        above=0,
+        at_most=1000,
+    )
+    # Optimization
+    recipe: str = planned(
+        "july", "set of constants (nanochat/config/recipes.py)", choices=("july", "january", "speedrun-124m")
+    )
+    total_batch_size: int | None = planned(
+        None, "tokens in a global batch; by default from horizon and text", at_least=1, at_most=2**40
+    )
+    device_batch_size: int | None = free(
+        None, "rows in a micro-batch of one rank; by default from depth and memory", at_least=1, at_most=2**24
+    )
+    matrix_optimizer: str = planned(
+        "muon", "optimizer of the block matrices", choices=("muon", "soap", "adamw")
+    )
+    matrix_lr: float | None = planned(
+        None, "base learning rate of the block matrices, whatever optimizes them", at_least=0, at_most=1000
+    )
+    soap_every: int = flag(10, "steps between two renewals of SOAP's eigenbases", at_least=1)
+    soap_sides: int = flag(
+        2, "sides of a matrix that have an eigenbasis in SOAP: 2, or 1 for the shorter one", choices=(1, 2)
+    )
+    embedding_lr: float | None = planned(
+        None,
+        "base learning rate of the token embedding (AdamW); the value embeddings keep their ratio to it",
+        at_least=0,
+        at_most=1000,
+    )
+    unembedding_lr: float | None = planned(
+        None, "base learning rate of the output head (AdamW)", at_least=0, at_most=1000
+    )
+    scalar_lr: float | None = planned(
+        None,
+        "base learning rate of x0_scale (AdamW); resid_scale keeps its ratio to it",
+        at_least=0,
+        at_most=1000,
+    )
+    weight_decay: float | None = planned(
+        None, "base weight decay of the block matrices, before scaling", at_least=0, at_most=1000
+    )
+    z_loss: float = flag(
+        0.0, "weight of the z-loss, which keeps the logits of training small", at_least=0, at_most=1000
+    )
+    warmup_steps: int | None = planned(
+        None,
+        "steps of linear learning-rate warmup; by default the recipe's, in a tenth of the run at most",
+        at_least=0,
+    )
+    warmdown_ratio: float | None = planned(
+        None, "last share of the run in which the learning rate falls", at_least=0, at_most=1
+    )
+    final_lr_frac: float | None = planned(
+        None, "share of the learning rate left at the end", at_least=0, at_most=1
+    )
+    seed: int = flag(0, "seed of the initial weights, the order of the data and the samples", at_least=0)
+    on_nonfinite: str = free(
+        "stop", "a step whose loss or gradient is not finite: stop, or skip it", choices=("stop", "skip")
+    )
+    # Machine
+    device_type: str = free("auto", "where to compute", choices=("auto", "cuda", "cpu", "mps"))
+    dtype: str = flag("auto", "dtype of activations", choices=("auto", "bfloat16", "float16", "float32"))
+    fp8: bool = flag(False, "products of wide linear layers in fp8 while training (Hopper and later)")
+    attention: str = free("auto", "attention backend", choices=("auto", "fa3", "fa2", "flex", "sdpa"))
+    compile: str = free(
+        "auto",
+        "torch.compile of the model and the optimizer; auto is on for CUDA",
+        choices=("auto", "on", "off"),
+    )
+    profile: bool = free(False, "write a torch.profiler trace of steps 4 to 6 to the run's trace.json")
+    recompute: str = free(
+        "none",
+        "compute again in the backward pass, to save memory: the MLPs or whole blocks",
+        choices=("none", "mlp", "block"),
+    )
+    dist_timeout: float = free(
+        600.0, "seconds that a rank waits for another before it gives up", at_least=1, at_most=10**7
+    )
+    # Evaluation, samples, checkpoints: 0 means only at the end
+    eval_every: int = free(250, "steps between validations", at_least=0)
+    eval_tokens: int = free(10_485_760, "validation tokens of each evaluation", at_least=1)
+    core_metric_every: int | None = free(
+        None, "steps between CORE evaluations; by default none while training", at_least=0
+    )
+    core_metric_max_per_task: int = free(500, "examples of each CORE task while training", at_least=0)
+    eval_bundle: str = free(
+        "", "CORE tasks: a folder, a zip, or mini; by default the base directory's", path=True
+    )
+    sample_every: int = free(2000, "steps between samples", at_least=0)
+    save_every: int = free(1000, "steps between checkpoints", at_least=0)
+    save_minutes: float = free(
+        0.0, "save also when the last save is so many minutes ago; 0 means never", at_least=0, at_most=10**7
+    )
+    keep_last: int = free(2, "checkpoints to keep", at_least=1)
+    keep_every: int = free(
+        0, "also keep the checkpoints of steps that this divides; 0 means none", at_least=0
+    )
+    resume: str = free(
+        "",
+        "go on from a checkpoint: auto (the newest valid one, if any) or a step",
+        pattern="auto|[0-9]{1,15}",
+        expected="auto or the step of a checkpoint",
+    )
+    extend: bool = free(False, "let a resumed run have another horizon than before")
+    check_ranks_every: int = free(
+        0, "steps between comparisons of the weights over the ranks; 0 means never", at_least=0
+    )
+    # Logging
+    wandb: str = free("off", "also log to Weights & Biases", choices=("off", "online", "offline"))
+    dry_run: bool = free(False, "print the plan and stop")
+
+    @property
+    def run_name(self) -> str:
+        """The run's name, given or from depth."""
+        return self.run or f"d{self.depth}"
+
+    @property
+    def tokenizer_name(self) -> str:
+        """The tokenizer's name, given or the corpus's."""
+        return self.tokenizer or self.corpus
+
+
+@dataclass(frozen=True)
+class CheckpointArgs:
+    """List, verify or prune the checkpoints of a run."""
+
+    do: str = flag("list", "what to do", choices=("list", "verify", "prune"), positional=True)
+    run: str = flag("", "name of the run", positional=True, names="runs")
+    keep_last: int = flag(2, "how many of the newest prune keeps", at_least=1)
+    keep_every: int = flag(0, "prune also keeps those of steps that this divides; 0 means none", at_least=0)
+
+
+@dataclass(frozen=True)
+class EvalArgs:
+    """Score a trained model: CORE, bits per byte, samples."""
+
+    run: str = flag("", "name of the run", names="runs")
+    step: int | None = flag(None, "checkpoint to score; by default the newest", at_least=0)
+    eval: str = flag("core,bpb,sample", "what to do, separated by commas")
+    hf: str = flag(
+        "", "score this model of Hugging Face with CORE instead: a folder or a name on the hub", path=True
+    )
+    eval_bundle: str = flag(
+        "", "CORE tasks: a folder, a zip, or mini for the small suite made on the spot", path=True
+    )
+    core_variant: str = flag(
+        "nanochat",
+        "prompts, shots and baselines of CORE (GPT-2's 0.256525 is nanochat's)",
+        choices=("nanochat", "dclm"),
+    )
+    core_metric_max_per_task: int = flag(0, "examples of each task; 0 means all", at_least=0)
+    core_crop_tokens: int | None = flag(
+        None,
+        "longer prompts of CORE lose their beginning; by default those that the model cannot read",
+        at_least=2,
+        at_most=2**24,
+    )
+    eval_batch_tokens: int = flag(
+        16384, "most positions in a forward pass of CORE: bounds its memory", at_least=1
+    )
+    keep_going: bool = flag(False, "leave out tasks of CORE whose file is faulty; then there is no CORE")
+    compare: tuple[str, ...] = flag(
+        (), "two scored runs: test their difference, example by example", names="runs"
+    )
+    combine: tuple[str, ...] = flag(
+        (), "scored runs that differ in their seed: mean and standard error", names="runs"
+    )
+    eval_tokens: int = flag(10_485_760, "tokens for bits per byte, of each split", at_least=1)
+    device_batch_size: int = flag(16, "rows of a batch for bits per byte", at_least=1, at_most=2**24)
+    max_new_tokens: int = flag(64, "tokens of each sample", at_least=1, at_most=2**24)
+    device_type: str = flag("auto", "where to compute", choices=("auto", "cuda", "cpu", "mps"))
+    dtype: str = flag("auto", "dtype of activations", choices=("auto", "bfloat16", "float16", "float32"))
+    attention: str = flag("auto", "attention backend", choices=("auto", "fa3", "fa2", "flex", "sdpa"))
+    dist_timeout: float = flag(
+        1800.0, "seconds that a rank waits for another before it gives up", at_least=1, at_most=10**7
+    )
+
+
+@dataclass(frozen=True)
+class TokTrainArgs:
+    """Train a tokenizer on a corpus."""
+
+    corpus: str = flag(
+        "fineweb-edu", "what to train on: stdlib, fineweb-edu, climbmix or your own corpus", names="data"
+    )
+    name: str = flag("", "name of the tokenizer; by default the corpus's name", names="tokenizers")
+    vocab_size: int | None = flag(
+        None,
+        "entries of the vocabulary, special tokens included; by default 32768, less for a small text",
+        at_least=1,
+        at_most=2**31 - 1,
+    )
+    max_chars: int = flag(2_000_000_000, "characters to train on", at_least=1)
+    doc_cap: int = flag(10_000, "characters taken of each document", at_least=1)
+    max_memory: int | None = flag(
+        None,
+        "bytes that training may take; above them rare pieces are dropped. By default no bound",
+        at_least=1,
+    )
+    overwrite: bool = flag(False, "train again although the tokenizer exists")
+
+
+@dataclass(frozen=True)
+class TokEvalArgs:
+    """Measure how well a tokenizer compresses, beside others."""
+
+    tokenizer: str = flag("fineweb-edu", "name of the tokenizer", names="tokenizers")
+    corpus: str = flag("", "also measure on the validation text of this corpus", names="data")
+    samples: str = flag("", "folder of .txt files to measure on; by default the project's own", path=True)
+    peers_dir: str = flag(
+        "", "folder of r50k_base.tiktoken (GPT-2) and cl100k_base.tiktoken to compare with", path=True
+    )
+
+
+@dataclass(frozen=True)
+class DatasetArgs:
+    """Fetch or make a corpus."""
+
+    corpus: str = flag(
+        "fineweb-edu", "which corpus: stdlib, local, fineweb-edu, climbmix, fineweb10B-gpt2", names="data"
+    )
+    num_shards: int | None = flag(None, "training shards to have; by default all", short="-n", at_least=0)
+    first: int | None = flag(None, "fetch only so many of them now; the manifest lists all of -n", at_least=0)
+    files: tuple[str, ...] = flag((), "text, JSON or parquet files, or folders (corpus local)", path=True)
+    val_file: str = flag("", "the file among them that is for validation (corpus local)", path=True)
+    name: str = flag("", "name of the corpus folder; by default the corpus's name", names="data")
+    verify: bool = flag(False, "hash every shard again and list what is wrong")
+    list: bool = flag(False, "list the corpora that are there")
+
+
+@dataclass(frozen=True)
+class CoreDownloadArgs:
+    """Fetch the 22 tasks of CORE."""
+
+    url: str = flag(
+        "", "a mirror of the zip; by default karpathy/nanochat's. Every file is checked by its hash"
+    )
+
+
+@dataclass(frozen=True)
+class GenerateArgs:
+    """Continue a prompt."""
+
+    prompt: tuple[str, ...] = flag((), "text to continue; several prompts are done together", positional=True)
+    run: str = flag("", "name of the run", names="runs")
+    step: int | None = flag(None, "checkpoint to use; by default the newest", at_least=0)
+    max_new_tokens: int = flag(256, "most tokens to add", at_least=1, at_most=2**24)
+    temperature: float = flag(0.8, "0 takes the likeliest token", at_least=0)
+    top_k: int = flag(50, "sample among this many likeliest tokens; 0 means all", at_least=0)
+    num_samples: int = flag(1, "continuations of each prompt", at_least=1, at_most=2**24)
+    seed: int = flag(0, "seed of the samples", at_least=0)
+    device_type: str = flag("auto", "where to compute", choices=("auto", "cuda", "cpu", "mps"))
+    dtype: str = flag("auto", "dtype of activations", choices=("auto", "bfloat16", "float16", "float32"))
+    attention: str = flag("auto", "attention backend", choices=("auto", "fa3", "fa2", "flex", "sdpa"))
+
+
+@dataclass(frozen=True)
+class ExportArgs:
+    """Write a trained model for other programs."""
+
+    run: str = flag("", "name of the run", names="runs")
+    step: int | None = flag(None, "checkpoint to write; by default the newest", at_least=0)
+    format: str = flag("hf", "hf: a folder that transformers loads", choices=("hf",))
+    out: str = flag("", "folder to make; by default <run>/<format>", path=True)
+
+
+@dataclass(frozen=True)
+class ReportArgs:
+    """Make report.html from the files of a run."""
+
+    run: str = flag("", "name of the run", names="runs")
+
+
+def require_possible(args: TrainArgs) -> None:
+    """Refuse arguments that no run can have.
+
+    Raises:
+        UserError: names the first of them.
+    """
+    require_domain(args)
+    if args.head_dim % 2:
+        raise UserError(
+            f"--head-dim={args.head_dim}: expected an even number: rotary embeddings pair halves."
+        )
+    if args.attention_kind == "diff1" and args.head_dim % 4:
+        raise UserError(
+            f"--head-dim={args.head_dim}: --attention-kind=diff1 halves a head, and rotary embeddings each "
+            "half: expected a multiple of 4."
+        )
+    if not args.window_pattern or set(args.window_pattern) - {"S", "L"}:
+        raise UserError(f"--window-pattern={args.window_pattern!r}: expected letters S and L, such as SSSL.")

@@ -1,0 +1,419 @@
+"""Named corpora: a folder of shards and a manifest, which is all that later stages trust.
+
+python -m scripts.dataset --corpus stdlib
+python -m scripts.dataset --corpus fineweb-edu -n 8
+python -m scripts.dataset --corpus fineweb10B-gpt2 -n 9
+python -m scripts.dataset --corpus local --files FOLDER_OR_FILES --val-file shard_00010.parquet --name prose
+python -m scripts.dataset --corpus prose --verify
+python -m scripts.dataset --list
+
+The manifest is a plan. For a corpus of the hub it is written before the first shard is fetched: sizes,
+digests and counts of all shards asked for (-n) are known from the hub. So the fingerprint, and with it the
+order of the data, is that of the full corpus from the beginning, whatever has arrived. Which shards are there
+is told by the disk alone: a shard has its name only when it is whole and verified. A reader that comes to one
+that is still on its way waits for it, if a download lives (`arrival.py`). Another -n is another plan.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import platform
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from nanochat.common import files, locks, typed_json
+from nanochat.common.checksums import BrokenFileError, ChecksummedFile
+from nanochat.common.errors import UserError
+from nanochat.common.progress import bytes_bar
+from nanochat.data import hub, text_files, token_shards
+from nanochat.data import parquet_shards as shards
+from nanochat.data import pending_download as arrival
+from nanochat.data import sources as corpora
+from nanochat.data.parquet_shards import Shard
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+HASH_THREADS = 8
+
+Result = TypeVar("Result")
+
+
+class Corpus:
+    """A verified view of a corpus folder.
+
+    Attributes:
+        name: name of the folder.
+        source: where the text is from.
+        folder: its path.
+        shards: all shards, as the manifest lists them.
+    """
+
+    def __init__(self, folder: Path, name: str, source: str, members: Sequence[Shard]) -> None:
+        self.name = name
+        self.source = source
+        self.folder = folder
+        self.shards = tuple(members)
+        self._opened: dict[str, ChecksummedFile] = {}
+        self._locks = {shard.name: threading.Lock() for shard in self.shards}
+
+    @classmethod
+    def open(cls, name: str) -> Corpus:
+        """Read the manifest, look for every file at its size, and verify the validation shards' bytes.
+
+        Training shards may be on their way: `read_block` waits for them.
+
+        Raises:
+            UserError: no such corpus, a manifest of another version, or a shard that is absent or damaged.
+        """
+        corpus = cls.read_manifest(files.data_dir(name))
+        for shard in corpus.shards:
+            if shard.split == "train" and corpus.is_arriving(shard):
+                print(f"{corpus.name}: {len(corpus.absent)} of {len(corpus.shards)} shards are on their way")
+                break
+            if not corpus._has_size(shard) and (problem := corpus.problem(shard)):
+                raise UserError(problem)
+        for shard in corpus.val_shards:
+            corpus.verify(shard)
+        return corpus
+
+    @classmethod
+    def read_manifest(cls, folder: Path) -> Corpus:
+        """The corpus that a manifest describes, without a look at its shards."""
+        path = folder / MANIFEST
+        if not path.is_file():
+            name = folder.name
+            made = name if name in (*hub.HUB_CORPORA, "stdlib") else f"local --name {name} --files FILES"
+            raise UserError(
+                f"corpus {name!r}: {path} is not there. Make it: python -m scripts.dataset --corpus {made}"
+            )
+        again = f"Delete {folder} and make it again."
+        raw = files.read_json(path, dict[str, Any], advice=again)
+        if raw.get("format") != FORMAT:
+            raise UserError(
+                f"{path}: format {typed_json.shown(raw.get('format'))}, expected {FORMAT}. {again}"
+            )
+        try:
+            members = shards.from_manifest(raw["shards"])
+            return cls(folder, str(raw["name"]), str(raw["source"]), members)
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{path}: a field is missing or wrong ({error}). {again}") from None
+
+    def write_manifest(self, folder: Path) -> None:
+        """Write manifest.json into `folder`, atomically."""
+        members = [dataclasses.asdict(shard) for shard in self.shards]
+        value = {"format": FORMAT, "name": self.name, "source": self.source, "shards": members}
+        files.write_json(folder / MANIFEST, value)
+
+    @property
+    def train_shards(self) -> list[Shard]:
+        """Shards to train on, in the manifest's order."""
+        return [shard for shard in self.shards if shard.split == "train"]
+
+    @property
+    def val_shards(self) -> list[Shard]:
+        """Held-out shards; at least one."""
+        return [shard for shard in self.shards if shard.split == "val"]
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 that changes when any byte of any shard, its split or its place changes."""
+        listed = [[shard.name, shard.split, shard.sha256] for shard in self.shards]
+        return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
+
+    def path(self, shard: Shard) -> Path:
+        """Where a shard lies."""
+        return self.folder / shard.name
+
+    def read_block(self, shard: Shard, row_group: int) -> list[str]:
+        """The documents of a row group; see `read_column`."""
+        texts: list[str] = self.read_column(shard, row_group).to_pylist()
+        return texts
+
+    def read_column(self, shard: Shard, row_group: int) -> pa.Array:
+        """The documents of a row group as an array of Arrow, without nulls and empty strings; thread-safe.
+
+        The shard is hashed at its first use, and compared with that at every one: see `checksums`.
+
+        Raises:
+            UserError: the shard is absent, damaged or has changed; names it and the command that repairs it.
+        """
+        if shard.holds_tokens:
+            raise UserError(
+                f"{self.path(shard)}: holds tokens, not text. Its tokenizer came with it: {self.name}."
+            )
+        return self._use(shard, lambda file: shards.read_column(file, row_group))
+
+    def read_rows(self, shard: Shard, block: int, row_slots: int, vocab_size: int) -> NDArray[np.int32]:
+        """The rows of a block of a shard of tokens; see `token_shards.read_rows`. Compared as text is.
+
+        Raises:
+            UserError: the shard is absent, damaged, has changed, or is of another vocabulary.
+        """
+        return self._use(shard, lambda file: token_shards.read_rows(file, block, row_slots, vocab_size))
+
+    @property
+    def holds_tokens(self) -> bool:
+        """True if the shards hold token ids, False if text."""
+        return self.shards[0].holds_tokens
+
+    def verify(self, shard: Shard) -> None:
+        """Hash a shard once in the life of this object, and compare with the manifest.
+
+        Raises:
+            UserError: it is damaged, absent, or does not arrive.
+        """
+        self._use(shard, lambda file: None)
+
+    def _use(self, shard: Shard, work: Callable[[ChecksummedFile], Result]) -> Result:
+        """Do something with the file of a shard; what breaks the file is said with what repairs it."""
+        try:
+            return work(self._open(shard))
+        except BrokenFileError as error:
+            raise UserError(f"{error} {self.repair(shard)}") from None
+
+    def _open(self, shard: Shard) -> ChecksummedFile:
+        with self._locks[shard.name]:
+            if shard.name not in self._opened:
+                if self._is_remote and not self.path(shard).exists():
+                    arrival.wait_for(self.path(shard))
+                self._opened[shard.name] = shards.open_shard(self.path(shard), shard)
+            return self._opened[shard.name]
+
+    def problem(self, shard: Shard) -> str:
+        """What is wrong with a shard, hashed now, and the command that repairs it; "" if nothing is."""
+        found = shards.problem(self.path(shard), shard)
+        return f"{found} {self.repair(shard)}" if found else ""
+
+    @property
+    def absent(self) -> list[Shard]:
+        """Shards that are not there at their size."""
+        return [shard for shard in self.shards if not self._has_size(shard)]
+
+    def is_arriving(self, shard: Shard) -> bool:
+        """True if the shard is not there, and a download lives that will bring it."""
+        return self._is_remote and not self.path(shard).exists() and arrival.has_begun(self.folder)
+
+    @property
+    def comes_in_order(self) -> bool:
+        """True if shards arrive one after another and are read so in the first epoch.
+
+        Those of the hub are: their documents have been shuffled over all shards.
+        """
+        return self._is_remote
+
+    @property
+    def _is_remote(self) -> bool:
+        return any(self.source.startswith(f"{remote.repo}@") for remote in hub.HUB_CORPORA.values())
+
+    def _has_size(self, shard: Shard) -> bool:
+        path = self.path(shard)
+        return path.is_file() and path.stat().st_size == shard.bytes
+
+    def repair(self, shard: Shard) -> str:
+        """The command that makes a shard good again."""
+        name = f" --name {self.name}"
+        for corpus, remote in hub.HUB_CORPORA.items():
+            if self.source.startswith(remote.repo):
+                again = f"--corpus {corpus}{name if self.name != corpus else ''} -n {len(self.train_shards)}"
+                return (
+                    f"Repair: python -m scripts.dataset {again}"  # it hashes all, and fetches what is wrong
+                )
+        if self.source.startswith("repackaged"):
+            return f"Repair: rm -rf '{self.folder}' && python -m dev.repackage_data --name {self.name} ..."
+        if self.source.startswith("local"):
+            again = f"--corpus local{name if self.name != 'local' else ''} --files FILES"
+        else:
+            again = f"--corpus stdlib{name if self.name != 'stdlib' else ''}"
+        return f"Repair: rm -rf '{self.folder}' && python -m scripts.dataset {again}"
+
+
+# -----------------------------------------------------------------------------
+# Making a corpus
+
+
+def prepare(
+    corpus: str,
+    *,
+    num_shards: int | None = None,
+    first: int | None = None,
+    named_files: Sequence[str] = (),
+    val_file: str = "",
+    name: str = "",
+) -> Corpus:
+    """Make or complete a corpus; what is there already is not made again.
+
+    Args:
+        corpus: "stdlib", "local" or one of the hub.
+        num_shards: training shards of a corpus of the hub; None for all.
+        first: how many of them to fetch now; None for all. The others stay planned.
+        named_files: files and folders of a local corpus.
+        val_file: the validation file of a local corpus; "" holds out the end.
+        name: of the corpus folder; "" for the corpus's own.
+
+    Raises:
+        UserError: an argument does not apply, a source is unusable, or shards are missing in the end.
+    """
+    folder = files.data_dir(name or corpus)
+    if corpus != "local" and (named_files or val_file):
+        raise UserError(
+            f"--files and --val-file make a corpus of your own: use --corpus local, not {corpus}."
+        )
+    if corpus not in hub.HUB_CORPORA and (num_shards, first) != (None, None):
+        raise UserError(
+            f"-n and --first choose shards of {', '.join(hub.HUB_CORPORA)}; --corpus {corpus} is made whole."
+        )
+    if corpus not in ("stdlib", "local", *hub.HUB_CORPORA):
+        raise UserError(
+            f"--corpus {corpus}: expected stdlib, local, {', '.join(hub.HUB_CORPORA)}. "
+            f"For files of your own: --corpus local --name {corpus} --files FILES."
+        )
+    files.require_writable(folder.parent)
+    if corpus in hub.HUB_CORPORA:
+        files.sweep_temporaries(folder.parent)
+        return _prepare_hub(folder, corpus, num_shards, first)
+    with locks.held(files.corpus_lock(folder.name), f"corpus {folder.name!r}", wait=True):
+        files.sweep_temporaries(folder.parent, owned=folder.name)
+        if corpus == "stdlib":
+            _prepare_stdlib(folder)
+        else:
+            _prepare_local(folder, named_files, val_file)
+    return Corpus.open(folder.name)
+
+
+def _existing(folder: Path, *sources: str) -> Corpus | None:
+    """The corpus of `folder` if its shards are there; None if it has to be made.
+
+    Raises:
+        UserError: the folder holds a corpus from another source, which must not be replaced in silence.
+    """
+    if not (folder / MANIFEST).is_file():
+        return None
+    corpus = Corpus.read_manifest(folder)
+    if not corpus.source.startswith(sources):
+        raise UserError(
+            f"{folder} holds a corpus from another source, or its files have changed since ({corpus.source}; "
+            f"asked for: {sources[0]}). Give the new one a --name of its own, or delete the folder."
+        )
+    return None if corpus.absent else corpus
+
+
+def _prepare_stdlib(folder: Path) -> None:
+    if _existing(folder, "python "):
+        return
+    train, val = corpora.stdlib_documents()
+    source = f"python {platform.python_version()} standard library"
+    write_corpus(folder, source, iter(train), val)
+
+
+def _prepare_local(folder: Path, named: Sequence[str], val_file: str) -> None:
+    if not named:
+        if _existing(folder, "local files"):
+            return
+        raise UserError(f"--corpus local: name the text with --files (folders, or {text_files.ACCEPTED}).")
+    paths, val_path = corpora.find_files(named, val_file)
+    if others := corpora.left_out(named):
+        print(others)
+    known = f"local files, {len(paths)} of "
+    source = f"{known}content {corpora.content_digest(paths, val_path)}"
+    if _existing(folder, source, f"{known}listing {corpora.listing_digest(paths, val_path)}"):
+        return
+    write_corpus(folder, source, *corpora.local_splits(paths, val_path))
+
+
+def write_corpus(folder: Path, source: str, train: Iterator[str], val: Iterable[str]) -> None:
+    """Write a whole corpus folder at once. `val` is begun when `train` has ended."""
+    with files.atomic_dir(folder) as temporary:
+        members = shards.write_shards(train, temporary, "train", 0)
+        members += shards.write_shards(val, temporary, "val", len(members))
+        for split in shards.SPLITS:
+            if not any(shard.split == split for shard in members):
+                raise UserError(
+                    f"corpus {folder.name!r}: there is no text for the {split} split. "
+                    "Name files with at least two documents, or a --val-file that is not empty."
+                )
+        Corpus(folder, folder.name, source, members).write_manifest(temporary)
+
+
+def _prepare_hub(folder: Path, corpus: str, num_shards: int | None, first: int | None) -> Corpus:
+    remote = hub.HUB_CORPORA[corpus]
+    count = remote.last if num_shards is None else num_shards
+    if not 1 <= count <= remote.last:
+        raise UserError(f"-n {count}: {corpus} has 1 to {remote.last} training shards.")
+    if first is not None and first < 0:
+        raise UserError(f"--first {first}: expected 0 or more.")
+    names = [*(remote.shard(index) for index in range(count)), remote.val_shard]
+    with arrival.staging(folder) as stage, hub.Hub(remote.repo) as source:
+        planned, commit = _plan_hub(folder, remote, names, source)
+        print(
+            f"{corpus}: {len(planned.absent)} of {len(names)} shards are to be fetched into {folder}",
+            flush=True,
+        )
+        wanted = [*planned.val_shards, *planned.train_shards[:first]]
+        hub.require_space(folder, wanted)
+        source.fetch(wanted, commit, folder, stage)
+        hub.ensure_tokenizer(remote, files.tokenizer_dir(folder.name), stage)
+    if (folder / ".cache").is_dir():  # earlier releases fetched in place
+        files.remove_dir(folder / ".cache")
+    return planned
+
+
+def _plan_hub(
+    folder: Path, remote: hub.HubCorpus, names: Sequence[str], source: hub.Hub
+) -> tuple[Corpus, str]:
+    """The corpus of these shards, its manifest written, and their commit; what is planned already stays."""
+    before: Corpus | None = None
+    if (folder / MANIFEST).is_file():
+        _existing(folder, remote.repo)
+        before = Corpus.read_manifest(folder)
+    commit = before.source.rpartition("@")[2] if before else source.newest_commit(remote.val_shard)
+    known = {shard.name: shard for shard in before.shards} if before else {}
+    missing = [name for name in names if name not in known]
+    known.update(source.describe(missing, commit, remote.val_shard))
+    planned = Corpus(folder, folder.name, f"{remote.repo}@{commit}", [known[name] for name in names])
+    if before is None or planned.fingerprint != before.fingerprint:
+        planned.write_manifest(folder)
+    return planned, commit
+
+
+# -----------------------------------------------------------------------------
+# Command line
+
+
+def verify_all(corpus: Corpus) -> None:
+    """Hash every shard again, in parallel.
+
+    Raises:
+        UserError: lists every shard that is missing or damaged.
+    """
+    total, done, problems = sum(shard.bytes for shard in corpus.shards), 0, []
+    with ThreadPoolExecutor(HASH_THREADS) as pool, bytes_bar(f"verifying {corpus.name}", total) as show:
+        for shard, problem in zip(corpus.shards, pool.map(corpus.problem, corpus.shards), strict=True):
+            problems += [problem] if problem else []
+            done += shard.bytes
+            show(done)
+    if problems:
+        raise UserError(
+            f"{len(problems)} of {len(corpus.shards)} shards are wrong:\n  " + "\n  ".join(problems)
+        )
+    print(f"{corpus.name}: {len(corpus.shards)} shards verified")
+
+
+def summary(corpus: Corpus) -> str:
+    """One line: what is in a corpus, and where."""
+    train, val = corpus.train_shards, corpus.val_shards
+    unit = "tokens" if corpus.holds_tokens else "documents"
+    count, held = (sum(getattr(shard, unit) for shard in split) for split in (train, val))
+    return (
+        f"{corpus.name}: {count} {unit} in {len(train)} training shards "
+        f"({sum(s.bytes for s in train) / 1e6:.1f} MB), {held} for validation "
+        f"({', '.join(s.name for s in val)}); {corpus.source}; {corpus.folder}"
+    )

@@ -1,0 +1,386 @@
+"""Shards from the Hugging Face hub: which there are, whether they fit on the disk, fetched and checked.
+
+`huggingface_hub` does the transfer, so `HF_ENDPOINT`, `HF_TOKEN`, mirrors and proxies work as its users know
+them; so do its waits and retries (a stall of 10 s, a reset, 429 with Retry-After, a wrong length). What is
+ours: one commit for all shards, what each will be before it is fetched, the check of free space, the sha256
+of what arrived, another attempt after a failure that may pass, and the name of every shard that is missing in
+the end. What cannot pass (a token that is refused, a setting, a server that is no hub) is said at once.
+"""
+
+from __future__ import annotations
+
+import errno
+import re
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import pyarrow as pa
+
+from nanochat.common import files
+from nanochat.common.errors import UserError
+from nanochat.common.progress import bytes_bar
+from nanochat.data import parquet_shards as shards
+from nanochat.data import token_shards
+from nanochat.data.parquet_shards import Shard
+from nanochat.tokenizer.tokenizer import FILE_NAME, Tokenizer
+
+THREADS = 8
+RETRY_DELAYS_S = (1.0, 4.0, 15.0, 60.0)  # before each further attempt: over a minute of outage is survived
+RESERVE_BYTES = 1 << 30  # of disk that a download leaves free
+FOOTER_BYTES = 1 << 18  # read from the end of a shard at first; its footer has about 10 kB
+MAX_FOOTER_BYTES = 1 << 26
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+REFUSED = (401, 403, 404, 410, 451)  # of the hub itself; the store that it sends to refuses what is too old
+SHA256 = re.compile(r"[0-9a-f]{64}")
+
+Result = TypeVar("Result")
+
+
+class NotAHubError(Exception):
+    """Who answers is not a hub, whatever else it is."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the server does not answer as a Hugging Face hub does, as where a network asks to sign in; "
+            "check the network, and HF_ENDPOINT if it is set"
+        )
+
+
+@dataclass(frozen=True)
+class HubCorpus:
+    """A data set on the hub, in numbered shards.
+
+    Attributes:
+        repo: name of the data set.
+        last: how many shards are for training.
+        names: how the file of a training shard is called, by its number.
+        first: number of the first.
+        val: file of the validation shard; "" for the number after the last.
+        vocabulary: model on the hub whose vocab.json made the tokens; "" where the shards hold text.
+    """
+
+    repo: str
+    last: int
+    names: str = "shard_{:05d}.parquet"
+    first: int = 0
+    val: str = ""
+    vocabulary: str = ""
+
+    def shard(self, index: int) -> str:
+        """File name of a training shard, counted from 0."""
+        return self.names.format(self.first + index)
+
+    @property
+    def val_shard(self) -> str:
+        """File name of the validation shard."""
+        return self.val or self.shard(self.last)
+
+
+HUB_CORPORA = {
+    "fineweb-edu": HubCorpus("karpathy/fineweb-edu-100b-shuffle", 1822),
+    "climbmix": HubCorpus("karpathy/climbmix-400b-shuffle", 6542),
+    "fineweb10B-gpt2": HubCorpus(
+        "kjj0/fineweb10B-gpt2",
+        103,
+        names="fineweb_train_{:06d}.bin",
+        first=1,
+        val="fineweb_val_000000.bin",
+        vocabulary="openai-community/gpt2",
+    ),
+}
+VOCABULARY_FILE = "vocab.json"
+VOCABULARY_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"  # GPT-2's
+
+
+class Hub:
+    """One data set on the hub. Use as a context manager: the threads are stopped at the end."""
+
+    def __init__(self, repo: str, retry_delays_s: Sequence[float] = RETRY_DELAYS_S) -> None:
+        """Nothing is asked yet.
+
+        Args:
+            repo: name of the data set.
+            retry_delays_s: seconds to wait before each further attempt at anything.
+        """
+        self._repo = repo
+        self._delays_s = retry_delays_s
+        self._stopped = threading.Event()
+        self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="hub")
+
+    def __enter__(self) -> Hub:
+        """Itself."""
+        from huggingface_hub.utils.tqdm import disable_progress_bars
+
+        disable_progress_bars()  # eight bars at once tear each other; there is one over all
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Stop the threads: what they are at ends first, as it would at the end of the process at the latest.
+
+        A thread that still wrote would leave files in a folder that its owner has removed.
+        """
+        self._stopped.set()
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def newest_commit(self, name: str) -> str:
+        """The commit that the main branch is at, asked by way of one of its files."""
+        return self._all([name], lambda name, _: self._head(name, "main")[0])[name]
+
+    def describe(self, names: Sequence[str], commit: str, val_shard: str) -> dict[str, Shard]:
+        """What the manifest says of files that are still at the hub: sizes, digests, and what they count.
+
+        Raises:
+            UserError: names every file of which the hub does not tell this, and why.
+        """
+
+        def work(name: str, _: int) -> Shard:
+            size, sha256 = self._head(name, commit)[1:]
+            documents, row_groups = self._counts(name, commit, size)
+            return Shard(name, "val" if name == val_shard else "train", size, documents, row_groups, sha256)
+
+        return self._all(names, work)
+
+    def fetch(self, members: Sequence[Shard], commit: str, folder: Path, stage: Path) -> None:
+        """Bring shards to `folder`, in about their order; those that are there and verify are not fetched.
+
+        Args:
+            members: the shards, as `describe` tells them.
+            commit: where they are from.
+            folder: where they go; only what is verified takes its name there.
+            stage: a folder on the same disk for what is on its way.
+
+        Raises:
+            UserError: names every shard that could not be had, and why; or the disk is full.
+        """
+        sizes = {shard.name: shard.bytes for shard in members}
+        by_name = {shard.name: shard for shard in members}
+
+        def work(name: str, attempt: int) -> None:
+            if not (folder / name).is_file() or shards.problem(folder / name, by_name[name]):
+                self._fetch_one(by_name[name], commit, folder, stage, again=attempt > 0)
+
+        def staged() -> int:
+            return sum(path.stat().st_size for path in stage.rglob("*") if path.is_file())
+
+        with bytes_bar(f"{self._repo}: {len(members)} shards", sum(sizes.values())) as show:
+
+            def seen(done: Sequence[str]) -> None:
+                try:
+                    show(sum(sizes[name] for name in done) + staged())
+                except FileNotFoundError:
+                    return  # renamed while we looked
+
+            self._all(list(sizes), work, seen)
+
+    def fetch_vocabulary(self, stage: Path) -> Path:
+        """Bring GPT-2's vocabulary into `stage`, from a model on the hub.
+
+        Raises:
+            UserError: it could not be had, or is another one.
+        """
+
+        def work(name: str, attempt: int) -> Path:
+            from huggingface_hub import hf_hub_download
+
+            path = Path(hf_hub_download(self._repo, name, local_dir=stage, force_download=attempt > 0))
+            if (digest := files.sha256(path)) != VOCABULARY_SHA256:
+                raise ValueError(f"it has sha256 {digest}, expected {VOCABULARY_SHA256}")
+            return path
+
+        return self._all([VOCABULARY_FILE], work)[VOCABULARY_FILE]
+
+    def _fetch_one(self, shard: Shard, commit: str, folder: Path, stage: Path, again: bool) -> None:
+        from huggingface_hub import hf_hub_download
+
+        try:
+            hf_hub_download(
+                self._repo,
+                shard.name,
+                repo_type="dataset",
+                revision=commit,
+                local_dir=stage,
+                force_download=again,  # what the client keeps elsewhere on this machine may be damaged
+            )
+        except OSError as error:
+            if error.errno in FULL_DISK:
+                raise UserError(
+                    f"{folder}: the disk is full. Free some space, ask for fewer shards (-n), or set "
+                    "NANOCHAT_BASE_DIR elsewhere; then run the same command again."
+                ) from None
+            raise
+        arrived = stage / shard.name
+        if problem := shards.problem(arrived, shard):
+            arrived.unlink()
+            raise ValueError(problem.removeprefix(f"{arrived}: "))
+        files.fsync_file(arrived)
+        arrived.replace(folder / shard.name)
+        files.fsync_dir(folder)
+        print(f"{shard.name}: {shard.bytes / 1e6:.1f} MB", flush=True)
+
+    def _head(self, name: str, revision: str) -> tuple[str, int, str]:
+        """Commit, size and sha256 of a file."""
+        from huggingface_hub import get_hf_file_metadata, hf_hub_url  # half a second; only downloads pay
+
+        metadata = get_hf_file_metadata(hf_hub_url(self._repo, name, repo_type="dataset", revision=revision))
+        if metadata.commit_hash is None or metadata.size is None:
+            raise NotAHubError
+        if not SHA256.fullmatch(metadata.etag or ""):
+            raise ValueError(f"the hub has no sha256 of it, but the etag {metadata.etag!r}")
+        return metadata.commit_hash, metadata.size, str(metadata.etag)
+
+    def _counts(self, name: str, commit: str, size: int) -> tuple[int, int]:
+        """Documents and row groups: from the end of a parquet file, or the beginning of one of tokens."""
+        if name.endswith(token_shards.SUFFIX):
+            head = self._range(name, commit, 0, min(size, token_shards.HEADER_BYTES))
+            return 0, token_shards.blocks(token_shards.count_tokens(head, size))
+        tail = self._range(name, commit, max(0, size - FOOTER_BYTES), size)
+        needed = int.from_bytes(tail[-8:-4], "little") + 8
+        if len(tail) < needed <= min(size, MAX_FOOTER_BYTES):
+            tail = self._range(name, commit, size - needed, size)
+        try:
+            return shards.counts(pa.BufferReader(tail))
+        except (pa.ArrowException, OSError) as error:
+            raise ValueError(f"what arrived is not the end of a parquet file: {error}") from None
+
+    def _range(self, name: str, commit: str, first: int, end: int) -> bytes:
+        """Bytes `first` to `end` of a file."""
+        from huggingface_hub import constants, hf_hub_url
+        from huggingface_hub.utils import (  # type: ignore[attr-defined]
+            build_hf_headers,
+            hf_raise_for_status,
+            http_backoff,
+        )
+
+        response = http_backoff(
+            "GET",
+            hf_hub_url(self._repo, name, repo_type="dataset", revision=commit),
+            headers={**build_hf_headers(), "Range": f"bytes={first}-{end - 1}"},
+            timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT,
+            max_retries=0,
+        )
+        hf_raise_for_status(response)
+        content = bytes(response.content)
+        return content if response.status_code == 206 else content[first:end]  # 200: ranges are ignored
+
+    def _all(
+        self,
+        names: Sequence[str],
+        work: Callable[[str, int], Result],
+        seen: Callable[[Sequence[str]], None] = lambda done: None,
+    ) -> dict[str, Result]:
+        """Do `work` (name, attempt) for every name in parallel; every failure is named in one error."""
+        futures: dict[Future[Result], str] = {
+            self._pool.submit(self._persist, work, name): name for name in names
+        }
+        waiting = set(futures)
+        results: dict[str, Result] = {}
+        failures: list[str] = []
+        while waiting:
+            done, waiting = wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED)
+            for future in done:
+                try:
+                    results[futures[future]] = future.result()
+                except UserError:
+                    raise
+                except Exception as error:  # noqa: BLE001 - the client raises its transport's errors as they come
+                    failures.append(f"{futures[future]} ({_reason(error)})")
+            seen(list(results))
+        if failures:
+            raise UserError(
+                f"{self._repo}: {len(failures)} missing: {'; '.join(sorted(failures))}. "
+                "What arrived is kept: run the same command again."
+            )
+        return {name: results[name] for name in names}
+
+    def _persist(self, work: Callable[[str, int], Result], name: str) -> Result:
+        """Do `work`, again after each delay unless another attempt cannot end otherwise.
+
+        Raises:
+            UserError: what refuses this file refuses all.
+        """
+        for attempt, delay_s in enumerate(self._delays_s):
+            try:
+                return work(name, attempt)
+            except Exception as error:
+                if refusal := _refusal(error):
+                    raise UserError(f"{self._repo}: {refusal}. Then run the same command again.") from None
+                if isinstance(error, UserError) or _status(error) in REFUSED or self._stopped.is_set():
+                    raise
+                print(f"{name}: {_reason(error)}; again in {delay_s:g} s", flush=True)
+            if self._stopped.wait(delay_s):
+                raise InterruptedError("stopped")
+        return work(name, len(self._delays_s))
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, and those that it came from: the client wraps what the hub says in errors of its cache."""
+    while error is not None:
+        yield error
+        error = error.__cause__
+
+
+def _status(error: BaseException) -> int:
+    """The HTTP status with which the hub itself refused; 0 where that is not what happened."""
+    from huggingface_hub import constants
+    from huggingface_hub.errors import HfHubHTTPError
+
+    for cause in _causes(error):
+        if isinstance(cause, HfHubHTTPError) and str(cause.response.url).startswith(constants.ENDPOINT):
+            return int(cause.response.status_code)
+    return 0
+
+
+def _refusal(error: BaseException) -> str:
+    """What no further attempt at any file would change, and its remedy; "" for all other errors."""
+    from huggingface_hub import get_token
+    from huggingface_hub.errors import FileMetadataError, OfflineModeIsEnabled
+
+    for cause in _causes(error):
+        if isinstance(cause, OfflineModeIsEnabled):
+            return "HF_HUB_OFFLINE forbids every download: unset it"
+        if isinstance(cause, NotAHubError | FileMetadataError):
+            return str(NotAHubError())
+    status = _status(error)
+    if status == 401:
+        given = "does not accept the token: correct or unset HF_TOKEN (or: hf auth logout)"
+        return f"401: the hub {given if get_token() else 'wants a token: set HF_TOKEN to yours'}"
+    if status == 403:
+        return "403: the hub refuses access: set HF_TOKEN to a token that may read this, and accept its terms"
+    return ""
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of what an error says, or its kind where it says nothing."""
+    if _status(error) in (404, 410):
+        return f"{_status(error)}: the hub has no such file"
+    return (str(error).strip().splitlines() or [""])[0] or type(error).__name__
+
+
+def ensure_tokenizer(remote: HubCorpus, folder: Path, stage: Path) -> None:
+    """Make the tokenizer of a corpus of tokens in `folder`, unless it is there.
+
+    Raises:
+        UserError: its vocabulary could not be had.
+    """
+    if remote.vocabulary and not (folder / FILE_NAME).is_file():
+        with Hub(remote.vocabulary) as source:
+            Tokenizer.from_gpt2_file(source.fetch_vocabulary(stage)).save(folder)
+
+
+def require_space(folder: Path, members: Sequence[Shard]) -> None:
+    """Refuse a download that does not fit on the disk of `folder`, before it begins.
+
+    Raises:
+        UserError: says how much is wanted and how much is free.
+    """
+    wanted = sum(shard.bytes for shard in members if not (folder / shard.name).is_file())
+    free = files.free_bytes(folder)
+    if wanted and wanted + RESERVE_BYTES > free:
+        raise UserError(
+            f"{folder}: {wanted / 1e9:.1f} GB to fetch and {RESERVE_BYTES / 1e9:.1f} GB to spare, but "
+            f"{free / 1e9:.1f} GB are free. Ask for fewer shards (-n) or set NANOCHAT_BASE_DIR elsewhere."
+        )

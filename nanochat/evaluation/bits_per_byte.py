@@ -1,0 +1,180 @@
+"""Bits per byte: the loss of a model in a unit that does not depend on its tokenizer."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nanochat.common.errors import UserError
+from nanochat.common.stop_signals import Stopped
+from nanochat.distributed.world import World
+from nanochat.model.gpt import GPT
+
+Batches = Iterable[tuple[Tensor, Tensor]]
+
+HISTOGRAM_STEP = 0.1  # bits per byte
+HISTOGRAM_BINS = 80  # the last holds all documents from 7.9 on
+
+
+def bits_per_byte(nats: float, n_bytes: int) -> float:
+    """Loss in nats over the bytes that the predicted tokens spell (RECIPE 1.5).
+
+    >>> round(bits_per_byte(math.log(2) * 8, 8), 12)
+    1.0
+    """
+    return nats / (math.log(2) * n_bytes)
+
+
+@dataclass(frozen=True)
+class Validation:
+    """How well a model predicts.
+
+    Attributes:
+        bpb: bits per byte, over the targets that spell bytes.
+        loss: nats per token, over all targets that count: what training lowers, comparable between models of
+            one tokenizer.
+    """
+
+    bpb: float
+    loss: float
+
+
+@dataclass(frozen=True)
+class BpbProfile:
+    """Bits per byte, taken apart.
+
+    Attributes:
+        bpb: of all bytes.
+        loss: nats per token, as in `Validation`.
+        positions: (first, last, bits per byte) of the targets at these places of a row, from 1; the places
+            double from one to the next, so they show what a longer context is worth.
+        documents: how many documents, or pieces that a row cuts of one, have bits per byte from
+            i * HISTOGRAM_STEP on, by i; without the empty bins at the end.
+    """
+
+    bpb: float
+    loss: float
+    positions: tuple[tuple[int, int, float], ...]
+    documents: tuple[int, ...]
+
+    def as_dict(self) -> dict[str, object]:
+        """The fields of base_eval.json."""
+        return {
+            "positions": [list(part) for part in self.positions],
+            "documents": list(self.documents),
+            "documents_step": HISTOGRAM_STEP,
+        }
+
+
+def evaluate(
+    model: GPT,
+    batches: Batches,
+    token_bytes: np.ndarray,
+    world: World,
+    stop_requested: Callable[[], bool] = lambda: False,
+) -> Validation:
+    """Bits per byte and loss of a model over batches, each rank giving its own.
+
+    Tokens that spell no bytes (the special ones) count in the loss, and neither in the bits nor in the bytes.
+
+    Args:
+        model: on `world.device`.
+        batches: (inputs, targets), each (B, T) int64; a target of -1 is ignored.
+        token_bytes: (V,) bytes of each token, 0 for the special ones.
+        world: losses and bytes are summed over its ranks, so that the result is the same on all of them.
+        stop_requested: asked between batches; if it says so on any rank, all of them stop.
+
+    Raises:
+        Stopped: by `stop_requested`.
+        UserError: no batch on any rank has a token that spells a byte.
+    """
+    # fp32 sums of one batch, added in float64 at the end: no wait for the device, no loss of digits.
+    wanted = itertools.takewhile(lambda _: not stop_requested(), batches)
+    sums = [
+        ((nats * (spelled > 0)).sum(), spelled.sum(), nats.sum(), counted.sum())
+        for _, nats, spelled, counted in _losses(model, wanted, token_bytes, world)
+    ]
+    mine = [float(torch.stack(part).to("cpu", torch.float64).sum()) for part in zip(*sums, strict=True)]
+    spelled_nats, total_bytes, all_nats, tokens = _summed(mine or [0.0] * 4, world)
+    if world.agree(stop_requested()):
+        raise Stopped
+    _require_bytes(total_bytes)
+    return Validation(bits_per_byte(spelled_nats, int(total_bytes)), all_nats / tokens)
+
+
+def profile_bpb(
+    model: GPT, batches: Batches, token_bytes: np.ndarray, world: World, bos_id: int
+) -> BpbProfile:
+    """Bits per byte, by position and by document; arguments as in `evaluate`.
+
+    A document begins with `bos_id`. What a row holds of it counts as one document.
+    """
+    length = model.config.sequence_len
+    by_place = torch.zeros(2, length, dtype=torch.float64)
+    histogram = torch.zeros(HISTOGRAM_BINS, dtype=torch.float64)
+    whole = torch.zeros(2, dtype=torch.float64)  # nats and tokens
+    for inputs, losses, spelled, counted in _losses(model, batches, token_bytes, world):
+        whole += torch.stack((losses.sum().cpu().double(), counted.sum().cpu().double()))
+        nats = losses * (spelled > 0)
+        places = torch.stack((nats.sum(0).cpu(), spelled.sum(0).cpu())).double()
+        by_place[:, : places.size(1)] += places
+        starts = inputs == bos_id
+        starts[:, 0] = True
+        owner = (starts.flatten().cumsum(0) - 1).cpu()
+        own = torch.zeros(2, int(owner[-1]) + 1, dtype=torch.float64)
+        own[0].index_add_(0, owner, nats.flatten().double().cpu())
+        own[1].index_add_(0, owner, spelled.flatten().double().cpu())
+        bits = own[0, own[1] > 0] / (math.log(2) * own[1, own[1] > 0])
+        bins = (bits / HISTOGRAM_STEP).nan_to_num(HISTOGRAM_BINS).floor().clamp(0, HISTOGRAM_BINS - 1)
+        histogram += torch.bincount(bins.long(), minlength=HISTOGRAM_BINS)
+    flat = _summed([*whole.tolist(), *by_place.flatten().tolist(), *histogram.tolist()], world)
+    (all_nats, tokens), flat = flat[:2], flat[2:]
+    nats_at, bytes_at, counts = flat[:length], flat[length : 2 * length], flat[2 * length :]
+    _require_bytes(sum(bytes_at))
+    positions = []
+    first = 1
+    while first <= length:
+        last = min(2 * first - 1, length)
+        if total := sum(bytes_at[first - 1 : last]):
+            positions.append((first, last, bits_per_byte(sum(nats_at[first - 1 : last]), int(total))))
+        first = last + 1
+    while counts and not counts[-1]:
+        counts.pop()
+    bpb = bits_per_byte(sum(nats_at), int(sum(bytes_at)))
+    return BpbProfile(bpb, all_nats / tokens, tuple(positions), tuple(map(int, counts)))
+
+
+@torch.no_grad()
+def _losses(
+    model: GPT, batches: Batches, token_bytes: np.ndarray, world: World
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Of each batch the inputs, the losses in nats, the bytes that targets spell, and which targets count."""
+    bytes_of = torch.as_tensor(token_bytes, dtype=torch.int64, device=world.device)
+    for inputs, targets in batches:
+        targets = targets.to(world.device)
+        counted = targets >= 0
+        spelled = torch.where(counted, bytes_of[targets.clamp(min=0)], 0)
+        losses = model.loss(inputs.to(world.device), targets, reduction="none").view(targets.shape)
+        yield inputs, losses.float() * counted, spelled, counted
+
+
+def _summed(values: list[float], world: World) -> list[float]:
+    """Each value added up over the ranks."""
+    # The device of a lone rank may lack float64 (mps); the CPU has it.
+    where = "cpu" if world.backend is None else world.device
+    total = world.all_reduce_sum(torch.tensor(values, dtype=torch.float64, device=where))
+    return [float(value) for value in total.tolist()]
+
+
+def _require_bytes(count: float) -> None:
+    if not count:
+        raise UserError(
+            "bits per byte: no tokens to evaluate on: the text for validation fills no row. "
+            "Use --keep-tails, a shorter --max-seq-len, or more text."
+        )

@@ -1,0 +1,375 @@
+"""What an evaluation of CORE found: answers, accuracies, their mean on a common scale, errors. Pure."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from nanochat.evaluation.core import statistics as core_stats
+from nanochat.evaluation.core.bundle import Task
+from nanochat.evaluation.core.statistics import Stratum
+
+# CORE of GPT-2, 1558 M parameters (CORE.md part 7: at most 1000 examples a task): the bar of the speedrun.
+GPT2_CORE = 0.256525
+# Of the draw of those 1000, against all examples: for a score of ours on all of them the bar is not exact.
+GPT2_CORE_STDERR = 0.0029
+THESE_WEIGHTS = "these weights at such questions; another seed of the recipe is not in it"
+
+# Accuracies of GPT-2 with 124 M (all examples) and 1558 M parameters (at most 1000 a task), nanochat's
+# prompts: openai-community-gpt2.csv and openai-community-gpt2-xl.csv of the bundle.
+GPT2_ACCURACY = {
+    "hellaswag_zeroshot": (0.308504, 0.502),
+    "jeopardy": (0.001889, 0.092),
+    "bigbench_qa_wikidata": (0.282663, 0.531),
+    "arc_easy": (0.412458, 0.595),
+    "arc_challenge": (0.221843, 0.299),
+    "copa": (0.6, 0.67),
+    "commonsense_qa": (0.224406, 0.227),
+    "piqa": (0.622960, 0.725),
+    "openbook_qa": (0.278, 0.346),
+    "lambada_openai": (0.322919, 0.523),
+    "hellaswag": (0.307907, 0.512),
+    "winograd": (0.578755, 0.714286),
+    "winogrande": (0.486188, 0.569),
+    "bigbench_dyck_languages": (0.155, 0.247),
+    "agi_eval_lsat_ar": (0.226087, 0.273913),
+    "bigbench_cs_algorithms": (0.419697, 0.417),
+    "bigbench_operators": (0.085714, 0.157143),
+    "bigbench_repeat_copy_logic": (0.03125, 0.09375),
+    "squad": (0.058278, 0.309),
+    "coqa": (0.133659, 0.28),
+    "boolq": (0.552294, 0.619),
+    "bigbench_language_identification": (0.2566, 0.25),
+}
+
+# What DCLM corrected in September 2025; the bundle's own table is the first version.
+BASELINES_V2 = {"commonsense_qa": 40.3, "agi_eval_lsat_ar": 25.0, "bigbench_language_identification": 25.0}
+
+
+def is_core(labels: Iterable[str]) -> bool:
+    """Whether these are CORE's tasks: no other suite may be compared to GPT-2's figure."""
+    return set(labels) == set(GPT2_ACCURACY)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The answer to one example.
+
+    Attributes:
+        task: label of the task.
+        index: place of the example in the order it was asked.
+        line: line of the example in the task's file, from 1.
+        losses: mean nats per token of each option; NaN where the span is empty.
+        answer: the option taken; -1 where a continuation was not the likeliest.
+        gold: the right option.
+        cropped: how many of its rows lost their beginning.
+        passage: number of the passage it is about.
+        category: of the example, where its task is scored by categories; else empty.
+        beyond: how many of its rows were longer than the model's context, and read whole.
+    """
+
+    task: str
+    index: int
+    line: int
+    losses: tuple[float, ...]
+    answer: int
+    gold: int
+    cropped: int
+    passage: int
+    category: str = ""
+    beyond: int = 0
+
+    @property
+    def correct(self) -> bool:
+        """Whether the answer is the right one."""
+        return self.answer == self.gold
+
+    def as_json(self, step: int | None = None) -> str:
+        """One line of core_predictions.jsonl, with the step of the checkpoint, if it is of one."""
+        fields = ({} if step is None else {"step": step}) | {
+            "task": self.task,
+            "index": self.index,
+            "line": self.line,
+            "losses": [None if math.isnan(nats) else round(nats, 6) for nats in self.losses],
+            "answer": self.answer,
+            "gold": self.gold,
+            "cropped": self.cropped,
+            "passage": self.passage,
+        }
+        more = {"category": self.category, "beyond": self.beyond}
+        return json.dumps(fields | {name: value for name, value in more.items() if value})
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """The score of one task.
+
+    Attributes:
+        task: what was asked.
+        sha256: of the task's file, which says which questions they were.
+        examples: how many were asked.
+        strata: right answers by category, or of all examples.
+        cropped_prompts: how many rows lost their beginning.
+        beyond_prompts: how many rows were longer than the context, and read whole.
+        controls: accuracies of answers that need no model, by name.
+    """
+
+    task: Task
+    sha256: str
+    examples: int
+    strata: tuple[Stratum, ...]
+    cropped_prompts: int
+    beyond_prompts: int
+    controls: dict[str, float]
+
+    @property
+    def label(self) -> str:
+        """Name of the task."""
+        return self.task.label
+
+    @property
+    def accuracy(self) -> float:
+        """Share of examples answered rightly; with categories, the plain mean of theirs."""
+        return sum(stratum.mean for stratum in self.strata) / len(self.strata)
+
+    @property
+    def stderr(self) -> float:
+        """Standard error of the accuracy: binomial, or of passages where prompts repeat them."""
+        return core_stats.stderr_of_mean(self.strata)
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % interval of the accuracy, by Wilson: 0 of 32 right is no proof of 0.
+
+        Draws are counted as many as independent ones would give the standard error, or as passages.
+        """
+        p = self.accuracy
+        return core_stats.wilson(p, p * (1 - p) / self.stderr**2 if self.stderr > 0 else self.passages)
+
+    @property
+    def passages(self) -> int:
+        """How many independent draws there are."""
+        return sum(len(stratum.sizes) for stratum in self.strata)
+
+    def baseline(self, version: int) -> float:
+        """Accuracy of guessing in percent, by DCLM's first table or its second."""
+        first = self.task.baseline_percent
+        return BASELINES_V2.get(self.label, first) if version == 2 else first
+
+    def centered(self, version: int = 1) -> float:
+        """Accuracy on a scale where guessing is 0 and perfection 1."""
+        return centre(self.accuracy, self.baseline(version))
+
+    def scale(self, version: int = 1) -> float:
+        """What an accuracy is multiplied by on that scale."""
+        return 1 / (1 - self.baseline(version) / 100)
+
+
+def score_task(
+    task: Task, sha256: str, answers: Sequence[Prediction], controls: dict[str, float]
+) -> TaskScore:
+    """Count the right answers of one task, by category where it has them."""
+    by_category: dict[str, list[Prediction]] = {}
+    for answer in answers:
+        by_category.setdefault(answer.category, []).append(answer)
+    strata = tuple(
+        Stratum.of([float(answer.correct) for answer in own], [answer.passage for answer in own])
+        for own in by_category.values()
+    )
+    cropped, beyond = (sum(counts) for counts in zip(*((a.cropped, a.beyond) for a in answers), strict=True))
+    return TaskScore(task, sha256, len(answers), strata, cropped, beyond, controls)
+
+
+@dataclass(frozen=True)
+class CoreResult:
+    """All that an evaluation found.
+
+    Attributes:
+        bundle: name of the bundle.
+        variant: of the prompts.
+        tasks: their scores, in the order of the bundle.
+        predictions: the answers to all examples.
+        context_tokens: length that the model was trained for.
+        crop_tokens: what was left of longer prompts, which lost their beginning; None where none was cropped.
+        seconds: of all of it.
+        seconds_of: of its parts, on the first rank.
+        computed_tokens: positions that went through the model, over all ranks.
+        finished_tokens: those that the last layer was computed for.
+        scored_tokens: those that went through the head.
+        faults: by label, what was wrong with the tasks left out.
+        unkept: why the tokens of a task were not kept on the disk; empty where they were.
+    """
+
+    bundle: str
+    variant: str
+    tasks: tuple[TaskScore, ...]
+    predictions: tuple[Prediction, ...]
+    context_tokens: int
+    crop_tokens: int | None
+    seconds: float
+    seconds_of: dict[str, float]
+    computed_tokens: int
+    finished_tokens: int
+    scored_tokens: int
+    faults: dict[str, str]
+    unkept: str = ""
+
+    @property
+    def version(self) -> int:
+        """Which table of baselines the variant means."""
+        return 2 if self.variant == "dclm" else 1
+
+    @property
+    def core_metric(self) -> float | None:
+        """Plain mean of the centered accuracies; None where a task is missing."""
+        return self.core(self.version)
+
+    def core(self, version: int) -> float | None:
+        """CORE by one of the two tables of baselines."""
+        if self.faults:
+            return None
+        return sum(task.centered(version) for task in self.tasks) / len(self.tasks)
+
+    @property
+    def core_stderr(self) -> float | None:
+        """Standard error of the mean, from the tasks' errors; the set of tasks is taken as given."""
+        if self.faults:
+            return None
+        variances = ((task.stderr * task.scale(self.version)) ** 2 for task in self.tasks)
+        return math.sqrt(sum(variances)) / len(self.tasks)
+
+    def bootstrapped(self) -> dict[str, float] | None:
+        """Standard error and 95 % interval of CORE from resampled examples."""
+        metric = self.core_metric
+        if metric is None:
+            return None
+        scales = [task.scale(self.version) for task in self.tasks]
+        values = core_stats.bootstrap([task.strata for task in self.tasks], scales)
+        low, high = np.percentile(values, [2.5, 97.5])
+        offset = metric - sum(
+            task.accuracy * scale for task, scale in zip(self.tasks, scales, strict=True)
+        ) / len(scales)
+        return {
+            "stderr": float(values.std(ddof=1)),
+            "low": float(low + offset),
+            "high": float(high + offset),
+            "samples": float(len(values)),
+        }
+
+    @property
+    def examples_per_second(self) -> float:
+        """Examples scored per second, over all ranks."""
+        return len(self.predictions) / self.seconds
+
+    def as_dict(self) -> dict[str, object]:
+        """The fields of base_eval.json."""
+        return {
+            "core_metric": self.core_metric,
+            "core_stderr": self.core_stderr,
+            "core_bootstrap": self.bootstrapped(),
+            "core_v1": self.core(1),
+            "core_v2": self.core(2),
+            "core_variant": self.variant,
+            "tasks": {task.label: self._task_fields(task) for task in self.tasks},
+            "faults": self.faults,
+            "bundle": self.bundle,
+            "context_tokens": self.context_tokens,
+            "crop_tokens": self.crop_tokens,
+            "seconds": self.seconds,
+            "core_seconds": {"all": self.seconds, **self.seconds_of},
+            "examples_per_second": self.examples_per_second,
+            "computed_tokens": self.computed_tokens,
+            "finished_tokens": self.finished_tokens,
+            "scored_tokens": self.scored_tokens,
+        }
+
+    def _task_fields(self, task: TaskScore) -> dict[str, object]:
+        return {
+            "accuracy": task.accuracy,
+            "centered": task.centered(self.version),
+            "stderr": task.stderr,
+            "interval": list(task.interval),
+            "examples": task.examples,
+            "passages": task.passages,
+            "baseline": task.baseline(self.version) / 100,
+            "baseline_v1": task.baseline(1) / 100,
+            "baseline_v2": task.baseline(2) / 100,
+            "shots": task.task.shots,
+            "type": task.task.kind,
+            "delimiter": task.task.delimiter,
+            "sha256": task.sha256,
+            "cropped_prompts": task.cropped_prompts,
+            "beyond_prompts": task.beyond_prompts,
+            "controls": task.controls,
+        }
+
+    def predictions_jsonl(self, step: int | None = None) -> str:
+        """The text of core_predictions.jsonl, of the checkpoint of a step."""
+        return "".join(prediction.as_json(step) + "\n" for prediction in self.predictions)
+
+    def describe_length(self) -> str:
+        """What became of prompts longer than the context, in a sentence; empty where there were none."""
+        cropped = sum(task.cropped_prompts for task in self.tasks)
+        beyond = sum(task.beyond_prompts for task in self.tasks)
+        said = []
+        if cropped:
+            said.append(
+                f"{cropped} prompts were cropped to their last {self.crop_tokens} tokens, without BOS; "
+                "karpathy/nanochat crops none of its own models' prompts"
+            )
+        if beyond:
+            said.append(
+                f"{beyond} prompts were longer than the context of {self.context_tokens} tokens and read "
+                "whole, as karpathy/nanochat reads them"
+            )
+        return "; ".join(said)
+
+
+def verdict(labels: Iterable[str], variant: str, value: float | None, stderr: float | None) -> str:
+    """One sentence on GPT-2's figure and one run; empty where the score is not comparable to it."""
+    if value is None or stderr is None or variant != "nanochat" or not is_core(labels):
+        return ""
+    above = core_stats.probability_above(value, math.hypot(stderr, GPT2_CORE_STDERR), GPT2_CORE)
+    return f"{describe_probability(above)} ({THESE_WEIGHTS})"
+
+
+def describe_probability(above: float) -> str:
+    """The verdict on GPT-2's figure, whose own error is in the probability.
+
+    >>> describe_probability(0.9)
+    'above the 0.256525 +- 0.0029 of GPT-2 1558M with probability 0.900'
+    >>> describe_probability(0.0004)
+    'below the 0.256525 +- 0.0029 of GPT-2 1558M with probability above 0.999'
+    """
+    side, sure = ("above", above) if above >= 0.5 else ("below", 1 - above)
+    shown = f"{sure:.3f}" if sure < 0.9995 else "above 0.999"
+    return f"{side} the {GPT2_CORE} +- {GPT2_CORE_STDERR} of GPT-2 1558M with probability {shown}"
+
+
+def centre(accuracy: float, baseline_percent: float) -> float:
+    """Accuracy with guessing moved to 0: (a - b) / (1 - b).
+
+    >>> round(centre(0.62, 62), 12), centre(1.0, 25), centre(0.0, 50)
+    (0.0, 1.0, -1.0)
+    """
+    return (accuracy - 0.01 * baseline_percent) / (1 - 0.01 * baseline_percent)
+
+
+def choose(losses: Sequence[float]) -> int:
+    """Index of the least loss, the first of equals.
+
+    A loss of NaN (an empty span: one option's tokens begin another's) wins where it comes first and loses
+    everywhere else, which is what karpathy/nanochat answers.
+
+    >>> choose([2.0, 1.0, 1.0]), choose([math.nan, 1.0]), choose([2.0, math.nan, 1.0])
+    (1, 0, 2)
+    """
+    best = 0
+    for index, nats in enumerate(losses):
+        if nats < losses[best]:
+            best = index
+    return best

@@ -1,0 +1,437 @@
+"""The model: a decoder-only transformer with per-layer residual scalars, value embeddings, smear and backout.
+
+Only mathematics (RECIPE 1.1, 1.2, 2.4). Legend: B rows, T positions, C model width, H query heads, Hkv
+key/value heads, D head width, V vocabulary. Master weights are fp32; activations and matrix products have the
+compute dtype.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from nanochat.common.machine import Precision
+from nanochat.config.model_config import GPTConfig
+from nanochat.model.attention import Layout, attention, block_masks, layout_of
+from nanochat.model.differential_attention import differential
+from nanochat.model.layers import Embedding, Linear, ReluSquared, norm, pair_rows, rotate
+from nanochat.model.loss import Reduction, softcapped_cross_entropy, token_losses
+
+
+class DecodeCache(Protocol):
+    """What GPT.forward asks of a cache of earlier positions; engine.py owns the only implementation.
+
+    A forward pass over T new positions reads `length`, calls `shift` once, `shift_ids` once where the model
+    has a table of pairs, `append` once a layer in order, and `advance(T)` at its end. All rows have the same
+    length.
+    """
+
+    @property
+    def length(self) -> int:
+        """Positions stored by the passes that have ended."""
+        ...
+
+    def shift(self, x: Tensor) -> Tensor:
+        """What precedes each position of x: (B, T, C), zeros before the very first one; keeps x[:, -1].
+
+        Args:
+            x: (B, T, C) normed embeddings of the new positions.
+        """
+        ...
+
+    def shift_ids(self, ids: Tensor) -> Tensor:
+        """Likewise of token ids: (B, T) int64, -1 before the very first one."""
+        ...
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store (B, T, Hkv, D) keys and values; return all so far, (B, length + T, Hkv, D)."""
+        ...
+
+    def advance(self, count: int) -> None:
+        """Count the new positions as stored."""
+        ...
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What all layers of a forward pass over T positions share.
+
+    Attributes:
+        cos: (T, 1, D/2), of the rotary angles.
+        sin: likewise.
+        windows: of attention, one a layer.
+        layout: the documents of the rows, for attention.
+        cache: earlier positions, if any.
+        pairs: (B, T, C) embeddings of each token with the one before it, if the model has them.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    windows: tuple[int, ...]
+    layout: Layout
+    cache: DecodeCache | None
+    pairs: Tensor | None
+
+
+class Attention(nn.Module):
+    """Causal attention with rotary positions, normed queries and keys, and gated value embeddings.
+
+    Under differential attention a head has two maps; the keys of both fill a head's place in a cache.
+    """
+
+    def __init__(self, config: GPTConfig, layer: int, precision: Precision) -> None:
+        """Build layer `layer` (from 0)."""
+        super().__init__()
+        self.layer = layer
+        self.backend = precision.attention
+        self.kv_heads, self.head_dim, self.qk_dim = config.n_kv_head, config.head_dim, config.qk_dim
+        # Queries and keys are both multiplied by qk_scale after their norm: its square goes on the scores.
+        self.scale = config.qk_scale**2 * config.qk_dim**-0.5
+        self.gate_channels, self.gate_scale = config.value_gate_width, config.value_gate_scale
+        kv_width = config.n_kv_head * config.head_dim
+        self.q = Linear(config.n_embd, config.n_map * config.qk_dim, precision.fp8)
+        self.k = Linear(config.n_embd, kv_width, precision.fp8)
+        self.v = Linear(config.n_embd, kv_width, precision.fp8)
+        self.out = Linear(config.n_head * config.head_dim, config.n_embd, precision.fp8)
+        has_gate = config.has_value_embedding(layer)
+        self.value_gate = Linear(self.gate_channels, config.n_kv_head) if has_gate else None
+        self.differential = differential(config, layer)
+
+    def forward(self, x: Tensor, value: Tensor | None, shared: Shared, first: int = 0) -> Tensor:
+        """(B, T, C) normed stream, (B, T, Hkv * D) value embedding or None -> (B, T - first, C)."""
+        late = _later(x, first)
+        q, k = (matrix(y).unflatten(-1, (-1, self.qk_dim)) for matrix, y in ((self.q, late), (self.k, x)))
+        v = self.v(x).unflatten(-1, (self.kv_heads, self.head_dim))
+        if self.value_gate is not None and value is not None:
+            gate = self.gate_scale * torch.sigmoid(self.value_gate(x[..., : self.gate_channels]))
+            v = v + gate[..., None] * value.view_as(v)
+        q = norm(rotate(q, shared.cos[first:], shared.sin[first:]))
+        k = norm(rotate(k, shared.cos, shared.sin))
+        if shared.cache is not None:
+            k, v = shared.cache.append(self.layer, k.reshape(v.shape), v)
+            k = torch.unflatten(k.flatten(-2), -1, (-1, self.qk_dim))
+        window = shared.windows[self.layer]
+        layout = Layout() if first else shared.layout  # which is of as many queries as keys
+        attend = partial(attention, window=window, backend=self.backend, scale=self.scale, layout=layout)
+        y = attend(q, k, v) if self.differential is None else self.differential(late, q, k, v, attend)
+        out: Tensor = self.out(y.flatten(-2))
+        return out
+
+
+class MLP(nn.Module):
+    """C -> 4 C -> C with relu squared between."""
+
+    def __init__(self, config: GPTConfig, fp8: bool) -> None:
+        """Build both matrices."""
+        super().__init__()
+        self.up = Linear(config.n_embd, 4 * config.n_embd, fp8)
+        self.down = Linear(4 * config.n_embd, config.n_embd, fp8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, C) -> (B, T, C)."""
+        out: Tensor = self.down(ReluSquared.apply(self.up(x)))
+        return out
+
+
+class Block(nn.Module):
+    """Attention and MLP, each added to the stream after its norm."""
+
+    def __init__(self, config: GPTConfig, layer: int, precision: Precision) -> None:
+        """Build layer `layer` (from 0)."""
+        super().__init__()
+        self.attn = Attention(config, layer, precision)
+        self.mlp = MLP(config, precision.fp8)
+
+    def forward(
+        self, x: Tensor, value: Tensor | None, shared: Shared, recompute_mlp: bool, first: int
+    ) -> Tensor:
+        """(B, T, C) -> (B, T - first, C)."""
+        x = _later(x, first) + self.attn(norm(x), value, shared, first)
+        return _recomputed(self._add_mlp, x) if recompute_mlp else self._add_mlp(x)
+
+    def _add_mlp(self, x: Tensor) -> Tensor:
+        mlp: Tensor = self.mlp(norm(x))
+        return x + mlp
+
+
+def _later(x: Tensor, first: int) -> Tensor:
+    """(B, T, ...) -> (B, T - first, ...)."""
+    return x[:, first:] if first else x  # a slice of all would cost its backward pass a copy
+
+
+def _recomputed(function: Callable[..., Tensor], *args: Any) -> Tensor:
+    """function(*args), of which only the arguments are kept for the backward pass."""
+    # Nothing in a forward pass is random, so no generator's state is kept either.
+    out: Tensor = checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
+    return out
+
+
+class GPT(nn.Module):
+    """The whole model. Its parameters hold nothing until init_weights or a checkpoint fills them.
+
+    Attributes:
+        recompute: what a backward pass computes again instead of keeping it: "none", "mlp" (of every block)
+            or "block" (all but the stream between blocks). May be changed between passes.
+        z_loss: weight of the z-loss in `loss` while gradients are wanted.
+    """
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, config: GPTConfig, precision: Precision, document_bos: int | None = None) -> None:
+        """Build the shape of a model, on the meta device too.
+
+        Args:
+            config: shape and constants.
+            precision: compute dtype and the name of the attention backend.
+            document_bos: the id with which documents begin, if attention is to stay within them.
+        """
+        super().__init__()
+        self.config = config
+        self.dtype = precision.compute_dtype
+        self.recompute = "none"
+        self.z_loss = 0.0
+        self.document_bos = document_bos
+        self.windows = config.windows
+        self.backend = precision.attention
+        self.block_masks: dict[int, Any] = {}
+        self._compiled: tuple[torch.Size, Callable[[Tensor], Tensor]] | None = None
+        rows, kv_width = config.padded_vocab_size, config.n_kv_head * config.head_dim
+        self.embed = Embedding(rows, config.n_embd, self.dtype)
+        self.smear_gate = Linear(config.smear_gate_width, 1)
+        self.smear_scale = nn.Parameter(torch.empty(()))
+        self.backout_scale = nn.Parameter(torch.empty(()))
+        self.resid_scale = nn.Parameter(torch.empty(config.n_layer))
+        self.x0_scale = nn.Parameter(torch.empty(config.n_layer))
+        self.bigram = Embedding(config.bigram_rows, config.n_embd, self.dtype) if config.bigram else None
+        self.bigram_scale = nn.Parameter(torch.empty(config.n_layer)) if config.bigram else None
+        layers = range(config.n_layer)
+        self.blocks = nn.ModuleList(Block(config, layer, precision) for layer in layers)
+        self.value_embeds = nn.ModuleDict(
+            {str(i): Embedding(rows, kv_width, self.dtype) for i in layers if config.has_value_embedding(i)}
+        )
+        self.head = Linear(config.n_embd, rows)
+        self.reserve_positions(config.sequence_len)
+
+    def reserve_positions(self, count: int) -> None:
+        """Make the rotary tables for `count` positions, (count, 1, D/2); a cache may need more than T.
+
+        D is the width of queries and keys. The masks of backends that want them ahead are made too, for T.
+        """
+        half = self.config.qk_dim // 2
+        device = self.embed.weight.device
+        frequency = torch.arange(half, dtype=torch.float32, device=device).div_(-half)
+        frequency = self.config.rope_base**frequency
+        position = torch.arange(count, dtype=torch.float32, device=device)
+        angle = torch.outer(position, frequency)[:, None, :]
+        self.register_buffer("cos", angle.cos().to(self.dtype), persistent=False)
+        self.register_buffer("sin", angle.sin().to(self.dtype), persistent=False)
+        self.block_masks = block_masks(self.backend, self.config.sequence_len, self.windows, device)
+
+    def use_windows(self, windows: tuple[int, ...]) -> None:
+        """Let layer i see windows[i] earlier tokens from here on. Each set of windows is compiled once."""
+        if windows != self.windows:
+            self.windows = windows
+            device, length = self.embed.weight.device, self.config.sequence_len
+            self.block_masks = block_masks(self.backend, length, windows, device)
+
+    def init_weights(self, seed: int) -> None:
+        """Fill every parameter (RECIPE 1.2, 2.4) and table.
+
+        Each parameter has a generator of its own, seeded by (seed, name): its values depend on its name, its
+        shape and the kind of device, not on the order, the other parameters or the number of ranks.
+        """
+        for name, p in self.named_parameters():
+            digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+            generator = torch.Generator(p.device).manual_seed(int.from_bytes(digest[:8], "little"))
+            _init_parameter(name, p, self.config, generator)
+        self.reserve_positions(self.cos.size(0))
+
+    def forward(self, ids: Tensor, cache: DecodeCache | None = None, first: int = 0) -> Tensor:
+        """(B, T) int64 token ids -> (B, T - first, C) hidden states after the final norm.
+
+        Args:
+            ids: token ids below vocab_size.
+            cache: earlier positions, if any; the new ones are added to it.
+            first: of the positions before it only what later ones read is computed: not the last layer's
+                queries and MLP.
+        """
+        count, start = ids.size(1), 0 if cache is None else cache.length
+        assert start + count <= self.cos.size(0), "reserve_positions was not called for this length"
+        cos, sin = self.cos[start : start + count], self.sin[start : start + count]
+        layout, pairs = self._layout(ids, cache), self._pairs(ids, cache)
+        shared = Shared(cos, sin, self.windows, layout, cache, pairs)
+        x = norm(self.embed(ids))
+        before = F.pad(x[:, :-1], (0, 0, 1, 0)) if cache is None else cache.shift(x)
+        gate = torch.sigmoid(self.smear_gate(x[..., : self.config.smear_gate_width]))
+        x = x0 = x + self.smear_scale * gate * before
+        middle = x
+        whole_layers = self.recompute == "block" and cache is None and torch.is_grad_enabled()
+        # Documents are numbered for as many queries as keys, and flex compiles every shape anew.
+        cut = 0 if self.backend == "flex" or shared.layout.documents is not None else first
+        for i in range(self.config.n_layer):
+            args = (i, x, x0, ids, shared, cut if i == self.config.n_layer - 1 else 0)
+            x = _recomputed(self._layer, *args) if whole_layers else self._layer(*args)
+            if i == self.config.n_layer // 2:
+                middle = x
+        if cache is not None:
+            cache.advance(count)
+        x = x[:, first - count :] if first and not cut else x
+        return norm(x - self.backout_scale * _later(middle, middle.size(1) - x.size(1)))
+
+    def _layout(self, ids: Tensor, cache: DecodeCache | None) -> Layout:
+        """Where documents begin; a prompt behind a cache is one document, whatever is in it."""
+        if self.document_bos is not None and cache is None:
+            return layout_of(ids == self.document_bos, self.backend, self.windows)
+        return Layout(block_masks=self.block_masks if ids.size(1) == self.config.sequence_len else {})
+
+    def _pairs(self, ids: Tensor, cache: DecodeCache | None) -> Tensor | None:
+        """Embeddings of each token with the one before it; as smear does, they reach over a BOS."""
+        if self.bigram is None:
+            return None
+        before = F.pad(ids[:, :-1], (1, 0), value=-1) if cache is None else cache.shift_ids(ids)
+        pairs: Tensor = self.bigram(pair_rows(ids, before, self.config.bigram_rows))
+        return pairs
+
+    def _layer(self, i: int, x: Tensor, x0: Tensor, ids: Tensor, shared: Shared, first: int) -> Tensor:
+        """Layer i with its residual scalars and its value table: (B, T, C) -> (B, T - first, C)."""
+        value = self.value_embeds[str(i)](ids) if str(i) in self.value_embeds else None
+        mixed = self.resid_scale[i] * x + self.x0_scale[i] * x0
+        if self.bigram_scale is not None and shared.pairs is not None:
+            mixed = mixed + self.bigram_scale[i] * shared.pairs
+        recompute_mlp = self.recompute == "mlp" and shared.cache is None and torch.is_grad_enabled()
+        out: Tensor = self.blocks[i](mixed, value, shared, recompute_mlp, first)
+        return out
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether compile_for was called."""
+        return self._compiled is not None
+
+    def compile_for(self, rows: int) -> None:
+        """Let torch.compile make the forward pass of `loss` for batches of (rows, sequence_len).
+
+        Batches of another shape, and what goes behind a cache, run as they are, so that nothing is compiled
+        again later. The loss itself stays outside: its kernels are fused already, and its loop over chunks
+        would be unrolled into the graph.
+        """
+        shape = torch.Size((rows, self.config.sequence_len))
+        self._compiled = shape, torch.compile(self.forward, dynamic=False)
+
+    def _hidden(self, ids: Tensor) -> Tensor:
+        if self._compiled is not None and ids.shape == self._compiled[0]:
+            return self._compiled[1](ids)
+        hidden: Tensor = self(ids)
+        return hidden
+
+    def loss(self, ids: Tensor, targets: Tensor, reduction: Reduction = "mean") -> Tensor:
+        """Cross-entropy in nats.
+
+        Args:
+            ids: (B, T) int64.
+            targets: (B, T) int64, -1 where it does not count.
+            reduction: "mean" over the targets that count, "sum", or "none" for (B, T) losses without
+                gradient.
+
+        Returns:
+            fp32 scalar, or (B, T) fp32.
+        """
+        hidden = self._hidden(ids).flatten(0, 1)
+        softcap, vocab_size = self.config.softcap, self.config.vocab_size
+        loss = softcapped_cross_entropy(
+            hidden,
+            self.head.weight,
+            targets.flatten(),
+            softcap,
+            vocab_size=vocab_size,
+            reduction=reduction,
+            z_weight=self.z_loss,
+        )
+        return loss.view_as(targets) if reduction == "none" else loss
+
+    @torch.no_grad()
+    def token_losses(self, ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, T) losses in nats, 0 where the target is -1; (B, T) bool, target is the likeliest token."""
+        hidden, softcap = self(ids).flatten(0, 1), self.config.softcap
+        losses, is_argmax = token_losses(
+            hidden, self.head.weight, targets.flatten(), softcap, self.config.vocab_size
+        )
+        return losses.view_as(targets), is_argmax.view_as(targets)
+
+    def logits(self, ids: Tensor, cache: DecodeCache | None = None, last_only: bool = False) -> Tensor:
+        """Softcapped logits, (B, T, V) fp32, or (B, 1, V) with last_only; V without padding rows."""
+        hidden = self(ids, cache)
+        if last_only:
+            hidden = hidden[:, -1:]
+        softcap = self.config.softcap
+        z = F.linear(hidden, self.head.weight[: self.config.vocab_size].to(hidden.dtype)).float()
+        return softcap * torch.tanh(z / softcap)
+
+    def parameter_kinds(self) -> dict[str, str]:
+        """Which group of the plan each parameter belongs to."""
+        return {name: _kind(name) for name, _ in self.named_parameters()}
+
+
+@torch.no_grad()
+def _init_parameter(name: str, p: Tensor, config: GPTConfig, generator: torch.Generator) -> None:
+    """Fill one parameter; a name that is not known here is our mistake."""
+    bound = math.sqrt(3 / config.n_embd)  # uniform with standard deviation C ** -0.5
+    uniform = {
+        "q": (-bound, bound),
+        "k": (-bound, bound),
+        "v": (-bound, bound),
+        "out": (0.0, 0.0),
+        "up": (-bound * config.mlp_in_scale, bound * config.mlp_in_scale),
+        "down": (0.0, 0.0),
+        "value_gate": (0.0, config.value_gate_init),
+        "share": (0.0, 0.0),
+        "smear_gate": (0.0, config.smear_gate_init),
+    }
+    linear = {
+        "resid_scale": (config.resid_first, config.resid_last),
+        "x0_scale": (config.x0_first, config.x0_last),
+        "bigram_scale": (config.bigram_scale_init, config.bigram_scale_init),
+    }
+    constant = {"smear_scale": 0.0, "backout_scale": config.backout_init, "bigram.weight": 0.0}
+    normal = {"embed.weight": config.embedding_std, "head.weight": config.head_std}
+    if name in constant:
+        p.fill_(constant[name])
+    elif name in linear:
+        p.copy_(torch.linspace(*linear[name], config.n_layer))
+    elif name in normal:
+        p.normal_(0, normal[name], generator=generator)
+    elif name.endswith(".differential.vectors"):
+        p.normal_(0, config.share_vectors_std, generator=generator)
+    elif name.startswith("value_embeds."):
+        p.uniform_(-bound, bound, generator=generator)
+    else:
+        p.uniform_(*uniform[name.split(".")[-2]], generator=generator)
+
+
+def _kind(name: str) -> str:
+    if name.endswith(".differential.vectors"):
+        return "share"
+    top = name.split(".")[0]
+    kinds = {
+        "embed": "embedding",
+        "value_embeds": "value_embedding",
+        "bigram": "value_embedding",
+        "bigram_scale": "resid",
+        "head": "unembedding",
+        "resid_scale": "resid",
+        "x0_scale": "x0",
+        "smear_gate": "smear",
+        "smear_scale": "smear",
+        "backout_scale": "smear",
+        "blocks": "matrix",
+    }
+    return kinds[top]

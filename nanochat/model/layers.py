@@ -1,0 +1,94 @@
+"""What blocks are made of: a matrix, a table, a norm, rotary positions, relu squared.
+
+Legend: B rows, T positions, H heads, D head width. Master weights are fp32.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nanochat.model.fp8 import fits
+from nanochat.model.fp8 import linear as fp8_linear
+
+# The framework's default where it computes in fp32; named, so that all dtypes, devices and versions agree.
+NORM_EPS = torch.finfo(torch.float32).eps
+
+
+class Linear(nn.Module):
+    """A matrix without bias: (..., in) -> (..., out). The fp32 master is cast to the dtype of the input.
+
+    With fp8 it is cast to that where gradients are wanted and both sides are wide enough: evaluation is not
+    in fp8.
+    """
+
+    def __init__(self, in_features: int, out_features: int, fp8: bool = False) -> None:
+        """Leave the weight (out, in) uninitialised: GPT.init_weights or a checkpoint fills it."""
+        super().__init__()
+        self.fp8 = fp8 and fits(in_features, out_features)
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        if self.fp8 and torch.is_grad_enabled():
+            return fp8_linear(x, self.weight)
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+class Embedding(nn.Module):
+    """A table of one row a token, looked up in fp32 and cast to the compute dtype."""
+
+    def __init__(self, rows: int, width: int, dtype: torch.dtype) -> None:
+        """Leave the table (rows, width) uninitialised."""
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(rows, width))
+        self.dtype = dtype
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """(B, T) int64 -> (B, T, width)."""
+        return F.embedding(ids, self.weight).to(self.dtype)
+
+
+def norm(x: Tensor) -> Tensor:
+    """RMS norm over the last dimension, without parameters."""
+    return F.rms_norm(x, (x.size(-1),), eps=NORM_EPS)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions on x (B, T, H, D): channel i turns with channel i + D/2, by minus the angle."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
+
+
+def pair_rows(ids: Tensor, before: Tensor, rows: int) -> Tensor:
+    """Row of the table of pairs for each token and the one before it, (B, T) int64, by modded-nanogpt's hash.
+
+    Args:
+        ids: (B, T) int64.
+        before: (B, T) int64, -1 where there is none.
+        rows: of the table.
+    """
+    return ((36313 * ids) ^ (27191 * before)) % rows
+
+
+class ReluSquared(torch.autograd.Function):
+    """max(z, 0)^2, of which only r = max(z, 0) is kept: the derivative is 2 r.
+
+    F.relu and square take six passes over the widest activation, forward and backward, instead of four.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor) -> Tensor:
+        """Any shape -> the same."""
+        r = F.relu(z)
+        ctx.save_for_backward(r)
+        return r * r
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        """2 r times the gradient."""
+        (r,) = ctx.saved_tensors
+        return (grad * r).mul_(2)

@@ -1,0 +1,305 @@
+"""The trainer: one step, one loop, and what surrounds them from the first file to the last."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gc
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nanochat.checkpoint import state as checkpoint
+from nanochat.checkpoint.async_saver import Saver
+from nanochat.checkpoint.resume import (
+    has_reached_target,
+    leave_other_branches,
+    starting_point,
+    summary_of_finished,
+)
+from nanochat.checkpoint.state import TrainState
+from nanochat.common import files, locks, process
+from nanochat.common import machine as hardware
+from nanochat.common import stop_signals as stopping
+from nanochat.common.errors import UserError, warn
+from nanochat.common.machine import Precision
+from nanochat.common.stop_signals import Stopped, stop_signals
+from nanochat.config import plan as scaling
+from nanochat.config.plan import Plan
+from nanochat.config.schedule import lr_multiplier, muon_momentum, muon_weight_decay
+from nanochat.data.corpus import Corpus
+from nanochat.data.train_loader import TrainLoader
+from nanochat.distributed import link_speed as links
+from nanochat.distributed.watchdog import Watchdog
+from nanochat.distributed.world import World
+from nanochat.model.gpt import GPT
+from nanochat.optim.loss_scale import LossScale
+from nanochat.optim.matrix_rule import MatrixOptions
+from nanochat.optim.muon_adamw import MuonAdamW
+from nanochat.tokenizer.tokenizer import Tokenizer
+from nanochat.train import memory
+from nanochat.train.hooks import Hook, default_hooks
+from nanochat.train.profiling import collector_held, traced
+from nanochat.train.run_log import RunLog
+from nanochat.train.step_metrics import StepReporter, StepResult, summarize
+
+
+def create_state(
+    plan: Plan, corpus: Corpus, tokenizer: Tokenizer, precision: Precision, world: World
+) -> TrainState:
+    """A run at step 0: initial weights from the seed, empty moments, the beginning of the data."""
+    with torch.device("meta"):
+        model = GPT(plan.model, precision, tokenizer.bos_id if plan.model.document_mask else None)
+    model.to_empty(device=world.device)
+    model.init_weights(plan.args.seed)
+    model.recompute = plan.args.recompute
+    model.z_loss = plan.args.z_loss
+    optimizer = MuonAdamW(
+        dict(model.named_parameters()),
+        model.parameter_kinds(),
+        plan.groups,
+        world,
+        precision.compute_dtype,
+        plan.polar_norm_factor,
+        MatrixOptions(plan.args.soap_every, plan.args.soap_sides),
+    )
+    loader = TrainLoader(
+        corpus,
+        tokenizer,
+        sequence_len=plan.model.sequence_len,
+        rows_per_batch=plan.batch_rows,
+        lanes=plan.lanes,
+        seed=plan.args.seed,
+        world=world,
+        device_batch_size=plan.device_batch_size,
+        keep_tails=bool(plan.args.keep_tails),
+    )
+    scale = LossScale(precision.compute_dtype, world.device)
+    return TrainState(step=0, model=model, optimizer=optimizer, loader=loader, loss_scale=scale)
+
+
+def train_step(plan: Plan, state: TrainState, world: World) -> StepResult:
+    """Forward and backward over the micro-batches of this rank, then one update. Waits for nothing.
+
+    A loss or gradient that is not finite, on any rank, never reaches the weights.
+    """
+    loss = _gradients(plan, state, world)
+    state.loss_scale.down(state.model.parameters())
+    lr_mult = lr_multiplier(state.step, plan.schedule)
+    update = state.optimizer.step(
+        lr_mult,
+        muon_momentum(state.step, plan.schedule),
+        muon_weight_decay(state.step, plan.schedule),
+        ok=torch.isfinite(loss),
+        index=state.step,
+    )
+    mean_loss = world.all_reduce_sum(loss) / world.size
+    overflow = state.loss_scale.adjust(update.applied, mean_loss)
+    return StepResult(mean_loss, update, overflow, lr_mult)
+
+
+def _gradients(plan: Plan, state: TrainState, world: World) -> Tensor:
+    """Gradients of the mean loss over this rank's rows of the next batch, and that loss.
+
+    Where memory runs out, on any rank, all begin the batch again in smaller micro-batches.
+    """
+    units = plan.units_at(state.step)
+    micro_batches = [pair for _ in range(units) for pair in state.loader.next_batch()]
+    while True:
+        loss = torch.zeros((), device=world.device)
+        fits = True
+        try:
+            for inputs, targets in micro_batches:
+                micro_loss = state.model.loss(inputs, targets) / len(micro_batches)
+                state.loss_scale.up(micro_loss).backward()  # type: ignore[no-untyped-call]
+                loss += micro_loss.detach()
+        except (MemoryError, RuntimeError) as error:
+            if not memory.is_out_of_memory(error):
+                raise
+            fits = False
+        if not world.agree(not fits):
+            return loss
+        micro_batches = memory.halve(state, micro_batches, world)
+
+
+def train(
+    plan: Plan,
+    state: TrainState,
+    world: World,
+    reporter: StepReporter,
+    hooks: list[Hook],
+    stop_requested: Callable[[], bool],
+) -> str:
+    """Step until the plan's end, or until a signal on any rank asks all of them to stop at the same step.
+
+    Hooks run between steps, in their order. A run that goes on from a checkpoint runs again those that are
+    due at its step, so that its metrics are those of a run that never stopped.
+
+    Returns:
+        "finished", "stopped", or "target_reached" where a validation is at or below --target-loss.
+    """
+    trace = files.run_dir(plan.args.run_name) / "trace.json" if plan.args.profile and world.is_main else None
+    with collector_held(), traced(trace) as step_traced:
+        while True:
+            state.model.use_windows(plan.windows_at(state.step))
+            due = [hook for hook in hooks if hook.due(state.step, plan.steps)]
+            if due:
+                reporter.flush(state)
+                try:
+                    for hook in due:
+                        if world.agree(stop_requested()):
+                            return "stopped"
+                        hook.action(state)
+                except Stopped:
+                    return "stopped"
+                gc.collect()
+                reporter.restart_clock()
+                if has_reached_target(plan, state.val_loss):
+                    return "target_reached"
+            if state.step >= plan.steps:
+                return "finished"
+            if not _fetch(plan, state, world, stop_requested):
+                reporter.flush(state)
+                return "stopped"
+            result = train_step(plan, state, world)
+            state.step += 1
+            stopping.keep_work()
+            reporter.add(state, result)
+            step_traced()
+
+
+def _fetch(plan: Plan, state: TrainState, world: World, stop_requested: Callable[[], bool]) -> bool:
+    """Draw the batches of the next step; where a signal on any rank asks to stop, none is drawn on any."""
+    with contextlib.suppress(Stopped):
+        state.loader.fetch(plan.units_at(state.step), stop_requested)
+    if world.agree(stop_requested()):
+        state.loader.put_back()
+        return False
+    return True
+
+
+def run(
+    plan: Plan, corpus: Corpus, tokenizer: Tokenizer, precision: Precision, world: World
+) -> dict[str, Any]:
+    """Train a plan from its start or its checkpoint to its end, and leave the files of a run behind.
+
+    Returns:
+        What summary.json holds.
+
+    Raises:
+        UserError: the base directory cannot be written, another process trains this run, or the checkpoint to
+            go on from is of another run.
+    """
+    plan = scaling.with_precision(plan, str(precision.compute_dtype).removeprefix("torch."), precision.fp8)
+    memory.require_room(plan, world, precision.compute_dtype)
+    with stop_signals() as stop_requested, _sole_owner(plan, world):
+        return _run(plan, corpus, tokenizer, precision, world, stop_requested)
+
+
+@contextlib.contextmanager
+def _sole_owner(plan: Plan, world: World) -> Iterator[None]:
+    """Within, no other process trains this run: the main rank holds its lock, the others take its word."""
+    error: UserError | OSError | None = None
+    with contextlib.ExitStack() as stack:
+        if world.is_main:
+            name = plan.args.run_name
+            folder = files.run_dir(name)
+            remedy = "Wait for its end, stop it, or name another run with --run."
+            try:
+                files.require_writable(folder)
+                stack.enter_context(locks.held(folder / ".lock", f"run {name!r}", remedy))
+            except (UserError, OSError) as refused:
+                error = refused
+        if world.agree(error is not None):
+            raise error or UserError("the main rank cannot begin; it says why.")
+        yield
+
+
+def _run(
+    plan: Plan,
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    precision: Precision,
+    world: World,
+    stop_requested: Callable[[], bool],
+) -> dict[str, Any]:
+    folder = files.run_dir(plan.args.run_name)
+    fingerprints = {"corpus": corpus.fingerprint, "tokenizer": tokenizer.fingerprint}
+    start = starting_point(plan, world)
+    state = create_state(plan, corpus, tokenizer, precision, world)
+    if start is not None:
+        for change in checkpoint.load(state, start, plan, fingerprints):
+            world.print0(f"extended: {change}")
+        if (summary := summary_of_finished(plan, state.step, world)) is not None:
+            world.print0(f"{folder} is finished already: {state.step} steps.")
+            return summary
+        world.print0(f"going on from {start}")
+    plan = _prepare(plan, state, precision, world)
+    speed = hardware.speed(world.device, precision.compute_dtype)
+    machine = {**hardware.describe(world.device), **world.describe(), **dataclasses.asdict(speed)}
+    config = {**plan.to_dict(), "fingerprints": fingerprints, "machine": machine}
+    if world.is_main:
+        leave_other_branches(plan.args.run_name, state.step, world.print0)
+        config["provenance"] = process.provenance()
+        files.write_json(folder / "config.json", config)
+    for line in links.report(world):
+        world.print0(line)
+    with (
+        contextlib.closing(state.loader),
+        Watchdog(world, folder, plan.args.dist_timeout, lambda: f"step {state.step}"),
+        RunLog(folder, enabled=world.is_main, total_steps=plan.steps, first_step=state.step) as log,
+    ):
+        log.start_tracker(plan.args.wandb, plan.args.run_name, config, folder)
+        reporter = StepReporter(plan, world, log, speed)
+        saver = Saver(plan, fingerprints, world, log.say, saved_step=state.step if start else None)
+        hooks = default_hooks(plan, corpus, tokenizer, saver, world, log, stop_requested)
+        status = train(plan, state, world, reporter, hooks, stop_requested)
+        if status != "finished":
+            reason = "stopped by a signal" if status == "stopped" else "the target loss is reached"
+            log.say(f"{reason} after step {state.step}")
+            saver.save(state)
+        saver.finish()
+        summary = summarize(plan, state, reporter, world, status)
+        if world.is_main:
+            _write_summary(folder / "summary.json", summary)
+    return summary
+
+
+def _write_summary(path: Path, summary: dict[str, Any]) -> None:
+    """Write what programs read of a run's end; it follows from the checkpoint, which is saved by now."""
+    try:
+        files.write_json(path, summary)
+    except OSError as error:
+        warn(f"{path} could not be written ({error.strerror}); the same command with --resume=auto writes it")
+
+
+def _prepare(plan: Plan, state: TrainState, precision: Precision, world: World) -> Plan:
+    """Choose the rows of a micro-batch that fit, and compile; the plan with those rows."""
+    needed = memory.plan_memory(plan, state, world, precision.compute_dtype)
+    world.print0(needed.describe(hardware.available_memory_bytes(world.device)))
+    if hint := hardware.quota_hint(world.device):
+        world.print0(hint)
+    plan = scaling.with_micro_batch(plan, needed.rows)
+    state.loader.device_batch_size = plan.device_batch_size
+    compiles, reason = hardware.choose_compile(world.device, plan.args.compile)
+    world.print0(f"torch.compile is {'on' if compiles else 'off'} ({reason})")
+    if compiles:
+        world.print0(f"compiling with the first step, kept in {files.keep_compiled()} ...")
+        state.model.compile_for(plan.device_batch_size)
+        state.optimizer.compile_updates()
+        _compile_windows(plan, state, world)
+    return plan
+
+
+def _compile_windows(plan: Plan, state: TrainState, world: World) -> None:
+    """Compile the passes of windows that are still to come, so that no later step waits for it."""
+    for first, _ in plan.schedule.window_stages:
+        if first > state.step:
+            state.model.use_windows(plan.windows_at(first))
+            shape = (plan.device_batch_size, plan.model.sequence_len)
+            ids = torch.zeros(shape, dtype=torch.int64, device=world.device)
+            state.model.loss(ids, ids).backward()  # type: ignore[no-untyped-call]
+            state.model.zero_grad(set_to_none=True)

@@ -1,0 +1,41 @@
+"""Make, verify or list corpora: `python -m scripts.dataset --corpus stdlib`."""
+
+from __future__ import annotations
+
+from nanochat.common import errors, files
+from nanochat.common.errors import UserError
+from nanochat.config import arguments as config
+from nanochat.data.corpus import MANIFEST, Corpus, prepare, summary, verify_all
+
+
+@errors.cli
+def main() -> None:
+    """Make, verify or list corpora."""
+    args = config.parse(config.DatasetArgs)
+    damaged: list[str] = []
+    if args.list:
+        for manifest in sorted(files.data_dir("any").parent.glob(f"*/{MANIFEST}")):
+            try:
+                print(summary(Corpus.read_manifest(manifest.parent)))
+            except UserError as error:
+                damaged.append(str(error))
+        if damaged:
+            raise UserError("; ".join(damaged))
+    elif args.verify:
+        verify_all(Corpus.read_manifest(files.data_dir(args.name or args.corpus)))
+    else:
+        corpus = prepare(
+            args.corpus,
+            num_shards=args.num_shards,
+            first=args.first,
+            named_files=args.files,
+            val_file=args.val_file,
+            name=args.name,
+        )
+        print(summary(corpus))
+        if args.files and not args.val_file:
+            print("No --val-file was named: the end of the text is validation.")
+
+
+if __name__ == "__main__":
+    main()
