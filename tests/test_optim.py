@@ -11,7 +11,7 @@ from nanochat.common.machine import Precision
 from nanochat.config.model_config import GPTConfig
 from nanochat.config.plan import GroupPlan
 from nanochat.distributed.world import World
-from nanochat.optim.adamw import muon_update, polar_express
+from nanochat.optim.muon import muon_update, polar_express
 from nanochat.optim.muon_adamw import SMALL_ELEMENTS, MuonAdamW
 from tests.reference_model import ReferenceOptimizer, reference_loss
 from tests.test_gpt import random_model

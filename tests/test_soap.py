@@ -6,8 +6,8 @@ import torch._dynamo.testing
 
 from nanochat.config.plan import GroupPlan
 from nanochat.distributed.world import World
-from nanochat.optim.matrix_rule import MatrixOptions
 from nanochat.optim.muon_adamw import MuonAdamW
+from nanochat.optim.rates import MatrixOptions
 from nanochat.optim.soap import Side, find_basis, renew_basis, soap_update
 
 SOAP = GroupPlan("soap", 0.01, 0.95, 0.9, 1e-8, 0.1)

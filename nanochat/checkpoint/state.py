@@ -1,6 +1,6 @@
 """A run between two steps: taken to host memory, written, and put back; for training and for scoring.
 
-What a checkpoint looks like on the disk is `checkpoint_files.py`. Tensors are full and keyed by parameter
+What a checkpoint looks like on the disk is `format.py`. Tensors are full and keyed by parameter
 name, so that any number of ranks can go on from them.
 
     python -m scripts.checkpoint list|verify|prune RUN

@@ -194,7 +194,7 @@ def from_dict(cls: type[Args], values: dict[str, Any], path: Path) -> Args:
     """An instance from what a file of a run holds. Domains are not looked at: an older version took more.
 
     Args:
-        cls: one of the dataclasses of config.py.
+        cls: one of the dataclasses of arguments.py.
         values: its fields; those that are not there have their defaults.
         path: the file, for the message.
 

@@ -11,7 +11,7 @@ The manifest is a plan. For a corpus of the hub it is written before the first s
 digests and counts of all shards asked for (-n) are known from the hub. So the fingerprint, and with it the
 order of the data, is that of the full corpus from the beginning, whatever has arrived. Which shards are there
 is told by the disk alone: a shard has its name only when it is whole and verified. A reader that comes to one
-that is still on its way waits for it, if a download lives (`arrival.py`). Another -n is another plan.
+that is still on its way waits for it, if a download lives (pending_download.py). Another -n is another plan.
 """
 
 from __future__ import annotations

@@ -1,21 +1,14 @@
-"""The update rules of Muon and AdamW: pure functions on tensors, batched, with no state of their own."""
+"""AdamW by PyTorch's fused kernel, for tables, small parameters and matrices."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-# Solved for five iterations, safety 2e-2, cushion 2 (arXiv 2505.16932).
-POLAR_EXPRESS = (
-    (8.156554524902461, -22.48329292557795, 15.878769915207462),
-    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
-    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
-    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
-    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
-)
+from nanochat.config.plan import GroupPlan
+from nanochat.optim.rates import StepRates, sum_of_squares
 
 # Elements of a table updated at a time, since the change of each is taken by a copy of what was there: on a
 # CPU the copy stays in cache.
@@ -41,72 +34,26 @@ class AdamRates:
     weight_decay: float
 
 
-def polar_express(x: Tensor) -> Tensor:
-    """Push the singular values of each matrix of x (K, m, n), of spectral norm at most 1, towards 1.
+class AdamW:
+    """AdamW, with the weight decay of the schedule."""
 
-    Five odd polynomials a X + b (X X^T) X + c (X X^T)^2 X, with the smaller Gram matrix of the two.
-    """
-    tall = x.size(-2) > x.size(-1)
-    if tall:
-        x = x.mT
-    for a, b, c in POLAR_EXPRESS:
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.mT if tall else x
+    def __init__(self, like: Tensor, group: GroupPlan) -> None:
+        self.group = group
+        self.moments = {
+            "exp_avg": torch.zeros_like(like),
+            "exp_avg_sq": torch.zeros_like(like),
+            "step": like.new_zeros(len(like)),
+        }
 
+    def update(self, params: Tensor, grads: Tensor, rates: StepRates) -> Tensor:
+        """Update parameters and moments in place; (K,) sums of squares of the change."""
+        group = self.group
+        adam = AdamRates(group.lr * rates.lr_mult, group.beta1, group.beta2, group.eps, rates.weight_decay)
+        matrices = zip(params, grads, *self.moments.values(), strict=True)
+        return torch.cat([adamw_update(*tensors, rates=adam, ok=rates.ok) for tensors in matrices])
 
-def muon_update(
-    params: Tensor,
-    grads: Tensor,
-    momentum_buffer: Tensor,
-    second_moment: Tensor,
-    *,
-    lr: Tensor,
-    momentum: Tensor,
-    weight_decay: Tensor,
-    beta2: float,
-    ok: Tensor,
-    dtype: torch.dtype,
-    norm_factor: float,
-) -> Tensor:
-    """Update K matrices of one shape in place; returns (K,) sums of squares of what was subtracted.
-
-    Nesterov momentum; row equilibration (MuonEq, arXiv 2603.28254); Polar Express; rescaling to Frobenius
-    norm sqrt(min(m, n)) (Muon+, arXiv 2602.21545); per-row or per-column variance reduction (NorMuon, arXiv
-    2510.05491); decoupled weight decay where the update agrees in sign with the weight (arXiv 2510.12402).
-
-    Args:
-        params: (K, m, n) fp32.
-        grads: (K, m, n) fp32.
-        momentum_buffer: (K, m, n) fp32.
-        second_moment: (K, m, 1) fp32 if m >= n, else (K, 1, n).
-        lr: 0-dim on the device, as the next two; the shape's factor included.
-        momentum: 0-dim.
-        weight_decay: 0-dim.
-        beta2: decay of the second moment.
-        ok: 0-dim bool; where it is False nothing changes, whatever the gradient holds.
-        dtype: of the matrix products.
-        norm_factor: safety factor on the norm before Polar Express.
-    """
-    m, n = params.shape[-2:]
-    live = ok.to(params.dtype)
-    grads = torch.where(ok, grads, 0.0)
-    momentum_buffer.lerp_(grads, live * (1 - momentum))
-    u = grads.lerp(momentum_buffer, momentum)
-    row_norm = u.norm(dim=-1, keepdim=True)
-    frobenius = row_norm.norm(dim=-2, keepdim=True)
-    u = u * (frobenius / math.sqrt(m) / row_norm.clamp(min=1e-6))
-    x = (u / (norm_factor * _frobenius(u) + 1e-6)).to(dtype)
-    x = polar_express(x).float()
-    x = x * (math.sqrt(min(m, n)) / _frobenius(x).clamp(min=1e-10))
-    variance = x.square().mean(dim=-1 if m >= n else -2, keepdim=True)
-    second_moment.lerp_(variance, live * (1 - beta2))
-    y = x * second_moment.clamp(min=1e-10).rsqrt()
-    y = y * (_frobenius(x) / _frobenius(y).clamp(min=1e-10))
-    y = y + weight_decay * params * (y * params >= 0)
-    y = live * lr * y
-    params.sub_(y)
-    return sum_of_squares(y)
+    def compile(self) -> None:
+        """Nothing: it is one kernel already."""
 
 
 def adamw_update(
@@ -157,14 +104,3 @@ def adamw_update(
         )
         square += sum_of_squares(before.sub_(p)[None])
     return square
-
-
-def sum_of_squares(x: Tensor) -> Tensor:
-    """(K, ...) -> (K,) fp32."""
-    norms: Tensor = torch.linalg.vector_norm(x.flatten(1), dim=1)
-    return norms.square()
-
-
-def _frobenius(x: Tensor) -> Tensor:
-    norms: Tensor = torch.linalg.matrix_norm(x, keepdim=True)
-    return norms

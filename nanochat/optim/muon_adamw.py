@@ -2,7 +2,7 @@
 
 Legend: K matrices of one shape (m, n), W ranks. As in ZeRO-2, a step averages the gradients over the ranks
 and leaves each rank its part (reduce-scatter), the rank updates that part with moments that only it holds,
-and the parameters are gathered. A matrix is owned whole, and matrix_rules.py has its update; a table under
+and the parameters are gathered. A matrix is owned whole, and matrix_rule.py has its update; a table under
 AdamW is cut into flat slices; small tensors are averaged together in one buffer and updated by every rank.
 What does not divide by W is padded here. With one rank the collectives are the identity and nothing else
 changes.
@@ -23,8 +23,9 @@ from nanochat.common.errors import UserError
 from nanochat.config.plan import GroupPlan
 from nanochat.distributed.collectives import Pending, gather, mean, mean_scatter
 from nanochat.distributed.world import World
-from nanochat.optim.adamw import AdamRates, adamw_update, sum_of_squares
-from nanochat.optim.matrix_rule import DEFAULTS, MatrixOptions, MatrixRule, StepRates, matrix_rule
+from nanochat.optim.adamw import AdamRates, adamw_update
+from nanochat.optim.matrix_rule import matrix_rule
+from nanochat.optim.rates import DEFAULTS, MatrixOptions, MatrixRule, StepRates, sum_of_squares
 
 # AdamW tensors below this are averaged together, and updated by every rank (RECIPE 1.6).
 SMALL_ELEMENTS = 1024

@@ -1,4 +1,4 @@
-"""SOAP: Adam in the eigenbases of Shampoo's Gram matrices (arXiv 2409.11321; RECIPE 4). Functions of tensors.
+"""SOAP: Adam in the eigenbases of Shampoo's Gram matrices (arXiv 2409.11321; RECIPE 4).
 
 Legend: K matrices of one shape (m, n); S is m for the left side and n for the right one. A side that is left
 out (one-sided SOAP, on the longer side) has the identity for its basis.
@@ -11,7 +11,68 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nanochat.optim.adamw import sum_of_squares
+from nanochat.config.plan import GroupPlan
+from nanochat.optim.rates import MatrixOptions, StepRates, sum_of_squares
+
+
+class Soap:
+    """SOAP. Step 0 only finds the bases; every `soap_every` steps they are renewed.
+
+    A matrix that had no gradient at step 0, or a run whose step 0 was held back, gets its bases from an
+    eigendecomposition at the first renewal.
+    """
+
+    def __init__(self, like: Tensor, group: GroupPlan, options: MatrixOptions) -> None:
+        self.group, self.every = group, options.soap_every
+        self.function = soap_update
+        count, m, n = like.shape
+        self.moments = {
+            "exp_avg": torch.zeros_like(like),
+            "exp_avg_sq": torch.zeros_like(like),
+            "step": like.new_zeros(count),
+        }
+        self.sides = []
+        for name, dim, size, other in (("left", -2, m, n), ("right", -1, n, m)):
+            if options.soap_sides == 1 and (size > other or (size == other and name == "left")):
+                continue
+            gram = like.new_zeros(count, size, size)
+            basis = torch.eye(size, dtype=like.dtype, device=like.device).repeat(count, 1, 1)
+            self.moments |= {f"{name}_gram": gram, f"{name}_basis": basis}
+            self.sides.append(Side(dim, gram, basis))
+
+    def update(self, params: Tensor, grads: Tensor, rates: StepRates) -> Tensor:
+        """Update parameters and moments in place; (K,) sums of squares of the change."""
+        if rates.index == 0:
+            grads = torch.where(rates.ok, grads, 0.0)
+            for side in self.sides:
+                side.observe(grads, rates.ok.to(grads.dtype) * (1 - self.group.beta2))
+                find_basis(side, rates.ok)
+            return params.new_zeros(len(params))
+        squares = self.function(
+            params,
+            grads,
+            self.moments["exp_avg"],
+            self.moments["exp_avg_sq"],
+            self.moments["step"],
+            self.sides,
+            lr=rates.lr_mult_tensor * self.group.lr,
+            weight_decay=rates.weight_decay_tensor,
+            beta1=self.group.beta1,
+            beta2=self.group.beta2,
+            eps=self.group.eps,
+            ok=rates.ok,
+        )
+        if rates.index == self.every:
+            for side in self.sides:
+                find_basis(side, rates.ok)
+        if rates.index % self.every == 0:
+            for side in self.sides:
+                renew_basis(side, self.moments["exp_avg_sq"], rates.ok)
+        return squares
+
+    def compile(self) -> None:
+        """Let torch.compile make the update."""
+        self.function = torch.compile(soap_update, dynamic=False)
 
 
 @dataclass(frozen=True)

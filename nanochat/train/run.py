@@ -37,8 +37,8 @@ from nanochat.distributed.watchdog import Watchdog
 from nanochat.distributed.world import World
 from nanochat.model.gpt import GPT
 from nanochat.optim.loss_scale import LossScale
-from nanochat.optim.matrix_rule import MatrixOptions
 from nanochat.optim.muon_adamw import MuonAdamW
+from nanochat.optim.rates import MatrixOptions
 from nanochat.tokenizer.tokenizer import Tokenizer
 from nanochat.train import memory
 from nanochat.train.hooks import Hook, default_hooks

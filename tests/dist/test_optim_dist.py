@@ -10,7 +10,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
 
-from nanochat.optim.matrix_rule import MatrixOptions
+from nanochat.optim.rates import MatrixOptions
 from nanochat.optim.muon_adamw import MuonAdamW
 from nanochat.distributed.world import World
 from tests.test_optim import GROUPS, NORM_FACTOR, moments_held, random_problem, schedule

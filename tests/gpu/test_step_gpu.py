@@ -11,8 +11,8 @@ from nanochat.model.fp8 import linear
 from nanochat.model.gpt import GPT
 from nanochat.model.loss import softcapped_cross_entropy
 from nanochat.optim.loss_scale import LossScale
-from nanochat.optim.matrix_rule import DEFAULTS, MatrixOptions
 from nanochat.optim.muon_adamw import MuonAdamW
+from nanochat.optim.rates import DEFAULTS, MatrixOptions
 from tests.test_attention import several_documents
 from tests.test_gpt import FP32, batch, config_of, random_model
 from tests.test_loss import SOFTCAP, problem, textbook
