@@ -1,0 +1,73 @@
+"""Lines of code by folder: no blank lines, no comments, no docstrings.
+
+    python -m dev.size            # a table
+    python -m dev.size --write    # keep these numbers in dev/size.json
+
+tests/test_size.py fails where a folder has grown past its number in dev/size.json, so that growth is a
+decision which the same commit shows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import io
+import json
+import tokenize
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+KEPT = ROOT / "dev" / "size.json"
+LAYOUT = {tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
+
+
+def lines_of_code(source: str) -> int:
+    r"""Lines of Python that hold code.
+
+    >>> lines_of_code('"What it is."\n\n# why\nx = [\n    1,  # one\n]\n')
+    3
+    """
+    code: set[int] = set()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type not in LAYOUT and token.type != tokenize.COMMENT:
+            code.update(range(token.start[0], token.end[0] + 1))
+    for docstring in _docstrings(ast.parse(source)):
+        code.difference_update(range(docstring.lineno, (docstring.end_lineno or docstring.lineno) + 1))
+    return len(code)
+
+
+def _docstrings(tree: ast.Module) -> Iterator[ast.expr]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            first = node.body[0] if node.body else None
+            value = first.value if isinstance(first, ast.Expr) else None
+            if isinstance(value, ast.Constant) and isinstance(value.value, str):
+                yield value
+
+
+def sizes() -> dict[str, int]:
+    """Lines of code of every folder of nanochat/, of its own modules, and of scripts/."""
+    found: dict[str, int] = {}
+    for top in ("nanochat", "scripts"):
+        for path in sorted((ROOT / top).rglob("*.py")):
+            folder = path.parent.relative_to(ROOT).as_posix()
+            found[folder] = found.get(folder, 0) + lines_of_code(path.read_text("utf-8"))
+    return found
+
+
+def main() -> None:
+    """Print the table, and keep it where asked."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--write", action="store_true", help="keep the numbers in dev/size.json")
+    args = parser.parse_args()
+    found = sizes()
+    for folder, count in found.items():
+        print(f"{folder:28}{count:8,d}")
+    print(f"{'in all':28}{sum(found.values()):8,d}")
+    if args.write:
+        KEPT.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
+
+
+if __name__ == "__main__":
+    main()
