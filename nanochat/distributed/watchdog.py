@@ -192,8 +192,10 @@ class Watchdog:
 
     def _say_who_is_gone(self) -> None:
         """After a collective has failed: name the rank that leaves no more notes, or says so."""
-        before = {rank: seen.note["beats"] for rank, seen in self._seen.items()}
         deadline = time.monotonic() + 3 * self._beat_s
+        with contextlib.suppress(RuntimeError):
+            self._read_notes()  # those that the watch has read may be older than the last of who is gone
+        before = {rank: seen.note["beats"] for rank, seen in self._seen.items()}
         with contextlib.suppress(RuntimeError):
             while time.monotonic() < deadline:
                 self._leave_note()
