@@ -96,3 +96,14 @@ def test_an_unknown_flag_is_exit_code_2(tmp_path: Path) -> None:
     result = run(["-m", "scripts.report", "--nonsense"], tmp_path)
     assert result.returncode == 2
     assert "--nonsense" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow) for name in ("core_download", "checkpoint", "report")]
+    + ["dataset"],
+)
+def test_commands_that_were_modules_of_the_library_still_are(name: str, tmp_path: Path) -> None:
+    old, new = (run(["-m", f"{top}.{name}", "--help"], tmp_path) for top in ("nanochat", "scripts"))
+    assert old.returncode == new.returncode == 0, old.stderr
+    assert old.stdout.partition("\n\n")[2] == new.stdout.partition("\n\n")[2] != ""
