@@ -190,8 +190,8 @@ def declare(run: str, count: int, extend_to: int | None = None) -> Path:
     config = files.read_json(files.run_dir(run) / "config.json")
     path, said = _declaration_of(config), {"runs": count, "extend_to": extend_to}
     if path.exists():
-        if files.read_json(path) != said:
-            raise UserError(f"{path}: {files.read_json(path)} was declared for this configuration. It stays.")
+        if (before := files.read_json(path)) != said:
+            raise UserError(f"{path}: {before} was declared for this configuration. It stays.")
         return path
     if ended := [
         name for name in runs_of(configuration(config)) if (files.run_dir(name) / "summary.json").exists()

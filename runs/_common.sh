@@ -217,7 +217,10 @@ shards_needed() { # CORPUS NPROC TRAIN_FLAG...
 import math
 import sys
 
-from nanochat.config import arguments as config, plan as scaling; from nanochat.common import errors; from nanochat.data import hub
+from nanochat.common import errors
+from nanochat.config import arguments as config
+from nanochat.config import plan as scaling
+from nanochat.data import hub
 
 
 @errors.cli

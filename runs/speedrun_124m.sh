@@ -14,8 +14,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/_common.sh"
 
 NPROC=${NPROC:-$(count_gpus)}   # GPUs
 RUN=${RUN:-speedrun-124m}       # the runs are called RUN-s<seed>
-SEEDS=${SEEDS:-0}
-read -r -a SEED_LIST <<<"$SEEDS"
+read -r -a SEED_LIST <<<"${SEEDS:-0}"
 CORPUS=fineweb10B-gpt2
 TRAIN=(--recipe speedrun-124m --depth 12 "$@" --corpus "$CORPUS")
 

@@ -25,7 +25,7 @@ VAL = HUB_CORPORA["fineweb-edu"].val_shard
 
 # The command a user types, but with short waits before another attempt.
 COMMAND = (
-    "import sys; from nanochat.data import corpus as dataset, hub\n"
+    "import sys; from nanochat.data import hub\n"
     "hub.Hub.__init__.__defaults__ = ([float(x) for x in sys.argv.pop(1).split(',')],)\n"
     "from scripts.dataset import main; main()"
 )

@@ -132,7 +132,7 @@ def test_a_smaller_plan_lists_fewer_shards_and_the_larger_one_fetches_nothing_ag
 
 def test_a_disk_that_is_too_small_is_said_before_anything_is_fetched(hub: Hub, base_dir: Path) -> None:
     code = (
-        "import sys; from nanochat.data import corpus as dataset; from nanochat.common import files\n"
+        "import sys; from nanochat.common import files\n"
         "files.free_bytes = lambda path: 1 << 20\n"
         "from scripts.dataset import main; main()"
     )

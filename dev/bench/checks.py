@@ -22,12 +22,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from dev.bench.loader import prepare
+from dev.bench.loader import corpus_of, prepare, write_stdlib
 from nanochat.common import checksums, files
-from nanochat.data import parquet_shards as shards
-from nanochat.data import sources as corpora
 from nanochat.data import token_shards
-from nanochat.data.corpus import Corpus
 from nanochat.data.train_loader import TrainLoader
 from nanochat.distributed.world import World
 from nanochat.tokenizer.tokenizer import Tokenizer
@@ -45,14 +42,6 @@ class Ids:
     """What the loader asks of a vocabulary whose shards are ids already."""
 
     vocab_size, bos_id = GPT2_VOCAB, GPT2_BOS
-
-
-def corpus_of(folder: Path, suffix: str) -> Corpus:
-    """The shards of a folder; the last is validation."""
-    paths = sorted(folder.glob(f"*{suffix}"))
-    splits = ["train"] * (len(paths) - 1) + ["val"]
-    members = [shards.describe(path, split) for path, split in zip(paths, splits, strict=True)]
-    return Corpus(folder, "bench", "local files", members)
 
 
 def make_tokens(folder: Path) -> None:
@@ -136,10 +125,8 @@ def main() -> None:
         scratch = Path(temporary)
         texts = args.files or scratch
         if args.files is None:
-            train, val = corpora.stdlib_documents()
-            shards.write_shards(train, texts, "train", 0)
-            shards.write_shards(val, texts, "val", 99999)
-        prepare(scratch / "tokenizer", corpus_of(texts, ".parquet"))
+            write_stdlib(texts)
+        prepare(scratch / "tokenizer", corpus_of(texts))
         make_tokens(scratch)
         for folder, suffix in ((texts, ".parquet"), (scratch, token_shards.SUFFIX)):
             rows.append(run(folder, suffix, scratch / "tokenizer", args.rounds))

@@ -45,9 +45,9 @@ BUFFER_DOCUMENTS, BATCH_DOCUMENTS = 1000, 128  # of the reference
 UNITS = {"tokens_per_second": "tokens/s", "cropped_share": "share of tokens", "peak_memory": "bytes"}
 
 
-def corpus_of(folder: Path) -> Corpus:
-    """The parquet files of a folder; the last is validation."""
-    paths = sorted(folder.glob("*.parquet"))
+def corpus_of(folder: Path, suffix: str = ".parquet") -> Corpus:
+    """The shards of a folder; the last is validation."""
+    paths = sorted(folder.glob(f"*{suffix}"))
     splits = ["train"] * (len(paths) - 1) + ["val"]
     members = [shards.describe(path, split) for path, split in zip(paths, splits, strict=True)]
     return Corpus(folder, "bench", "local files", members)
@@ -190,6 +190,13 @@ def run(folder: Path, tokenizer_folder: Path, rounds: int) -> list[dict[str, Any
     ]
 
 
+def write_stdlib(folder: Path) -> None:
+    """Python's own sources as shards, where no others are named."""
+    train, val = corpora.stdlib_documents()
+    shards.write_shards(train, folder, "train", 0)
+    shards.write_shards(val, folder, "val", 99999)
+
+
 def prepare(folder: Path, corpus: Corpus) -> None:
     """Train the vocabulary that both use."""
     texts = tok_train.columns(corpus, max_chars=TRAIN_CHARS, doc_cap=10_000)
@@ -213,9 +220,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.files or Path(temporary)
         if args.files is None:
-            train, val = corpora.stdlib_documents()
-            shards.write_shards(train, folder, "train", 0)
-            shards.write_shards(val, folder, "val", 99999)
+            write_stdlib(folder)
         prepare(Path(temporary) / "tokenizer", corpus_of(folder))
         rows = run(folder, Path(temporary) / "tokenizer", args.rounds)
     print(f"{'metric':24}{'ours':>14}{'reference':>14}{'ratio':>8}  unit")

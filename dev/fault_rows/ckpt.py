@@ -472,7 +472,8 @@ def t59(box: Box) -> None:
     ]
     code = """
 import sys, torch
-from nanochat.checkpoint import state as checkpoint; from nanochat.common import errors
+from nanochat.checkpoint import state as checkpoint
+from nanochat.common import errors
 from nanochat.common.machine import Precision
 try:
     checkpoint.load_model("r", 12, device=torch.device("cpu"), precision=Precision(torch.float32, "sdpa"))

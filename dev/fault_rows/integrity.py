@@ -20,7 +20,8 @@ from dev.fault_box import TINY, Box, Skip, expect_error, expect_ok, row, wait_un
 MAKE_FOREIGN = """
 import sys
 import numpy as np, pyarrow as pa, pyarrow.parquet as pq
-from nanochat.common import files; from nanochat.data import parquet_shards as shards
+from nanochat.common import files
+from nanochat.data import parquet_shards as shards
 from nanochat.data.corpus import Corpus
 from nanochat.tokenizer.tokenizer import Tokenizer
 
