@@ -13,7 +13,7 @@ from dev import stats
 from dev.experiment_file import Experiment
 from dev.stats import Comparison, Scatter
 from nanochat.common import files, jsonl
-from nanochat.evaluation.core import statistics as core_stats
+from nanochat.evaluation.core import statistics as core_statistics
 
 ENDED = ("finished", "target_reached")  # the latter with --target-loss
 
@@ -162,7 +162,7 @@ def collect(experiment: Experiment) -> Outcome:
         target = max(result.bpb for result in first.values())
     final = [{seed: result.bpb for seed, result in each.items()} for each in results.values()]
     compared = [None, *(stats.paired(final[0], each) for each in final[1:])]
-    adjusted = core_stats.holm([math.nan if each is None else each.p for each in compared])
+    adjusted = core_statistics.holm([math.nan if each is None else each.p for each in compared])
     rows = []
     for (name, found), comparison, p in zip(results.items(), compared, adjusted, strict=True):
         reached = [result.to_target(target) for result in found.values() if target is not None]

@@ -29,8 +29,8 @@ from typing import Any
 
 from nanochat.common import files
 from nanochat.common.errors import UserError, cli
-from nanochat.data import corpus as dataset
-from nanochat.data import sources as corpora
+from nanochat.data import sources
+from nanochat.data.corpus import Corpus, summary, write_corpus
 
 DIGEST_BYTES = 16
 HEADER = struct.Struct(f"<{DIGEST_BYTES}sQ")  # of a document in a bucket: its digest, its bytes
@@ -52,7 +52,7 @@ class Source:
     def documents(self, part: int, parts: int) -> Iterator[str]:
         """The documents of one of so many parts."""
         if self.paths:
-            return corpora.local_documents(self.paths[part::parts])
+            return sources.local_documents(self.paths[part::parts])
         return self._streamed(part, parts)
 
     def _streamed(self, part: int, parts: int) -> Iterator[str]:
@@ -68,7 +68,7 @@ class Source:
             if not isinstance(text, str | None):
                 raise UserError(f"{self.dataset}: column {self.column!r} holds {type(text).__name__}.")
             if text and text.strip():
-                yield from corpora.split_text(text, corpora.MAX_DOCUMENT_CHARS)
+                yield from sources.split_text(text, sources.MAX_DOCUMENT_CHARS)
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ def repackage(
     val_documents: int = 10_000,
     workers: int = 1,
     use_ray: bool = False,
-) -> dataset.Corpus:
+) -> Corpus:
     """Make the corpus `name`.
 
     Args:
@@ -178,12 +178,12 @@ def repackage(
         print(f"{count:,} documents in {buckets} buckets; sorting and writing them", flush=True)
         documents = spill.read()
         val = _held_out(documents, min(val_documents, max(1, count // 100)))
-        dataset.write_corpus(folder, f"repackaged with seed {seed} from {what}", documents, val)
+        write_corpus(folder, f"repackaged with seed {seed} from {what}", documents, val)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    corpus = dataset.Corpus.open(name)
+    corpus = Corpus.open(name)
     kept = sum(shard.documents for shard in corpus.shards)
-    print(f"{dataset.summary(corpus)}; {count - kept:,} duplicates dropped")
+    print(f"{summary(corpus)}; {count - kept:,} duplicates dropped")
     return corpus
 
 
@@ -219,7 +219,7 @@ def main() -> None:
         raise UserError("name the text with --files or with --dataset.")
     if min(args.buckets, args.workers, args.val_documents) < 1 or args.seed < 0:
         raise UserError("--buckets, --workers and --val-documents: expected 1 or more; --seed: 0 or more.")
-    paths = tuple(corpora.find_files(args.files, "")[0]) if args.files else ()
+    paths = tuple(sources.find_files(args.files, "")[0]) if args.files else ()
     repackage(
         Source(paths, args.dataset, args.config, args.split, args.column),
         args.name,

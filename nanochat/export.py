@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanochat.checkpoint import format as checkpoint_files
-from nanochat.checkpoint import state as checkpoint
+from nanochat.checkpoint import format as checkpoint_format
+from nanochat.checkpoint import state as checkpoint_state
 from nanochat.common import files
 from nanochat.common.errors import UserError
 from nanochat.common.machine import Precision
@@ -37,7 +37,7 @@ def run(args: ExportArgs) -> Path:
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise UserError(f"{folder}: exists already. Remove it, or name another folder with --out.")
     precision = Precision(torch.float32, "sdpa")
-    model, tokenizer, meta = checkpoint.load_model(
+    model, tokenizer, meta = checkpoint_state.load_model(
         args.run, args.step, device=torch.device("cpu"), precision=precision
     )
     write_hf(model, tokenizer, folder)
@@ -63,7 +63,7 @@ def write_hf(model: GPT, tokenizer: Tokenizer, folder: Path) -> None:
             "modeling_nanochat.py knows softmax only. Use scripts.generate and scripts.base_eval with it."
         )
     with files.atomic_dir(folder) as temporary:
-        checkpoint_files.save_tensors(temporary / "model.safetensors", _weights(model), {"format": "pt"})
+        checkpoint_format.save_tensors(temporary / "model.safetensors", _weights(model), {"format": "pt"})
         files.write_json(temporary / "config.json", _config(model.config, tokenizer))
         files.write_json(temporary / "generation_config.json", _generation(tokenizer))
         _write_tokenizer(tokenizer, model.config, temporary)

@@ -313,7 +313,7 @@ def _core_chart(tasks: dict[str, Any]) -> str:
                 centre(GPT2_ACCURACY[label][place], 100 * baseline)
                 for label, baseline in zip(tasks, baselines, strict=True)
             ]
-    label = "centered accuracy: 0 is guessing, 1 is perfect; bars of one standard error"
+    label = "centered accuracy: 0 is random baseline, 1 is perfect; bars of one standard error"
     return charts.bar_chart("core", list(tasks), values, spread, label, marks)
 
 
@@ -353,7 +353,7 @@ def _commonest_answers(predictions: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def _task_table(tasks: dict[str, Any], commonest: dict[str, float]) -> str:
-    head = ["task", "type", "shots", "examples", "accuracy", "std. error", "guessing", "centered"]
+    head = ["task", "type", "shots", "examples", "accuracy", "std. error", "random baseline", "centered"]
     if commonest:
         head.append("commonest answer")
     rows = []

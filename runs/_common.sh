@@ -218,17 +218,17 @@ import math
 import sys
 
 from nanochat.common import errors
-from nanochat.config import arguments as config
-from nanochat.config import plan as scaling
+from nanochat.config import arguments
+from nanochat.config import plan as planning
 from nanochat.data import hub
 
 
 @errors.cli
 def main() -> None:
     corpus, ranks, *flags = sys.argv[1:]
-    args, remote = config.parse(config.TrainArgs, flags), hub.HUB_CORPORA[corpus]
+    args, remote = arguments.parse(arguments.TrainArgs, flags), hub.HUB_CORPORA[corpus]
     vocab_size = 50265 if remote.vocabulary else 32768
-    tokens = scaling.plan(args, vocab_size, world_size=int(ranks)).tokens
+    tokens = planning.plan(args, vocab_size, world_size=int(ranks)).tokens
     kept = 1.0 if args.keep_tails else 0.65
     needed = math.ceil(tokens / 100e6) if remote.vocabulary else max(8, math.ceil(tokens * 4.8 / kept / 250e6))
     print(min(needed, remote.last))

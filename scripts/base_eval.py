@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from nanochat.common import errors
-from nanochat.config import arguments as config
+from nanochat.config import arguments
 from nanochat.config.arguments import EvalArgs
 from nanochat.distributed import world
 from nanochat.evaluation import base_eval
@@ -12,7 +12,7 @@ from nanochat.evaluation import base_eval
 @errors.cli
 def main() -> None:
     """Parse, score."""
-    args = config.parse(EvalArgs)
+    args = arguments.parse(EvalArgs)
     with world.join(args.device_type, args.dist_timeout) as ranks:
         base_eval.main(args, ranks)
 

@@ -26,18 +26,18 @@ def train_as_asked() -> str:
     """Parse, plan, train, report; the status of the run."""
     from nanochat import report
     from nanochat.common import files
-    from nanochat.config import arguments as config
-    from nanochat.config import plan as scaling
+    from nanochat.config import arguments
+    from nanochat.config import plan as planning
     from nanochat.config.arguments import TrainArgs
     from nanochat.data.corpus import Corpus
     from nanochat.distributed import world
-    from nanochat.model import attention_backends as backends
+    from nanochat.model import attention_backends
     from nanochat.model.attention_autotune import AttentionShape
     from nanochat.tokenizer.tokenizer import Tokenizer
-    from nanochat.train import run as train
+    from nanochat.train import run as train_run
     from nanochat.train import small_text
 
-    args = config.parse(TrainArgs)
+    args = arguments.parse(TrainArgs)
     with world.join(args.device_type, args.dist_timeout) as ranks:
         tokenizer = Tokenizer.load(files.tokenizer_dir(args.tokenizer_name))
         corpus = small_text.planned_corpus(args.corpus) if args.dry_run else Corpus.open(args.corpus)
@@ -46,12 +46,12 @@ def train_as_asked() -> str:
             ranks.print0(json.dumps(plan.to_dict(), indent=2))
             return "planned"
         shape = AttentionShape.of(plan.model, plan.model.document_mask)
-        precision, reason = backends.choose_precision(
+        precision, reason = attention_backends.choose_precision(
             ranks.device, args.dtype, args.attention, args.fp8, shape, ranks
         )
-        for line in (reason, *scaling.describe(plan), *plan.notices):
+        for line in (reason, *planning.describe(plan), *plan.notices):
             ranks.print0(line)
-        summary = train.run(plan, corpus, tokenizer, precision, ranks)
+        summary = train_run.run(plan, corpus, tokenizer, precision, ranks)
         status = str(summary["status"])
         if ranks.is_main:
             ended = status.replace("_", " ")

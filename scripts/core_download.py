@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from nanochat.common import errors
-from nanochat.config import arguments as config
+from nanochat.config import arguments
 from nanochat.evaluation.core.download import BUNDLE_URL, SHA256, fetch
 
 
 @errors.cli
 def main() -> None:
     """Fetch the CORE tasks."""
-    args = config.parse(config.CoreDownloadArgs)
+    args = arguments.parse(arguments.CoreDownloadArgs)
     folder = fetch(args.url or BUNDLE_URL)
     print(f"{folder}: {len(SHA256)} files, all verified")
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from nanochat.common import errors, files
 from nanochat.common.errors import UserError
-from nanochat.config import arguments as config
+from nanochat.config import arguments
 from nanochat.data.corpus import MANIFEST, Corpus, prepare, summary, verify_all
 
 
 @errors.cli
 def main() -> None:
     """Make, verify or list corpora."""
-    args = config.parse(config.DatasetArgs)
+    args = arguments.parse(arguments.DatasetArgs)
     damaged: list[str] = []
     if args.list:
         for manifest in sorted(files.data_dir("any").parent.glob(f"*/{MANIFEST}")):

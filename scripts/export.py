@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from nanochat import export
 from nanochat.common import errors
-from nanochat.config import arguments as config
+from nanochat.config import arguments
 from nanochat.config.arguments import ExportArgs
 
 
 @errors.cli
 def main() -> None:
     """Parse, export."""
-    export.run(config.parse(ExportArgs))
+    export.run(arguments.parse(ExportArgs))
 
 
 if __name__ == "__main__":

@@ -5,29 +5,28 @@ from __future__ import annotations
 from collections import defaultdict, deque
 from collections.abc import Iterator
 
-from nanochat.checkpoint import state as checkpoint
-from nanochat.common import console, errors
-from nanochat.common import machine as hardware
+from nanochat.checkpoint import state as checkpoint_state
+from nanochat.common import console, errors, machine
 from nanochat.common.errors import UserError
 from nanochat.common.progress import printable
-from nanochat.config import arguments as config
+from nanochat.config import arguments
 from nanochat.config.arguments import GenerateArgs
 from nanochat.engine import Completion, Engine, Sampling
-from nanochat.model import attention_backends as backends
+from nanochat.model import attention_backends
 
 
 @errors.cli
 def main() -> None:
     """Parse, load, continue: one prompt as a stream, several together."""
-    args = config.parse(GenerateArgs)
+    args = arguments.parse(GenerateArgs)
     if not args.run or not args.prompt:
         raise UserError(
             'name a run and give a prompt: python -m scripts.generate --run d12 "Once upon a time"'
         )
     sampling = Sampling(args.max_new_tokens, args.temperature, args.top_k, args.seed)
-    device = hardware.detect_device(args.device_type)
-    precision, _ = backends.choose_precision(device, args.dtype, args.attention)
-    model, tokenizer, _ = checkpoint.load_model(args.run, args.step, device=device, precision=precision)
+    device = machine.detect_device(args.device_type)
+    precision, _ = attention_backends.choose_precision(device, args.dtype, args.attention)
+    model, tokenizer, _ = checkpoint_state.load_model(args.run, args.step, device=device, precision=precision)
     engine = Engine(model, tokenizer)
     prompts = [engine.encode(prompt) for prompt in args.prompt]
     if len(prompts) == 1 and args.num_samples == 1:

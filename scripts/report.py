@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from nanochat.common import errors
-from nanochat.config import arguments as config
+from nanochat.config import arguments
 from nanochat.report import write_report
 
 
 @errors.cli
 def main() -> None:
     """Make the report of a run again."""
-    args = config.parse(config.ReportArgs)
+    args = arguments.parse(arguments.ReportArgs)
     print(write_report(args.run))
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from nanochat.common import errors, files
 from nanochat.common.errors import UserError
-from nanochat.config import arguments as config
+from nanochat.config import arguments
 from nanochat.config.arguments import TokTrainArgs
-from nanochat.data import tokenizer_texts as tok_train
+from nanochat.data import tokenizer_texts
 from nanochat.data.corpus import Corpus
 from nanochat.tokenizer.tokenizer import Tokenizer
 
@@ -14,7 +14,7 @@ from nanochat.tokenizer.tokenizer import Tokenizer
 @errors.cli
 def main() -> None:
     """Read the corpus, train, save, say how well it compresses."""
-    args = config.parse(TokTrainArgs)
+    args = arguments.parse(TokTrainArgs)
     folder = files.tokenizer_dir(args.name or args.corpus)
     if (folder / "tokenizer.json").exists() and not args.overwrite:
         tokenizer = Tokenizer.load(folder)
@@ -27,7 +27,7 @@ def main() -> None:
         return
     corpus = Corpus.open(args.corpus)
     files.require_writable(folder)
-    tokenizer = tok_train.train(corpus, args)
+    tokenizer = tokenizer_texts.train(corpus, args)
     tokenizer.save(folder)
     print(folder)
     sample = corpus.read_block(corpus.val_shards[0], 0)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanochat.common import machine as hardware
+from nanochat.common import machine
 from tests.reliability.figures import Figure, close
 
 REPO = Path(__file__).resolve().parents[1]
@@ -57,9 +57,9 @@ def quick_start(monkeypatch: pytest.MonkeyPatch) -> None:
     The machine is measured by a small product, not for 0.8 s by a large one; and what pytest holds, once put
     aside from the garbage collector, is not looked through again by every run.
     """
-    measured = hardware.measured_flops_per_s
+    measured = machine.measured_flops_per_s
     monkeypatch.setattr(
-        hardware, "measured_flops_per_s", lambda device, dtype, size=0: measured(device, dtype, 128, 0.0)
+        machine, "measured_flops_per_s", lambda device, dtype, size=0: measured(device, dtype, 128, 0.0)
     )
     monkeypatch.setattr(gc, "unfreeze", lambda: None)
 

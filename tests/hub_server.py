@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from nanochat.data import parquet_shards as shards
+from nanochat.data import parquet_shards
 from nanochat.data.hub import HUB_CORPORA
 
 REPO = HUB_CORPORA["fineweb-edu"].repo
@@ -264,7 +264,7 @@ def running(folder: Path, names: list[str], documents: int = 1500) -> Iterator[H
     contents = {}
     for name in names:
         texts = (text_of(name, i) for i in range(documents))
-        [written] = shards.write_shards(texts, folder, "train", 0)
+        [written] = parquet_shards.write_shards(texts, folder, "train", 0)
         contents[name] = (folder / written.name).read_bytes()
     hub = Hub(contents)
     try:

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from nanochat.common import files
 from nanochat.common.checksums import ChecksummedFile
-from nanochat.data import parquet_shards as shards
+from nanochat.data import parquet_shards
 from nanochat.data.corpus import Corpus
 from tests.token_files import make_corpus
 
@@ -21,7 +21,7 @@ KINDS = ("zstd", "snappy", "none", "tokens")  # parquet as the hub has it, by it
 
 def read_texts(path: Path, row_group: int) -> list[str]:
     """The documents of a row group of a file as it is now."""
-    texts: list[str] = shards.read_column(ChecksummedFile(path), row_group).to_pylist()
+    texts: list[str] = parquet_shards.read_column(ChecksummedFile(path), row_group).to_pylist()
     return texts
 
 
@@ -74,6 +74,6 @@ def foreign_corpus(kind: str, name: str = "fineweb-edu") -> Corpus:
     for index, (split, count) in enumerate((("train", 600), ("val", 50))):
         path = folder / f"shard_{index:05d}.parquet"
         write_like_the_hub(path, documents_of(count, 1000 * index), kind)
-        members.append(shards.describe(path, split))
+        members.append(parquet_shards.describe(path, split))
     Corpus(folder, name, "karpathy/fineweb-edu-100b-shuffle@x", members).write_manifest(folder)
     return Corpus.open(name)

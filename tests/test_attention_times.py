@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanochat.common import files
-from nanochat.config import plan as scaling
+from nanochat.config import plan as planning
 from nanochat.config.arguments import TrainArgs
 from nanochat.distributed.world import World
 from nanochat.model.attention import attention_reference
@@ -52,13 +52,13 @@ def cached():
 
 
 def test_candidates_are_measured_once_and_the_measurement_is_kept():
-    name, reason = fastest(("reference", "sdpa"), cpu_milliseconds, "here", World.solo())
+    name, reason = fastest(("reference", "sdpa"), cpu_milliseconds, "here", World.single_process())
     times = cached()["here"]
     assert name == min(times, key=times.get)
     assert set(times) == {"reference", "sdpa"}
     assert all(f"{who} {ms:.2f} ms" in reason for who, ms in times.items())
     assert "now cached" in reason
-    again, reason = fastest(("reference", "sdpa"), never, "here", World.solo())
+    again, reason = fastest(("reference", "sdpa"), never, "here", World.single_process())
     assert again == name
     assert reason.endswith("measured on this GPU; cached")
 
@@ -66,7 +66,7 @@ def test_candidates_are_measured_once_and_the_measurement_is_kept():
 def test_a_candidate_that_raises_is_left_out_with_what_it_says_and_tried_again():
     """On a CPU, flex has no backward pass and the package of fa2 is absent."""
     for _ in range(2):
-        name, reason = fastest(("fa2", "flex", "sdpa"), cpu_milliseconds, "here", World.solo())
+        name, reason = fastest(("fa2", "flex", "sdpa"), cpu_milliseconds, "here", World.single_process())
         assert name == "sdpa"
         assert "fa2 left out: ModuleNotFoundError: No module named 'flash_attn'" in reason
         assert "flex left out: NotImplementedError: FlexAttention does not support backward on CPU" in reason
@@ -76,7 +76,7 @@ def test_a_candidate_that_raises_is_left_out_with_what_it_says_and_tried_again()
 
 
 def test_where_none_can_be_measured_the_first_is_taken():
-    name, reason = fastest(("fa2", "flex"), cpu_milliseconds, "here", World.solo())
+    name, reason = fastest(("fa2", "flex"), cpu_milliseconds, "here", World.single_process())
     assert name == "fa2"
     assert reason.startswith("none could be measured; fa2 left out: ")
 
@@ -88,23 +88,23 @@ def test_the_least_time_is_chosen(times, random):
     took = dict(zip(names, times, strict=True))
     key = f"{took}"
     for clock in (took.__getitem__, never):
-        name, _ = fastest(names, clock, key, World.solo())
+        name, _ = fastest(names, clock, key, World.single_process())
         assert took[name] == min(times)
 
 
 def test_another_measurement_leaves_those_before_it():
     times = {"flex": 1.0, "sdpa": 2.0}
-    fastest(TWO, times.__getitem__, "one", World.solo())
-    fastest(TWO, {"flex": 4.0, "sdpa": 3.0}.__getitem__, "two", World.solo())
+    fastest(TWO, times.__getitem__, "one", World.single_process())
+    fastest(TWO, {"flex": 4.0, "sdpa": 3.0}.__getitem__, "two", World.single_process())
     assert cached() == {"one": times, "two": {"flex": 4.0, "sdpa": 3.0}}
-    assert fastest(TWO, never, "one", World.solo())[0] == "flex"
-    assert fastest(TWO, never, "two", World.solo())[0] == "sdpa"
+    assert fastest(TWO, never, "one", World.single_process())[0] == "flex"
+    assert fastest(TWO, never, "two", World.single_process())[0] == "sdpa"
 
 
 def test_a_candidate_that_has_no_time_yet_means_a_new_measurement():
-    fastest(TWO, {"flex": 1.0, "sdpa": 2.0}.__getitem__, "here", World.solo())
+    fastest(TWO, {"flex": 1.0, "sdpa": 2.0}.__getitem__, "here", World.single_process())
     more = {"fa2": 0.5, "flex": 1.0, "sdpa": 2.0}
-    assert fastest(tuple(more), more.__getitem__, "here", World.solo())[0] == "fa2"
+    assert fastest(tuple(more), more.__getitem__, "here", World.single_process())[0] == "fa2"
     assert cached() == {"here": more}
 
 
@@ -131,7 +131,7 @@ def test_a_damaged_file_is_passed_over_and_made_anew(content):
     path.parent.mkdir(parents=True)
     path.write_bytes(content)
     times = {"flex": 4.0, "sdpa": 3.0}
-    name, reason = fastest(TWO, times.__getitem__, "here", World.solo())
+    name, reason = fastest(TWO, times.__getitem__, "here", World.single_process())
     assert name == "sdpa"
     assert f"{path} is damaged" in reason
     assert "\n" not in reason
@@ -140,7 +140,7 @@ def test_a_damaged_file_is_passed_over_and_made_anew(content):
 
 def test_where_nothing_can_be_written_the_choice_stands_and_a_notice_says_so(base_dir):
     base_dir.write_text("a file where the folder should be")
-    name, reason = fastest(TWO, {"flex": 4.0, "sdpa": 3.0}.__getitem__, "here", World.solo())
+    name, reason = fastest(TWO, {"flex": 4.0, "sdpa": 3.0}.__getitem__, "here", World.single_process())
     assert name == "sdpa"
     assert f"{files.attention_times_file()} could not be written (" in reason
     assert "not cached" in reason
@@ -148,7 +148,7 @@ def test_where_nothing_can_be_written_the_choice_stands_and_a_notice_says_so(bas
 
 def test_a_folder_in_the_place_of_the_file_is_no_error():
     files.attention_times_file().mkdir(parents=True)
-    name, reason = fastest(TWO, {"flex": 4.0, "sdpa": 3.0}.__getitem__, "here", World.solo())
+    name, reason = fastest(TWO, {"flex": 4.0, "sdpa": 3.0}.__getitem__, "here", World.single_process())
     assert name == "sdpa"
     assert "is damaged" in reason
     assert "could not be written" in reason
@@ -178,7 +178,7 @@ def test_each_part_of_what_is_measured_makes_another_key():
 
 
 def test_the_shape_is_that_of_most_layers():
-    model = scaling.plan(TrainArgs(depth=12), 32768).model
+    model = planning.plan(TrainArgs(depth=12), 32768).model
     shape = AttentionShape.of(model, documents=True)
     assert shape == AttentionShape(6, 6, 128, 2048, 512, True)
 
@@ -201,7 +201,7 @@ def test_the_measurement_leaves_the_random_numbers_of_the_run_alone():
 
 
 def test_where_one_backend_is_possible_nothing_is_measured():
-    precision, line = choose_precision(CPU, shape=SHAPE, world=World.solo())
+    precision, line = choose_precision(CPU, shape=SHAPE, world=World.single_process())
     assert precision.attention == "sdpa"
     assert "needs a CUDA GPU" in line
     assert not files.attention_times_file().exists()

@@ -10,20 +10,20 @@ import torch
 
 import scripts.base_eval
 import scripts.generate
-from nanochat.checkpoint import state as checkpoint
+from nanochat.checkpoint import state as checkpoint_state
 from nanochat.common import files
 from nanochat.common.errors import UserError
 from nanochat.common.machine import Precision
-from nanochat.config import plan as scaling
+from nanochat.config import plan as planning
 from nanochat.config.arguments import EvalArgs
-from nanochat.data import corpus as dataset
+from nanochat.data import corpus as corpus_module
 from nanochat.data.train_loader import ValBatches
 from nanochat.distributed.world import World
 from nanochat.evaluation import base_eval
 from nanochat.evaluation.bits_per_byte import evaluate
 from nanochat.evaluation.core.bundle import Bundle
 from nanochat.tokenizer.tokenizer import Tokenizer
-from nanochat.train import run as train
+from nanochat.train import run as train_run
 from tests.conftest import REPO
 from tests.tiny import tiny_args, tokenizer_named, write_text
 
@@ -37,17 +37,17 @@ SUITE = {
 @pytest.fixture
 def state(base_dir, tmp_path):
     """A run whose weights are random and whose checkpoint is of step 7."""
-    corpus = dataset.prepare("local", named_files=[str(write_text(tmp_path / "text"))])
+    corpus = corpus_module.prepare("local", named_files=[str(write_text(tmp_path / "text"))])
     tokenizer = tokenizer_named("local")
-    plan = scaling.plan(tiny_args(), tokenizer.vocab_size, 1)
-    world = World.solo()
-    state = train.create_state(plan, corpus, tokenizer, Precision(torch.float32, "sdpa"), world)
+    plan = planning.plan(tiny_args(), tokenizer.vocab_size, 1)
+    world = World.single_process()
+    state = train_run.create_state(plan, corpus, tokenizer, Precision(torch.float32, "sdpa"), world)
     with torch.no_grad():
         for parameter in state.model.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)) * 0.1)
     state.step = 7
     fingerprints = {"corpus": corpus.fingerprint, "tokenizer": tokenizer.fingerprint}
-    snapshot = checkpoint.take(state, plan, fingerprints, world)
+    snapshot = checkpoint_state.snapshot(state, plan, fingerprints, world)
     assert snapshot is not None
     snapshot.write()
     state.expected = evaluate(
@@ -75,7 +75,7 @@ def test_a_checkpoint_is_scored_into_the_files_of_its_run(state, monkeypatch, ca
     monkeypatch.setattr(
         "nanochat.evaluation.core.evaluate.find_bundle", lambda where: Bundle.from_texts(where, SUITE)
     )
-    found = base_eval.run(args(eval_bundle="pets"), World.solo())
+    found = base_eval.run(args(eval_bundle="pets"), World.single_process())
     folder = files.run_dir("tiny")
     assert files.read_json(folder / "base_eval.json") == json.loads(json.dumps(found))
     assert (found["step"], found["bundle"], found["tasks"]["pets"]["examples"]) == (7, "pets", 6)
@@ -101,13 +101,13 @@ def test_a_checkpoint_is_scored_into_the_files_of_its_run(state, monkeypatch, ca
 
 
 def test_only_what_is_asked_for_is_done(state):
-    found = base_eval.run(args(eval="bpb"), World.solo())
+    found = base_eval.run(args(eval="bpb"), World.single_process())
     assert (found["core_metric"], found["tasks"], found["samples"]) == (None, {}, [])
     assert not (files.run_dir("tiny") / "core_predictions.jsonl").exists()
 
 
 def score(eval_parts, **changes):
-    return base_eval.run(args(eval=eval_parts, eval_bundle="pets", **changes), World.solo())
+    return base_eval.run(args(eval=eval_parts, eval_bundle="pets", **changes), World.single_process())
 
 
 @pytest.fixture
@@ -131,15 +131,15 @@ def test_a_part_that_was_not_asked_for_keeps_what_it_had(state, pets):
 
 def another_checkpoint(step):
     """Step 7 again, as that of another step with other weights."""
-    folder = checkpoint.checkpoint_files.folder_of("tiny", 7)
+    folder = checkpoint_state.checkpoint_format.folder_of("tiny", 7)
     meta = files.read_json(folder / "state.json")
-    tensors = checkpoint.checkpoint_files.read_tensors(folder / "model.safetensors")
-    optimizer = checkpoint.checkpoint_files.read_tensors(folder / "optimizer.safetensors")
+    tensors = checkpoint_state.checkpoint_format.read_tensors(folder / "model.safetensors")
+    optimizer = checkpoint_state.checkpoint_format.read_tensors(folder / "optimizer.safetensors")
     first = next(iter(tensors))
     tensors[first] = tensors[first] + 0.01
     meta = {name: value for name, value in meta.items() if name not in ("format", "made_by")} | {"step": step}
-    other = checkpoint.checkpoint_files.folder_of("tiny", step)
-    checkpoint.checkpoint_files.Snapshot(other, tensors, optimizer, meta).write()
+    other = checkpoint_state.checkpoint_format.folder_of("tiny", step)
+    checkpoint_state.checkpoint_format.Snapshot(other, tensors, optimizer, meta).write()
 
 
 def test_scores_of_another_step_are_set_aside_and_come_back(state, pets, capsys):
@@ -159,10 +159,10 @@ def test_scores_of_another_step_are_set_aside_and_come_back(state, pets, capsys)
 def test_scores_of_other_weights_at_the_same_step_are_not_mixed(state, pets):
     score("core")
     shutil.rmtree(
-        checkpoint.checkpoint_files.folder_of("tiny", 7).with_name("step_000009"), ignore_errors=True
+        checkpoint_state.checkpoint_format.folder_of("tiny", 7).with_name("step_000009"), ignore_errors=True
     )
     another_checkpoint(9)
-    folder = checkpoint.checkpoint_files.folder_of("tiny", 9)
+    folder = checkpoint_state.checkpoint_format.folder_of("tiny", 9)
     path = files.run_dir("tiny") / "base_eval.json"
     files.write_json(path, files.read_json(path) | {"step": 9})  # trained anew to the same step
     assert score("sample", step=9)["core_metric"] is None
@@ -244,10 +244,10 @@ def test_answers_say_their_step_and_the_scores_their_hash(state, pets):
 
 def test_weights_that_give_no_number_are_one_clear_error(state):
     state.model.head.weight.data.fill_(float("nan"))
-    corpus = dataset.Corpus.open("local")
+    corpus = corpus_module.Corpus.open("local")
     tokenizer = Tokenizer.load(files.tokenizer_dir("local"))
     with pytest.raises(UserError, match="train is not a number"):
-        base_eval._score_bpb(state.model, tokenizer, corpus, args(), False, World.solo())
+        base_eval._score_bpb(state.model, tokenizer, corpus, args(), False, World.single_process())
 
 
 def test_requests_that_cannot_be_met_are_one_clear_error(base_dir):
@@ -258,9 +258,9 @@ def test_requests_that_cannot_be_met_are_one_clear_error(base_dir):
         ({"eval": "bpb"}, "unknown run 'tiny'"),
     ]:
         with pytest.raises(UserError, match=message):
-            base_eval.run(args(**changes), World.solo())
+            base_eval.run(args(**changes), World.single_process())
     with pytest.raises(UserError, match="--run is missing"):
-        base_eval.run(EvalArgs(), World.solo())
+        base_eval.run(EvalArgs(), World.single_process())
 
 
 def run_script(script, monkeypatch, *arguments):
@@ -310,7 +310,7 @@ def test_two_ranks_find_what_one_finds(state, base_dir):
     for batch_tokens in (64, 16384):
         base_eval.run(
             args(eval="core", eval_bundle="mini", core_metric_max_per_task=9, eval_batch_tokens=batch_tokens),
-            World.solo(),
+            World.single_process(),
         )
         alone[batch_tokens] = predictions_of("tiny")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]

@@ -7,7 +7,7 @@ import torch
 
 from nanochat import export
 from nanochat.common.errors import UserError
-from nanochat.config import plan as scaling
+from nanochat.config import plan as planning
 from nanochat.config.arguments import ExportArgs, TrainArgs
 from nanochat.config.model_config import count_params, flops_per_token
 from nanochat.config.plan import model_config
@@ -84,7 +84,7 @@ def test_the_plan_counts_it_and_no_flop():
     assert sum(p.numel() for p in model.parameters()) == count_params(paired).total
     kinds = model.parameter_kinds()
     assert (kinds["bigram.weight"], kinds["bigram_scale"]) == ("value_embedding", "resid")
-    assert set(kinds.values()) <= scaling.plan(TrainArgs(bigram=True), 32768).groups.keys()
+    assert set(kinds.values()) <= planning.plan(TrainArgs(bigram=True), 32768).groups.keys()
 
 
 @pytest.mark.slow

@@ -18,8 +18,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from nanochat.checkpoint import format as checkpoint_files
-from nanochat.checkpoint import state as checkpoint
+from nanochat.checkpoint import format as checkpoint_format
+from nanochat.checkpoint import state as checkpoint_state
 from nanochat.common import files
 from nanochat.common.errors import UserError
 from nanochat.common.machine import Precision
@@ -44,8 +44,8 @@ def run(trained: Path, base_dir: Path) -> None:
 
 
 def test_a_checkpoint_has_its_four_files_and_retention_keeps_two() -> None:
-    assert checkpoint_files.steps_of("tiny") == [8, 12]
-    folder = checkpoint_files.folder_of("tiny", 12)
+    assert checkpoint_format.steps_of("tiny") == [8, 12]
+    folder = checkpoint_format.folder_of("tiny", 12)
     assert folder.name == "step_000012"
     assert sorted(path.name for path in folder.iterdir()) == [
         "MANIFEST.json",
@@ -57,8 +57,8 @@ def test_a_checkpoint_has_its_four_files_and_retention_keeps_two() -> None:
 
 
 def test_tensors_are_whole_and_fp32_under_their_parameter_names() -> None:
-    model, _, meta = checkpoint.load_model("tiny", device=torch.device("cpu"), precision=FP32)
-    tensors = load_file(checkpoint_files.folder_of("tiny", 12) / "model.safetensors")
+    model, _, meta = checkpoint_state.load_model("tiny", device=torch.device("cpu"), precision=FP32)
+    tensors = load_file(checkpoint_format.folder_of("tiny", 12) / "model.safetensors")
     assert {name: p.shape for name, p in model.named_parameters()} == {n: t.shape for n, t in tensors.items()}
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
     assert meta["step"] == 12
@@ -66,8 +66,8 @@ def test_tensors_are_whole_and_fp32_under_their_parameter_names() -> None:
 
 def test_a_model_that_computes_in_bf16_is_held_in_bf16_and_says_the_same() -> None:
     half = Precision(torch.bfloat16, "sdpa")
-    model, _, _ = checkpoint.load_model("tiny", device=torch.device("cpu"), precision=half)
-    masters, _, _ = checkpoint.load_model("tiny", device=torch.device("cpu"), precision=FP32)
+    model, _, _ = checkpoint_state.load_model("tiny", device=torch.device("cpu"), precision=half)
+    masters, _, _ = checkpoint_state.load_model("tiny", device=torch.device("cpu"), precision=FP32)
     cast = GPT(model.config, half)
     cast.load_state_dict(masters.state_dict())  # fp32, cast by every pass
     ids = torch.arange(8)[None]
@@ -77,9 +77,9 @@ def test_a_model_that_computes_in_bf16_is_held_in_bf16_and_says_the_same() -> No
 
 
 def test_a_loaded_model_has_no_uninitialised_buffer() -> None:
-    model, _, _ = checkpoint.load_model("tiny", device=torch.device("cpu"), precision=FP32)
+    model, _, _ = checkpoint_state.load_model("tiny", device=torch.device("cpu"), precision=FP32)
     ids = torch.arange(8)[None]
-    again, _, _ = checkpoint.load_model("tiny", device=torch.device("cpu"), precision=FP32)
+    again, _, _ = checkpoint_state.load_model("tiny", device=torch.device("cpu"), precision=FP32)
     assert torch.isfinite(model.logits(ids)).all()
     assert torch.equal(model.logits(ids), again.logits(ids))
 
@@ -91,7 +91,7 @@ def test_a_loaded_model_has_no_uninitialised_buffer() -> None:
 def test_damage_is_named_and_the_last_good_one_is_used(
     name: str, damage: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = checkpoint_files.folder_of("tiny", 12) / name
+    path = checkpoint_format.folder_of("tiny", 12) / name
     data = bytearray(path.read_bytes())
     if damage == "flip":
         rng = random.Random(name)
@@ -99,18 +99,18 @@ def test_damage_is_named_and_the_last_good_one_is_used(
     path.write_bytes({"flip": data, "truncate": data[: len(data) // 2], "empty": b""}.get(damage, data))
     if damage == "remove":
         path.unlink()
-    assert checkpoint_files.find("tiny", None) == checkpoint_files.folder_of("tiny", 8)
+    assert checkpoint_format.find("tiny", None) == checkpoint_format.folder_of("tiny", 8)
     named = "step_000012" if name == "MANIFEST.json" else name  # a wrong entry accuses the file it describes
     assert named in capsys.readouterr().out
     with pytest.raises(UserError, match=named):
-        checkpoint_files.find("tiny", 12)
+        checkpoint_format.find("tiny", 12)
 
 
 def test_all_damaged_is_an_error_not_a_new_start() -> None:
     for step in (8, 12):
-        (checkpoint_files.folder_of("tiny", step) / "model.safetensors").write_bytes(b"")
+        (checkpoint_format.folder_of("tiny", step) / "model.safetensors").write_bytes(b"")
     with pytest.raises(UserError, match="none of its 2 checkpoints is whole"):
-        checkpoint_files.find("tiny", None)
+        checkpoint_format.find("tiny", None)
 
 
 @pytest.mark.parametrize("lost", ["manifest", "folder of files"])
@@ -119,8 +119,8 @@ def test_checkpoints_that_cannot_be_told_are_no_new_start(lost: str, base_dir: P
     metrics = files.run_dir("tiny") / "metrics.jsonl"
     before = metrics.read_bytes()
     for step in (8, 12):
-        for path in list(checkpoint_files.folder_of("tiny", step).iterdir()):
-            if lost != "manifest" or path.name == checkpoint_files.MANIFEST:
+        for path in list(checkpoint_format.folder_of("tiny", step).iterdir()):
+            if lost != "manifest" or path.name == checkpoint_format.MANIFEST:
                 path.unlink()
     with pytest.raises(
         UserError, match=r"none of its 2 checkpoints is whole; of the newest: .*step_000012.*"
@@ -153,7 +153,7 @@ def test_a_folder_that_cannot_be_listed_is_no_new_start(monkeypatch: pytest.Monk
 def test_an_error_of_reading_is_damage_of_that_file(
     name: str, number: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bad, real = checkpoint_files.folder_of("tiny", 12) / name, io.open
+    bad, real = checkpoint_format.folder_of("tiny", 12) / name, io.open
 
     def opened(file: Any, *args: Any, **how: Any) -> Any:
         if file == bad:
@@ -161,22 +161,22 @@ def test_an_error_of_reading_is_damage_of_that_file(
         return real(file, *args, **how)
 
     monkeypatch.setattr(io, "open", opened)
-    assert checkpoint_files.find("tiny", None) == checkpoint_files.folder_of("tiny", 8)
+    assert checkpoint_format.find("tiny", None) == checkpoint_format.folder_of("tiny", 8)
     assert f"{bad}: cannot be read ({os.strerror(number)})" in capsys.readouterr().out
     with pytest.raises(UserError, match=name):
-        checkpoint.load_model("tiny", 12, device=torch.device("cpu"), precision=FP32)
+        checkpoint_state.load_model("tiny", 12, device=torch.device("cpu"), precision=FP32)
 
 
 @pytest.mark.parametrize("name", ["state.json", "MANIFEST.json"])
 def test_a_number_of_5000_digits_is_damage(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    path = checkpoint_files.folder_of("tiny", 12) / name
+    path = checkpoint_format.folder_of("tiny", 12) / name
     path.write_text(path.read_text().replace('"format": 1', '"format": ' + "9" * 5000))
     if name == "state.json":
         sign(path.parent)
         with pytest.raises(UserError, match="state.json"):
-            checkpoint.load_model("tiny", device=torch.device("cpu"), precision=FP32)
+            checkpoint_state.load_model("tiny", device=torch.device("cpu"), precision=FP32)
     else:
-        assert checkpoint_files.find("tiny", None) == checkpoint_files.folder_of("tiny", 8)
+        assert checkpoint_format.find("tiny", None) == checkpoint_format.folder_of("tiny", 8)
         assert name in capsys.readouterr().out
 
 
@@ -184,9 +184,9 @@ def sign(folder: Path) -> None:
     """Make the manifest fit what is there."""
     listed = {
         name: {"bytes": (folder / name).stat().st_size, "sha256": files.sha256(folder / name)}
-        for name in (checkpoint_files.MODEL, checkpoint_files.OPTIMIZER, checkpoint_files.STATE)
+        for name in (checkpoint_format.MODEL, checkpoint_format.OPTIMIZER, checkpoint_format.STATE)
     }
-    (folder / checkpoint_files.MANIFEST).write_text(json.dumps({"format": 1, "files": listed}))
+    (folder / checkpoint_format.MANIFEST).write_text(json.dumps({"format": 1, "files": listed}))
 
 
 MOMENT = "blocks.0.mlp.up.weight.momentum"
@@ -207,7 +207,7 @@ MOMENT = "blocks.0.mlp.up.weight.momentum"
     ids=["fp64", "fp16", "int64", "bool", "shape", "missing", "extra", "nan"],
 )
 def test_moments_of_another_kind_are_refused_by_the_name_of_their_file(change: Any, named: str) -> None:
-    path = checkpoint_files.folder_of("tiny", 12) / checkpoint_files.OPTIMIZER
+    path = checkpoint_format.folder_of("tiny", 12) / checkpoint_format.OPTIMIZER
     tensors = load_file(path)
     change(tensors)
     save_file(tensors, path)
@@ -225,7 +225,7 @@ def test_the_umask_decides_who_reads_a_checkpoint(umask: int) -> None:
         train_tiny(run="shared")
     finally:
         os.umask(before)
-    for path in checkpoint_files.folder_of("shared", 12).iterdir():
+    for path in checkpoint_format.folder_of("shared", 12).iterdir():
         assert path.stat().st_mode & 0o777 == 0o666 & ~umask, path.name
 
 
@@ -233,13 +233,13 @@ def test_a_reader_looks_again_where_a_trainer_has_deleted_what_it_found(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The newest goes while it is verified, the next while it is read; each time another has come."""
-    real_verify, real_read = checkpoint_files.verify, checkpoint_files.read_tensors
-    folder = checkpoint_files.folder_of
+    real_verify, real_read = checkpoint_format.verify, checkpoint_format.read_tensors
+    folder = checkpoint_format.folder_of
 
     def replace(old: int, new: int) -> None:
-        meta = files.read_json(folder("tiny", old) / checkpoint_files.STATE)
+        meta = files.read_json(folder("tiny", old) / checkpoint_format.STATE)
         shutil.move(folder("tiny", old), folder("tiny", new))
-        (folder("tiny", new) / checkpoint_files.STATE).write_text(json.dumps({**meta, "step": new}))
+        (folder("tiny", new) / checkpoint_format.STATE).write_text(json.dumps({**meta, "step": new}))
         sign(folder("tiny", new))
 
     def verify(at: Path) -> None:
@@ -253,18 +253,18 @@ def test_a_reader_looks_again_where_a_trainer_has_deleted_what_it_found(
             replace(16, 20)
         return real_read(path)
 
-    monkeypatch.setattr(checkpoint_files, "verify", verify)
-    monkeypatch.setattr(checkpoint_files, "read_tensors", read)
-    _, _, meta = checkpoint.load_model("tiny", device=torch.device("cpu"), precision=FP32)
+    monkeypatch.setattr(checkpoint_format, "verify", verify)
+    monkeypatch.setattr(checkpoint_format, "read_tensors", read)
+    _, _, meta = checkpoint_state.load_model("tiny", device=torch.device("cpu"), precision=FP32)
     assert meta["step"] == 20
     assert capsys.readouterr().out == ""
 
 
 def test_absent_step_lists_those_that_are_there() -> None:
     with pytest.raises(UserError, match=r"no checkpoint of step 5. There are: 8, 12"):
-        checkpoint_files.find("tiny", 5)
+        checkpoint_format.find("tiny", 5)
     with pytest.raises(UserError, match="unknown run 'other'.*tiny"):
-        checkpoint.load_model("other", device=torch.device("cpu"), precision=FP32)
+        checkpoint_state.load_model("other", device=torch.device("cpu"), precision=FP32)
 
 
 @pytest.mark.parametrize(
@@ -289,7 +289,7 @@ def test_another_tokenizer_is_refused() -> None:
     with pytest.raises(UserError, match="tokenizer hash: .* then, .* now"):
         train_tiny(resume="auto")
     with pytest.raises(UserError, match="is not the one that run 'tiny' was trained with"):
-        checkpoint.load_model("tiny", device=torch.device("cpu"), precision=FP32)
+        checkpoint_state.load_model("tiny", device=torch.device("cpu"), precision=FP32)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.9])
@@ -324,4 +324,4 @@ def test_a_full_disk_costs_nothing_but_the_save(share: float) -> None:
     ] == []
     assert len(warnings) <= 2  # at its first line, and at the end
     assert [path.name for path in folder.iterdir()] == ["step_000008"]
-    checkpoint_files.verify(folder / "step_000008")
+    checkpoint_format.verify(folder / "step_000008")

@@ -12,13 +12,12 @@ import pytest
 import torch
 import torch._dynamo.testing
 
-from nanochat.common import files
-from nanochat.common import machine as hardware
+from nanochat.common import files, machine
 from nanochat.common.errors import UserError
 from nanochat.common.jsonl import read_metrics
 from nanochat.config.recipes import RECIPES
-from nanochat.train import run as train
-from nanochat.train import step_metrics as reporter
+from nanochat.train import run as train_run
+from nanochat.train import step_metrics
 from tests.tiny import tiny_corpus, train_tiny
 
 CPU = torch.device("cpu")
@@ -38,23 +37,23 @@ def losses(run: str) -> list[float]:
 
 
 def test_a_cpu_is_left_uncompiled_unless_asked() -> None:
-    assert hardware.choose_compile(CPU)[0] is False
-    assert hardware.choose_compile(CPU, "off") == (False, "as asked")
-    assert hardware.choose_compile(torch.device("mps"))[0] is False
+    assert machine.choose_compile(CPU)[0] is False
+    assert machine.choose_compile(CPU, "off") == (False, "as asked")
+    assert machine.choose_compile(torch.device("mps"))[0] is False
 
 
 def test_without_a_compiler_asking_for_it_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     with pytest.raises(UserError, match="--compile=on: there is no C.. compiler"):
-        hardware.choose_compile(CPU, "on")
+        machine.choose_compile(CPU, "on")
     with pytest.raises(UserError, match="not supported on mps"):
-        hardware.choose_compile(torch.device("mps"), "on")
+        machine.choose_compile(torch.device("mps"), "on")
 
 
 def test_nothing_is_compiled_after_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
     counter = torch._dynamo.testing.CompileCounter()  # type: ignore[no-untyped-call]
     graphs = []
-    real_step = train.train_step
+    real_step = train_run.train_step
 
     def counted(*args: Any) -> Any:
         result = real_step(*args)
@@ -64,7 +63,7 @@ def test_nothing_is_compiled_after_the_first_step(monkeypatch: pytest.MonkeyPatc
     train_tiny(run="plain")
     with monkeypatch.context() as patch:
         patch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
-        patch.setattr(train, "train_step", counted)
+        patch.setattr(train_run, "train_step", counted)
         # 15 rows of validation are three whole batches and a rest: three evaluations and two samples follow.
         train_tiny(run="compiled", compile="on", eval_tokens=450, sample_every=6)
     assert graphs[0] >= 5  # the model with and without gradients; Muon's shapes
@@ -81,7 +80,7 @@ def test_windows_that_grow_are_compiled_before_the_first_step_and_that_is_no_tim
     clock = [0.0]
     counter = torch._dynamo.testing.CompileCounter()  # type: ignore[no-untyped-call]
     graphs: dict[int, int] = {}
-    real_step = train.train_step
+    real_step = train_run.train_step
 
     def counted(plan: Any, state: Any, world: Any) -> Any:
         before = counter.frame_count
@@ -94,8 +93,8 @@ def test_windows_that_grow_are_compiled_before_the_first_step_and_that_is_no_tim
     train_tiny(run="plain", **options)
     with monkeypatch.context() as patch:
         patch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
-        patch.setattr(train, "train_step", counted)
-        patch.setattr(reporter, "time", types.SimpleNamespace(perf_counter=lambda: clock[0]))
+        patch.setattr(train_run, "train_step", counted)
+        patch.setattr(step_metrics, "time", types.SimpleNamespace(perf_counter=lambda: clock[0]))
         summary = train_tiny(run="compiled", compile="on", **options)
     assert summary["train_seconds"] == pytest.approx(12.0)
     assert graphs[0] > 0

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from nanochat.common.errors import UserError
-from nanochat.config import arguments as config
+from nanochat.config import arguments
 from nanochat.config.arguments import (
     DatasetArgs,
     EvalArgs,
@@ -27,28 +27,28 @@ ALL = [TrainArgs, EvalArgs, TokTrainArgs, TokEvalArgs, DatasetArgs, GenerateArgs
 
 @pytest.mark.parametrize("cls", ALL)
 def test_no_arguments_give_the_defaults(cls: type) -> None:
-    assert config.parse(cls, []) == cls()
+    assert arguments.parse(cls, []) == cls()
 
 
 def test_flags_of_every_kind() -> None:
     line = "--depth 4 --target-flops=1e18 --keep-tails --window-pattern L --num-iterations 20 --resume auto"
-    args = config.parse(TrainArgs, shlex.split(line))
+    args = arguments.parse(TrainArgs, shlex.split(line))
     assert (args.depth, args.target_flops, args.keep_tails) == (4, 1e18, True)
     assert (args.window_pattern, args.num_iterations, args.resume) == ("L", 20, "auto")
-    assert config.parse(DatasetArgs, ["-n", "8", "--files", "a", "b"]) == DatasetArgs(
+    assert arguments.parse(DatasetArgs, ["-n", "8", "--files", "a", "b"]) == DatasetArgs(
         num_shards=8, files=("a", "b")
     )
-    assert config.parse(GenerateArgs, ["one", "two", "--run", "d4"]).prompt == ("one", "two")
+    assert arguments.parse(GenerateArgs, ["one", "two", "--run", "d4"]).prompt == ("one", "two")
 
 
 def test_the_separator_of_torchrun_is_not_a_flag() -> None:
-    assert config.parse(TrainArgs, ["--", "--run", "x"]).run == "x"
+    assert arguments.parse(TrainArgs, ["--", "--run", "x"]).run == "x"
 
 
 @pytest.mark.parametrize("argv", [["--dept", "4"], ["--depth", "four"], ["--recipe", "march"], ["stray"]])
 def test_unknown_flags_and_values_exit_with_2(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as leaving:
-        config.parse(TrainArgs, argv)
+        arguments.parse(TrainArgs, argv)
     assert leaving.value.code == 2
     assert argv[0] in capsys.readouterr().err
 
@@ -56,7 +56,7 @@ def test_unknown_flags_and_values_exit_with_2(argv: list[str], capsys: pytest.Ca
 @pytest.mark.parametrize("cls", ALL)
 def test_help_names_every_flag(cls: type, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as leaving:
-        config.parse(cls, ["--help"])
+        arguments.parse(cls, ["--help"])
     assert leaving.value.code == 0
     text = capsys.readouterr().out
     for item in dataclasses.fields(cls):
@@ -67,9 +67,9 @@ def test_help_names_every_flag(cls: type, capsys: pytest.CaptureFixture[str]) ->
 def test_arguments_survive_json(cls: type) -> None:
     stored = json.loads(json.dumps(dataclasses.asdict(cls())))
     path = Path("state.json")
-    assert config.from_dict(cls, stored, path) == cls()
+    assert arguments.from_dict(cls, stored, path) == cls()
     with pytest.raises(UserError, match=r"state\.json: 'colour'"):
-        config.from_dict(cls, {**stored, "colour": "red"}, path)
+        arguments.from_dict(cls, {**stored, "colour": "red"}, path)
 
 
 def test_names_that_follow_from_others() -> None:
@@ -88,13 +88,13 @@ def test_names_that_follow_from_others() -> None:
     ],
 )
 def test_prompts_stand_before_between_and_behind_flags(argv, prompts):
-    args = config.parse(GenerateArgs, argv)
+    args = arguments.parse(GenerateArgs, argv)
     assert (args.run, args.prompt) == ("r", prompts)
 
 
 @pytest.mark.parametrize("prompt", ["-hello", "-x", "--what"])
 def test_a_prompt_that_looks_like_a_flag_is_told_where_to_stand(prompt, capsys):
     with pytest.raises(SystemExit) as left:
-        config.parse(GenerateArgs, ["--run=r", prompt])
+        arguments.parse(GenerateArgs, ["--run=r", prompt])
     assert left.value.code == 2
     assert "after --" in capsys.readouterr().err

@@ -2,8 +2,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanochat.evaluation.core import batching as core_batches
-from nanochat.evaluation.core.batching import Family, Inputs, Span
+from nanochat.evaluation.core import batching
+from nanochat.evaluation.core.batching import Inputs, PrefixGroup, Span
 
 # Few token ids, so that prefixes, repeats and ties are common.
 ROWS = st.lists(
@@ -32,29 +32,29 @@ def test_every_span_finds_its_inputs_and_none_begins_another(rows):
 
 @given(ROWS, st.integers(0, 40), st.integers(1, 400))
 def test_families_and_batches_hold_everything_once_share_truly_and_keep_the_bound(rows, overhead, bound):
-    core_batches.MIN_SHARED, before = 2, core_batches.MIN_SHARED
+    batching.MIN_SHARED, before = 2, batching.MIN_SHARED
     try:
         inputs = Inputs.of(spans_of(rows))
-        found = core_batches.families(inputs, overhead, bound)
-        plan = core_batches.batches(found, overhead, bound)
+        found = batching.prefix_groups(inputs, overhead, bound)
+        plan = batching.batches(found, overhead, bound)
     finally:
-        core_batches.MIN_SHARED = before
-    seen = sorted(number for batch in plan for family in batch for number in family.inputs)
+        batching.MIN_SHARED = before
+    seen = sorted(number for batch in plan for group in batch for number in group.inputs)
     assert seen == list(range(len(inputs.ids)))
     for batch in plan:
-        shared = min(family.shared for family in batch)
-        longest = max(family.longest for family in batch)
-        for family in batch:
-            assert bool(family.shared) == bool(shared)
-            assert family.longest == max(len(inputs.ids[number]) for number in family.inputs)
-            first = inputs.ids[family.inputs[0]]
-            for number in family.inputs:
-                np.testing.assert_array_equal(inputs.ids[number][: family.shared], first[: family.shared])
+        shared = min(group.shared for group in batch)
+        longest = max(group.longest for group in batch)
+        for group in batch:
+            assert bool(group.shared) == bool(shared)
+            assert group.longest == max(len(inputs.ids[number]) for number in group.inputs)
+            first = inputs.ids[group.inputs[0]]
+            for number in group.inputs:
+                np.testing.assert_array_equal(inputs.ids[number][: group.shared], first[: group.shared])
                 # What is scored lies in the part that each row reads for itself.
-                assert not family.shared or family.shared <= inputs.first_scored[number]
+                assert not group.shared or group.shared <= inputs.first_scored[number]
                 assert len(inputs.ids[number]) > shared
         if len(batch) > 1:
-            assert sum(len(family.inputs) for family in batch) * longest <= bound
+            assert sum(len(group.inputs) for group in batch) * longest <= bound
 
 
 def test_options_that_differ_in_their_last_token_are_one_input():
@@ -68,13 +68,13 @@ def test_a_long_common_beginning_is_shared_and_a_short_one_is_not():
     story = list(range(200))
     spans = [Span(np.array([*story, 500 + n, 600, 700], np.int32), 201, 203) for n in range(4)]
     spans += [Span(np.array([900, 901, 902 + n, 903], np.int32), 3, 4) for n in range(2)]
-    found = core_batches.families(Inputs.of(spans), 10, 10_000)
-    assert sorted((family.shared, len(family.inputs)) for family in found) == [(0, 1), (0, 1), (200, 4)]
+    found = batching.prefix_groups(Inputs.of(spans), 10, 10_000)
+    assert sorted((group.shared, len(group.inputs)) for group in found) == [(0, 1), (0, 1), (200, 4)]
 
 
 def test_the_cut_into_batches_is_the_cheapest_of_all():
     lengths = [90, 80, 79, 40, 39, 38, 12]
-    rows = [Family(0, (n,), length) for n, length in enumerate(lengths)]
+    rows = [PrefixGroup(0, (n,), length) for n, length in enumerate(lengths)]
 
     def cost(groups):
         return sum(len(group) * max(group) + 30 for group in groups)
@@ -87,8 +87,8 @@ def test_the_cut_into_batches_is_the_cheapest_of_all():
                 for rest in ways(items[size:]):
                     yield [items[:size], *rest]
 
-    plan = core_batches.batches(rows, 30, 250)
-    found = cost([[family.longest for family in batch] for batch in plan])
+    plan = batching.batches(rows, 30, 250)
+    found = cost([[group.longest for group in batch] for batch in plan])
     assert found == min(cost(groups) for groups in ways(lengths))
 
 
@@ -96,8 +96,8 @@ def test_work_is_dealt_evenly_and_units_stay_whole():
     rng = np.random.default_rng(0)
     costs = rng.integers(10, 1000, 500).tolist()
     units = rng.integers(0, 120, 500).tolist()
-    homes = core_batches.share_out(costs, units, 3)
+    homes = batching.share_out(costs, units, 3)
     assert len(set(zip(units, homes, strict=True))) == len(set(units))
     loads = [sum(cost for cost, home in zip(costs, homes, strict=True) if home == rank) for rank in range(3)]
     assert max(loads) - min(loads) < 0.02 * sum(loads)
-    assert core_batches.share_out(costs, units, 1) == [0] * 500
+    assert batching.share_out(costs, units, 1) == [0] * 500

@@ -11,8 +11,8 @@ from nanochat.common.errors import UserError
 from nanochat.config.arguments import EvalArgs
 from nanochat.distributed.world import World
 from nanochat.evaluation import base_eval
-from nanochat.evaluation.core import compare as core_compare
-from nanochat.evaluation.core import statistics as core_stats
+from nanochat.evaluation.core import compare
+from nanochat.evaluation.core import statistics as core_statistics
 from nanochat.evaluation.core.results import GPT2_ACCURACY
 
 
@@ -53,7 +53,7 @@ def write_run(name, answers, core, passage=2, **changes):
 def test_two_runs_are_compared_example_by_example():
     write_run("one", {"a": [1, 0, 1, 0, 0, 0], "b": [1, 1, 1, 1, 0, 0]}, 0.2)
     write_run("two", {"a": [1, 1, 1, 1, 1, 0], "b": [1, 1, 0, 1, 0, 0]}, 0.5)
-    whole, a, b = core_compare.compare("one", "two")
+    whole, a, b = compare.compare("one", "two")
     assert (a.first, a.second, a.pairs) == (pytest.approx(2 / 6), pytest.approx(5 / 6), 6)
     assert (a.only_first, a.only_second) == (0, 3)
     assert (b.only_first, b.only_second) == (1, 0)
@@ -69,7 +69,7 @@ def test_two_runs_are_compared_example_by_example():
 def test_a_run_against_itself_has_no_difference():
     write_run("one", {"a": [1, 0, 1, 0], "b": [1, 1, 0, 0]}, 0.2)
     write_run("two", {"a": [1, 0, 1, 0], "b": [1, 1, 0, 0]}, 0.2)
-    assert all((row.stderr, row.p_value) == (0, 1) for row in core_compare.compare("one", "two"))
+    assert all((row.stderr, row.p_value) == (0, 1) for row in compare.compare("one", "two"))
 
 
 def test_runs_that_were_asked_other_questions_are_refused():
@@ -81,30 +81,30 @@ def test_runs_that_were_asked_other_questions_are_refused():
     ]:
         write_run("two", {"a": [1, 0]}, 0.2, **changes)
         with pytest.raises(UserError, match=message):
-            core_compare.compare("one", "two")
+            compare.compare("one", "two")
     write_run("two", {"a": [1, 0, 1]}, 0.2)
     with pytest.raises(UserError, match="different examples"):
-        core_compare.compare("one", "two")
+        compare.compare("one", "two")
 
 
 def test_a_run_that_was_not_scored_is_named_with_the_command_that_scores_it():
     write_run("one", {"a": [1, 0]}, 0.2)
     with pytest.raises(UserError, match="'none'.*scripts.base_eval --run none --eval core"):
-        core_compare.compare("one", "none")
+        compare.compare("one", "none")
     write_run("two", {"a": [1, 0]}, None)
     with pytest.raises(UserError, match="holds no CORE"):
-        core_compare.compare("one", "two")
+        compare.compare("one", "two")
     write_run("two", {"a": [1, 0]}, 0.2)
     (files.run_dir("two") / "core_predictions.jsonl").unlink()
     with pytest.raises(UserError, match="holds no answers"):
-        core_compare.compare("one", "two")
+        compare.compare("one", "two")
 
 
 def test_seeds_are_combined_with_the_verdict_of_few(capsys):
     answers = {label: [1, 0] for label in GPT2_ACCURACY}
     for name, core in zip(("s0", "s1", "s2"), (0.2525, 0.2625, 0.2725), strict=True):
         write_run(name, answers, core)
-    found = core_compare.combine(["s0", "s1", "s2"])
+    found = compare.combine(["s0", "s1", "s2"])
     assert (found.mean, found.stderr) == (pytest.approx(0.2625), pytest.approx(0.01 / math.sqrt(3)))
     # The variance of the seeds' mean has two degrees of freedom, the bar's is known: Welch's sum of both.
     seeds, bar = 0.0001 / 3, 0.0029**2
@@ -112,35 +112,35 @@ def test_seeds_are_combined_with_the_verdict_of_few(capsys):
     expected = scipy_stats.t.cdf((0.2625 - 0.256525) / math.sqrt(seeds + bar), degrees)
     [claim] = found.claims  # these scores do not say the error of their questions
     assert f"above the 0.256525 +- 0.0029 of GPT-2 1558M with probability {expected:.3f}" in claim.verdict
-    base_eval.main(EvalArgs(combine=("s0", "s1", "s2")), World.solo())
+    base_eval.main(EvalArgs(combine=("s0", "s1", "s2")), World.single_process())
     assert "0.2625 +- 0.0058" in capsys.readouterr().out
     for runs in (["s0"], ["s0", "s0"]):
         with pytest.raises(UserError, match="two or more different runs"):
-            core_compare.combine(runs)
+            compare.combine(runs)
 
 
 def test_the_comparison_is_printed(capsys):
     write_run("one", {"a": [1, 0, 1, 0, 0, 0]}, 0.2)
     write_run("two", {"a": [1, 1, 1, 1, 0, 0]}, 0.5)
-    base_eval.main(EvalArgs(compare=("one", "two")), World.solo())
+    base_eval.main(EvalArgs(compare=("one", "two")), World.single_process())
     printed = capsys.readouterr().out
     assert "CORE of two is +0.3000" in printed
     with pytest.raises(UserError, match="expected two runs"):
-        base_eval.main(EvalArgs(compare=("one",)), World.solo())
+        base_eval.main(EvalArgs(compare=("one",)), World.single_process())
 
 
 def test_a_recipe_is_judged_on_these_questions_and_at_such_questions(capsys):
     answers = {label: [1, 0] for label in GPT2_ACCURACY}
     for name, core in zip(("s0", "s1", "s2"), (0.2575, 0.2625, 0.2675), strict=True):
         write_run(name, answers, core, core_stderr=0.0063)
-    these, such = core_compare.combine(["s0", "s1", "s2"]).claims
+    these, such = compare.combine(["s0", "s1", "s2"]).claims
     assert these.stderr == pytest.approx(0.005 / math.sqrt(3))
     assert such.stderr == pytest.approx(math.hypot(0.005 / math.sqrt(3), 0.0063))
     known = 0.0063**2 + 0.0029**2
     degrees = int(2 * ((0.000025 / 3 + known) / (0.000025 / 3)) ** 2)
     expected = scipy_stats.t.cdf((0.2625 - 0.256525) / math.sqrt(0.000025 / 3 + known), degrees)
     assert such.verdict.endswith(f"with probability {expected:.3f}")
-    base_eval.main(EvalArgs(combine=("s0", "s1", "s2")), World.solo())
+    base_eval.main(EvalArgs(combine=("s0", "s1", "s2")), World.single_process())
     printed = " ".join(capsys.readouterr().out.split())
     assert "on these questions" in printed
     assert "with the error of the questions" in printed
@@ -151,7 +151,7 @@ def test_few_pairs_that_differ_are_tested_exactly(only_a, only_b):
     same = 40
     write_run("one", {"a": [1] * only_a + [0] * only_b + [1] * same}, 0.2, passage=1)
     write_run("two", {"a": [0] * only_a + [1] * only_b + [1] * same}, 0.3, passage=1)
-    [_, row] = core_compare.compare("one", "two")
+    [_, row] = compare.compare("one", "two")
     assert (row.only_first, row.only_second) == (only_a, only_b)
     expected = scipy_stats.binomtest(only_a, only_a + only_b, 0.5).pvalue
     assert row.p_value == pytest.approx(expected, rel=1e-9)
@@ -161,7 +161,7 @@ def test_many_pairs_and_passages_are_tested_by_the_error_of_the_difference():
     for passage, only_b in ((1, 25), (2, 6)):
         write_run("one", {"a": [0] * only_b + [1] * 40}, 0.2, passage=passage)
         write_run("two", {"a": [1] * only_b + [1] * 40}, 0.3, passage=passage)
-        [_, row] = core_compare.compare("one", "two")
+        [_, row] = compare.compare("one", "two")
         z = (row.second - row.first) / row.stderr
         assert row.p_value == pytest.approx(2 * scipy_stats.norm.sf(z), rel=1e-6)
 
@@ -173,7 +173,7 @@ def test_the_exact_test_holds_its_level_where_the_normal_one_does_not():
     first = (draws[:, 0] & ~draws[:, 1]).sum(1)
     second = (draws[:, 1] & ~draws[:, 0]).sum(1)
     told = np.mean(
-        [core_stats.exact_mcnemar(int(b), int(c)) < 0.05 for b, c in zip(first, second, strict=True)]
+        [core_statistics.exact_mcnemar(int(b), int(c)) < 0.05 for b, c in zip(first, second, strict=True)]
     )
     assert told <= 0.05
 
@@ -183,13 +183,13 @@ def test_tasks_are_starred_after_holm_and_core_by_itself(capsys):
     write_run("one", tasks, 0.2, passage=1)
     better = dict(tasks, t0=[1] * 14 + [0, 1] * 13, t1=[1] * 40)
     write_run("two", better, 0.3, passage=1)
-    whole, *rows = core_compare.compare("one", "two")
+    whole, *rows = compare.compare("one", "two")
     first, second = rows[:2]
     assert first.p_value == pytest.approx(scipy_stats.binomtest(0, first.only_second, 0.5).pvalue)
     assert second.p_value < 0.05 / 22
     assert (second.p_holm, first.p_holm) == pytest.approx((second.p_value * 22, first.p_value * 21))
     assert math.isnan(whole.p_holm)
-    base_eval.main(EvalArgs(compare=("one", "two")), World.solo())
+    base_eval.main(EvalArgs(compare=("one", "two")), World.single_process())
     lines = capsys.readouterr().out.splitlines()
     starred = [line.split()[0] for line in lines if line.rstrip().endswith("*")]
     assert [name for name in starred if name.startswith("t")] == ["t1"]
@@ -206,10 +206,10 @@ def test_answers_of_another_scoring_are_refused():
     files.write_json(
         files.run_dir("two") / "base_eval.json", scores | {"answers_sha256": sha256(good).hexdigest()}
     )
-    core_compare.compare("one", "two")
+    compare.compare("one", "two")
     path.write_bytes(good.replace(b'"answer": 1', b'"answer": 0', 1))
     with pytest.raises(UserError, match=r"not the answers .* scripts.base_eval --run two --eval core"):
-        core_compare.compare("one", "two")
+        compare.compare("one", "two")
 
 
 @pytest.mark.parametrize(
@@ -227,18 +227,18 @@ def test_questions_that_were_changed_under_one_name_are_refused(name, value):
     }
     write_run("one", {"a": [1, 0]}, 0.2, tasks={"a": task})
     write_run("two", {"a": [1, 0]}, 0.2, tasks={"a": task | {name: value}})
-    for ask in (core_compare.compare, lambda *runs: core_compare.combine(runs)):
+    for ask in (compare.compare, lambda *runs: compare.combine(runs)):
         with pytest.raises(UserError, match=f"'two' was scored with {name} of a="):
             ask("one", "two")
     write_run("two", {"a": [1, 0]}, 0.2, tasks={"a": task}, bundle="another name")
-    core_compare.compare("one", "two")  # the questions say it, whatever the zip is called
+    compare.compare("one", "two")  # the questions say it, whatever the zip is called
 
 
 def test_scores_that_cropped_nothing_are_alike_whatever_the_limit():
     task = {"baseline": 0.5, "cropped_prompts": 0}
     write_run("one", {"a": [1, 0]}, 0.2, tasks={"a": task}, crop_tokens=2048)  # as older versions wrote
     write_run("two", {"a": [1, 0]}, 0.2, tasks={"a": task}, crop_tokens=None)
-    core_compare.compare("one", "two")
+    compare.compare("one", "two")
     write_run("two", {"a": [1, 0]}, 0.2, tasks={"a": task | {"cropped_prompts": 1}}, crop_tokens=512)
     with pytest.raises(UserError, match="crop_tokens=512"):
-        core_compare.compare("one", "two")
+        compare.compare("one", "two")

@@ -12,8 +12,7 @@ import pytest
 
 from nanochat.common import files
 from nanochat.common.errors import UserError
-from nanochat.evaluation.core import download as core_download
-from nanochat.evaluation.core import evaluate as core_eval
+from nanochat.evaluation.core import download, evaluate
 from tests.hub_server import FAULTS, Hub
 
 CONTENTS = {
@@ -40,30 +39,30 @@ PUBLIC = zip_of({f"eval_bundle/{name}": data for name, data in CONTENTS.items()}
 def server(base_dir, monkeypatch):
     """A server of the zip, whose files are taken for the public ones."""
     digests = {name: hashlib.sha256(data).hexdigest() for name, data in CONTENTS.items()}
-    monkeypatch.setattr(core_download, "SHA256", digests)
+    monkeypatch.setattr(download, "SHA256", digests)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(core_download, "TIMEOUT_S", 1.0)
+    monkeypatch.setattr(download, "TIMEOUT_S", 1.0)
     server = Hub({ZIP: PUBLIC})
     yield server
     server.close()
 
 
 def fetch(server):
-    return core_download.fetch(f"{server.url}/elsewhere/{ZIP}", FEW)
+    return download.fetch(f"{server.url}/elsewhere/{ZIP}", FEW)
 
 
 def assert_whole():
     folder = files.eval_bundle_dir()
     found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     assert found == set(CONTENTS)  # what has no hash is not unpacked
-    assert core_download.differences(folder) == []
+    assert download.differences(folder) == []
     assert {path.name for path in folder.parent.iterdir()} == {"eval_bundle"}
 
 
 def test_the_files_are_unpacked_once_and_found_without_a_flag(server):
     assert fetch(server) == files.eval_bundle_dir()
     assert_whole()
-    assert core_eval.find_bundle("").text("core.yaml") == CONTENTS["core.yaml"].decode()
+    assert evaluate.find_bundle("").text("core.yaml") == CONTENTS["core.yaml"].decode()
     fetch(server)
     assert server.requests[ZIP] == 1
 
@@ -141,10 +140,10 @@ def test_a_folder_of_another_bundle_is_left_as_it_is(server):
 
 def test_what_cannot_be_an_answer_is_refused_at_once(server, base_dir, monkeypatch):
     with pytest.raises(UserError, match=r"cannot be fetched \(HTTP Error 404"):
-        core_download.fetch(f"{server.url}/elsewhere/absent.zip", (60.0,))
+        download.fetch(f"{server.url}/elsewhere/absent.zip", (60.0,))
     with pytest.raises(UserError, match="--url=file:///etc: expected http"):
-        core_download.fetch("file:///etc")
-    monkeypatch.setattr(core_download, "MAX_ZIP_BYTES", len(PUBLIC) - 1)
+        download.fetch("file:///etc")
+    monkeypatch.setattr(download, "MAX_ZIP_BYTES", len(PUBLIC) - 1)
     with pytest.raises(UserError, match="more than any eval bundle"):
         fetch(server)
     monkeypatch.undo()
@@ -164,7 +163,7 @@ COMMAND = (
 
 def started(server):
     url = f"--url={server.url}/elsewhere/{ZIP}"
-    command = [sys.executable, "-c", COMMAND, json.dumps(core_download.SHA256), url]
+    command = [sys.executable, "-c", COMMAND, json.dumps(download.SHA256), url]
     environment = os.environ | {"NANOCHAT_BASE_DIR": str(files.base_dir())}
     return subprocess.Popen(command, env=environment, stdout=-1, stderr=-1, text=True)
 
@@ -214,17 +213,17 @@ def test_what_lies_where_the_download_goes_is_not_written_to(server, tmp_path, k
 def test_a_link_that_takes_the_name_meanwhile_is_not_followed(server, tmp_path, monkeypatch):
     mine, part = tmp_path / "mine", files.eval_bundle_part()
     mine.write_text("my text")
-    room = core_download._require_room
+    room = download._require_room
 
     def take(url, path, have, total):
         room(url, path, have, total)
         if not path.is_symlink():
             path.symlink_to(mine)
 
-    monkeypatch.setattr(core_download, "_require_room", take)
-    monkeypatch.setattr(core_download, "_size", lambda path: 0)
+    monkeypatch.setattr(download, "_require_room", take)
+    monkeypatch.setattr(download, "_size", lambda path: 0)
     with pytest.raises(UserError, match="cannot be fetched"):
-        core_download._download(f"{server.url}/elsewhere/{ZIP}", part, ())
+        download._download(f"{server.url}/elsewhere/{ZIP}", part, ())
     assert mine.read_text() == "my text"
 
 
@@ -255,16 +254,16 @@ def test_a_length_that_is_no_number_says_nothing(server, monkeypatch, length):
 )
 def test_an_address_that_is_none_is_one_clear_error(base_dir, url):
     with pytest.raises(UserError, match="cannot be"):
-        core_download.fetch(url, ())
+        download.fetch(url, ())
     assert not files.eval_bundle_lock().exists()
 
 
 def test_the_hashes_are_those_of_the_real_bundle(shared_data):
     lines = (shared_data / "eval_bundle.sha256").read_text().splitlines()
     known = {name.removeprefix("eval_bundle/"): digest for digest, name in map(str.split, lines)}
-    assert core_download.SHA256.items() <= known.items()
+    assert download.SHA256.items() <= known.items()
     tasks = {name for name in known if name.endswith(".jsonl")} | {"core.yaml", "eval_meta_data.csv"}
-    assert set(core_download.SHA256) == tasks
+    assert set(download.SHA256) == tasks
     assert len(tasks) == 23
 
 
@@ -276,4 +275,4 @@ def test_the_command_fetches_the_real_bundle(shared_data, base_dir, monkeypatch)
     server.close()
     assert (result.returncode, result.stderr) == (0, "")
     assert "23 files, all verified" in result.stdout
-    assert core_download.differences(files.eval_bundle_dir()) == []
+    assert download.differences(files.eval_bundle_dir()) == []

@@ -16,15 +16,14 @@ from nanochat.common.machine import Precision
 from nanochat.common.stop_signals import Stopped
 from nanochat.config.model_config import GPTConfig
 from nanochat.distributed.world import World
-from nanochat.evaluation.core import bundle as core_tasks
-from nanochat.evaluation.core import evaluate as core_eval
-from nanochat.evaluation.core import scoring as core_scoring
+from nanochat.evaluation.core import bundle as core_bundle
+from nanochat.evaluation.core import evaluate, scoring
 from nanochat.evaluation.core.bundle import Bundle, Example, Task
 from nanochat.evaluation.core.prompt_tokens import Prompts
 from nanochat.model.gpt import GPT
 from nanochat.tokenizer.tokenizer import PATTERN
 
-SOLO = World.solo()
+SOLO = World.single_process()
 
 
 class PairTokenizer:
@@ -84,14 +83,14 @@ def model(tokenizer):
 
 def assert_same(model, tokenizer, bundle, max_per_task, variant="nanochat", **options):
     """The answers equal those of the plain scorer (dev/bench/naive_core.py); returns the result."""
-    scorer = core_scoring.GPTScorer(model)
+    scorer = scoring.GPTScorer(model)
     options = {"world": SOLO, "variant": variant, **options}
-    result = core_eval.evaluate(scorer, tokenizer, bundle, max_per_task=max_per_task, **options)
+    result = evaluate.evaluate(scorer, tokenizer, bundle, max_per_task=max_per_task, **options)
     context = model.config.sequence_len
     crop = options.get("crop_tokens", 10 * context if variant == "nanochat" else context)
     got = iter(result.predictions)
-    for task in core_tasks.load_tasks(bundle):
-        examples = core_tasks.load_examples(bundle, task)
+    for task in core_bundle.load_tasks(bundle):
+        examples = core_bundle.load_examples(bundle, task)
         with scorer.room(crop):
             plain = list(naive_core.answers(model, tokenizer, task, examples, max_per_task, crop, variant))
         for index, expected in enumerate(plain):
@@ -209,8 +208,8 @@ def test_a_continuation_longer_than_the_context_is_scored_from_its_second_token_
 
 
 def test_equal_options_tie_exactly_whatever_batch_they_fall_in(model, tokenizer):
-    result = core_eval.evaluate(
-        core_scoring.GPTScorer(model), tokenizer, small_bundle(), world=SOLO, batch_tokens=1
+    result = evaluate.evaluate(
+        scoring.GPTScorer(model), tokenizer, small_bundle(), world=SOLO, batch_tokens=1
     )
     by_line = {(prediction.task, prediction.line): prediction for prediction in result.predictions}
     ties = by_line["mc", 6].losses
@@ -255,7 +254,7 @@ def mm_flops(counter):
 
 
 def test_operations_are_those_that_torch_counts(model):
-    scorer = core_scoring.GPTScorer(model)
+    scorer = scoring.GPTScorer(model)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         hidden = scorer.read(torch.ones(2, 12, dtype=torch.int64), 5)
         scorer.losses(hidden[:, :3].flatten(0, 1), torch.ones(6, dtype=torch.int64), True)
@@ -266,9 +265,9 @@ def test_operations_are_those_that_torch_counts(model):
 def test_operations_of_an_evaluation_are_those_that_torch_counts(tokenizer):
     """With shared beginnings, padding and outputs that nobody asks for."""
     model = tiny_gpt(tokenizer.vocab_size, sequence_len=512)
-    scorer = core_scoring.GPTScorer(model)
+    scorer = scoring.GPTScorer(model)
     with FlopCounterMode(display=False) as counter:
-        result = core_eval.evaluate(scorer, tokenizer, stories_bundle(), world=SOLO)
+        result = evaluate.evaluate(scorer, tokenizer, stories_bundle(), world=SOLO)
     counts = result.computed_tokens, result.finished_tokens, result.scored_tokens
     assert counts[0] > counts[1] > counts[2] > 0
     assert scorer.flops(*counts) == mm_flops(counter)
@@ -277,7 +276,7 @@ def test_operations_of_an_evaluation_are_those_that_torch_counts(tokenizer):
 def test_positions_are_counted_where_they_are_read_and_where_they_are_scored(model, tokenizer):
     read, scored = [], []
 
-    class Counted(core_scoring.GPTScorer):
+    class Counted(scoring.GPTScorer):
         def read(self, ids, first):
             read.append(ids.numel())
             return super().read(ids, first)
@@ -290,7 +289,7 @@ def test_positions_are_counted_where_they_are_read_and_where_they_are_scored(mod
             scored.append(len(targets))
             return super().losses(hidden, targets, with_argmax)
 
-    result = core_eval.evaluate(Counted(model), tokenizer, small_bundle(), world=SOLO)
+    result = evaluate.evaluate(Counted(model), tokenizer, small_bundle(), world=SOLO)
     assert (result.computed_tokens, result.scored_tokens) == (sum(read), sum(scored))
 
 
@@ -298,7 +297,7 @@ def test_positions_are_counted_where_they_are_read_and_where_they_are_scored(mod
 def test_no_pass_of_several_rows_exceeds_the_tokens_asked_for(model, tokenizer, batch_tokens):
     sizes = []
 
-    class Watched(core_scoring.GPTScorer):
+    class Watched(scoring.GPTScorer):
         def read(self, ids, first):
             sizes.append((len(ids), ids.numel()))
             return super().read(ids, first)
@@ -307,8 +306,8 @@ def test_no_pass_of_several_rows_exceeds_the_tokens_asked_for(model, tokenizer, 
             sizes.append((len(ids), len(ids) * (shared.size(1) + ids.size(1))))
             return super().read_on(shared, rows, ids, first)
 
-    core_eval.evaluate(Watched(model), tokenizer, small_bundle(), world=SOLO, batch_tokens=batch_tokens)
-    bound = min(batch_tokens, core_scoring.CACHE_TOKENS["cpu"])
+    evaluate.evaluate(Watched(model), tokenizer, small_bundle(), world=SOLO, batch_tokens=batch_tokens)
+    bound = min(batch_tokens, scoring.CACHE_TOKENS["cpu"])
     assert max(tokens for rows, tokens in sizes if rows > 1) <= bound
 
 
@@ -323,8 +322,8 @@ def test_answers_worked_by_hand(tokenizer):
         "eval_data/m": '{"query": "A", "choices": ["CD", "B"], "gold": 0}\n',
         "eval_data/l": '{"context": "A", "continuation": "B"}\n{"context": "A", "continuation": "CD"}\n',
     }
-    result = core_eval.evaluate(
-        core_scoring.GPTScorer(model), tokenizer, Bundle.from_texts("hand", texts), world=SOLO
+    result = evaluate.evaluate(
+        scoring.GPTScorer(model), tokenizer, Bundle.from_texts("hand", texts), world=SOLO
     )
     choice, *words = result.predictions
     # Probabilities are the table's over its column sums.
@@ -360,7 +359,7 @@ def test_spans_are_the_common_prefix_and_suffix(tokenizer):
 
 
 def test_every_rank_reports_the_sum_of_what_the_ranks_found(model, tokenizer):
-    whole = core_eval.evaluate(core_scoring.GPTScorer(model), tokenizer, small_bundle(), world=SOLO)
+    whole = evaluate.evaluate(scoring.GPTScorer(model), tokenizer, small_bundle(), world=SOLO)
     tables = []
 
     class Rank(World):
@@ -371,7 +370,7 @@ def test_every_rank_reports_the_sum_of_what_the_ranks_found(model, tokenizer):
 
     for rank in range(3):
         world = Rank(rank=rank, local_rank=rank, size=3, device=torch.device("cpu"), backend=None)
-        core_eval.evaluate(core_scoring.GPTScorer(model), tokenizer, small_bundle(), world=world)
+        evaluate.evaluate(scoring.GPTScorer(model), tokenizer, small_bundle(), world=world)
     for task in range(3):
         total = tables[task] + tables[3 + task] + tables[6 + task]
         answers = [prediction.answer for prediction in whole.predictions[24 * task : 24 * task + 24]]
@@ -383,9 +382,7 @@ def test_every_rank_reports_the_sum_of_what_the_ranks_found(model, tokenizer):
 def test_scores_are_told_task_by_task_and_all_files_are_checked_first(model, tokenizer):
     told = []
     bundle = small_bundle(12)
-    result = core_eval.evaluate(
-        core_scoring.GPTScorer(model), tokenizer, bundle, world=SOLO, on_task=told.append
-    )
+    result = evaluate.evaluate(scoring.GPTScorer(model), tokenizer, bundle, world=SOLO, on_task=told.append)
     assert tuple(told) == result.tasks
 
     def read(member):
@@ -393,8 +390,8 @@ def test_scores_are_told_task_by_task_and_all_files_are_checked_first(model, tok
 
     told.clear()
     with pytest.raises(UserError, match=r"eval_data/lm.jsonl:1"):
-        core_eval.evaluate(
-            core_scoring.GPTScorer(model), tokenizer, Bundle("bad", read), world=SOLO, on_task=told.append
+        evaluate.evaluate(
+            scoring.GPTScorer(model), tokenizer, Bundle("bad", read), world=SOLO, on_task=told.append
         )
     assert told == []
 
@@ -402,8 +399,8 @@ def test_scores_are_told_task_by_task_and_all_files_are_checked_first(model, tok
 def test_a_stop_between_tasks_drops_the_scores(model, tokenizer):
     told = []
     with pytest.raises(Stopped):
-        core_eval.evaluate(
-            core_scoring.GPTScorer(model),
+        evaluate.evaluate(
+            scoring.GPTScorer(model),
             tokenizer,
             small_bundle(12),
             world=SOLO,
@@ -414,9 +411,7 @@ def test_a_stop_between_tasks_drops_the_scores(model, tokenizer):
 
 
 def test_the_result_has_the_fields_of_base_eval_json(model, tokenizer):
-    fields = core_eval.evaluate(
-        core_scoring.GPTScorer(model), tokenizer, small_bundle(12), world=SOLO
-    ).as_dict()
+    fields = evaluate.evaluate(scoring.GPTScorer(model), tokenizer, small_bundle(12), world=SOLO).as_dict()
     assert json.loads(json.dumps(fields)) == fields
     assert set(fields) >= {"core_metric", "core_stderr", "tasks", "seconds", "examples_per_second"}
     assert set(fields["tasks"]) == {"mc", "schema", "lm"}
@@ -425,16 +420,16 @@ def test_the_result_has_the_fields_of_base_eval_json(model, tokenizer):
 
 def test_bundles_are_found_by_path_by_name_or_in_the_base_directory(tmp_path, base_dir, monkeypatch):
     monkeypatch.setattr("nanochat.evaluation.core.mini_bundle.build", lambda: {"core.yaml": "mini"})
-    assert core_eval.find_bundle("mini").text("core.yaml") == "mini"
+    assert evaluate.find_bundle("mini").text("core.yaml") == "mini"
     with pytest.raises(UserError, match="no eval bundle.*--eval-bundle mini"):
-        core_eval.find_bundle("")
+        evaluate.find_bundle("")
     with pytest.raises(UserError, match="no such eval bundle"):
-        core_eval.find_bundle(str(tmp_path / "absent"))
+        evaluate.find_bundle(str(tmp_path / "absent"))
     folder = base_dir / "eval_bundle"
     folder.mkdir(parents=True)
     (folder / "core.yaml").write_text("icl_tasks: []")
-    assert core_eval.find_bundle("").text("core.yaml") == "icl_tasks: []"
-    assert core_eval.find_bundle(str(folder)).text("core.yaml") == "icl_tasks: []"
+    assert evaluate.find_bundle("").text("core.yaml") == "icl_tasks: []"
+    assert evaluate.find_bundle(str(folder)).text("core.yaml") == "icl_tasks: []"
 
 
 class Gpt2Tokenizer:
@@ -463,7 +458,7 @@ def test_the_real_bundle_answers_as_one_option_at_a_time(shared_data):
     """Every task of the public bundle, its prompts whole: none is longer than the model can read."""
     tokenizer = Gpt2Tokenizer(shared_data / "bpe")
     model = tiny_gpt(tokenizer.vocab_size)
-    bundle = core_tasks.open_bundle(shared_data / "eval_bundle.zip")
+    bundle = core_bundle.open_bundle(shared_data / "eval_bundle.zip")
     result = assert_same(model, tokenizer, bundle, 3)
     assert len(result.tasks) == 22
     beyond = {task.label: task.beyond_prompts for task in result.tasks}
@@ -477,8 +472,8 @@ def test_with_keep_going_a_faulty_task_is_left_out_and_there_is_no_core(model, t
     def read(member):
         return [b"{"] if member == "eval_data/lm.jsonl" else bundle.blocks(member)
 
-    scorer = core_scoring.GPTScorer(model)
-    result = core_eval.evaluate(scorer, tokenizer, Bundle("bad", read), world=SOLO, keep_going=True)
+    scorer = scoring.GPTScorer(model)
+    result = evaluate.evaluate(scorer, tokenizer, Bundle("bad", read), world=SOLO, keep_going=True)
     assert [task.label for task in result.tasks] == ["mc", "schema"]
     assert result.core_metric is None
     assert "eval_data/lm.jsonl:1" in result.faults["lm"]
@@ -536,9 +531,9 @@ def test_cropping_is_an_option_that_the_scores_say(tokenizer):
 
 @pytest.mark.parametrize("crop_tokens", [-1, 0, 1, 641, 2**40])
 def test_a_crop_that_cannot_be_is_refused(tokenizer, crop_tokens):
-    scorer = core_scoring.GPTScorer(tiny_gpt(tokenizer.vocab_size, sequence_len=64))
+    scorer = scoring.GPTScorer(tiny_gpt(tokenizer.vocab_size, sequence_len=64))
     with pytest.raises(UserError, match=f"--core-crop-tokens={crop_tokens}: expected 2 .* to 640"):
-        core_eval.evaluate(scorer, tokenizer, small_bundle(), world=SOLO, crop_tokens=crop_tokens)
+        evaluate.evaluate(scorer, tokenizer, small_bundle(), world=SOLO, crop_tokens=crop_tokens)
 
 
 def test_a_prompt_that_no_table_reaches_is_cropped_to_what_can_be_read(tokenizer):
@@ -553,16 +548,16 @@ def test_a_prompt_that_no_table_reaches_is_cropped_to_what_can_be_read(tokenizer
 
 def test_each_score_says_which_questions_were_asked(model, tokenizer):
     bundle = small_bundle()
-    result = core_eval.evaluate(core_scoring.GPTScorer(model), tokenizer, bundle, world=SOLO)
-    for task in core_tasks.load_tasks(bundle):
+    result = evaluate.evaluate(scoring.GPTScorer(model), tokenizer, bundle, world=SOLO)
+    for task in core_bundle.load_tasks(bundle):
         data = b"".join(bundle.blocks(task.member))
         assert result.as_dict()["tasks"][task.label]["sha256"] == hashlib.sha256(data).hexdigest()
 
 
 def test_what_the_controls_answer_needs_no_model():
     examples = [Example(("q",), ("aa", "b", "c"), gold, gold) for gold in (0, 0, 1, 2, 0)]
-    assert core_tasks.controls(examples) == {"majority": 0.6, "longest": 0.6, "shortest": 0.2}
+    assert core_bundle.trivial_baselines(examples) == {"majority": 0.6, "longest": 0.6, "shortest": 0.2}
     schema = [Example(("xx", "y"), ("z",), 1, 1)]
-    assert core_tasks.controls(schema) == {"majority": 1.0, "longest": 0.0, "shortest": 1.0}
+    assert core_bundle.trivial_baselines(schema) == {"majority": 1.0, "longest": 0.0, "shortest": 1.0}
     words = [Example(("q",), (text,), 0, 1) for text in ("yes", " yes", "no", "no!")]
-    assert core_tasks.controls(words) == {"majority": 0.5}
+    assert core_bundle.trivial_baselines(words) == {"majority": 0.5}

@@ -9,18 +9,18 @@ import pytest
 import torch
 
 from dev.bench import naive_core
-from nanochat.checkpoint import state as checkpoint
+from nanochat.checkpoint import state as checkpoint_state
 from nanochat.common import files
 from nanochat.common.machine import Precision
-from nanochat.config import plan as scaling
+from nanochat.config import plan as planning
 from nanochat.config.arguments import EvalArgs
-from nanochat.data import corpus as dataset
+from nanochat.data import corpus as corpus_module
 from nanochat.distributed.world import World
 from nanochat.evaluation import base_eval
-from nanochat.evaluation.core import bundle as core_tasks
+from nanochat.evaluation.core import bundle as core_bundle
 from nanochat.evaluation.core.scoring import ROTARY_CONTEXTS
 from nanochat.tokenizer.tokenizer import Tokenizer
-from nanochat.train import run as train
+from nanochat.train import run as train_run
 from tests.conftest import REPO
 from tests.test_base_eval import predictions_of
 from tests.tiny import tiny_args, train_tiny
@@ -34,33 +34,33 @@ SHAPE = {"depth": 4, "max_seq_len": CONTEXT, "total_batch_size": 8192}
 def make_run(shared_data, trained):
     """A run of a small model, trained on 2.1 M tokens of prose or with random weights; returns its model."""
     shard = shared_data / "prose" / "shard_00010.parquet"
-    corpus = dataset.prepare("local", named_files=[str(shard)])
+    corpus = corpus_module.prepare("local", named_files=[str(shard)])
     texts = pq.read_table(shard, columns=["text"])["text"].to_pylist()
     tokenizer = Tokenizer.train(texts[:200], 1024)
     tokenizer.save(files.tokenizer_dir("local"))
     if trained:
         train_tiny(**SHAPE, device_batch_size=64, num_iterations=256, eval_every=256, save_every=256)
     else:
-        plan = scaling.plan(tiny_args(**SHAPE), tokenizer.vocab_size, 1)
-        state = train.create_state(plan, corpus, tokenizer, PRECISION, World.solo())
+        plan = planning.plan(tiny_args(**SHAPE), tokenizer.vocab_size, 1)
+        state = train_run.create_state(plan, corpus, tokenizer, PRECISION, World.single_process())
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
             for parameter in state.model.parameters():
                 parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
         fingerprints = {"corpus": corpus.fingerprint, "tokenizer": tokenizer.fingerprint}
-        checkpoint.take(state, plan, fingerprints, World.solo()).write()
-    return checkpoint.load_model("tiny", device=torch.device("cpu"), precision=PRECISION)
+        checkpoint_state.snapshot(state, plan, fingerprints, World.single_process()).write()
+    return checkpoint_state.load_model("tiny", device=torch.device("cpu"), precision=PRECISION)
 
 
 def plain_answers(model, tokenizer, path, crop):
     """(task, answer) of every example, in order, from prompts of at most so many tokens."""
     model.reserve_positions(crop)
-    bundle = core_tasks.open_bundle(path)
+    bundle = core_bundle.open_bundle(path)
     return [
         (task, answer)
-        for task in core_tasks.load_tasks(bundle)
+        for task in core_bundle.load_tasks(bundle)
         for answer in naive_core.answers(
-            model, tokenizer, task, core_tasks.load_examples(bundle, task), EXAMPLES, crop
+            model, tokenizer, task, core_bundle.load_examples(bundle, task), EXAMPLES, crop
         )
     ]
 
@@ -94,9 +94,9 @@ def test_every_answer_on_the_public_bundle_is_the_plain_scorers(shared_data, bas
     }
     asked |= {"core_metric_max_per_task": EXAMPLES}
     for rows in (1, 2, 5, 16, 64):
-        base_eval.run(EvalArgs(**asked, eval_batch_tokens=rows * CONTEXT), World.solo())
+        base_eval.run(EvalArgs(**asked, eval_batch_tokens=rows * CONTEXT), World.single_process())
         assert_equal(predictions_of("tiny"), plain)
-    base_eval.run(EvalArgs(**asked, core_crop_tokens=CONTEXT), World.solo())
+    base_eval.run(EvalArgs(**asked, core_crop_tokens=CONTEXT), World.single_process())
     assert_equal(predictions_of("tiny"), plain_answers(model, tokenizer, path, CONTEXT))
     for rows in (1, 64):
         asked["eval_batch_tokens"] = rows * CONTEXT

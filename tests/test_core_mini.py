@@ -3,8 +3,8 @@ import random
 import pytest
 
 from nanochat.common.errors import UserError
-from nanochat.evaluation.core import bundle as core_tasks
-from nanochat.evaluation.core import mini_bundle as core_mini
+from nanochat.evaluation.core import bundle as core_bundle
+from nanochat.evaluation.core import mini_bundle
 
 SOURCE = '''
 from collections import deque, OrderedDict
@@ -27,28 +27,28 @@ class Box:
 
 @pytest.fixture(scope="module")
 def texts():
-    return core_mini.build()
+    return mini_bundle.build()
 
 
 def test_the_suite_has_100_examples_or_more_of_each_type(texts):
-    bundle = core_tasks.Bundle.from_texts("core_mini", texts)
-    counts = dict.fromkeys(core_tasks.KINDS, 0)
-    tasks = core_tasks.load_tasks(bundle)
+    bundle = core_bundle.Bundle.from_texts("core_mini", texts)
+    counts = dict.fromkeys(core_bundle.KINDS, 0)
+    tasks = core_bundle.load_tasks(bundle)
     for task in tasks:
-        counts[task.kind] += len(core_tasks.load_examples(bundle, task))
+        counts[task.kind] += len(core_bundle.load_examples(bundle, task))
     assert min(counts.values()) >= 100
     assert {task.shots for task in tasks} == {0, 1, 2, 3}
     assert {task.delimiter for task in tasks} > {" "}
 
 
 def test_the_suite_is_the_same_each_time(texts):
-    assert core_mini.build() == texts
+    assert mini_bundle.build() == texts
 
 
 def test_choices_differ_and_the_right_one_is_anywhere(texts):
-    bundle = core_tasks.Bundle.from_texts("core_mini", texts)
-    for task in core_tasks.load_tasks(bundle):
-        examples = core_tasks.load_examples(bundle, task)
+    bundle = core_bundle.Bundle.from_texts("core_mini", texts)
+    for task in core_bundle.load_tasks(bundle):
+        examples = core_bundle.load_examples(bundle, task)
         assert all(len(set(example.contexts)) == len(example.contexts) for example in examples)
         assert all(len(set(example.continuations)) == len(example.continuations) for example in examples)
         options = max(len(examples[0].contexts), len(examples[0].continuations))
@@ -60,20 +60,20 @@ def test_choices_differ_and_the_right_one_is_anywhere(texts):
 
 
 def test_material_is_read_from_the_syntax_tree():
-    material = core_mini.gather([SOURCE, SOURCE, "def broken(:"])
+    material = mini_bundle.gather([SOURCE, SOURCE, "def broken(:"])
     assert material.imports == {("collections", "deque"): 2, ("collections", "OrderedDict"): 2}
     assert material.docs == [("class Box:", "A box that holds up to three things")] * 2
     assert material.pairs[("        # the lid is heavy", "        # and the lock is old")] == 2
 
 
 def test_the_last_word_of_a_repeated_line_is_asked_for():
-    records = core_mini._repeated_comment(core_mini.gather([SOURCE, SOURCE]), random.Random(0))
+    records = mini_bundle._repeated_comment(mini_bundle.gather([SOURCE, SOURCE]), random.Random(0))
     assert records == [
         {"context": "# the lid is heavy\n        # and the lock is", "continuation": "old"},
     ]
 
 
 def test_an_installation_without_sources_is_one_clear_error(tmp_path, monkeypatch):
-    monkeypatch.setattr(core_mini.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
+    monkeypatch.setattr(mini_bundle.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
     with pytest.raises(UserError, match="core_mini: only 0 examples"):
-        core_mini.build()
+        mini_bundle.build()

@@ -5,8 +5,8 @@ import re
 
 import pytest
 
-from nanochat.evaluation.core import bundle as core_tasks
-from nanochat.evaluation.core import prompts as core_prompts
+from nanochat.evaluation.core import bundle as core_bundle
+from nanochat.evaluation.core import prompts
 from nanochat.evaluation.core.bundle import Example, Task
 
 MC = Task("mc", "multiple_choice", 1, "\nAnswer: ", "eval_data/mc.jsonl", 25.0)
@@ -16,9 +16,9 @@ LM = Task("lm", "language_modeling", 1, " ", "eval_data/lm.jsonl", 0.0)
 
 def texts_of(task, item, shots, variant="nanochat"):
     """The whole texts of an example: the stem, if any, and the rows."""
-    separator = core_prompts.SEPARATORS[variant]
-    prefix = "".join(core_prompts.write(task, shot, variant).shot + separator for shot in shots)
-    question = core_prompts.write(task, item, variant)
+    separator = prompts.SEPARATORS[variant]
+    prefix = "".join(prompts.write(task, shot, variant).shot + separator for shot in shots)
+    question = prompts.write(task, item, variant)
     stem = [] if question.stem is None else [(prefix + question.stem).strip()]
     return stem + [prefix + "".join(blocks) for blocks in question.blocks]
 
@@ -50,13 +50,13 @@ def test_shots_are_those_of_sampling_the_list_without_the_example():
     for total, shots, index in [(5, 2, 0), (30, 10, 29), (30, 10, 7), (200, 10, 199), (2117, 10, 1234)]:
         others = [place for place in range(total) if place != index]
         expected = random.Random(1234 + index).sample(others, shots)
-        assert core_prompts.draw_shots(total, shots, "nanochat")[index] == expected
+        assert prompts.draw_shots(total, shots, "nanochat")[index] == expected
 
 
 def test_shots_are_clamped_to_the_other_examples():
-    for variant in core_prompts.VARIANTS:
-        assert sorted(core_prompts.draw_shots(4, 10, variant)[1]) == [0, 2, 3]
-        assert core_prompts.draw_shots(1, 10, variant) == [[]]
+    for variant in prompts.VARIANTS:
+        assert sorted(prompts.draw_shots(4, 10, variant)[1]) == [0, 2, 3]
+        assert prompts.draw_shots(1, 10, variant) == [[]]
 
 
 def test_a_cut_list_is_the_beginning_of_the_shuffled_one():
@@ -64,15 +64,15 @@ def test_a_cut_list_is_the_beginning_of_the_shuffled_one():
     expected = list(range(50))
     random.Random(1337).shuffle(expected)
     for count, kept in ((0, expected), (8, expected[:8])):
-        [group] = core_prompts.arrange(LM, examples, count, "nanochat")
+        [group] = prompts.arrange(LM, examples, count, "nanochat")
         assert [example.line for example in group] == kept
     assert [example.line for example in examples] == list(range(50))
 
 
 def test_prompts_of_the_real_bundle_equal_nanochats(shared_data):
     """The first example of each task after the second, where it has shots; long ones are abridged."""
-    bundle = core_tasks.open_bundle(shared_data / "eval_bundle.zip")
-    tasks = {task.label: task for task in core_tasks.load_tasks(bundle)}
+    bundle = core_bundle.open_bundle(shared_data / "eval_bundle.zip")
+    tasks = {task.label: task for task in core_bundle.load_tasks(bundle)}
     text = (shared_data / "core_rendered_examples.txt").read_text(encoding="utf-8")
     blocks = re.findall(
         r"^##### (\S+) .*\n +nanochat\[0\]: (.*)\n +nanochat\[1\]: (.*)\n", text, re.MULTILINE
@@ -81,7 +81,7 @@ def test_prompts_of_the_real_bundle_equal_nanochats(shared_data):
     for label, first, second in blocks:
         task = tasks[label]
         lines = bundle.text(task.member).split("\n", 2)[:2]
-        item, shot = (core_tasks._parse_example("f", task.kind, json.loads(line), 1) for line in lines)
+        item, shot = (core_bundle._parse_example("f", task.kind, json.loads(line), 1) for line in lines)
         texts = texts_of(task, item, [shot] if task.shots else [])
         # A Python literal each; the second is the end of the text only, and " ... " may stand for a middle.
         first, second = ast.literal_eval(first), ast.literal_eval(second)
@@ -96,14 +96,14 @@ def test_prompts_of_the_real_bundle_equal_nanochats(shared_data):
 def test_dclm_keeps_the_order_and_draws_within_categories():
     task = Task("j", "language_modeling", 2, " ", "f", 0.0, has_categories=True)
     examples = [Example((str(n),), ("x",), 0, n, "ab"[n % 2]) for n in range(11)]
-    groups = core_prompts.arrange(task, examples, 0, "dclm")
+    groups = prompts.arrange(task, examples, 0, "dclm")
     assert [[example.line for example in group] for group in groups] == [[0, 2, 4, 6, 8, 10], [1, 3, 5, 7, 9]]
-    cut = core_prompts.arrange(task, examples, 5, "dclm")
+    cut = prompts.arrange(task, examples, 5, "dclm")
     assert [[example.line for example in group] for group in cut] == [[0, 2, 4], [1, 3]]
 
 
 def test_dclm_draws_from_one_generator_and_never_the_example_itself():
-    drawn = core_prompts.draw_shots(12, 5, "dclm")
+    drawn = prompts.draw_shots(12, 5, "dclm")
     rng = random.Random(1234)
     for index, shots in enumerate(drawn):
         expected = set(rng.sample(range(12), 5))
@@ -120,8 +120,8 @@ def test_dclm_draws_from_one_generator_and_never_the_example_itself():
 
 def test_prompts_of_the_real_bundle_equal_dclms(shared_data):
     """What the reference file says of llm-foundry: context and answers, tokenized apart."""
-    bundle = core_tasks.open_bundle(shared_data / "eval_bundle.zip")
-    tasks = {task.label: task for task in core_tasks.load_tasks(bundle)}
+    bundle = core_bundle.open_bundle(shared_data / "eval_bundle.zip")
+    tasks = {task.label: task for task in core_bundle.load_tasks(bundle)}
     text = (shared_data / "core_rendered_examples.txt").read_text(encoding="utf-8")
     blocks = re.findall(
         r"^##### (\S+) .*\n(?: +nanochat.*\n)+ +foundry *(ctx )?: (.*) \| cont (.*) gold", text, re.MULTILINE
@@ -130,9 +130,9 @@ def test_prompts_of_the_real_bundle_equal_dclms(shared_data):
     for label, is_schema, context, answers in blocks:
         task = tasks[label]
         lines = bundle.text(task.member).split("\n", 2)[:2]
-        item, shot = (core_tasks._parse_example("f", task.kind, json.loads(line), 1) for line in lines)
-        rows = core_prompts.write(task, item, "dclm").blocks
-        before = core_prompts.write(task, shot, "dclm").shot + "\n" if task.shots else ""
+        item, shot = (core_bundle._parse_example("f", task.kind, json.loads(line), 1) for line in lines)
+        rows = prompts.write(task, item, "dclm").blocks
+        before = prompts.write(task, shot, "dclm").shot + "\n" if task.shots else ""
         answers = ast.literal_eval(answers)
         expected = [answers] if isinstance(answers, str) else answers
         if is_schema:
@@ -161,18 +161,18 @@ def test_examples_about_one_passage_have_one_number():
     contexts = [story + "Who?", other + "Where?", story + "Who?\nHe.\nWhen?", "Short.", "Short too."] + [
         f"Below is a story.\n{n} {'word ' * 30}" for n in range(80)
     ]
-    found = core_prompts.passages([Example((text,), ("x",), 0, n) for n, text in enumerate(contexts)])
+    found = prompts.passages([Example((text,), ("x",), 0, n) for n, text in enumerate(contexts)])
     assert found[0] == found[2]
     assert len(set(found)) == len(contexts) - 1
 
 
 @pytest.mark.slow  # reads all 50 MB
 def test_the_stories_and_passages_of_the_real_bundle_are_found(shared_data):
-    bundle = core_tasks.open_bundle(shared_data / "eval_bundle.zip")
+    bundle = core_bundle.open_bundle(shared_data / "eval_bundle.zip")
     count = {}
-    for task in core_tasks.load_tasks(bundle):
-        examples = core_tasks.load_examples(bundle, task)
-        count[task.label] = (len(set(core_prompts.passages(examples))), len(examples))
+    for task in core_bundle.load_tasks(bundle):
+        examples = core_bundle.load_examples(bundle, task)
+        count[task.label] = (len(set(prompts.passages(examples))), len(examples))
     # The public counts: coqa's development set has 500 stories, squad's 2,067 paragraphs.
     assert 495 <= count["coqa"][0] <= 500
     assert 2040 <= count["squad"][0] <= 2067

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from nanochat.evaluation.core import bundle as core_tasks
+from nanochat.evaluation.core import bundle as core_bundle
 from nanochat.evaluation.core import results as core_results
 from nanochat.evaluation.core.bundle import Task
 from nanochat.evaluation.core.results import CoreResult, Prediction, TaskScore, centre, choose
@@ -29,7 +29,7 @@ def gpt2_row(bundle, name, cap):
     rows = csv.reader(bundle.text(f"openai-community-gpt2{name}.csv").splitlines()[1:])
     accuracies = {label.strip(): float(accuracy) for label, accuracy, _ in rows if accuracy.strip()}
     scores = []
-    for task in core_tasks.load_tasks(bundle):
+    for task in core_bundle.load_tasks(bundle):
         total = b"".join(bundle.blocks(task.member)).count(b"\n")
         n = min(total, cap) if cap else total
         correct = round(accuracies[task.label] * n)
@@ -48,7 +48,7 @@ def gpt2_row(bundle, name, cap):
     ],
 )
 def test_core_of_gpt2_is_reproduced_from_its_accuracies(shared_data, name, cap, v1, v2, stderr):
-    scores = gpt2_row(core_tasks.open_bundle(shared_data / "eval_bundle.zip"), name, cap)
+    scores = gpt2_row(core_bundle.open_bundle(shared_data / "eval_bundle.zip"), name, cap)
     result = result_of(*scores)
     assert core_results.is_core(task.label for task in result.tasks)
     assert result.core_metric == pytest.approx(v1, abs=1e-6)
@@ -62,7 +62,7 @@ def test_core_of_gpt2_is_reproduced_from_its_accuracies(shared_data, name, cap, 
 
 
 def test_the_table_of_gpt2_is_that_of_the_bundle(shared_data):
-    bundle = core_tasks.open_bundle(shared_data / "eval_bundle.zip")
+    bundle = core_bundle.open_bundle(shared_data / "eval_bundle.zip")
     for place, (name, cap) in enumerate([("", 0), ("-xl", 1000)]):
         for task in gpt2_row(bundle, name, cap):
             assert core_results.GPT2_ACCURACY[task.label][place] == pytest.approx(task.accuracy, abs=1e-6)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import stats as scipy_stats
 
-from nanochat.evaluation.core import statistics as core_stats
+from nanochat.evaluation.core import statistics as core_statistics
 from nanochat.evaluation.core.statistics import Stratum
 
 
@@ -74,7 +74,7 @@ def test_the_interval_of_core_holds_the_truth_95_times_of_100():
         truth = sum(s * p for s, p in zip(scales, [*truths, 0.3], strict=True)) / 10
         covered += abs(value - truth) < 1.96 * math.sqrt(variance)
         if trial < 5:  # the bootstrap gives the same error
-            spread = core_stats.bootstrap(tasks, scales).std(ddof=1)
+            spread = core_statistics.bootstrap(tasks, scales).std(ddof=1)
             assert spread == pytest.approx(math.sqrt(variance), rel=0.06)
             kept += 1
     assert kept == 5
@@ -97,28 +97,28 @@ def test_the_paired_error_of_two_runs_is_smaller_than_that_of_two_samples_and_ri
 
 def test_students_distribution_is_that_of_the_tables_and_of_simulation():
     for degrees, t in [(1, 6.314), (2, 2.920), (3, 2.353), (4, 2.132), (9, 1.833), (30, 1.697)]:
-        assert core_stats.student_cdf(t, degrees) == pytest.approx(0.95, abs=1e-4)
-        assert core_stats.student_cdf(-t, degrees) == pytest.approx(0.05, abs=1e-4)
+        assert core_statistics.student_cdf(t, degrees) == pytest.approx(0.95, abs=1e-4)
+        assert core_statistics.student_cdf(-t, degrees) == pytest.approx(0.05, abs=1e-4)
     samples = np.random.default_rng(5).standard_normal((40_000, 4))
     ratio = samples.mean(axis=1) / (samples.std(axis=1, ddof=1) / 2)
-    assert np.mean(ratio < 1.0) == pytest.approx(core_stats.student_cdf(1.0, 3), abs=0.01)
+    assert np.mean(ratio < 1.0) == pytest.approx(core_statistics.student_cdf(1.0, 3), abs=0.01)
 
 
 def test_several_seeds_give_a_mean_and_its_error():
-    mean, stderr = core_stats.mean_and_stderr([0.25, 0.26, 0.27])
+    mean, stderr = core_statistics.mean_and_stderr([0.25, 0.26, 0.27])
     assert mean == pytest.approx(0.26)
     assert stderr == pytest.approx(0.01 / math.sqrt(3))
     # Few seeds are less sure than the normal distribution says.
-    few = core_stats.probability_above(mean, stderr, 0.25, degrees=2)
-    assert few < core_stats.probability_above(mean, stderr, 0.25)
+    few = core_statistics.probability_above(mean, stderr, 0.25, degrees=2)
+    assert few < core_statistics.probability_above(mean, stderr, 0.25)
 
 
 def test_examples_in_the_docstrings_hold():
-    results = doctest.testmod(core_stats)
+    results = doctest.testmod(core_statistics)
     assert (results.attempted, results.failed) == (6, 0)
 
 
 @pytest.mark.parametrize(("right", "n"), [(0, 32), (32, 32), (1, 100), (37, 100), (0, 1)])
 def test_the_interval_of_a_share_is_scipys(right, n):
     theirs = scipy_stats.binomtest(right, n).proportion_ci(method="wilson")
-    assert core_stats.wilson(right / n, n) == pytest.approx((theirs.low, theirs.high), abs=1e-6)
+    assert core_statistics.wilson(right / n, n) == pytest.approx((theirs.low, theirs.high), abs=1e-6)

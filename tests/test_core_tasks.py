@@ -4,7 +4,7 @@ import zipfile
 import pytest
 
 from nanochat.common.errors import UserError
-from nanochat.evaluation.core import bundle as core_tasks
+from nanochat.evaluation.core import bundle as core_bundle
 from nanochat.evaluation.core.bundle import Bundle, Example, Task
 
 MC = Task("mc", "multiple_choice", 1, "\nAnswer: ", "eval_data/mc.jsonl", 25.0)
@@ -53,14 +53,14 @@ def test_a_folder_a_zip_and_a_zip_with_a_top_folder_read_the_same(tmp_path):
         (folder / name).write_text(text, encoding="utf-8")
     places = [folder, write_zip(tmp_path / "flat.zip"), write_zip(tmp_path / "deep.zip", "eval_bundle/")]
     for place in places:
-        bundle = core_tasks.open_bundle(place)
-        tasks = core_tasks.load_tasks(bundle)
+        bundle = core_bundle.open_bundle(place)
+        tasks = core_bundle.load_tasks(bundle)
         assert tasks == [
             Task("mc", "multiple_choice", 2, "\nAnswer: ", "eval_data/mc.jsonl", 25.0),
             Task("lm", "language_modeling", 0, " ", "eval_data/lm.jsonl", 0.0, has_categories=True),
         ]
-        assert core_tasks.load_examples(bundle, tasks[0]) == [Example(("q",), ("a", "b"), 1, 1)]
-        assert core_tasks.load_examples(bundle, tasks[1]) == [Example(("c",), ("d",), 0, 1, "e")]
+        assert core_bundle.load_examples(bundle, tasks[0]) == [Example(("q",), ("a", "b"), 1, 1)]
+        assert core_bundle.load_examples(bundle, tasks[1]) == [Example(("c",), ("d",), 0, 1, "e")]
 
 
 def test_a_missing_bundle_a_cut_zip_and_paths_out_of_it_are_refused(tmp_path):
@@ -78,7 +78,7 @@ def test_a_missing_bundle_a_cut_zip_and_paths_out_of_it_are_refused(tmp_path):
     }
     for name, message in expected.items():
         with pytest.raises(UserError, match=f"{name}.*{message}"):
-            core_tasks.open_bundle(tmp_path / name)
+            core_bundle.open_bundle(tmp_path / name)
 
 
 def test_a_damaged_member_of_a_zip_is_named(tmp_path):
@@ -87,9 +87,9 @@ def test_a_damaged_member_of_a_zip_is_named(tmp_path):
         for name, text in TEXTS.items():
             archive.writestr(name, text)
     path.write_bytes(path.read_bytes().replace(b'"gold": 1', b'"gold": 0'))
-    bundle = core_tasks.open_bundle(path)
+    bundle = core_bundle.open_bundle(path)
     with pytest.raises(UserError, match=r"bundle.zip/eval_data/mc.jsonl: damaged"):
-        core_tasks.load_examples(bundle, core_tasks.load_tasks(bundle)[0])
+        core_bundle.load_examples(bundle, core_bundle.load_tasks(bundle)[0])
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_a_damaged_member_of_a_zip_is_named(tmp_path):
 )
 def test_a_faulty_task_list_is_one_clear_error(change, message):
     with pytest.raises(UserError, match=message):
-        core_tasks.load_tasks(bundle_of(**change))
+        core_bundle.load_tasks(bundle_of(**change))
 
 
 GOOD_LINE = TEXTS["eval_data/mc.jsonl"]
@@ -130,16 +130,16 @@ GOOD_LINE = TEXTS["eval_data/mc.jsonl"]
 def test_a_faulty_example_is_named_by_file_and_line(line, message):
     bundle = bundle_of(mc=GOOD_LINE + "\n" + line + "\n")
     with pytest.raises(UserError, match=f"b/eval_data/mc.jsonl:3: .*{message}"):
-        core_tasks.load_examples(bundle, MC)
+        core_bundle.load_examples(bundle, MC)
 
 
 def test_other_faults_of_task_files_are_named():
     with pytest.raises(UserError, match=r"b/eval_data/schema.jsonl: the file is missing"):
-        core_tasks.load_examples(bundle_of(), SCHEMA)
+        core_bundle.load_examples(bundle_of(), SCHEMA)
     with pytest.raises(UserError, match=r"b/eval_data/mc.jsonl: holds no examples"):
-        core_tasks.load_examples(bundle_of(mc="\n"), MC)
+        core_bundle.load_examples(bundle_of(mc="\n"), MC)
     with pytest.raises(UserError, match="continuation is empty"):
-        core_tasks._parse_example("f:1", "schema", {"continuation": " ", "context_options": ["a"]}, 1)
+        core_bundle._parse_example("f:1", "schema", {"continuation": " ", "context_options": ["a"]}, 1)
     with pytest.raises(UserError, match="byte 1 is not UTF-8"):
         Bundle("b", lambda _: [b"a\xff"]).text("eval_data/mc.jsonl")
 
@@ -149,13 +149,13 @@ def test_texts_are_kept_exactly_and_only_newlines_end_a_line():
     bundle = bundle_of(
         mc=json.dumps({"query": query, "choices": [" x", "y "], "gold": 0}, ensure_ascii=False)
     )
-    assert core_tasks.load_examples(bundle, MC) == [Example((query,), (" x", "y "), 0, 1)]
+    assert core_bundle.load_examples(bundle, MC) == [Example((query,), (" x", "y "), 0, 1)]
 
 
 @pytest.mark.slow  # reads all 50 MB
 def test_the_real_bundle_has_22_tasks_and_91037_examples(shared_data):
-    bundle = core_tasks.open_bundle(shared_data / "eval_bundle.zip")
-    tasks = core_tasks.load_tasks(bundle)
+    bundle = core_bundle.open_bundle(shared_data / "eval_bundle.zip")
+    tasks = core_bundle.load_tasks(bundle)
     assert len(tasks) == 22
-    assert sum(len(core_tasks.load_examples(bundle, task)) for task in tasks) == 91_037
+    assert sum(len(core_bundle.load_examples(bundle, task)) for task in tasks) == 91_037
     assert {task.label: task.baseline_percent for task in tasks}["boolq"] == 62

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanochat.common import files
-from nanochat.evaluation.core import bundle as core_tasks
-from nanochat.evaluation.core import prompt_tokens as core_tokens
+from nanochat.evaluation.core import bundle as core_bundle
+from nanochat.evaluation.core import prompt_tokens
 from nanochat.evaluation.core import prompts as core_prompts
 from nanochat.evaluation.core.bundle import Example, Task
 from nanochat.evaluation.core.prompt_tokens import Prompts
@@ -75,7 +75,7 @@ def test_shots_of_ordinary_text_are_joined_and_not_tokenized_again(tokenizer, mo
 
 def test_tokens_are_read_from_the_disk_the_second_time(tokenizer, monkeypatch):
     texts = ["a cat", "", "sat on\n"]
-    first = core_tokens.encode_kept(tokenizer, texts, keep=True)
+    first = prompt_tokens.encode_kept(tokenizer, texts, keep=True)
     [path] = list(files.token_cache_file("x").parent.iterdir())
 
     def refuse(*_):
@@ -83,36 +83,36 @@ def test_tokens_are_read_from_the_disk_the_second_time(tokenizer, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(Tokenizer, "encode_batch", refuse)
-        again = core_tokens.encode_kept(tokenizer, texts, keep=True)
+        again = prompt_tokens.encode_kept(tokenizer, texts, keep=True)
         for one, two in zip(first[:2], again[:2], strict=True):
             np.testing.assert_array_equal(one, two)
         with pytest.raises(AssertionError, match="tokenized again"):  # other boundaries, other texts
-            core_tokens.encode_kept(tokenizer, ["a catsat", "", " on\n"], keep=True)
+            prompt_tokens.encode_kept(tokenizer, ["a catsat", "", " on\n"], keep=True)
         other = Tokenizer.train(["other words altogether " * 9], 300)
         with pytest.raises(AssertionError, match="tokenized again"):
-            core_tokens.encode_kept(other, texts, keep=True)
+            prompt_tokens.encode_kept(other, texts, keep=True)
     good = path.read_bytes()
     for damaged in (good[:-3], good[:-1] + bytes([good[-1] ^ 1]), b"", b"{}"):
         path.write_bytes(damaged)
-        ids, _, _ = core_tokens.encode_kept(tokenizer, texts, keep=True)
+        ids, _, _ = prompt_tokens.encode_kept(tokenizer, texts, keep=True)
         np.testing.assert_array_equal(ids, first[0])
         assert path.read_bytes() == good
 
 
 def test_another_rank_writes_nothing(tokenizer):
-    core_tokens.encode_kept(tokenizer, ["a cat"], keep=False)
+    prompt_tokens.encode_kept(tokenizer, ["a cat"], keep=False)
     assert not files.token_cache_file("x").parent.exists()
 
 
 @pytest.mark.slow
 def test_prompts_of_the_real_bundle_are_joined_exactly(shared_data):
     """60 prompts of each task, with their real shots, against the whole text."""
-    bundle = core_tasks.open_bundle(shared_data / "eval_bundle.zip")
+    bundle = core_bundle.open_bundle(shared_data / "eval_bundle.zip")
     text = bundle.text("eval_data/reading_comprehension/boolq.jsonl")[:400_000]
     tokenizer = Tokenizer.train([text], 2000)
     rng = random.Random(0)
-    for task in core_tasks.load_tasks(bundle):
-        [group] = core_prompts.arrange(task, core_tasks.load_examples(bundle, task), 300, "nanochat")
+    for task in core_bundle.load_tasks(bundle):
+        [group] = core_prompts.arrange(task, core_bundle.load_examples(bundle, task), 300, "nanochat")
         prompts = Prompts(tokenizer, task, group, "nanochat", keep=False)
         for index in rng.sample(range(len(group)), min(60, len(group))):
             expected, stem = whole_rows(tokenizer, task, group, index)

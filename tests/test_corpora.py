@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanochat.common.errors import UserError
-from nanochat.data import sources as corpora
+from nanochat.data import sources
 from nanochat.data.sources import find_files, hold_out_end, local_documents, shuffled, split_text
 
 
@@ -30,12 +30,12 @@ def test_a_text_is_cut_at_the_best_break() -> None:
 
 
 def test_stdlib_is_clean_shuffled_and_the_same_each_time() -> None:
-    train, val = corpora.stdlib_documents()
-    assert (train, val) == corpora.stdlib_documents()
+    train, val = sources.stdlib_documents()
+    assert (train, val) == sources.stdlib_documents()
     assert 2e6 < sum(map(len, train)) < 40e6
     assert 0.01 < len(val) / len(train) < 0.2
     assert len({*train, *val}) == len(train) + len(val)
-    assert all(0 < len(piece) <= corpora.PIECE_CHARS for piece in train + val)
+    assert all(0 < len(piece) <= sources.PIECE_CHARS for piece in train + val)
     assert any("class JSONDecoder" in piece for piece in train + val)
     assert any("math.acos(x, /)" in piece for piece in train + val)
     assert not any("class TestCase(unittest" in piece for piece in train)
@@ -56,7 +56,7 @@ def test_a_long_txt_file_becomes_pieces_that_lose_nothing(tmp_path: Path) -> Non
     (tmp_path / "long.txt").write_text(words, "utf-8")
     pieces = list(local_documents([tmp_path / "long.txt"]))
     assert " ".join(pieces).split() == words.split()
-    assert max(map(len, pieces)) <= corpora.PIECE_CHARS
+    assert max(map(len, pieces)) <= sources.PIECE_CHARS
 
 
 def test_a_file_that_is_not_utf8_is_refused_at_its_byte(tmp_path: Path) -> None:
@@ -125,7 +125,7 @@ def test_the_end_is_held_out(count: int) -> None:
     held: deque[str] = deque()
     passed = list(hold_out_end((str(i) for i in range(count)), held))
     assert passed + list(held) == [str(i) for i in range(count)]
-    assert len(held) == min(1, count) or sum(map(len, list(held)[1:])) < corpora.val_chars(
+    assert len(held) == min(1, count) or sum(map(len, list(held)[1:])) < sources.val_chars(
         sum(map(len, passed)) + sum(map(len, held))
     )
 
@@ -141,7 +141,7 @@ def test_of_a_long_text_a_hundredth_of_the_documents_is_held_out() -> None:
 def test_of_a_short_text_enough_is_held_out_to_measure_on(chars: int, least: int, most: int) -> None:
     text = "".join(f"line {i} of a short text\n" for i in range(chars // 20))[:chars]
     held: deque[str] = deque()
-    passed = list(hold_out_end(split_text(text, corpora.PIECE_CHARS), held))
+    passed = list(hold_out_end(split_text(text, sources.PIECE_CHARS), held))
     assert least <= sum(map(len, held)) <= most
     assert "".join([*passed, *held]) == text
 
@@ -167,7 +167,7 @@ def test_what_training_has_too_is_not_held_out(tmp_path: Path, capsys: pytest.Ca
     lines = [f"document number {i % 40} of the text" for i in range(100)]
     lines.insert(95, "a document that stands once")
     (tmp_path / "x.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines), "utf-8")
-    train, val = corpora.local_splits([tmp_path / "x.jsonl"], None)
+    train, val = sources.local_splits([tmp_path / "x.jsonl"], None)
     known = set(train)
     assert set(val) == {"a document that stands once"}
     assert "a document that stands once" not in known
@@ -178,7 +178,7 @@ def test_a_text_that_repeats_one_document_is_validated_on_it_and_that_is_said(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "x.jsonl").write_text('{"text": "the same"}\n' * 50)
-    train, val = corpora.local_splits([tmp_path / "x.jsonl"], None)
+    train, val = sources.local_splits([tmp_path / "x.jsonl"], None)
     assert len(list(train)) + len(list(val)) == 50
     assert "validation will look too good" in capsys.readouterr().out
 
@@ -188,14 +188,14 @@ def test_a_validation_file_that_copies_the_training_text_is_said(
 ) -> None:
     for name in ("a.txt", "b.txt"):
         (tmp_path / name).write_text("one text\n\n" * 10)
-    train, val = corpora.local_splits([tmp_path / "a.txt"], tmp_path / "b.txt")
+    train, val = sources.local_splits([tmp_path / "a.txt"], tmp_path / "b.txt")
     assert list(train) == list(val)
     assert "1 of 1 validation documents are also in the text to train on" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("limit", [0, 50, 10**9])
 def test_shuffling_loses_nothing_whatever_the_memory(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(corpora, "SHUFFLE_CHARS", limit)
+    monkeypatch.setattr(sources, "SHUFFLE_CHARS", limit)
     documents = [f"document {i}" for i in range(200)]
     mixed = list(shuffled(documents, seed=1))
     assert sorted(mixed) == sorted(documents)

@@ -19,8 +19,7 @@ from numpy.typing import NDArray
 
 from nanochat.common import files
 from nanochat.common.errors import UserError
-from nanochat.data import parquet_shards as shards
-from nanochat.data import train_loader as dataloader
+from nanochat.data import parquet_shards, train_loader
 from nanochat.data.corpus import Corpus
 from nanochat.data.packing import pack, shuffled
 from nanochat.data.row_stream import fit_lanes
@@ -56,12 +55,16 @@ def make(
     monkeypatch: pytest.MonkeyPatch, documents: int = 300, per_group: int = 25, name: str = "c"
 ) -> Corpus:
     """A corpus with row groups of `per_group` documents in three training shards."""
-    monkeypatch.setattr(shards, "GROUP_DOCUMENTS", per_group)
-    monkeypatch.setattr(shards, "SHARD_CHARS", documents * 10)
+    monkeypatch.setattr(parquet_shards, "GROUP_DOCUMENTS", per_group)
+    monkeypatch.setattr(parquet_shards, "SHARD_CHARS", documents * 10)
     folder = files.data_dir(name)
     folder.mkdir(parents=True)
-    members = shards.write_shards((document("train", i) for i in range(documents)), folder, "train", 0)
-    members += shards.write_shards((document("val", i) for i in range(60)), folder, "val", len(members))
+    members = parquet_shards.write_shards(
+        (document("train", i) for i in range(documents)), folder, "train", 0
+    )
+    members += parquet_shards.write_shards(
+        (document("val", i) for i in range(60)), folder, "val", len(members)
+    )
     Corpus(folder, name, "local files", members).write_manifest(folder)
     return Corpus.open(name)
 
@@ -199,7 +202,11 @@ def test_a_rank_reads_only_its_lanes_where_ranks_divide_lanes(monkeypatch: pytes
         original = Corpus.read_block
 
         def spy(
-            self: Corpus, shard: shards.Shard, group: int, read: set[str] = read, original: Any = original
+            self: Corpus,
+            shard: parquet_shards.Shard,
+            group: int,
+            read: set[str] = read,
+            original: Any = original,
         ) -> Any:
             read.add(f"{shard.name} {group}")
             return original(self, shard, group)
@@ -375,7 +382,7 @@ def test_validation_without_tails_has_the_rows_that_training_would_make(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     corpus = make(monkeypatch)
-    whole = ValBatches(corpus, Letters(), T, 8, World.solo(), keep_tails=False)
+    whole = ValBatches(corpus, Letters(), T, 8, World.single_process(), keep_tails=False)
     rows = {
         (inputs[0].item(), *targets.tolist()) for x, y in whole for inputs, targets in zip(x, y, strict=True)
     }
@@ -399,7 +406,9 @@ def test_validation_of_so_many_tokens_is_a_part_of_the_whole_and_repeats(
         assert len(first) == 10
         assert first == again
     whole = [
-        row.tolist() for _, targets in ValBatches(corpus, Letters(), T, 4, World.solo()) for row in targets
+        row.tolist()
+        for _, targets in ValBatches(corpus, Letters(), T, 4, World.single_process())
+        for row in targets
     ]
     assert all(row in whole for row in first)
 
@@ -426,11 +435,11 @@ def test_prose_crops_under_18_percent(shared_data: Path, monkeypatch: pytest.Mon
 
 def test_shards_that_arrive_one_by_one_are_read_so_in_the_first_epoch_only() -> None:
     shard_of = np.repeat(np.arange(5), [3, 1, 4, 2, 6])
-    first, second = (dataloader.block_order(shard_of, 7, epoch, in_order=True) for epoch in (0, 1))
+    first, second = (train_loader.block_order(shard_of, 7, epoch, in_order=True) for epoch in (0, 1))
     assert sorted(first) == sorted(second) == list(range(16))
     assert (np.diff(shard_of[first]) >= 0).all()
     assert (np.diff(shard_of[second]) < 0).any()
     assert (first != np.arange(16)).any()
-    assert (first != dataloader.block_order(shard_of, 8, 0, in_order=True)).any()
+    assert (first != train_loader.block_order(shard_of, 8, 0, in_order=True)).any()
     assert (first[:3] < 3).all()
-    assert (dataloader.block_order(shard_of, 7, 0, in_order=False) == shuffled(16, 7, 0)).all()
+    assert (train_loader.block_order(shard_of, 7, 0, in_order=False) == shuffled(16, 7, 0)).all()

@@ -17,9 +17,8 @@ import pytest
 
 from nanochat.common import files
 from nanochat.common.errors import UserError
-from nanochat.data import corpus as dataset
-from nanochat.data import parquet_shards as shards
-from nanochat.data import sources as corpora
+from nanochat.data import corpus as corpus_module
+from nanochat.data import parquet_shards, sources
 from nanochat.data.corpus import Corpus, prepare
 from scripts import dataset as dataset_command
 from tests.shard_files import read_texts
@@ -75,13 +74,13 @@ def test_making_again_does_nothing_and_other_files_are_refused(tmp_path: Path) -
 
 def test_eight_makers_of_one_corpus_make_it_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
-    write = dataset.write_corpus
+    write = corpus_module.write_corpus
 
     def spy(folder: Path, *rest: Any) -> None:
         made.append(folder)
         write(folder, *rest)
 
-    monkeypatch.setattr(dataset, "write_corpus", spy)
+    monkeypatch.setattr(corpus_module, "write_corpus", spy)
     path = tmp_path / "x.jsonl"
     path.write_text("\n".join(json.dumps({"text": f"document {i}"}) for i in range(300)), "utf-8")
     with ThreadPoolExecutor(8) as pool:
@@ -217,10 +216,10 @@ def test_row_groups_beyond_the_limits_are_refused_before_they_are_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "bomb.parquet"
-    pq.write_table(pa.table({"text": [""] * (shards.MAX_GROUP_ROWS + 1)}), path)
+    pq.write_table(pa.table({"text": [""] * (parquet_shards.MAX_GROUP_ROWS + 1)}), path)
     with pytest.raises(UserError, match="row group 0 has 65537 rows"):
         read_texts(path, 0)
-    monkeypatch.setattr(shards, "MAX_GROUP_BYTES", 1 << 20)
+    monkeypatch.setattr(parquet_shards, "MAX_GROUP_BYTES", 1 << 20)
     pq.write_table(pa.table({"text": ["\0" * (1 << 20)] * 2}), path, compression="zstd", use_dictionary=False)
     assert path.stat().st_size < 5_000
     with pytest.raises(UserError, match="bytes are read at a time"):
@@ -229,7 +228,7 @@ def test_row_groups_beyond_the_limits_are_refused_before_they_are_read(
 
 def test_two_hundred_mutations_of_a_parquet_file_give_its_text_or_an_error(tmp_path: Path) -> None:
     path = tmp_path / "x.parquet"
-    shards.write_shards([f"document {i}" for i in range(50)], tmp_path, "train", 0)
+    parquet_shards.write_shards([f"document {i}" for i in range(50)], tmp_path, "train", 0)
     good = (tmp_path / "shard_00000.parquet").read_bytes()
     right = [f"document {i}" for i in range(50)]
     rng = random.Random(0)
@@ -247,9 +246,9 @@ def test_two_hundred_mutations_of_a_parquet_file_give_its_text_or_an_error(tmp_p
 
 
 def test_long_documents_end_a_row_group_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards, "GROUP_CHARS", 1000)
-    monkeypatch.setattr(shards, "SHARD_CHARS", 3000)
-    written = shards.write_shards(["x" * 400] * 20, tmp_path, "train", 5)
+    monkeypatch.setattr(parquet_shards, "GROUP_CHARS", 1000)
+    monkeypatch.setattr(parquet_shards, "SHARD_CHARS", 3000)
+    written = parquet_shards.write_shards(["x" * 400] * 20, tmp_path, "train", 5)
     assert [(s.name, s.row_groups, s.documents) for s in written] == [
         ("shard_00005.parquet", 3, 9),
         ("shard_00006.parquet", 3, 9),
@@ -259,7 +258,7 @@ def test_long_documents_end_a_row_group_early(tmp_path: Path, monkeypatch: pytes
 
 def test_a_row_of_50_mb_is_written_and_read_back(tmp_path: Path) -> None:
     long = "a row of fifty megabytes \u00e9\n" * 2_000_000
-    [shard] = shards.write_shards(["before", long, "after"], tmp_path, "train", 0)
+    [shard] = parquet_shards.write_shards(["before", long, "after"], tmp_path, "train", 0)
     assert shard.row_groups == 2  # it ends its row group
     assert read_texts(tmp_path / shard.name, 0) == ["before", long]
     assert read_texts(tmp_path / shard.name, 1) == ["after"]
@@ -291,7 +290,7 @@ def test_a_corpus_that_an_earlier_release_made_is_known_again(tmp_path: Path) ->
     path.write_text("some text\n\n" * 2000)
     corpus = prepare("local", named_files=[str(path)])
     manifest = json.loads((corpus.folder / "manifest.json").read_text("utf-8"))
-    manifest["source"] = f"local files, 1 of listing {corpora.listing_digest([path], None)}"
+    manifest["source"] = f"local files, 1 of listing {sources.listing_digest([path], None)}"
     (corpus.folder / "manifest.json").write_text(json.dumps(manifest))
     assert prepare("local", named_files=[str(path)]).source == manifest["source"]
 
@@ -349,7 +348,7 @@ def test_the_command_line_makes_lists_and_verifies(tmp_path: Path) -> None:
     assert "mine: " in made.stdout
     assert "mine: " in run_cli("--list").stdout
     assert "2 shards verified" in run_cli("--corpus", "mine", "--verify").stdout
-    path = dataset.Corpus.open("mine").folder / "shard_00000.parquet"
+    path = corpus_module.Corpus.open("mine").folder / "shard_00000.parquet"
     path.write_bytes(path.read_bytes()[:-1] + b"x")
     wrong = run_cli("--corpus", "mine", "--verify")
     assert wrong.returncode == 2

@@ -6,13 +6,13 @@ import torch._dynamo.testing
 from safetensors.torch import load_file
 
 from nanochat import export
-from nanochat.checkpoint import format as checkpoint_files
-from nanochat.checkpoint import state as checkpoint
+from nanochat.checkpoint import format as checkpoint_format
+from nanochat.checkpoint import state as checkpoint_state
 from nanochat.common import files
 from nanochat.common.errors import UserError
 from nanochat.common.jsonl import read_metrics
 from nanochat.common.machine import Precision
-from nanochat.config import plan as scaling
+from nanochat.config import plan as planning
 from nanochat.config.arguments import ExportArgs, TrainArgs
 from nanochat.config.model_config import count_params, flops_per_token
 from nanochat.config.plan import model_config
@@ -167,7 +167,7 @@ def test_parameters_and_flops_by_hand():
 
 
 def test_only_diff1_has_a_group_of_its_own():
-    groups = {kind: scaling.plan(TrainArgs(attention_kind=kind), 32768).groups for kind in KINDS}
+    groups = {kind: planning.plan(TrainArgs(attention_kind=kind), 32768).groups for kind in KINDS}
     assert groups["softmax"].keys() == groups["diff2"].keys() == groups["diff1"].keys() - {"share"}
     assert groups["diff1"]["share"].optimizer == "adamw"
     kinds = GPT(config_of(attention_kind="diff1"), FP32).parameter_kinds()
@@ -178,9 +178,9 @@ def test_only_diff1_has_a_group_of_its_own():
 
 def test_what_cannot_be_is_refused():
     with pytest.raises(UserError, match="--head-dim=6: --attention-kind=diff1"):
-        scaling.plan(TrainArgs(attention_kind="diff1", head_dim=6), 300)
+        planning.plan(TrainArgs(attention_kind="diff1", head_dim=6), 300)
     with pytest.raises(UserError, match="--attention-kind=hard: expected one of softmax, diff1, diff2"):
-        scaling.plan(TrainArgs(attention_kind="hard"), 300)
+        planning.plan(TrainArgs(attention_kind="hard"), 300)
 
 
 @pytest.mark.parametrize("kind", DIFFERENTIAL)
@@ -190,9 +190,9 @@ def test_a_run_is_trained_saved_and_read_again_but_not_exported(kind, tmp_path):
     assert summary["status"] == "finished"
     losses = [e["loss"] for e in read_metrics(files.run_dir(kind) / "metrics.jsonl") if e["kind"] == "step"]
     assert losses[-1] < losses[0] - 0.2
-    model, tokenizer, _ = checkpoint.load_model(kind, device=torch.device("cpu"), precision=FP32)
+    model, tokenizer, _ = checkpoint_state.load_model(kind, device=torch.device("cpu"), precision=FP32)
     assert model.config.attention_kind == kind
-    weights = load_file(checkpoint_files.folder_of(kind, 30) / checkpoint_files.MODEL)
+    weights = load_file(checkpoint_format.folder_of(kind, 30) / checkpoint_format.MODEL)
     assert all(torch.equal(weights[name], p) for name, p in model.named_parameters())
     assert model.blocks[0].attn.differential is not None
     with pytest.raises(UserError, match=f"--attention-kind={kind}.*softmax only"):

@@ -20,8 +20,8 @@ from dev import experiment_file, experiment_report, experiment_results, experime
 from dev.experiment_results import Point, Result
 from nanochat.common import files
 from nanochat.common.errors import UserError
-from nanochat.config import arguments as config
-from nanochat.config import plan as scaling
+from nanochat.config import arguments
+from nanochat.config import plan as planning
 from tests import tiny
 from tests.conftest import REPO
 
@@ -383,6 +383,6 @@ def test_the_experiments_at_hand_ask_for_runs_that_base_train_accepts(path: Path
     for variant in (
         each for each in experiment.variants if each.revision is None
     ):  # others parse for themselves
-        args = config.parse(config.TrainArgs, experiment.run(variant, experiment.seeds[0]).arguments())
-        tokens.add(scaling.plan(args, vocab_size=8192).tokens)
+        args = arguments.parse(arguments.TrainArgs, experiment.run(variant, experiment.seeds[0]).arguments())
+        tokens.add(planning.plan(args, vocab_size=8192).tokens)
     assert len(tokens) == 1

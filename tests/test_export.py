@@ -150,10 +150,10 @@ def test_padding_between_tokens_and_rows_of_padding_alone_do_no_harm(tokenizer, 
 
 
 def test_an_empty_folder_is_written_to_and_a_link_stays_a_link(tokenizer, tmp_path, base_dir, monkeypatch):
-    from nanochat.checkpoint import state as checkpoint
+    from nanochat.checkpoint import state as checkpoint_state
 
     model = odd_model(tokenizer)
-    monkeypatch.setattr(checkpoint, "load_model", lambda *a, **k: (model, tokenizer, {"step": 1}))
+    monkeypatch.setattr(checkpoint_state, "load_model", lambda *a, **k: (model, tokenizer, {"step": 1}))
     (tmp_path / "big").mkdir()
     (tmp_path / "out").symlink_to(tmp_path / "big")
     assert export.run(ExportArgs(run="r", out=str(tmp_path / "out"))) == tmp_path / "big"

@@ -12,12 +12,12 @@ import pytest
 
 from nanochat.common import files, flags
 from nanochat.common.errors import UserError
-from nanochat.config import arguments as config
-from nanochat.config import plan as scaling
+from nanochat.config import arguments
+from nanochat.config import plan as planning
 from nanochat.config.arguments import EvalArgs, GenerateArgs, TokTrainArgs, TrainArgs
 
 COMMANDS = [
-    value for name, value in vars(config).items() if name.endswith("Args") and isinstance(value, type)
+    value for name, value in vars(arguments).items() if name.endswith("Args") and isinstance(value, type)
 ]
 
 HOSTILE = (
@@ -37,14 +37,14 @@ def numbers(cls: Any) -> list[tuple[str, Any]]:
     ]
 
 
-NEEDED = {config.CheckpointArgs: ["list", "d12"]}
+NEEDED = {arguments.CheckpointArgs: ["list", "d12"]}
 NUMBERS = [(cls, name) for cls in COMMANDS for name, _ in numbers(cls)]
 
 
 def refusal(cls: Any, argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     """The line that refuses a command line, or "" where it is taken; anything else fails the test."""
     try:
-        config.parse(cls, argv)
+        arguments.parse(cls, argv)
     except UserError as error:
         return str(error)
     except SystemExit as leaving:
@@ -92,13 +92,13 @@ def test_a_number_that_is_taken_makes_a_plan_that_a_file_can_hold(
         if refusal(TrainArgs, argv, capsys):
             continue
         try:
-            plan = scaling.plan(config.parse(TrainArgs, argv), 300)
+            plan = planning.plan(arguments.parse(TrainArgs, argv), 300)
         except UserError as refused:
             assert "--" in str(refused)  # noqa: PT017
             continue
         json.dumps(plan.to_dict(), allow_nan=False)
         assert plan.steps > 0
-        assert scaling.describe(plan)
+        assert planning.describe(plan)
         planned += 1
     assert planned
 
@@ -107,7 +107,7 @@ def test_a_number_that_is_taken_makes_a_plan_that_a_file_can_hold(
 def test_help_shows_the_bounds(cls: Any, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     item = next(item for item in dataclasses.fields(cls) if item.name == name)
     with pytest.raises(SystemExit):
-        config.parse(cls, ["--help"])
+        arguments.parse(cls, ["--help"])
     shown = "".join(capsys.readouterr().out.split())
     assert "".join(flags.domain(item, typing.get_type_hints(cls)[name]).split()) in shown
 
@@ -133,7 +133,7 @@ def test_help_shows_the_bounds(cls: Any, name: str, capsys: pytest.CaptureFixtur
 )
 def test_a_refusal_names_flag_value_and_domain(cls: Any, argv: list[str], said: str) -> None:
     with pytest.raises(UserError) as refused:
-        config.parse(cls, argv)
+        arguments.parse(cls, argv)
     assert str(refused.value).startswith(said)
 
 
@@ -144,7 +144,7 @@ NO_NAMES += ("\x1b[31m", "\u202egnp", "caf\udce9", "\ud800", "a\0b", "a\\b", "a:
 @pytest.mark.parametrize("name", NO_NAMES)
 @pytest.mark.parametrize("flag", ["--run", "--compare"])
 def test_what_is_no_name_is_refused_escaped(flag: str, name: str, base_dir: Path) -> None:
-    for refuse in (lambda: config.parse(EvalArgs, [flag, name]), lambda: files.run_dir(name)):
+    for refuse in (lambda: arguments.parse(EvalArgs, [flag, name]), lambda: files.run_dir(name)):
         with pytest.raises(UserError) as refused:
             refuse()
         assert str(refused.value).isprintable()
@@ -155,7 +155,7 @@ def test_what_is_no_name_is_refused_escaped(flag: str, name: str, base_dir: Path
 
 @pytest.mark.parametrize("name", ["d12", "a", "-x", "_", "A.b-c_1", "x" * 128, "0"])
 def test_what_the_message_promises_is_a_name(name: str) -> None:
-    assert config.parse(EvalArgs, [f"--run={name}"]).run == name
+    assert arguments.parse(EvalArgs, [f"--run={name}"]).run == name
     assert files.run_dir(name).name == name
 
 
@@ -165,14 +165,14 @@ def test_a_name_of_an_older_version_is_good_for_what_has_it(base_dir: Path) -> N
             files.run_dir(name)
         (base_dir / "runs" / name).mkdir(parents=True)
         assert files.run_dir(name) == base_dir / "runs" / name
-        assert config.parse(EvalArgs, [f"--run={name}"]).run == name
+        assert arguments.parse(EvalArgs, [f"--run={name}"]).run == name
         with pytest.raises(UserError, match="not a usable name"):
             files.data_dir(name)
 
 
 def test_paths_may_have_any_bytes() -> None:
-    assert config.parse(config.DatasetArgs, ["--files", "caf\udce9.txt"]).files == ("caf\udce9.txt",)
-    assert config.parse(config.ExportArgs, ["--out", "o\udce9"]).out == "o\udce9"
+    assert arguments.parse(arguments.DatasetArgs, ["--files", "caf\udce9.txt"]).files == ("caf\udce9.txt",)
+    assert arguments.parse(arguments.ExportArgs, ["--out", "o\udce9"]).out == "o\udce9"
 
 
 def test_a_refusal_of_the_parser_is_one_short_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -192,7 +192,7 @@ def test_a_refusal_of_the_parser_is_one_short_line(capsys: pytest.CaptureFixture
 
 def test_old_arguments_are_read_whatever_their_domain_is_now() -> None:
     path = Path("step_000004") / "state.json"
-    assert config.from_dict(EvalArgs, {"eval_tokens": -5}, path).eval_tokens == -5
+    assert arguments.from_dict(EvalArgs, {"eval_tokens": -5}, path).eval_tokens == -5
     for wrong in ({"eval_tokens": 0.5}, {"run": 3}, {"compare": "ab"}, {"keep_going": 1}, {"step": "3"}):
         with pytest.raises(UserError, match=rf"state\.json: {next(iter(wrong))} is .*expected"):
-            config.from_dict(EvalArgs, wrong, path)
+            arguments.from_dict(EvalArgs, wrong, path)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanochat.common import machine as hardware
+from nanochat.common import machine
 
 
 def groups(folder: Path, own: str, files: dict[str, str]) -> tuple[Path, Path]:
@@ -40,11 +40,11 @@ def groups(folder: Path, own: str, files: dict[str, str]) -> tuple[Path, Path]:
 def test_the_quota_of_cores_is_that_of_the_tightest_group(
     tmp_path: Path, own: str, files: dict[str, str], expected: float | None
 ) -> None:
-    assert hardware.cpu_quota(*groups(tmp_path, own, files)) == expected
+    assert machine.cpu_quota(*groups(tmp_path, own, files)) == expected
 
 
 def test_there_is_no_quota_where_there_are_no_control_groups(tmp_path: Path) -> None:
-    assert hardware.cpu_quota(tmp_path / "nowhere", tmp_path / "nothing") is None
+    assert machine.cpu_quota(tmp_path / "nowhere", tmp_path / "nothing") is None
 
 
 @pytest.mark.parametrize(
@@ -61,8 +61,8 @@ def test_there_is_no_quota_where_there_are_no_control_groups(tmp_path: Path) -> 
 def test_a_hint_is_given_where_threads_wait_in_a_container_of_fewer_cores(
     monkeypatch: pytest.MonkeyPatch, quota: float | None, threads: int, policy: str, hinted: bool
 ) -> None:
-    monkeypatch.setattr(hardware, "cpu_quota", lambda: quota)
+    monkeypatch.setattr(machine, "cpu_quota", lambda: quota)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     monkeypatch.setenv("OMP_WAIT_POLICY", policy)
-    assert bool(hardware.quota_hint(torch.device("cpu"))) is hinted
-    assert hardware.quota_hint(torch.device("meta")) == ""
+    assert bool(machine.quota_hint(torch.device("cpu"))) is hinted
+    assert machine.quota_hint(torch.device("meta")) == ""

@@ -11,10 +11,9 @@ from dev.bench import naive_core
 from nanochat.common.errors import UserError
 from nanochat.distributed.world import World
 from nanochat.engine import Engine, Sampling
-from nanochat.evaluation import lm_eval_harness as harness
-from nanochat.evaluation.core import bundle as core_tasks
-from nanochat.evaluation.core import evaluate as core_eval
-from nanochat.evaluation.core import scoring as core_scoring
+from nanochat.evaluation import lm_eval_harness
+from nanochat.evaluation.core import bundle as core_bundle
+from nanochat.evaluation.core import evaluate, scoring
 from nanochat.tokenizer.tokenizer import Tokenizer
 from tests.test_core_eval import WORDS, small_bundle, tiny_gpt
 
@@ -24,7 +23,7 @@ LONG = " ".join(WORDS * 9)
 @pytest.fixture(scope="module")
 def requests():
     tokenizer = Tokenizer.train([" ".join(WORDS) + "\nQ: A: 12."], 300)
-    return harness.Requests(tiny_gpt(tokenizer.vocab_size, sequence_len=64), tokenizer)
+    return lm_eval_harness.Requests(tiny_gpt(tokenizer.vocab_size, sequence_len=64), tokenizer)
 
 
 def plain_nats(requests, ids, start):
@@ -119,14 +118,14 @@ def test_a_prompt_keeps_half_of_the_context_however_much_is_asked_for(requests, 
 def test_the_harness_gets_the_losses_that_core_gets(requests):
     """Multiple choice without shots: the harness's sum over a choice is our mean times its tokens."""
     pytest.importorskip("lm_eval")
-    lm = harness.wrap(requests)
+    lm = lm_eval_harness.wrap(requests)
     bundle = small_bundle(12)
-    task = next(task for task in core_tasks.load_tasks(bundle) if task.kind == "language_modeling")
-    scorer = core_scoring.GPTScorer(requests.model)
-    found = core_eval.evaluate(scorer, requests.tokenizer, bundle, world=World.solo())
+    task = next(task for task in core_bundle.load_tasks(bundle) if task.kind == "language_modeling")
+    scorer = scoring.GPTScorer(requests.model)
+    found = evaluate.evaluate(scorer, requests.tokenizer, bundle, world=World.single_process())
     ours = {one.line: one for one in found.predictions if one.task == task.label}
     asked, counts, lines = [], [], []
-    for item, shots in naive_core.ask(task, core_tasks.load_examples(bundle, task), 0, "nanochat"):
+    for item, shots in naive_core.ask(task, core_bundle.load_examples(bundle, task), 0, "nanochat"):
         context = "".join(f"{s.contexts[0].strip()} {s.continuations[0]}\n\n" for s in shots)
         context += item.contexts[0].strip()
         asked.append(SimpleNamespace(args=(context, " " + item.continuations[0])))
@@ -168,7 +167,7 @@ def test_lm_eval_runs_a_task_with_our_model(requests, tmp_path, monkeypatch):
 
     manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
     found = lm_eval.simple_evaluate(
-        model=harness.wrap(requests), tasks=["choices"], task_manager=manager, bootstrap_iters=0
+        model=lm_eval_harness.wrap(requests), tasks=["choices"], task_manager=manager, bootstrap_iters=0
     )
     right = 0
     for line in lines:

@@ -11,8 +11,8 @@ from nanochat.common.errors import UserError
 from nanochat.config.arguments import EvalArgs
 from nanochat.distributed.world import World
 from nanochat.evaluation import base_eval, hf_model
-from nanochat.evaluation.core import bundle as core_tasks
-from nanochat.evaluation.core import evaluate as core_eval
+from nanochat.evaluation.core import bundle as core_bundle
+from nanochat.evaluation.core import evaluate
 from nanochat.evaluation.core.bundle import Bundle
 from nanochat.tokenizer.tokenizer import Tokenizer
 from tests.test_core_eval import WORDS, small_bundle, stories_bundle
@@ -79,10 +79,10 @@ def test_a_model_of_hugging_face_answers_as_one_example_at_a_time(tmp_path, kind
     scorer, tokenizer = hf_model.load(str(folder), torch.device("cpu"), torch.float32)
     assert scorer.context_tokens == 512
     for bundle in (small_bundle(12), stories_bundle()):
-        result = core_eval.evaluate(scorer, tokenizer, bundle, world=World.solo())
+        result = evaluate.evaluate(scorer, tokenizer, bundle, world=World.single_process())
         got = iter(result.predictions)
-        for task in core_tasks.load_tasks(bundle):
-            examples = core_tasks.load_examples(bundle, task)
+        for task in core_bundle.load_tasks(bundle):
+            examples = core_bundle.load_examples(bundle, task)
             for expected in naive_core.answers(Logits(scorer.model), tokenizer, task, examples, 0, 512):
                 found = next(got)
                 np.testing.assert_allclose(found.losses, expected.losses, atol=1e-4)
@@ -101,7 +101,7 @@ def test_what_is_shared_is_read_once_where_the_model_has_a_cache(tmp_path):
         return whole(*args, **kwargs)
 
     scorer.base.forward = counted
-    result = core_eval.evaluate(scorer, tokenizer, stories_bundle(), world=World.solo())
+    result = evaluate.evaluate(scorer, tokenizer, stories_bundle(), world=World.single_process())
     assert sum(calls) == result.computed_tokens
 
 
@@ -123,13 +123,13 @@ def test_the_command_writes_a_folder_that_runs_can_be_compared_to(tmp_path, base
         "nanochat.evaluation.core.evaluate.find_bundle", lambda where: Bundle("b", bundle.blocks)
     )
     args = EvalArgs(hf=str(folder), run="gpt2", device_type="cpu", dtype="float32")
-    base_eval.main(args, World.solo())
+    base_eval.main(args, World.single_process())
     found = files.read_json(files.run_dir("gpt2") / "base_eval.json")
     assert (found["model"], found["core_variant"]) == (str(folder), "nanochat")
     assert set(found["tasks"]) == {"mc", "schema", "lm"}
-    base_eval.main(EvalArgs(hf=str(folder), device_type="cpu", dtype="float32"), World.solo())
+    base_eval.main(EvalArgs(hf=str(folder), device_type="cpu", dtype="float32"), World.single_process())
     [other] = [path.name for path in files.run_dir("gpt2").parent.iterdir() if path.name.startswith("hf-")]
-    base_eval.main(EvalArgs(compare=("gpt2", other)), World.solo())
+    base_eval.main(EvalArgs(compare=("gpt2", other)), World.single_process())
     assert "+0.0000" in capsys.readouterr().out
 
 

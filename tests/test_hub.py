@@ -21,7 +21,7 @@ import pytest
 from nanochat.common import files
 from nanochat.common.errors import UserError
 from nanochat.data import hub as hub_module
-from nanochat.data import pending_download as arrival
+from nanochat.data import pending_download
 from nanochat.data.corpus import Corpus
 from nanochat.data.hub import Hub as HubClient
 from nanochat.data.train_loader import TrainLoader
@@ -205,7 +205,7 @@ def test_every_fault_that_stays_is_named_and_leaves_nothing(
     figure: Callable[..., Figure],
 ) -> None:
     staying = figure("P10", f"faults of a transfer that stay, {len(lasting)} kinds")
-    monkeypatch.setattr(arrival, "BEGIN_S", 0.1)
+    monkeypatch.setattr(pending_download, "BEGIN_S", 0.1)
     names = numbered(len(lasting))
     folder = base_dir / "data" / "fineweb-edu"
     with running(tmp_path, names, documents=400) as hub:
@@ -433,7 +433,7 @@ def test_batches_drawn_while_shards_arrive_are_those_of_the_full_corpus(hub: Hub
             rows_per_batch=16,
             lanes=4,
             seed=1,
-            world=World.solo(),
+            world=World.single_process(),
             device_batch_size=16,
         )
         drawn = [rows_of(loader.next_batch()).tolist() for _ in range(50)]
@@ -451,7 +451,7 @@ def test_a_shard_that_nobody_brings_is_an_error_within_a_moment(
     hub: Hub, base_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert fetch(hub, base_dir, "-n", "2", "--first", "1").returncode == 0
-    monkeypatch.setattr(arrival, "BEGIN_S", 0.1)
+    monkeypatch.setattr(pending_download, "BEGIN_S", 0.1)
     with pytest.raises(UserError, match=r"shard_00001\.parquet: the shard is missing.*Repair: "):
         Corpus.open("fineweb-edu")
 
@@ -460,16 +460,16 @@ def test_a_shard_that_does_not_come_ends_the_wait(
     hub: Hub, base_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert fetch(hub, base_dir, "-n", "2", "--first", "1").returncode == 0
-    monkeypatch.setattr(arrival, "ARRIVE_S", 0.2)
-    monkeypatch.setattr(arrival, "POLL_S", 0.05)
+    monkeypatch.setattr(pending_download, "ARRIVE_S", 0.2)
+    monkeypatch.setattr(pending_download, "POLL_S", 0.05)
     folder = base_dir / "data" / "fineweb-edu"
     corpus = Corpus.read_manifest(folder)
     stage = files.temporary(folder / files.FETCHED)
     stage.mkdir()
     with pytest.raises(UserError, match=r"did not arrive in \d+ s; the download is too slow.*Repair: "):
         corpus.read_block(corpus.train_shards[1], 0)
-    monkeypatch.setattr(arrival, "ARRIVE_S", 20)
-    old = time.time() - arrival.STALE_S + 0.5
+    monkeypatch.setattr(pending_download, "ARRIVE_S", 20)
+    old = time.time() - pending_download.STALE_S + 0.5
     os.utime(stage, (old, old))  # its process has been killed: it is renewed no more
     with pytest.raises(UserError, match="the download has ended without it"):
         corpus.read_block(corpus.train_shards[1], 0)
@@ -495,9 +495,9 @@ NOBODY = 4_194_305  # no process has this id
 
 
 def test_a_download_of_another_machine_lives_while_it_is_renewed(tmp_path: Path) -> None:
-    live = stage_of(tmp_path, ELSEWHERE, NOBODY, age_s=arrival.STALE_S - 20)
-    assert arrival.is_under_way(tmp_path)
-    with arrival.staging(tmp_path) as own:
+    live = stage_of(tmp_path, ELSEWHERE, NOBODY, age_s=pending_download.STALE_S - 20)
+    assert pending_download.is_under_way(tmp_path)
+    with pending_download.staging(tmp_path) as own:
         assert live.is_dir()
     assert not own.exists()
     files.sweep_temporaries(tmp_path)
@@ -507,7 +507,7 @@ def test_a_download_of_another_machine_lives_while_it_is_renewed(tmp_path: Path)
 @pytest.mark.parametrize(
     ("place", "pid", "age_s"),
     [
-        (ELSEWHERE, os.getpid(), arrival.STALE_S + 20),
+        (ELSEWHERE, os.getpid(), pending_download.STALE_S + 20),
         (ELSEWHERE, os.getpid(), -86_400),  # its clock was a day ahead, or ours has been set back
         (HERE, NOBODY, 0),  # killed a moment ago
         (HERE, os.getpid(), -86_400),
@@ -518,8 +518,8 @@ def test_a_dead_download_is_not_waited_for_and_is_swept(
     tmp_path: Path, place: str, pid: int, age_s: float
 ) -> None:
     dead = stage_of(tmp_path, place, pid, age_s)
-    assert not arrival.is_under_way(tmp_path)
-    with arrival.staging(tmp_path):
+    assert not pending_download.is_under_way(tmp_path)
+    with pending_download.staging(tmp_path):
         assert not (dead / "half").exists()
 
 
@@ -529,9 +529,9 @@ def test_our_own_clock_may_be_wrong(tmp_path: Path, wrong_s: float, monkeypatch:
     live = stage_of(tmp_path, ELSEWHERE, NOBODY, age_s=5)
     true = time.time
     monkeypatch.setattr(time, "time", lambda: true() + wrong_s)
-    assert arrival.is_under_way(tmp_path)
+    assert pending_download.is_under_way(tmp_path)
     os.utime(live, (true() - 100, true() - 100))
-    assert not arrival.is_under_way(tmp_path)
+    assert not pending_download.is_under_way(tmp_path)
 
 
 def test_a_disk_that_cannot_be_written_is_read_by_our_clock(
@@ -543,4 +543,4 @@ def test_a_disk_that_cannot_be_written_is_read_by_our_clock(
         raise PermissionError
 
     monkeypatch.setattr(Path, "open", refuse)
-    assert arrival.is_under_way(tmp_path)
+    assert pending_download.is_under_way(tmp_path)

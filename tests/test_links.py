@@ -7,7 +7,7 @@ from nanochat.distributed.world import World
 
 
 def test_alone_there_is_no_link() -> None:
-    assert report(World.solo()) == []
+    assert report(World.single_process()) == []
 
 
 def test_a_slow_link_is_named_among_its_kind() -> None:

@@ -10,7 +10,7 @@ from nanochat.common.machine import Precision
 from nanochat.common.stop_signals import Stopped
 from nanochat.config.model_config import GPTConfig
 from nanochat.distributed.world import World
-from nanochat.evaluation import bits_per_byte as loss_eval
+from nanochat.evaluation import bits_per_byte
 from nanochat.evaluation.bits_per_byte import evaluate, profile_bpb
 from nanochat.model.gpt import GPT
 
@@ -54,7 +54,7 @@ def naive_bpb(model, pairs):
 def test_bits_per_byte_equals_the_sum_over_tokens_that_spell_bytes(model):
     pairs = batches(4)
     pairs[1][1][0, 3:6] = -1  # ignored targets
-    assert evaluate(model, pairs, TOKEN_BYTES, World.solo()).bpb == pytest.approx(
+    assert evaluate(model, pairs, TOKEN_BYTES, World.single_process()).bpb == pytest.approx(
         naive_bpb(model, pairs), rel=1e-6
     )
 
@@ -69,8 +69,10 @@ def test_the_loss_is_the_mean_over_all_targets_that_count_special_ones_too(model
         for row, t in (targets >= 0).nonzero().tolist():
             nats, count = nats - log_p[row, t, targets[row, t]].item(), count + 1
     assert count == 4 * 36 - 3
-    assert evaluate(model, pairs, TOKEN_BYTES, World.solo()).loss == pytest.approx(nats / count, rel=1e-6)
-    assert profile_bpb(model, pairs, TOKEN_BYTES, World.solo(), BOS).loss == pytest.approx(
+    assert evaluate(model, pairs, TOKEN_BYTES, World.single_process()).loss == pytest.approx(
+        nats / count, rel=1e-6
+    )
+    assert profile_bpb(model, pairs, TOKEN_BYTES, World.single_process(), BOS).loss == pytest.approx(
         nats / count, rel=1e-6
     )
 
@@ -80,7 +82,7 @@ def test_a_model_that_knows_nothing_costs_log2_of_the_vocabulary_a_token(model):
     silent.init_weights(0)
     silent.head.weight.data.zero_()
     pairs = [(torch.full((1, 12), 1), torch.full((1, 12), 4))]
-    assert evaluate(silent, pairs, TOKEN_BYTES, World.solo()).bpb == pytest.approx(
+    assert evaluate(silent, pairs, TOKEN_BYTES, World.single_process()).bpb == pytest.approx(
         math.log2(VOCAB) / 4, rel=1e-6
     )
 
@@ -88,8 +90,8 @@ def test_a_model_that_knows_nothing_costs_log2_of_the_vocabulary_a_token(model):
 def test_the_way_rows_are_batched_does_not_matter(model):
     pairs = batches(4)
     merged = [(torch.cat([x for x, _ in pairs]), torch.cat([y for _, y in pairs]))]
-    one = evaluate(model, pairs, TOKEN_BYTES, World.solo()).bpb
-    assert evaluate(model, merged, TOKEN_BYTES, World.solo()).bpb == pytest.approx(one, rel=1e-6)
+    one = evaluate(model, pairs, TOKEN_BYTES, World.single_process()).bpb
+    assert evaluate(model, merged, TOKEN_BYTES, World.single_process()).bpb == pytest.approx(one, rel=1e-6)
 
 
 def test_ranks_add_nats_and_bytes_before_dividing(model):
@@ -102,7 +104,7 @@ def test_ranks_add_nats_and_bytes_before_dividing(model):
             given.append(tensor.clone())
             return tensor.copy_(sum(given))
 
-        def highest(self, value):
+        def max_over_ranks(self, value):
             return value
 
     for rank, pairs in enumerate(shares):
@@ -137,18 +139,20 @@ def test_a_profile_takes_bits_per_byte_apart_by_position_and_by_document(model):
     pairs = batches(5)
     pairs[1][1][0, 3:6] = -1
     entries = plain_profile(model, pairs)
-    profile = profile_bpb(model, pairs, TOKEN_BYTES, World.solo(), BOS)
-    assert profile.bpb == pytest.approx(evaluate(model, pairs, TOKEN_BYTES, World.solo()).bpb, rel=1e-6)
+    profile = profile_bpb(model, pairs, TOKEN_BYTES, World.single_process(), BOS)
+    assert profile.bpb == pytest.approx(
+        evaluate(model, pairs, TOKEN_BYTES, World.single_process()).bpb, rel=1e-6
+    )
     assert [part[:2] for part in profile.positions] == [(1, 1), (2, 3), (4, 7), (8, 12)]
     for first, last, bpb in profile.positions:
         expected = bpb_of([entry for entry in entries if first <= entry[0] <= last])
         assert bpb == pytest.approx(expected, rel=1e-6)
     documents = {entry[1] for entry in entries}
     assert len(documents) > 15
-    counts = [0] * loss_eval.HISTOGRAM_BINS
+    counts = [0] * bits_per_byte.HISTOGRAM_BINS
     for number in documents:
         bpb = bpb_of([entry for entry in entries if entry[1] == number])
-        counts[min(int(bpb / loss_eval.HISTOGRAM_STEP), loss_eval.HISTOGRAM_BINS - 1)] += 1
+        counts[min(int(bpb / bits_per_byte.HISTOGRAM_STEP), bits_per_byte.HISTOGRAM_BINS - 1)] += 1
     assert list(profile.documents) == counts[: len(profile.documents)]
     assert sum(profile.documents) == len(documents)
 
@@ -156,11 +160,11 @@ def test_a_profile_takes_bits_per_byte_apart_by_position_and_by_document(model):
 def test_nothing_to_evaluate_is_one_clear_error(model):
     for pairs in ([], [(torch.ones(1, 4, dtype=torch.int64), torch.full((1, 4), 5))]):
         with pytest.raises(UserError, match="no tokens to evaluate on"):
-            evaluate(model, pairs, TOKEN_BYTES, World.solo())
+            evaluate(model, pairs, TOKEN_BYTES, World.single_process())
 
 
 def test_the_example_in_the_docstring_holds():
-    results = doctest.testmod(loss_eval)
+    results = doctest.testmod(bits_per_byte)
     assert (results.attempted, results.failed) == (1, 0)
 
 
@@ -174,5 +178,5 @@ def test_a_stop_between_batches_drops_what_was_measured(model):
             yield pair
 
     with pytest.raises(Stopped):
-        evaluate(model, counted(), TOKEN_BYTES, World.solo(), lambda: next(asked))
+        evaluate(model, counted(), TOKEN_BYTES, World.single_process(), lambda: next(asked))
     assert len(seen) == 3

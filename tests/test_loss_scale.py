@@ -9,18 +9,18 @@ from typing import Any
 import pytest
 import torch
 
-from nanochat.checkpoint import format as checkpoint_files
+from nanochat.checkpoint import format as checkpoint_format
 from nanochat.common import files
 from nanochat.common.errors import UserError
 from nanochat.common.jsonl import read_metrics
 from nanochat.common.machine import Precision, choose_dtype
-from nanochat.config import plan as scaling
+from nanochat.config import plan as planning
 from nanochat.data.corpus import Corpus
 from nanochat.distributed.world import World
 from nanochat.optim import loss_scale
 from nanochat.optim.loss_scale import LossScale
 from nanochat.tokenizer.tokenizer import Tokenizer
-from nanochat.train import run as train
+from nanochat.train import run as train_run
 from tests.test_train import stop_after, weights
 from tests.tiny import tiny_args, tiny_corpus
 
@@ -30,8 +30,8 @@ CPU = torch.device("cpu")
 
 def train_in(precision: Precision, **changes: object) -> dict[str, Any]:
     tokenizer = Tokenizer.load(files.tokenizer_dir("local"))
-    plan = scaling.plan(tiny_args(**changes), tokenizer.vocab_size)
-    return train.run(plan, Corpus.open("local"), tokenizer, precision, World.solo())
+    plan = planning.plan(tiny_args(**changes), tokenizer.vocab_size)
+    return train_run.run(plan, Corpus.open("local"), tokenizer, precision, World.single_process())
 
 
 def steps_of(run: str) -> list[dict[str, Any]]:
@@ -39,7 +39,7 @@ def steps_of(run: str) -> list[dict[str, Any]]:
 
 
 def scale_of(run: str, step: int) -> list[float]:
-    kept: list[float] = json.loads((checkpoint_files.folder_of(run, step) / "state.json").read_text())[
+    kept: list[float] = json.loads((checkpoint_format.folder_of(run, step) / "state.json").read_text())[
         "loss_scale"
     ]
     return kept
@@ -105,14 +105,14 @@ def test_overflows_are_skipped_said_and_resumed_to_the_bit(
 
 def test_a_gradient_that_never_fits_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny_corpus(tmp_path)
-    real = train.create_state
+    real = train_run.create_state
 
     def with_bad_gradient(*args: Any) -> Any:
         state = real(*args)
         state.model.head.weight.register_hook(lambda grad: grad * float("inf"))
         return state
 
-    monkeypatch.setattr(train, "create_state", with_bad_gradient)
+    monkeypatch.setattr(train_run, "create_state", with_bad_gradient)
     with pytest.raises(UserError, match="step 16: loss .* not finite"):
         train_in(FP16, num_iterations=30)
 

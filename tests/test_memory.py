@@ -12,20 +12,19 @@ from typing import Any
 import pytest
 import torch
 
-from nanochat.checkpoint import format as checkpoint_files
-from nanochat.checkpoint import state as checkpoint
-from nanochat.common import files
-from nanochat.common import machine as hardware
+from nanochat.checkpoint import format as checkpoint_format
+from nanochat.checkpoint import state as checkpoint_state
+from nanochat.common import files, machine
 from nanochat.common.errors import UserError
 from nanochat.common.machine import Precision
-from nanochat.config import plan as scaling
+from nanochat.config import plan as planning
 from nanochat.config.plan import Plan
 from nanochat.data.corpus import Corpus
 from nanochat.distributed.world import World
 from nanochat.model.gpt import GPT
 from nanochat.tokenizer.tokenizer import Tokenizer
 from nanochat.train import memory
-from nanochat.train import run as train
+from nanochat.train import run as train_run
 from tests.conftest import REPO
 from tests.dist.launch import digest
 from tests.dist.world import run_ranks, train_rank
@@ -37,7 +36,7 @@ MIB = 1 << 20
 
 
 def plan_of(**changes: Any) -> Plan:
-    return scaling.plan(tiny_args(device_batch_size=None, **changes), 300)
+    return planning.plan(tiny_args(device_batch_size=None, **changes), 300)
 
 
 @pytest.mark.parametrize("kind", ["softmax", "diff1", "diff2"])
@@ -89,9 +88,9 @@ def test_the_parameters_are_those_of_the_model() -> None:
 def test_the_moments_are_those_of_the_optimizer(flags: dict[str, Any], tmp_path: Path) -> None:
     tiny_corpus(tmp_path)
     tokenizer = Tokenizer.load(files.tokenizer_dir("local"))
-    plan = scaling.plan(tiny_args(**flags), tokenizer.vocab_size)
-    state = train.create_state(
-        plan, Corpus.open("local"), tokenizer, Precision(torch.float32, "sdpa"), World.solo()
+    plan = planning.plan(tiny_args(**flags), tokenizer.vocab_size)
+    state = train_run.create_state(
+        plan, Corpus.open("local"), tokenizer, Precision(torch.float32, "sdpa"), World.single_process()
     )
     held = 4 * moments_held(state.optimizer)
     assert held == pytest.approx(memory.estimate(plan, 1, torch.float32, "cpu").optimizer, rel=0.03)
@@ -102,7 +101,7 @@ def test_the_micro_batch_is_made_to_fit_and_the_batch_stays(
 ) -> None:
     tiny_corpus(tmp_path)
     train_tiny(run="roomy", device_batch_size=None, num_iterations=3)
-    plan = scaling.plan(
+    plan = planning.plan(
         tiny_args(device_batch_size=None), Tokenizer.load(files.tokenizer_dir("local")).vocab_size
     )
     assert plan.device_batch_size == 8
@@ -110,7 +109,7 @@ def test_the_micro_batch_is_made_to_fit_and_the_batch_stays(
     there_already = needed[2].optimizer + 4 * plan.params.total
     free = int(needed[2].total / memory.USABLE) + 1 - there_already
     assert needed[4].total > needed[2].total
-    monkeypatch.setattr(hardware, "available_memory_bytes", lambda device: free)
+    monkeypatch.setattr(machine, "available_memory_bytes", lambda device: free)
     train_tiny(run="narrow", device_batch_size=None, num_iterations=3)
     train_tiny(run="asked", device_batch_size=8, num_iterations=3)
     derived = {
@@ -162,9 +161,9 @@ def test_an_error_of_another_kind_is_not_taken_for_it() -> None:
 def test_one_row_that_does_not_fit_is_the_users_to_mend(tmp_path: Path) -> None:
     tiny_corpus(tmp_path)
     tokenizer = Tokenizer.load(files.tokenizer_dir("local"))
-    plan = scaling.plan(tiny_args(device_batch_size=1), tokenizer.vocab_size)
-    precision, world = Precision(torch.float32, "sdpa"), World.solo()
-    state = train.create_state(plan, Corpus.open("local"), tokenizer, precision, world)
+    plan = planning.plan(tiny_args(device_batch_size=1), tokenizer.vocab_size)
+    precision, world = Precision(torch.float32, "sdpa"), World.single_process()
+    state = train_run.create_state(plan, Corpus.open("local"), tokenizer, precision, world)
     with pytest.raises(UserError, match="one row"):
         memory.halve(state, state.loader.next_batch(), world)
     state.loader.close()
@@ -177,18 +176,18 @@ def test_a_model_larger_than_the_machine_is_refused_before_it_is_built(
     with pytest.raises(UserError, match=r"--depth=900: its .* need .* GB .* Lower --depth"):
         train_tiny(run="huge", depth=900, aspect_ratio=2048)
     assert not files.run_dir("huge").exists()
-    monkeypatch.setattr(hardware, "total_memory_bytes", lambda device: None)  # where the system does not tell
+    monkeypatch.setattr(machine, "total_memory_bytes", lambda device: None)  # where the system does not tell
     train_tiny(run="told-nothing", num_iterations=1)
 
 
 def rows_of(run: str, step: int) -> int:
-    meta = checkpoint_files.read_state(checkpoint_files.folder_of(run, step))
+    meta = checkpoint_format.read_state(checkpoint_format.folder_of(run, step))
     return int(meta["device_batch_size"])
 
 
 def starved(monkeypatch: pytest.MonkeyPatch) -> None:
     """Something else runs on the machine now: only one row would be chosen."""
-    monkeypatch.setattr(hardware, "available_memory_bytes", lambda device: 1)
+    monkeypatch.setattr(machine, "available_memory_bytes", lambda device: 1)
 
 
 BY_MEMORY: dict[str, Any] = {"device_batch_size": None, "total_batch_size": 1024}
@@ -218,7 +217,7 @@ def test_a_device_too_small_for_the_rows_is_said(
 ) -> None:
     tiny_corpus(tmp_path)
     cut_at(6, monkeypatch)
-    monkeypatch.setattr(hardware, "total_memory_bytes", lambda device: 4 * 10**6)
+    monkeypatch.setattr(machine, "total_memory_bytes", lambda device: 4 * 10**6)
     train_tiny(run="cut", resume="auto", **BY_MEMORY)
     assert rows_of("cut", 12) < 32
     assert f"micro-batches of {rows_of('cut', 12)} rows, of 32 before" in capsys.readouterr().out
@@ -273,7 +272,7 @@ def test_rows_that_were_halved_stay_halved_after_a_resume(
 
 def starved_rank(world: World, changes: dict[str, Any]) -> None:
     """`train_rank` where memory is scarce."""
-    hardware.available_memory_bytes = lambda device: 1
+    machine.available_memory_bytes = lambda device: 1
     train_rank(world, changes, None)
 
 
@@ -292,8 +291,8 @@ def test_two_ranks_keep_their_rows(tmp_path: Path) -> None:
 def test_rows_that_no_run_has_are_refused(rows: Any, tmp_path: Path) -> None:
     tiny_corpus(tmp_path)
     train_tiny(num_iterations=1)
-    meta = checkpoint_files.read_state(checkpoint_files.folder_of("tiny", 1))
+    meta = checkpoint_format.read_state(checkpoint_format.folder_of("tiny", 1))
     with pytest.raises(UserError, match="device_batch_size"):
-        checkpoint._require_counters(
-            {**meta, "device_batch_size": rows}, checkpoint_files.folder_of("tiny", 1)
+        checkpoint_state._require_counters(
+            {**meta, "device_batch_size": rows}, checkpoint_format.folder_of("tiny", 1)
         )

@@ -14,14 +14,14 @@ import pytest
 import torch
 
 from nanochat import export
-from nanochat.checkpoint import format as checkpoint_files
-from nanochat.checkpoint import state as checkpoint
+from nanochat.checkpoint import format as checkpoint_format
+from nanochat.checkpoint import state as checkpoint_state
 from nanochat.checkpoint.format import MODEL
 from nanochat.checkpoint.same_run import require_same_run
 from nanochat.common import files
 from nanochat.common.errors import UserError
 from nanochat.common.machine import Precision
-from nanochat.config import plan as scaling
+from nanochat.config import plan as planning
 from nanochat.config.arguments import EvalArgs, ExportArgs, TrainArgs
 from nanochat.config.model_config import GPTConfig
 from nanochat.config.plan import Plan
@@ -88,9 +88,9 @@ def resumed(plan: Plan, now: Plan) -> None:
 def test_a_resume_under_another_constant_is_refused_with_both_values(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = [scaling.plan(args, 512) for args in RUNS]
+    before = [planning.plan(args, 512) for args in RUNS]
     monkeypatch.setitem(RECIPES, "july", CHANGED[name])
-    after = [scaling.plan(args, 512) for args in RUNS]
+    after = [planning.plan(args, 512) for args in RUNS]
     refused = []
     for then, now in zip(before, after, strict=True):
         if then == now:  # then it does not reach this run: only the plan is made of the recipe
@@ -127,7 +127,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def answers() -> dict[str, Any]:
     """What the checkpoint says through every door that computes with it."""
-    model, tokenizer, _ = checkpoint.load_model("tiny", device=CPU, precision=FP32)
+    model, tokenizer, _ = checkpoint_state.load_model("tiny", device=CPU, precision=FP32)
     ids = torch.tensor([tokenizer.encode("the cat sat on a mat and saw two dogs", bos=True)])
     engine = Engine(model, tokenizer)
     sampling = Sampling(max_tokens=8, temperature=0.0)
@@ -158,22 +158,22 @@ def test_scores_are_those_of_its_own_constants(
 ) -> None:
     shutil.copytree(trained, base_dir)
     args = EvalArgs(run="tiny", eval="bpb", eval_tokens=512, device_type="cpu", dtype="float32")
-    before = base_eval.run(args, World.solo())["bpb"]
+    before = base_eval.run(args, World.single_process())["bpb"]
     values = {name: getattr(CHANGED[name], name) for name in MODEL_CONSTANTS}
     monkeypatch.setitem(RECIPES, "july", dataclasses.replace(JULY, **values))
-    assert base_eval.run(args, World.solo())["bpb"] == before
+    assert base_eval.run(args, World.single_process())["bpb"] == before
 
 
 def test_every_constant_that_a_pass_reads_changes_what_is_computed(trained: Path, base_dir: Path) -> None:
     """So that the equality above is not that of constants which nothing reads."""
     shutil.copytree(trained, base_dir)
-    folder = checkpoint_files.folder_of("tiny", 4)
-    meta, weights = checkpoint_files.read_state(folder), checkpoint_files.read_tensors(folder / MODEL)
-    own = checkpoint._model_config(meta["plan"]["model"], weights, folder)
+    folder = checkpoint_format.folder_of("tiny", 4)
+    meta, weights = checkpoint_format.read_state(folder), checkpoint_format.read_tensors(folder / MODEL)
+    own = checkpoint_state._model_config(meta["plan"]["model"], weights, folder)
     ids = torch.tensor([[5, 300 - 1, 7, 9, 11, 13, 17, 19]])
 
     def logits(config: GPTConfig) -> torch.Tensor:
-        model = checkpoint.GPT(config, FP32)
+        model = checkpoint_state.GPT(config, FP32)
         model.load_state_dict(weights)
         return model.logits(ids)
 
@@ -184,12 +184,12 @@ def test_every_constant_that_a_pass_reads_changes_what_is_computed(trained: Path
 
 def test_a_constant_of_a_later_version_is_refused_by_name(trained: Path, base_dir: Path) -> None:
     shutil.copytree(trained, base_dir)
-    folder = checkpoint_files.folder_of("tiny", 4)
-    weights = checkpoint_files.read_tensors(folder / MODEL)
-    model = checkpoint_files.read_state(folder)["plan"]["model"]
+    folder = checkpoint_format.folder_of("tiny", 4)
+    weights = checkpoint_format.read_tensors(folder / MODEL)
+    model = checkpoint_format.read_state(folder)["plan"]["model"]
     with pytest.raises(UserError, match=r"'warp'.*later"):
-        checkpoint._model_config({**model, "warp": 2.0}, weights, folder)
+        checkpoint_state._model_config({**model, "warp": 2.0}, weights, folder)
     for bad in (float("nan"), float("inf"), "15", None, True, 10**400, 0.0, -1.0):
         with pytest.raises(UserError, match="the model it describes"):
-            checkpoint._model_config({**model, "softcap": bad}, weights, folder)
-    assert checkpoint._model_config({**model, "softcap": 20}, weights, folder).softcap == 20
+            checkpoint_state._model_config({**model, "softcap": bad}, weights, folder)
+    assert checkpoint_state._model_config({**model, "softcap": 20}, weights, folder).softcap == 20

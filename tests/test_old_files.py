@@ -13,22 +13,22 @@ import pytest
 import torch
 
 from nanochat import export, report
-from nanochat.checkpoint import format as checkpoint_files
-from nanochat.checkpoint import state as checkpoint
+from nanochat.checkpoint import format as checkpoint_format
+from nanochat.checkpoint import state as checkpoint_state
 from nanochat.checkpoint.compatibility import RECIPE_CONSTANTS, completed
 from nanochat.common import files
 from nanochat.common.errors import UserError
 from nanochat.common.jsonl import read_metrics
 from nanochat.common.machine import Precision
-from nanochat.config import arguments as config
-from nanochat.config import plan as scaling
+from nanochat.config import arguments
+from nanochat.config import plan as planning
 from nanochat.config.arguments import EvalArgs, ExportArgs, TrainArgs
 from nanochat.config.recipes import JULY, MODEL_CONSTANTS, RECIPES
 from nanochat.data.corpus import Corpus
 from nanochat.distributed.world import World
 from nanochat.evaluation import base_eval
 from nanochat.tokenizer.tokenizer import Tokenizer
-from nanochat.train import run as train
+from nanochat.train import run as train_run
 from tests.conftest import REPO
 from tests.test_train import CLOCK
 
@@ -52,10 +52,10 @@ def go_on(**changes: Any) -> dict[str, Any]:
     """Resume the old run with the arguments that its config.json holds."""
     path = files.run_dir("old") / "config.json"
     asked = files.read_json(path, dict)["args"] | {"resume": "auto"} | changes
-    args = config.from_dict(TrainArgs, asked, path)
+    args = arguments.from_dict(TrainArgs, asked, path)
     tokenizer = Tokenizer.load(files.tokenizer_dir(args.tokenizer_name))
-    plan = scaling.plan(args, tokenizer.vocab_size)
-    return train.run(plan, Corpus.open(args.corpus), tokenizer, FP32, World.solo())
+    plan = planning.plan(args, tokenizer.vocab_size)
+    return train_run.run(plan, Corpus.open(args.corpus), tokenizer, FP32, World.single_process())
 
 
 def metrics() -> list[dict[str, Any]]:
@@ -74,7 +74,7 @@ def test_the_table_of_what_recipes_said_then_is_complete() -> None:
 
 
 def test_the_model_is_computed_as_then() -> None:
-    model, tokenizer, meta = checkpoint.load_model("old", device=CPU, precision=FP32)
+    model, tokenizer, meta = checkpoint_state.load_model("old", device=CPU, precision=FP32)
     want = EXPECTED["logits_4"]
     assert tokenizer.encode("the cat sat on a mat and saw", bos=True) == want["ids"]
     got = model.logits(torch.tensor([want["ids"]]))[0, -1, :16].tolist()
@@ -86,10 +86,10 @@ def test_the_model_is_computed_as_then() -> None:
 
 def test_todays_recipe_plays_no_part_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
     ids = torch.tensor([EXPECTED["logits_4"]["ids"]])
-    before = checkpoint.load_model("old", device=CPU, precision=FP32)[0].logits(ids)
+    before = checkpoint_state.load_model("old", device=CPU, precision=FP32)[0].logits(ids)
     july = dataclasses.replace(JULY, softcap=30.0, rope_base=500.0, qk_scale=2.0, value_gate_scale=1.0)
     monkeypatch.setitem(RECIPES, "july", july)
-    assert torch.equal(checkpoint.load_model("old", device=CPU, precision=FP32)[0].logits(ids), before)
+    assert torch.equal(checkpoint_state.load_model("old", device=CPU, precision=FP32)[0].logits(ids), before)
     with pytest.raises(UserError, match=r"model\.softcap: 15\.0 then, 30\.0 now"):
         go_on()
 
@@ -97,7 +97,7 @@ def test_todays_recipe_plays_no_part_in_it(monkeypatch: pytest.MonkeyPatch) -> N
 def test_the_run_goes_on_as_that_commit_would_have() -> None:
     before = metrics()
     assert go_on()["status"] == "finished"
-    weights = (checkpoint_files.folder_of("old", 8) / checkpoint_files.MODEL).read_bytes()
+    weights = (checkpoint_format.folder_of("old", 8) / checkpoint_format.MODEL).read_bytes()
     if SAME_KERNELS:
         assert hashlib.sha256(weights).hexdigest() == EXPECTED["weights_8"]
         assert metrics() == before
@@ -108,13 +108,13 @@ def test_the_run_goes_on_as_that_commit_would_have() -> None:
 def test_its_rows_of_a_micro_batch_are_kept() -> None:
     """They are in the plan of that version alone."""
     path = files.run_dir("old") / "config.json"
-    args = config.from_dict(TrainArgs, files.read_json(path, dict)["args"], path)
+    args = arguments.from_dict(TrainArgs, files.read_json(path, dict)["args"], path)
     tokenizer = Tokenizer.load(files.tokenizer_dir("texts"))
-    plan = scaling.plan(args, tokenizer.vocab_size)
-    state = train.create_state(plan, Corpus.open("texts"), tokenizer, FP32, World.solo())
+    plan = planning.plan(args, tokenizer.vocab_size)
+    state = train_run.create_state(plan, Corpus.open("texts"), tokenizer, FP32, World.single_process())
     hashes = {"corpus": Corpus.open("texts").fingerprint, "tokenizer": tokenizer.fingerprint}
-    checkpoint.load(state, checkpoint_files.folder_of("old", 4), plan, hashes)
-    assert state.resumed == checkpoint.MicroBatch(rows=4, asked=None)
+    checkpoint_state.load(state, checkpoint_format.folder_of("old", 4), plan, hashes)
+    assert state.resumed == checkpoint_state.MicroBatch(rows=4, asked=None)
     state.loader.close()
 
 
@@ -133,8 +133,12 @@ def test_another_run_is_refused(changes: dict[str, Any], named: str) -> None:
         half = Precision(torch.bfloat16, "sdpa")
         tokenizer = Tokenizer.load(files.tokenizer_dir("texts"))
         with pytest.raises(UserError, match=f"{named}: .* then, .* now"):
-            train.run(
-                scaling.plan(asked, tokenizer.vocab_size), Corpus.open("texts"), tokenizer, half, World.solo()
+            train_run.run(
+                planning.plan(asked, tokenizer.vocab_size),
+                Corpus.open("texts"),
+                tokenizer,
+                half,
+                World.single_process(),
             )
         return
     with pytest.raises(UserError, match=f"{named}: .* then, .* now"):
@@ -149,7 +153,7 @@ def completed_args() -> dict[str, Any]:
 def test_it_is_scored_exported_and_reported() -> None:
     shutil.copytree(files.run_dir("old"), files.run_dir("again"))
     args = EvalArgs(run="again", eval="bpb", eval_tokens=512, device_type="cpu", dtype="float32")
-    assert base_eval.run(args, World.solo())["bpb"]["val"] > 1
+    assert base_eval.run(args, World.single_process())["bpb"]["val"] > 1
     assert (export.run(ExportArgs(run="old")) / "model.safetensors").is_file()
     text = report.write_report("old").read_text("utf-8")
     assert "validation" in text
@@ -174,7 +178,7 @@ def test_the_corpora_are_the_same(name: str) -> None:
 
 @pytest.mark.parametrize("recipe", list(RECIPE_CONSTANTS))
 def test_a_plan_of_that_version_is_completed_from_its_recipe(recipe: str) -> None:
-    meta = checkpoint_files.read_state(checkpoint_files.folder_of("old", 4))["plan"]
+    meta = checkpoint_format.read_state(checkpoint_format.folder_of("old", 4))["plan"]
     meta["model"]["recipe"] = recipe
     found = completed(meta)["model"]
     assert {name: found[name] for name in MODEL_CONSTANTS} == RECIPE_CONSTANTS[recipe]

@@ -35,7 +35,9 @@ def small_model(seed=0):
 
 def optimizer_of(model):
     params = dict(model.named_parameters())
-    return MuonAdamW(params, model.parameter_kinds(), GROUPS, World.solo(), torch.float32, NORM_FACTOR)
+    return MuonAdamW(
+        params, model.parameter_kinds(), GROUPS, World.single_process(), torch.float32, NORM_FACTOR
+    )
 
 
 def moments_held(optimizer):
@@ -165,7 +167,7 @@ def set_random_grads(params, seed):
 def test_ten_steps_on_random_gradients_equal_the_reference():
     params, kinds = random_problem()
     weights = {name: p.detach().clone() for name, p in params.items()}
-    optimizer = MuonAdamW(params, kinds, GROUPS, World.solo(), torch.float32, NORM_FACTOR)
+    optimizer = MuonAdamW(params, kinds, GROUPS, World.single_process(), torch.float32, NORM_FACTOR)
     reference = ReferenceOptimizer(weights, kinds, GROUPS)
     for step in range(10):
         set_random_grads(params, step)
@@ -181,7 +183,7 @@ def test_ten_steps_on_random_gradients_equal_the_reference():
 def test_what_is_not_finite_changes_nothing_and_the_next_step_is_as_if_it_never_was(bad, where, at):
     def run(with_bad):
         params, kinds = random_problem()
-        optimizer = MuonAdamW(params, kinds, GROUPS, World.solo(), torch.float32, NORM_FACTOR)
+        optimizer = MuonAdamW(params, kinds, GROUPS, World.single_process(), torch.float32, NORM_FACTOR)
         for step in range(4):
             if with_bad and step == at:
                 before = {name: p.detach().clone() for name, p in params.items()}
@@ -204,7 +206,7 @@ def test_what_is_not_finite_changes_nothing_and_the_next_step_is_as_if_it_never_
 
 def test_a_step_tells_the_squares_of_what_it_changed():
     params, kinds = random_problem()
-    optimizer = MuonAdamW(params, kinds, GROUPS, World.solo(), torch.float32, NORM_FACTOR)
+    optimizer = MuonAdamW(params, kinds, GROUPS, World.single_process(), torch.float32, NORM_FACTOR)
     for step in range(3):
         before = {name: p.detach().clone() for name, p in params.items()}
         set_random_grads(params, step)
@@ -224,7 +226,7 @@ def test_a_step_tells_the_squares_of_what_it_changed():
 def test_the_state_continues_in_another_optimizer_bit_for_bit():
     def start():
         params, kinds = random_problem()
-        return params, MuonAdamW(params, kinds, GROUPS, World.solo(), torch.float32, NORM_FACTOR)
+        return params, MuonAdamW(params, kinds, GROUPS, World.single_process(), torch.float32, NORM_FACTOR)
 
     params, optimizer = start()
     for step in range(6):
@@ -256,7 +258,7 @@ def test_weights_and_moments_are_fp32_whatever_the_model_computes_in():
         dict(model.named_parameters()),
         model.parameter_kinds(),
         GROUPS,
-        World.solo(),
+        World.single_process(),
         torch.bfloat16,
         NORM_FACTOR,
     )
@@ -267,7 +269,7 @@ def test_weights_and_moments_are_fp32_whatever_the_model_computes_in():
 
 def test_a_state_of_another_model_is_refused_by_name():
     params, kinds = random_problem()
-    optimizer = MuonAdamW(params, kinds, GROUPS, World.solo(), torch.float32, NORM_FACTOR)
+    optimizer = MuonAdamW(params, kinds, GROUPS, World.single_process(), torch.float32, NORM_FACTOR)
     state = optimizer.state_tensors()
     with pytest.raises(UserError, match=r"b\.momentum is missing"):
         optimizer.load_state_tensors({k: t for k, t in state.items() if k != "b.momentum"})
@@ -277,7 +279,7 @@ def test_a_state_of_another_model_is_refused_by_name():
 
 def test_a_parameter_without_a_gradient_counts_as_zero():
     params, kinds = random_problem()
-    optimizer = MuonAdamW(params, kinds, GROUPS, World.solo(), torch.float32, NORM_FACTOR)
+    optimizer = MuonAdamW(params, kinds, GROUPS, World.single_process(), torch.float32, NORM_FACTOR)
     set_random_grads(params, 0)
     params["a"].grad = params["even"].grad = None
     before = params["a"].detach().clone()

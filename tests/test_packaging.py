@@ -86,7 +86,7 @@ def test_it_declares_its_dependencies_and_extras(wheel: Path) -> None:
 USE = """
 import sys
 import nanochat, rustbpe
-from nanochat.config import arguments as config, plan as scaling
+from nanochat.config import arguments, plan as planning
 from nanochat.tokenizer.tokenizer import Tokenizer
 
 for module in (nanochat, rustbpe):
@@ -94,7 +94,7 @@ for module in (nanochat, rustbpe):
 text = "Hello world, caf\\u00e9 42 \\U0001f600\\n"
 tokenizer = Tokenizer.train([text] * 3, 300)
 assert tokenizer.decode(tokenizer.encode(text)) == text
-assert scaling.plan(config.TrainArgs(depth=4), tokenizer.vocab_size).steps > 0
+assert planning.plan(arguments.TrainArgs(depth=4), tokenizer.vocab_size).steps > 0
 print("ok")
 """
 

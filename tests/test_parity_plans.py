@@ -7,9 +7,8 @@ from typing import Any
 
 import pytest
 
-from nanochat.config import arguments as config
-from nanochat.config import plan as scaling
-from nanochat.config import schedule
+from nanochat.config import arguments, schedule
+from nanochat.config import plan as planning
 from nanochat.config.arguments import TrainArgs
 from nanochat.config.plan import Plan
 from tests.conftest import SHARED_DATA
@@ -28,8 +27,8 @@ PEER_DEFAULTS = ("--warmup-steps=40", "--device-batch-size=32")
 def pair(request: pytest.FixtureRequest) -> tuple[dict[str, Any], Plan]:
     """What the peer derives, and what we do."""
     want: dict[str, Any] = request.param
-    args = config.parse(TrainArgs, [*PEER_DEFAULTS, *want["argv"]])
-    return want, scaling.plan(args, want["vocab"])
+    args = arguments.parse(TrainArgs, [*PEER_DEFAULTS, *want["argv"]])
+    return want, planning.plan(args, want["vocab"])
 
 
 def test_there_are_all_of_them() -> None:
@@ -87,7 +86,7 @@ def test_schedule_at_every_step_that_was_read_off(pair: tuple[dict[str, Any], Pl
 def test_the_flags_of_embeddings_and_scalars_move_the_groups_that_the_peer_moves() -> None:
     """`--embedding-lr` also the value tables, by half; `--scalar-lr` x0 whole, resid by a hundredth."""
     base, moved = (
-        scaling.plan(TrainArgs(**flags), 32768) for flags in ({}, {"embedding_lr": 0.6, "scalar_lr": 1})
+        planning.plan(TrainArgs(**flags), 32768) for flags in ({}, {"embedding_lr": 0.6, "scalar_lr": 1})
     )
     factors = {kind: moved.groups[kind].lr / base.groups[kind].lr for kind in base.groups}
     assert factors == pytest.approx(
@@ -98,5 +97,5 @@ def test_the_flags_of_embeddings_and_scalars_move_the_groups_that_the_peer_moves
 
 
 def test_a_warmup_that_is_asked_for_is_taken_whole() -> None:
-    assert scaling.plan(TrainArgs(num_iterations=50), 32768).schedule.warmup_steps == 5
-    assert scaling.plan(TrainArgs(num_iterations=50, warmup_steps=30), 32768).schedule.warmup_steps == 30
+    assert planning.plan(TrainArgs(num_iterations=50), 32768).schedule.warmup_steps == 5
+    assert planning.plan(TrainArgs(num_iterations=50, warmup_steps=30), 32768).schedule.warmup_steps == 30

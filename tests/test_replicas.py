@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanochat.distributed import weight_check as replicas
+from nanochat.distributed import weight_check
 from nanochat.distributed.weight_check import digest, require_equal
 from nanochat.distributed.world import World
 
@@ -15,7 +15,7 @@ from nanochat.distributed.world import World
 def reference(tensor: torch.Tensor) -> int:
     """The weighted sum in Python's integers, one element after another."""
     bits = tensor.reshape(-1).view(torch.int32).tolist()
-    total = sum(value * (place * replicas.ODD * 2 + 1) for place, value in enumerate(bits))
+    total = sum(value * (place * weight_check.ODD * 2 + 1) for place, value in enumerate(bits))
     return (total + (1 << 63)) % (1 << 64) - (1 << 63)
 
 
@@ -39,9 +39,9 @@ def test_a_swap_changes_the_digest_and_the_sign_of_zero_too() -> None:
 def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     tensor = torch.randn(7, 11)
     whole = digest(tensor)
-    monkeypatch.setattr(replicas, "CHUNK", 5)
+    monkeypatch.setattr(weight_check, "CHUNK", 5)
     assert digest(tensor) == whole
 
 
 def test_alone_there_is_nothing_to_differ_from() -> None:
-    require_equal({"a": torch.ones(3), "b": torch.ones(())}, World.solo(), 1)
+    require_equal({"a": torch.ones(3), "b": torch.ones(())}, World.single_process(), 1)

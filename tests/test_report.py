@@ -14,7 +14,7 @@ import pytest
 
 from nanochat.common import charts, files
 from nanochat.common.errors import UserError
-from nanochat.config import plan as scaling
+from nanochat.config import plan as planning
 from nanochat.config.arguments import TrainArgs
 from nanochat.evaluation.core.results import GPT2_ACCURACY
 from nanochat.report import RunFiles, render, write_report
@@ -67,7 +67,7 @@ def step_entry(step: int, batch_tokens: int, loss: float) -> dict[str, Any]:
 @pytest.fixture
 def run(base_dir: Path) -> Path:
     """A run that has started: the plan and some metrics."""
-    plan = scaling.plan(TrainArgs(depth=4, run=RUN, num_iterations=40), vocab_size=8192)
+    plan = planning.plan(TrainArgs(depth=4, run=RUN, num_iterations=40), vocab_size=8192)
     folder = files.run_dir(RUN)
     files.write_json(folder / "config.json", {**plan.to_dict(), "machine": {"device": "Abacus 7"}})
     entries: list[dict[str, Any]] = [{"kind": "eval", "step": 0, "val_bpb": 3.25, "train_seconds": 0.0}]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from nanochat.checkpoint import format as checkpoint_files
+from nanochat.checkpoint import format as checkpoint_format
 from nanochat.common import files, run_files
 from nanochat.common.errors import UserError
 from nanochat.report import write_report
@@ -42,7 +42,7 @@ def test_a_damaged_summary_keeps_no_run_from_going_on(
 
 def test_the_remedy_for_a_damaged_configuration_makes_it_again(trained: Path) -> None:
     whole = run_files.read_config("tiny")
-    model = checkpoint_files.folder_of("tiny", 12) / checkpoint_files.MODEL
+    model = checkpoint_format.folder_of("tiny", 12) / checkpoint_format.MODEL
     weights = model.read_bytes()
     (trained / "config.json").write_text("{")
     with pytest.raises(UserError, match=r"config\.json: .*Delete it and summary\.json.*--resume=auto"):

@@ -12,7 +12,7 @@ import pytest
 from nanochat.checkpoint import same_run
 from nanochat.checkpoint.compatibility import EARLY_FLAGS
 from nanochat.common.errors import UserError
-from nanochat.config import plan as scaling
+from nanochat.config import plan as planning
 from nanochat.config.arguments import TrainArgs
 from nanochat.config.plan import Plan
 
@@ -59,7 +59,7 @@ def compare(then: Plan, now: Plan, **changes: Any) -> list[str]:
 
 
 def plan(**changes: Any) -> Plan:
-    return scaling.plan(dataclasses.replace(ARGS, **changes), 512)
+    return planning.plan(dataclasses.replace(ARGS, **changes), 512)
 
 
 def test_every_flag_is_thought_about() -> None:
@@ -100,7 +100,7 @@ def test_free_flags_world_size_and_micro_batch_may_change() -> None:
         "wandb": "offline",
         "compile": "on",
     }
-    now = scaling.plan(
+    now = planning.plan(
         dataclasses.replace(ARGS, device_batch_size=2, on_nonfinite="skip", eval_tokens=1, **changes), 512, 2
     )
     assert compare(plan(), now) == []

@@ -14,14 +14,14 @@ from typing import Any
 import pytest
 import torch
 
-from nanochat.checkpoint import async_saver as saver
-from nanochat.checkpoint import format as checkpoint_files
-from nanochat.checkpoint import state as checkpoint
+from nanochat.checkpoint import async_saver
+from nanochat.checkpoint import format as checkpoint_format
+from nanochat.checkpoint import state as checkpoint_state
 from nanochat.common import files
 from nanochat.common.errors import UserError
 from nanochat.common.jsonl import read_metrics
 from nanochat.train import hooks
-from nanochat.train import run as train
+from nanochat.train import run as train_run
 from scripts import checkpoint as checkpoint_command
 from tests.tiny import tiny_corpus, train_tiny
 
@@ -33,7 +33,7 @@ def corpus(tmp_path: Path) -> None:
 
 def test_retention_keeps_the_last_and_every_nth() -> None:
     train_tiny(save_every=2, keep_last=1, keep_every=6, num_iterations=16, eval_every=0)
-    assert checkpoint_files.steps_of("tiny") == [6, 12, 16]
+    assert checkpoint_format.steps_of("tiny") == [6, 12, 16]
 
 
 def test_a_save_does_not_hold_training_up_and_holds_the_state_of_its_step(
@@ -41,9 +41,9 @@ def test_a_save_does_not_hold_training_up_and_holds_the_state_of_its_step(
 ) -> None:
     """The write of step 4 is held until step 7 has been done; what it then writes is step 4's."""
     train_tiny(run="plain", keep_last=9)
-    go_on, real_write, real_step = threading.Event(), checkpoint_files.Snapshot.write, train.train_step
+    go_on, real_write, real_step = threading.Event(), checkpoint_format.Snapshot.write, train_run.train_step
 
-    def held(snapshot: checkpoint_files.Snapshot) -> float:
+    def held(snapshot: checkpoint_format.Snapshot) -> float:
         assert go_on.wait(60)
         return real_write(snapshot)
 
@@ -53,19 +53,19 @@ def test_a_save_does_not_hold_training_up_and_holds_the_state_of_its_step(
             go_on.set()
         return result
 
-    monkeypatch.setattr(checkpoint_files.Snapshot, "write", held)
-    monkeypatch.setattr(train, "train_step", step)
+    monkeypatch.setattr(checkpoint_format.Snapshot, "write", held)
+    monkeypatch.setattr(train_run, "train_step", step)
     train_tiny(run="held", keep_last=9)
     for at in (4, 8, 12):
-        for name in (checkpoint_files.MODEL, checkpoint_files.OPTIMIZER):
-            plain, held_file = (checkpoint_files.folder_of(run, at) / name for run in ("plain", "held"))
+        for name in (checkpoint_format.MODEL, checkpoint_format.OPTIMIZER):
+            plain, held_file = (checkpoint_format.folder_of(run, at) / name for run in ("plain", "held"))
             assert plain.read_bytes() == held_file.read_bytes()
 
 
 def test_a_snapshot_shares_no_memory_with_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
-    def look(state: checkpoint.TrainState, *rest: Any) -> Any:
+    def look(state: checkpoint_state.TrainState, *rest: Any) -> Any:
         snapshot = real(state, *rest)
         assert snapshot is not None
         with torch.no_grad():
@@ -76,31 +76,31 @@ def test_a_snapshot_shares_no_memory_with_the_run(monkeypatch: pytest.MonkeyPatc
         seen.append(state.step)
         return snapshot
 
-    real = checkpoint.take
-    monkeypatch.setattr(checkpoint, "take", look)
+    real = checkpoint_state.take
+    monkeypatch.setattr(checkpoint_state, "take", look)
     train_tiny()
     assert seen == [4, 8, 12]
 
 
 def test_minutes_save_too(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
-    monkeypatch.setattr(saver, "time", SimpleNamespace(monotonic=lambda: clock[0]))
-    real_step = train.train_step
+    monkeypatch.setattr(async_saver, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    real_step = train_run.train_step
 
     def slow(*args: Any) -> Any:
         clock[0] += 61.0
         return real_step(*args)
 
-    monkeypatch.setattr(train, "train_step", slow)
+    monkeypatch.setattr(train_run, "train_step", slow)
     train_tiny(save_every=0, save_minutes=5, keep_last=9, num_iterations=12)
-    assert checkpoint_files.steps_of("tiny") == [5, 10, 12]
+    assert checkpoint_format.steps_of("tiny") == [5, 10, 12]
 
 
 def failing(monkeypatch: pytest.MonkeyPatch, bad_steps: set[int]) -> None:
     """Where a checkpoint of these steps should go, there is a file in the way of its temporary folder."""
-    real_write = checkpoint_files.Snapshot.write
+    real_write = checkpoint_format.Snapshot.write
 
-    def write(snapshot: checkpoint_files.Snapshot) -> float:
+    def write(snapshot: checkpoint_format.Snapshot) -> float:
         if snapshot.meta["step"] in bad_steps:
             parent = snapshot.folder.parent
             parent.rename(parent.with_name("aside"))
@@ -112,7 +112,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, bad_steps: set[int]) -> None:
                 parent.with_name("aside").rename(parent)
         return real_write(snapshot)
 
-    monkeypatch.setattr(checkpoint_files.Snapshot, "write", write)
+    monkeypatch.setattr(checkpoint_format.Snapshot, "write", write)
 
 
 def test_a_save_that_fails_costs_only_itself(
@@ -120,7 +120,7 @@ def test_a_save_that_fails_costs_only_itself(
 ) -> None:
     failing(monkeypatch, {4, 6})
     train_tiny(save_every=2, keep_last=9)
-    assert checkpoint_files.steps_of("tiny") == [2, 8, 10, 12]
+    assert checkpoint_format.steps_of("tiny") == [2, 8, 10, 12]
     told = capsys.readouterr().out
     assert "warning: step_000004 was not saved" in told
     assert "warning: step_000006 was not saved" in told
@@ -130,8 +130,8 @@ def test_three_failures_in_a_row_stop_the_run(monkeypatch: pytest.MonkeyPatch) -
     failing(monkeypatch, {4, 6, 8})
     with pytest.raises(UserError, match="3 saves in a row have failed"):
         train_tiny(save_every=2, keep_last=9)
-    assert checkpoint_files.steps_of("tiny") == [2]
-    checkpoint_files.verify(checkpoint_files.folder_of("tiny", 2))
+    assert checkpoint_format.steps_of("tiny") == [2]
+    checkpoint_format.verify(checkpoint_format.folder_of("tiny", 2))
 
 
 def test_a_failure_of_the_last_save_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,7 +175,7 @@ def test_the_command_lists_verifies_and_prunes(
         "10",
         "12",
     ]
-    bad = checkpoint_files.folder_of("tiny", 10) / checkpoint_files.MODEL
+    bad = checkpoint_format.folder_of("tiny", 10) / checkpoint_format.MODEL
     bad.write_bytes(bad.read_bytes()[:-1])
     assert command(monkeypatch, "verify", "tiny") == 2
     heard = capsys.readouterr()
@@ -183,7 +183,7 @@ def test_the_command_lists_verifies_and_prunes(
     assert "1 of 6 checkpoints are damaged" in heard.err
     # The two newest that are whole, every fourth, and the damaged one, which is left for a person to look at.
     assert command(monkeypatch, "prune", "tiny", "--keep-every=4") == 0
-    assert checkpoint_files.steps_of("tiny") == [4, 8, 10, 12]
+    assert checkpoint_format.steps_of("tiny") == [4, 8, 10, 12]
     assert command(monkeypatch, "verify", "other") == 2
 
 
@@ -193,24 +193,24 @@ def test_the_command_lists_verifies_and_prunes(
 
 def stopped_after(step: int, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> dict[str, Any]:
     """Train, asked to stop after a step as a signal asks."""
-    real_step, done = train.train_step, [0]
+    real_step, done = train_run.train_step, [0]
 
     def counted(plan: Any, state: Any, world: Any) -> Any:
         done[0] = state.step + 1
         return real_step(plan, state, world)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "train_step", counted)
-        patch.setattr(train, "stop_signals", lambda: contextlib.nullcontext(lambda: done[0] >= step))
+        patch.setattr(train_run, "train_step", counted)
+        patch.setattr(train_run, "stop_signals", lambda: contextlib.nullcontext(lambda: done[0] >= step))
         return train_tiny(**changes)
 
 
 def weights(step: int) -> bytes:
-    return (checkpoint_files.folder_of("tiny", step) / checkpoint_files.MODEL).read_bytes()
+    return (checkpoint_format.folder_of("tiny", step) / checkpoint_format.MODEL).read_bytes()
 
 
 def aside() -> list[str]:
-    folder = files.checkpoints_dir("tiny") / checkpoint_files.ABANDONED
+    folder = files.checkpoints_dir("tiny") / checkpoint_format.ABANDONED
     return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
 
 
@@ -219,11 +219,11 @@ def test_saves_of_a_run_that_goes_on_from_an_earlier_step_are_kept(
 ) -> None:
     train_tiny(keep_last=3)
     stopped_after(6, monkeypatch, resume="4", keep_last=2, save_every=1)
-    assert checkpoint_files.steps_of("tiny") == [5, 6]
+    assert checkpoint_format.steps_of("tiny") == [5, 6]
     assert aside() == ["step_000008", "step_000012"]
     told = capsys.readouterr().out
     assert "abandoned, for this run goes on from step 4: step_000008, step_000012" in told
-    assert checkpoint_files.find("tiny", None) == checkpoint_files.folder_of("tiny", 6)
+    assert checkpoint_format.find("tiny", None) == checkpoint_format.folder_of("tiny", 6)
 
 
 @pytest.mark.parametrize("saved", [False, True])
@@ -232,11 +232,11 @@ def test_auto_goes_on_on_the_new_branch_also_when_it_has_saved_nothing_yet(
 ) -> None:
     train_tiny(keep_last=3)
     save_every = 2 if saved else 0
-    real_save = saver.Saver.save
+    real_save = async_saver.Saver.save
     if not saved:  # as a kill -9 leaves it
-        monkeypatch.setattr(saver.Saver, "save", lambda self, state: None)
+        monkeypatch.setattr(async_saver.Saver, "save", lambda self, state: None)
     stopped_after(6, monkeypatch, resume="4", keep_last=2, save_every=save_every, seed=0)
-    monkeypatch.setattr(saver.Saver, "save", real_save)
+    monkeypatch.setattr(async_saver.Saver, "save", real_save)
     summary = train_tiny(resume="auto", extend=True, num_iterations=16)
     steps = [e["step"] for e in read_metrics(files.run_dir("tiny") / "metrics.jsonl") if e["kind"] == "step"]
     assert summary["steps"] == 16
@@ -264,39 +264,39 @@ def test_damaged_ones_that_were_passed_over_do_not_push_out_whole_ones(
 ) -> None:
     train_tiny(keep_last=9, save_every=2)
     for step in (10, 12):
-        (checkpoint_files.folder_of("tiny", step) / checkpoint_files.STATE).write_bytes(b"{}")
+        (checkpoint_format.folder_of("tiny", step) / checkpoint_format.STATE).write_bytes(b"{}")
     stopped_after(11, monkeypatch, resume="auto", keep_last=2, save_every=3)
-    assert checkpoint_files.steps_of("tiny") == [9, 11]
-    assert [checkpoint_files.verify(checkpoint_files.folder_of("tiny", step)) for step in (9, 11)]
+    assert checkpoint_format.steps_of("tiny") == [9, 11]
+    assert [checkpoint_format.verify(checkpoint_format.folder_of("tiny", step)) for step in (9, 11)]
     assert aside() == ["step_000010", "step_000012"]
-    assert checkpoint_files.find("tiny", None) == checkpoint_files.folder_of("tiny", 11)
+    assert checkpoint_format.find("tiny", None) == checkpoint_format.folder_of("tiny", 11)
 
 
 def test_one_that_is_damaged_while_training_goes_on_is_not_counted_as_kept(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Step 6 loses its manifest before 8 is saved: 4 and 8 are the two that are kept."""
-    real_step = train.train_step
+    real_step = train_run.train_step
 
     def step(plan: Any, state: Any, world: Any) -> Any:
         if state.step == 7:
             for thread in threading.enumerate():
                 if thread.name == "saver":  # that writes step 6
                     thread.join()
-            (checkpoint_files.folder_of("tiny", 6) / checkpoint_files.MANIFEST).unlink()
+            (checkpoint_format.folder_of("tiny", 6) / checkpoint_format.MANIFEST).unlink()
         return real_step(plan, state, world)
 
-    monkeypatch.setattr(train, "train_step", step)
+    monkeypatch.setattr(train_run, "train_step", step)
     stopped_after(8, monkeypatch, keep_last=2, save_every=2)
-    assert checkpoint_files.steps_of("tiny") == [4, 6, 8]
-    checkpoint_files.verify(checkpoint_files.folder_of("tiny", 4))
+    assert checkpoint_format.steps_of("tiny") == [4, 6, 8]
+    checkpoint_format.verify(checkpoint_format.folder_of("tiny", 4))
 
 
 def test_a_refused_resume_leaves_everything_where_it_is() -> None:
     train_tiny(keep_last=3)
     with pytest.raises(UserError, match="--seed"):
         train_tiny(resume="4", seed=1)
-    assert checkpoint_files.steps_of("tiny") == [4, 8, 12]
+    assert checkpoint_format.steps_of("tiny") == [4, 8, 12]
     assert aside() == []
 
 
@@ -306,8 +306,8 @@ def test_an_abandoned_one_can_be_gone_back_to_as_the_message_says(monkeypatch: p
     stopped_after(6, monkeypatch, resume="4", keep_last=2)
     with pytest.raises(UserError, match="no checkpoint of step 8.*step_000008 was set aside: move it back"):
         train_tiny(resume="8")
-    folder = checkpoint_files.folder_of("tiny", 8)
-    (folder.parent / checkpoint_files.ABANDONED / folder.name).rename(folder)
+    folder = checkpoint_format.folder_of("tiny", 8)
+    (folder.parent / checkpoint_format.ABANDONED / folder.name).rename(folder)
     train_tiny(resume="8")
     assert weights(12) == end
 
@@ -324,7 +324,7 @@ def test_old_ones_that_cannot_be_deleted_do_not_stop_the_run(
 
     monkeypatch.setattr(files, "remove_dir", refuse)
     assert train_tiny(save_every=1, keep_last=2)["status"] == "finished"
-    assert checkpoint_files.steps_of("tiny") == list(range(1, 13))
+    assert checkpoint_format.steps_of("tiny") == list(range(1, 13))
     told = capsys.readouterr().out
     assert "step_000001 could not be deleted (Input/output error); the next save tries again" in told
     assert "was not saved" not in told
@@ -342,7 +342,7 @@ def test_one_that_somebody_else_has_deleted_is_no_error(
 
     monkeypatch.setattr(files, "remove_dir", twice)
     train_tiny(save_every=2, keep_last=2)
-    assert checkpoint_files.steps_of("tiny") == [10, 12]
+    assert checkpoint_format.steps_of("tiny") == [10, 12]
     assert "warning" not in capsys.readouterr().out
 
 
@@ -353,8 +353,8 @@ def test_names_that_look_like_a_step_are_left_alone() -> None:
     twins = ("step_0000012", "step_00001\u0662", "step_12", "step_000012.2", "step_000012 ")
     for twin in twins:
         shutil.copytree(folder / "step_000012", folder / twin)
-    assert checkpoint_files.steps_of("tiny") == [4, 8, 12]
-    assert checkpoint_files.prune("tiny", checkpoint_files.steps_of("tiny"), keep_last=1) == [4, 8]
+    assert checkpoint_format.steps_of("tiny") == [4, 8, 12]
+    assert checkpoint_format.prune("tiny", checkpoint_format.steps_of("tiny"), keep_last=1) == [4, 8]
     assert sorted(path.name for path in folder.iterdir()) == sorted(["step_000012", *twins])
 
 
@@ -366,7 +366,7 @@ def test_names_that_look_like_a_step_are_left_alone() -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_what_is_not_finite_is_never_saved(what: str, value: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """One element turns after step 5, without a loss or gradient that shows it before the save of step 6."""
-    real_step = train.train_step
+    real_step = train_run.train_step
 
     def step(plan: Any, state: Any, world: Any) -> Any:
         result = real_step(plan, state, world)
@@ -380,11 +380,11 @@ def test_what_is_not_finite_is_never_saved(what: str, value: float, monkeypatch:
                     state.optimizer.load_state_tensors(moments)
         return result
 
-    monkeypatch.setattr(train, "train_step", step)
+    monkeypatch.setattr(train_run, "train_step", step)
     with pytest.raises(UserError, match=r"after step 6, blocks\.1\.mlp\.up\.weight.* is not finite"):
         train_tiny(save_every=2, keep_last=1)
-    assert checkpoint_files.steps_of("tiny") == [4]
-    checkpoint_files.verify(checkpoint_files.folder_of("tiny", 4))
+    assert checkpoint_format.steps_of("tiny") == [4]
+    checkpoint_format.verify(checkpoint_format.folder_of("tiny", 4))
 
 
 def test_a_validation_that_is_not_finite_is_null_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -393,7 +393,7 @@ def test_a_validation_that_is_not_finite_is_null_everywhere(monkeypatch: pytest.
     monkeypatch.setattr(hooks, "evaluate", lambda *_: SimpleNamespace(bpb=(v := next(found)), loss=v))
     summary = train_tiny(eval_every=4)
     assert (summary["val_bpb"], summary["min_val_bpb"], summary["val_loss"]) == (None, 2.0, None)
-    meta = checkpoint_files.read_state(checkpoint_files.folder_of("tiny", 12))
+    meta = checkpoint_format.read_state(checkpoint_format.folder_of("tiny", 12))
     assert (meta["min_val_bpb"], meta["step"]) == (2.0, 12)
     lines = read_metrics(files.run_dir("tiny") / "metrics.jsonl")
     assert [e["val_bpb"] for e in lines if e["kind"] == "eval"] == [2.0, None, None, None]
@@ -404,7 +404,7 @@ def test_a_validation_that_is_not_finite_is_null_everywhere(monkeypatch: pytest.
 def test_weights_that_an_update_broke_are_named_where_the_loss_shows_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    real_step = train.train_step
+    real_step = train_run.train_step
 
     def step(plan: Any, state: Any, world: Any) -> Any:
         result = real_step(plan, state, world)
@@ -413,6 +413,6 @@ def test_weights_that_an_update_broke_are_named_where_the_loss_shows_it(
                 dict(state.model.named_parameters())["embed.weight"].fill_(float("nan"))
         return result
 
-    monkeypatch.setattr(train, "train_step", step)
+    monkeypatch.setattr(train_run, "train_step", step)
     with pytest.raises(UserError, match=r"step 6: loss nan.*embed\.weight is not finite since an update"):
         train_tiny()

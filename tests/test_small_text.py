@@ -17,11 +17,10 @@ from hypothesis import strategies as st
 
 from nanochat.common import files
 from nanochat.common.errors import UserError
-from nanochat.config import plan as scaling
+from nanochat.config import plan as planning
 from nanochat.config.arguments import TokTrainArgs, TrainArgs
-from nanochat.data import corpus as dataset
-from nanochat.data import text_size
-from nanochat.data import tokenizer_texts as tok_train
+from nanochat.data import corpus as corpus_module
+from nanochat.data import text_size, tokenizer_texts
 from nanochat.data.corpus import Corpus
 from nanochat.data.text_size import TextSize
 from nanochat.tokenizer.tokenizer import Tokenizer
@@ -39,8 +38,8 @@ def text_of(tokens: float, document: int = 1_000) -> TextSize:
     return TextSize(max(1, int(tokens) // document), tokens * 4, lengths, lengths[:10])
 
 
-def plan_of(args: TrainArgs, vocab_size: int, text: TextSize) -> scaling.Plan:
-    return scaling.plan(fit(args, vocab_size, text)[0], vocab_size)
+def plan_of(args: TrainArgs, vocab_size: int, text: TextSize) -> planning.Plan:
+    return planning.plan(fit(args, vocab_size, text)[0], vocab_size)
 
 
 def test_a_megabyte_gets_settings_that_suit_it() -> None:
@@ -75,7 +74,7 @@ def test_a_large_text_gets_the_plan_of_the_recipe(tokens: int, depth: int) -> No
 def test_every_size_gives_a_plan_that_runs(tokens: int, depth: int, vocab_size: int, recipe: str) -> None:
     text = text_of(tokens)
     args = TrainArgs(depth=depth, recipe=recipe)
-    ours, theirs = plan_of(args, vocab_size, text), scaling.plan(args, vocab_size)
+    ours, theirs = plan_of(args, vocab_size, text), planning.plan(args, vocab_size)
     assert ours.steps >= 1
     assert ours.tokens < theirs.tokens + theirs.batch_tokens
     assert ours.batch_tokens <= theirs.batch_tokens
@@ -104,7 +103,7 @@ def test_what_is_given_stays(given: dict[str, Any]) -> None:
     assert not [line for line in told for flag in flags.values() if line.endswith(flag)]
     if given.keys() & {"num_iterations", "target_flops", "target_param_data_ratio"}:
         assert not any("epochs" in line for line in told)
-    assert scaling.plan(args, 1024).steps >= 1
+    assert planning.plan(args, 1024).steps >= 1
 
 
 def test_documents_shorter_than_the_rows_keep_no_tails() -> None:
@@ -125,11 +124,11 @@ def test_a_validation_split_that_fills_no_row_keeps_its_tails() -> None:
 def test_rows_that_nothing_fills_are_refused_before_anything_is_built() -> None:
     lengths = np.array([5, 5])
     text = TextSize(2, 20, lengths, lengths)
-    plan = scaling.plan(TrainArgs(depth=1, max_seq_len=256, keep_tails=False), 300)
+    plan = planning.plan(TrainArgs(depth=1, max_seq_len=256, keep_tails=False), 300)
     with pytest.raises(UserError, match="Leave --no-keep-tails out, or give a shorter --max-seq-len"):
         text.require_rows(plan)
-    text.require_rows(scaling.plan(TrainArgs(depth=1, max_seq_len=256, keep_tails=True), 300))
-    text.require_rows(scaling.plan(TrainArgs(depth=1, max_seq_len=4, keep_tails=False), 300))
+    text.require_rows(planning.plan(TrainArgs(depth=1, max_seq_len=256, keep_tails=True), 300))
+    text.require_rows(planning.plan(TrainArgs(depth=1, max_seq_len=4, keep_tails=False), 300))
 
 
 def test_a_vocabulary_is_of_a_size_that_the_text_fills() -> None:
@@ -146,10 +145,10 @@ def test_the_tokenizer_takes_a_vocabulary_that_suits_the_text(
         REPO / "dev" / "LOG.md"
     ).read_text("utf-8")
     (tmp_path / "x.txt").write_text(source[:60_000], "utf-8")
-    corpus = dataset.prepare("local", named_files=[str(tmp_path / "x.txt")])
-    assert tok_train.train(corpus, TokTrainArgs()).vocab_size == 512
+    corpus = corpus_module.prepare("local", named_files=[str(tmp_path / "x.txt")])
+    assert tokenizer_texts.train(corpus, TokTrainArgs()).vocab_size == 512
     assert "vocabulary: 512 entries suit 0.0" in capsys.readouterr().out
-    assert tok_train.train(corpus, TokTrainArgs(vocab_size=400)).vocab_size == 400
+    assert tokenizer_texts.train(corpus, TokTrainArgs(vocab_size=400)).vocab_size == 400
 
 
 def test_a_run_that_goes_on_keeps_what_its_beginning_decided(tmp_path: Path) -> None:

@@ -11,19 +11,18 @@ from typing import Any
 import pytest
 import torch
 
-from nanochat.checkpoint import format as checkpoint_files
-from nanochat.checkpoint import state as checkpoint
+from nanochat.checkpoint import format as checkpoint_format
+from nanochat.checkpoint import state as checkpoint_state
 from nanochat.common import files
 from nanochat.common.errors import UserError
 from nanochat.common.machine import Precision
-from nanochat.config import plan as scaling
+from nanochat.config import plan as planning
 from nanochat.config.arguments import TrainArgs
 from nanochat.config.recipes import RECIPES, Recipe
 from nanochat.distributed.world import World
 from nanochat.model.gpt import GPT
-from nanochat.train import hooks
-from nanochat.train import run as train
-from nanochat.train import step_metrics as reporter
+from nanochat.train import hooks, step_metrics
+from nanochat.train import run as train_run
 from tests.dist.launch import digest, lines, losses
 from tests.dist.world import run_ranks, train_rank
 from tests.test_train import stop_after
@@ -47,7 +46,7 @@ def corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def watched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, tuple[int, ...], torch.Tensor]]:
     """Rows, windows and inputs of every step of this process."""
     seen: list[tuple[int, tuple[int, ...], torch.Tensor]] = []
-    real_step = train.train_step
+    real_step = train_run.train_step
 
     def step(plan: Any, state: Any, world: Any) -> Any:
         rows: list[torch.Tensor] = []
@@ -58,7 +57,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, tuple[int, ...],
         seen.append((len(ids), state.model.windows, ids))
         return result
 
-    monkeypatch.setattr(train, "train_step", step)
+    monkeypatch.setattr(train_run, "train_step", step)
     return seen
 
 
@@ -109,20 +108,20 @@ def test_the_run_goes_on_with_other_ranks(sizes: tuple[int, int], tmp_path: Path
     run_ranks(sizes[0], tmp_path, race_rank, {"run": "parts", **common}, 6)
     run_ranks(sizes[1], tmp_path, race_rank, {"run": "parts", "resume": "auto", **common}, None)
     assert losses("parts") == pytest.approx(losses("whole"), abs=1e-5)
-    ends = [checkpoint_files.read_state(checkpoint_files.folder_of(run, 12)) for run in ("whole", "parts")]
+    ends = [checkpoint_format.read_state(checkpoint_format.folder_of(run, 12)) for run in ("whole", "parts")]
     assert ends[0]["loader"] == ends[1]["loader"]
 
 
 def test_documents_are_masked_without_asking() -> None:
     train_tiny(run="race", num_iterations=2, **RACE)
-    model, tokenizer, _ = checkpoint.load_model(
+    model, tokenizer, _ = checkpoint_state.load_model(
         "race", device=torch.device("cpu"), precision=Precision(torch.float32, "sdpa")
     )
     assert isinstance(model, GPT)
     assert model.document_bos == tokenizer.bos_id
     assert model.windows == (8, 32)
-    assert scaling.plan(TrainArgs(document_mask=True), 512).model.document_mask
-    assert not scaling.plan(TrainArgs(), 512).model.document_mask
+    assert planning.plan(TrainArgs(document_mask=True), 512).model.document_mask
+    assert not planning.plan(TrainArgs(), 512).model.document_mask
 
 
 # -----------------------------------------------------------------------------
@@ -143,7 +142,7 @@ def test_a_run_ends_at_the_first_validation_at_or_below_its_target() -> None:
     assert summary["tokens"] == 30 * 256
     assert summary == files.read_json(files.run_dir("raced") / "summary.json")
     assert losses("raced") == losses("whole")[:30]
-    assert checkpoint_files.steps_of("raced") == [30]
+    assert checkpoint_format.steps_of("raced") == [30]
     # The same command again changes nothing; without a target the run goes on to its end.
     assert train_tiny(run="raced", target_loss=found[30], resume="auto", **LONG) == summary
     assert train_tiny(run="raced", resume="auto", **LONG)["status"] == "finished"
@@ -156,13 +155,13 @@ def test_a_target_that_is_not_reached_changes_nothing() -> None:
     assert (summary["status"], summary["steps"]) == ("finished", 12)
     assert digest("raced", 12) == digest("whole", 12)
     with pytest.raises(UserError, match="--target-loss=0"):
-        scaling.plan(tiny_args(target_loss=0.0), 300)
+        planning.plan(tiny_args(target_loss=0.0), 300)
 
 
 def test_time_of_validation_is_not_time_of_training(monkeypatch: pytest.MonkeyPatch) -> None:
     clock, validate = [0.0], hooks.evaluate
-    monkeypatch.setattr(reporter, "time", types.SimpleNamespace(perf_counter=lambda: clock[0]))
-    real_step = train.train_step
+    monkeypatch.setattr(step_metrics, "time", types.SimpleNamespace(perf_counter=lambda: clock[0]))
+    real_step = train_run.train_step
 
     def step(*args: Any) -> Any:
         clock[0] += 1.0
@@ -172,7 +171,7 @@ def test_time_of_validation_is_not_time_of_training(monkeypatch: pytest.MonkeyPa
         clock[0] += 100.0
         return validate(*args)
 
-    monkeypatch.setattr(train, "train_step", step)
+    monkeypatch.setattr(train_run, "train_step", step)
     monkeypatch.setattr(hooks, "evaluate", slow)
     summary = train_tiny(eval_every=2, sample_every=3)
     assert clock[0] > 700
@@ -182,11 +181,11 @@ def test_time_of_validation_is_not_time_of_training(monkeypatch: pytest.MonkeyPa
 def test_an_old_checkpoint_without_a_validation_loss_goes_on() -> None:
     train_tiny(run="whole")
     train_tiny(run="parts")
-    files.remove_dir(checkpoint_files.folder_of("parts", 12))
-    folder = checkpoint_files.folder_of("parts", 8)
-    state = checkpoint_files.read_state(folder)
+    files.remove_dir(checkpoint_format.folder_of("parts", 12))
+    folder = checkpoint_format.folder_of("parts", 8)
+    state = checkpoint_format.read_state(folder)
     assert "val_loss" in state
-    plan = dataclasses.asdict(scaling.plan(tiny_args(), 300))
+    plan = dataclasses.asdict(planning.plan(tiny_args(), 300))
     assert plan["schedule"]["batch_stages"] == ()
     old = {name: value for name, value in state.items() if name != "val_loss"}
     for name in ("batch_stages", "window_stages"):
@@ -199,9 +198,9 @@ def test_an_old_checkpoint_without_a_validation_loss_goes_on() -> None:
 
 def rewrite(folder: Path, state: dict[str, Any]) -> None:
     """Put another state.json into a checkpoint, with its hash."""
-    files.write_json(folder / checkpoint_files.STATE, state)
+    files.write_json(folder / checkpoint_format.STATE, state)
     manifest = files.read_json(folder / "MANIFEST.json")
-    entry = manifest["files"][checkpoint_files.STATE]
-    path = folder / checkpoint_files.STATE
+    entry = manifest["files"][checkpoint_format.STATE]
+    path = folder / checkpoint_format.STATE
     entry |= {"bytes": path.stat().st_size, "sha256": files.sha256(path)}
     files.write_json(folder / "MANIFEST.json", manifest)

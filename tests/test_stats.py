@@ -9,7 +9,7 @@ import pytest
 from scipy import stats as scipy_stats
 
 from dev import stats
-from nanochat.evaluation.core import statistics as core_stats
+from nanochat.evaluation.core import statistics as core_statistics
 
 
 def by_seed(values: np.ndarray) -> dict[int, float]:
@@ -53,8 +53,8 @@ def test_the_same_run_twice_is_never_told_apart() -> None:
 
 def test_adjusted_p_values_are_those_worked_by_hand() -> None:
     # sorted .005 .01 .03 .04 times 4, 3, 2, 1, and none below the one before it
-    assert core_stats.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
-    adjusted = core_stats.holm([math.nan, 0.02, 0.9])
+    assert core_statistics.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    adjusted = core_statistics.holm([math.nan, 0.02, 0.9])
     assert math.isnan(adjusted[0])
     assert adjusted[1:] == pytest.approx([0.04, 0.9])
 
@@ -103,7 +103,7 @@ def verdicts(rng: np.random.Generator, variants: int, seeds: int) -> list[bool]:
     luck = rng.normal(0.0, 0.01, size=seeds)  # data and initial weights, that variants of a seed share
     runs = [by_seed(3.0 + luck + rng.normal(0.0, 0.01, size=seeds)) for _ in range(variants)]
     compared = [stats.paired(runs[0], run) for run in runs[1:]]
-    return [p < stats.ALPHA for p in core_stats.holm([c.p for c in compared if c is not None])]
+    return [p < stats.ALPHA for p in core_statistics.holm([c.p for c in compared if c is not None])]
 
 
 @pytest.mark.parametrize(("variants", "seeds"), [(2, 3), (2, 8), (9, 3)])

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from nanochat.common import stop_signals as stopping
+from nanochat.common import stop_signals as signals_module
 from nanochat.common.stop_signals import (
     ECHO_S,
     SIGNALS,
@@ -22,8 +22,7 @@ from nanochat.common.stop_signals import (
     requested,
     stop_signals,
 )
-from nanochat.data import pending_download as arrival
-from nanochat.data import row_stream as lanes
+from nanochat.data import pending_download, row_stream
 from nanochat.data.row_stream import Lane, LoaderCounters
 from tests.conftest import REPO
 
@@ -122,17 +121,17 @@ def test_in_a_thread_the_process_is_asked_and_nothing_installed() -> None:
 # Blocked in C before there is anything to save.
 EARLY = """
 import threading
-from nanochat.common import stop_signals as stopping
-stopping.HEED_S = 0.2
+from nanochat.common import stop_signals as signals_module
+signals_module.HEED_S = 0.2
 lock = threading.Lock()
 lock.acquire()
-with stopping.stop_signals(has_work=False):
+with signals_module.stop_signals(has_work=False):
     while True:
         try:
             print("ready", flush=True)
             while True:
                 lock.acquire()
-        except stopping.StoppedEarly:
+        except signals_module.StoppedEarly:
             pass
 """
 
@@ -152,9 +151,9 @@ def test_a_stop_before_there_is_work_is_heeded_by_a_process_that_is_blocked() ->
 # What imports may catch it and import again: numpy does, and cannot be imported twice.
 IMPORTING = """
 import sys
-from nanochat.common import stop_signals as stopping
+from nanochat.common import stop_signals as signals_module
 sys.path.insert(0, sys.argv[1])
-with stopping.stop_signals(has_work=False):
+with signals_module.stop_signals(has_work=False):
     try:
         import slow_module
     except BaseException:
@@ -184,12 +183,12 @@ def test_a_loader_that_waits_hears_the_stop_and_draws_nothing() -> None:
     lane = Lane(lambda epoch, position: Future(), 3, LoaderCounters())
     lane.move(1, 2, 5)
     asked = iter([False, False, True])
-    lanes_poll, lanes.POLL_S = lanes.POLL_S, 0.01
+    lanes_poll, row_stream.POLL_S = row_stream.POLL_S, 0.01
     try:
-        with pytest.raises(stopping.Stopped):
+        with pytest.raises(signals_module.Stopped):
             lane.take(4, lambda: next(asked))
     finally:
-        lanes.POLL_S = lanes_poll
+        row_stream.POLL_S = lanes_poll
     assert lane.cursor == (1, 2, 5)
 
 
@@ -197,5 +196,5 @@ def test_whoever_waits_for_a_shard_hears_the_stop(tmp_path: Path) -> None:
     (tmp_path / ".tmp-fetch.1").mkdir()  # a download that lives
     with stop_signals():
         signal.raise_signal(signal.SIGTERM)
-        with pytest.raises(stopping.Stopped):
-            arrival.wait_for(tmp_path / "shard_00001.parquet")
+        with pytest.raises(signals_module.Stopped):
+            pending_download.wait_for(tmp_path / "shard_00001.parquet")

@@ -19,8 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from nanochat.common.errors import UserError
-from nanochat.data import sources as corpora
-from nanochat.data import text_files
+from nanochat.data import sources, text_files
 from nanochat.data.sources import find_files, local_documents
 
 PAIR = ["one text", "another: caf\u00e9 \u65e5\u672c"]
@@ -272,11 +271,11 @@ def test_what_a_folder_holds_beside_texts_is_counted_and_named(tmp_path: Path) -
         (tmp_path / name).write_text("[]")
     paths, _ = find_files([str(tmp_path)], "")
     assert sorted(p.name for p in paths) == ["B.TXT", "a.txt", "c.json", "d.ndjson", "e.jsonl.gz", "g.md"]
-    told = corpora.left_out([str(tmp_path)])
+    told = sources.left_out([str(tmp_path)])
     assert told.startswith("3 files were left out: .csv (2), no suffix (1); ")
     assert "h.csv" in told
     assert ".jsonl, .ndjson, .json" in told
-    assert corpora.left_out([str(tmp_path / "a.txt")]) == ""
+    assert sources.left_out([str(tmp_path / "a.txt")]) == ""
 
 
 def test_paths_that_are_none_are_refused_for_what_they_are(tmp_path: Path) -> None:
@@ -301,8 +300,8 @@ def test_names_that_are_not_utf8_are_read_and_shown(tmp_path: Path) -> None:
         Path(os.fsdecode(folder + b"/" + name)).write_bytes(b'{"text": "a"}')
     good, bad = find_files([str(tmp_path)], "")[0][:2], Path(os.fsdecode(folder + b"/\xff\xfe.parquet"))
     assert list(local_documents(good)) == ["a", '{"text": "a"}']
-    assert len(corpora.content_digest(good, None)) == 16
-    assert len(corpora.listing_digest(good, None)) == 16
+    assert len(sources.content_digest(good, None)) == 16
+    assert len(sources.listing_digest(good, None)) == 16
     with pytest.raises(UserError, match=r"\\xff\\xfe\.parquet: not a readable parquet file") as refused:
         list(local_documents([bad]))
     str(refused.value).encode("utf-8")

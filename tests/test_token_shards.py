@@ -19,9 +19,8 @@ from nanochat.common import files
 from nanochat.common.checksums import ChecksummedFile
 from nanochat.common.errors import UserError
 from nanochat.config.model_config import round_up
-from nanochat.data import corpus as dataset
-from nanochat.data import hub, token_shards
-from nanochat.data import parquet_shards as shards
+from nanochat.data import corpus as corpus_module
+from nanochat.data import hub, parquet_shards, token_shards
 from nanochat.data.corpus import Corpus
 from nanochat.data.train_loader import ValBatches, epochs_for
 from nanochat.distributed.world import World
@@ -111,7 +110,7 @@ def test_a_file_that_is_no_shard_is_one_error_that_names_it(tmp_path: Path, faul
     path = tmp_path / "fineweb_train_000001.bin"
     path.write_bytes(spoil(shard_bytes(numbered(1000))))
     with pytest.raises(UserError, match=f"{re.escape(str(path))}: not a shard of tokens: .*{message}"):
-        shards.describe(path, "train")
+        parquet_shards.describe(path, "train")
 
 
 @pytest.mark.parametrize("fault", list(FAULTS))
@@ -167,8 +166,8 @@ def test_a_corpus_holds_text_or_tokens_and_not_both(corpus: Corpus) -> None:
 
 
 def test_the_summary_counts_tokens(corpus: Corpus) -> None:
-    assert f"{NAME}: 11590 tokens in 3 training shards" in dataset.summary(corpus)
-    assert "4000 for validation" in dataset.summary(corpus)
+    assert f"{NAME}: 11590 tokens in 3 training shards" in corpus_module.summary(corpus)
+    assert "4000 for validation" in corpus_module.summary(corpus)
 
 
 # -----------------------------------------------------------------------------
@@ -214,7 +213,7 @@ def test_validation_is_the_stream_from_its_beginning(corpus: Corpus, size: int) 
     tokens, wanted = list(range(20_000, 24_000)), 50 * T
     found: dict[int, list[int]] = {}
     for rank in range(size):
-        world = World(rank, rank, size, World.solo().device, None)
+        world = World(rank, rank, size, World.single_process().device, None)
         batches = ValBatches(corpus, Letters(), T, 3, world, max_tokens=wanted)
         for place, row in enumerate(rows_of(list(batches)).tolist()):
             found[place * size + rank] = row
@@ -230,7 +229,7 @@ def test_a_tokenizer_with_fewer_ids_is_refused(corpus: Corpus) -> None:
     class Few(Letters):
         bos_id = 300
 
-    batches = ValBatches(corpus, Few(), T, 4, World.solo())
+    batches = ValBatches(corpus, Few(), T, 4, World.single_process())
     with pytest.raises(UserError, match=r"fineweb_val_000000.bin: token .* ids below 301"):
         list(batches)
 

@@ -16,13 +16,13 @@ from typing import Any
 import pytest
 import torch
 
-from nanochat.checkpoint import format as checkpoint_files
+from nanochat.checkpoint import format as checkpoint_format
 from nanochat.common import files
 from nanochat.common.errors import UserError
 from nanochat.common.jsonl import read_metrics
 from nanochat.data.corpus import Corpus
 from nanochat.tokenizer.tokenizer import Tokenizer
-from nanochat.train import run as train
+from nanochat.train import run as train_run
 from nanochat.train import small_text
 from nanochat.train.hooks import Hook
 from tests.conftest import REPO
@@ -47,8 +47,10 @@ def metrics(run: str = "tiny", kind: str = "") -> list[dict[str, Any]]:
 
 
 def weights(run: str, step: int) -> bytes:
-    folder = checkpoint_files.folder_of(run, step)
-    return (folder / checkpoint_files.MODEL).read_bytes() + (folder / checkpoint_files.OPTIMIZER).read_bytes()
+    folder = checkpoint_format.folder_of(run, step)
+    return (folder / checkpoint_format.MODEL).read_bytes() + (
+        folder / checkpoint_format.OPTIMIZER
+    ).read_bytes()
 
 
 def test_a_run_learns_and_leaves_its_files() -> None:
@@ -126,7 +128,7 @@ def test_a_resumed_run_is_the_same_run_to_the_bit(
 def stop_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Send this process the signal that a preemption sends, when `steps` steps are done."""
     done = 0
-    real_step = train.train_step
+    real_step = train_run.train_step
 
     def counted(*args: Any) -> Any:
         nonlocal done
@@ -135,7 +137,7 @@ def stop_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
         return real_step(*args)
 
-    monkeypatch.setattr(train, "train_step", counted)
+    monkeypatch.setattr(train_run, "train_step", counted)
 
 
 @pytest.mark.parametrize("optimizer", ["muon", pytest.param("soap", marks=pytest.mark.slow)])
@@ -145,11 +147,11 @@ def test_a_killed_process_resumes_to_the_bit(optimizer: str, base_dir: Path) -> 
     command = [sys.executable, "-m", "scripts.base_train", *flags]
     process = subprocess.Popen(command, cwd=REPO, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
-    while not checkpoint_files.steps_of("parts") and time.monotonic() < deadline:
+    while not checkpoint_format.steps_of("parts") and time.monotonic() < deadline:
         time.sleep(0.01)
     process.kill()
     process.wait()
-    assert 4 <= checkpoint_files.steps_of("parts")[-1] < 40
+    assert 4 <= checkpoint_format.steps_of("parts")[-1] < 40
     subprocess.run(command, cwd=REPO, check=True, stdout=subprocess.DEVNULL, timeout=200)
     assert weights("parts", 40) == weights("whole", 40)
     assert [entry["step"] for entry in metrics("parts", "step")] == list(range(40))
@@ -170,7 +172,7 @@ def test_a_run_that_exists_is_not_started_over() -> None:
 
 def test_nan_never_reaches_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     clean: dict[str, torch.Tensor] = {}
-    real_step = train.train_step
+    real_step = train_run.train_step
 
     def poisoned(plan: Any, state: Any, world: Any) -> Any:
         if state.step == 3:
@@ -184,7 +186,7 @@ def test_nan_never_reaches_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
             return result
         return real_step(plan, state, world)
 
-    monkeypatch.setattr(train, "train_step", poisoned)
+    monkeypatch.setattr(train_run, "train_step", poisoned)
     with pytest.raises(UserError, match="step 3: loss nan"):
         train_tiny()
     assert clean
@@ -192,7 +194,7 @@ def test_nan_never_reaches_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def poison(steps: range, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the loss of these steps be nan."""
-    real_step = train.train_step
+    real_step = train_run.train_step
 
     def poisoned(plan: Any, state: Any, world: Any) -> Any:
         real_loss = state.model.loss
@@ -202,7 +204,7 @@ def poison(steps: range, monkeypatch: pytest.MonkeyPatch) -> None:
         state.model.__dict__.pop("loss", None)
         return result
 
-    monkeypatch.setattr(train, "train_step", poisoned)
+    monkeypatch.setattr(train_run, "train_step", poisoned)
 
 
 def test_on_request_a_step_that_is_not_finite_is_skipped_and_counted(

@@ -18,7 +18,7 @@ def test_a_rank_is_gone_though_its_last_note_came_after_the_last_look(
 ) -> None:
     """A rank may die between its note and the next look at the notes: a new note is no sign of life."""
     store = dist.HashStore()
-    ranks = [dataclasses.replace(World.solo(), rank=rank, size=2, store=store) for rank in (0, 1)]
+    ranks = [dataclasses.replace(World.single_process(), rank=rank, size=2, store=store) for rank in (0, 1)]
     alive, dead = (Watchdog(world, tmp_path, 2.0, lambda: "step 7") for world in ranks)
     for _ in range(3):
         for watchdog in (alive, dead):

@@ -18,10 +18,10 @@ from tests.conftest import REPO
 
 def test_alone_every_collective_is_the_identity() -> None:
     with world.join("cpu") as w:
-        assert w == World.solo("cpu")
+        assert w == World.single_process("cpu")
         assert w.all_reduce_sum(torch.tensor([3.0])).item() == 3.0
-        assert w.agree(True)
-        assert not w.agree(False)
+        assert w.any_rank(True)
+        assert not w.any_rank(False)
         w.barrier()
 
 
@@ -42,7 +42,7 @@ def meet_all(store: dist.TCPStore, size: int) -> list[dist.PrefixStore]:
     """Every rank meets the others, in threads and on a connection of its own; the last rank comes first."""
     with ThreadPoolExecutor(size) as pool:
         coming = [
-            pool.submit(world.meet, store.clone(), rank, size, timeout_s=30.0)
+            pool.submit(world.rendezvous, store.clone(), rank, size, timeout_s=30.0)
             for rank in reversed(range(size))
         ]
         return [each.result() for each in reversed(coming)]
@@ -60,10 +60,10 @@ def test_a_restart_reads_nothing_that_an_earlier_start_left_in_the_store() -> No
 def test_a_rank_that_does_not_come_is_named() -> None:
     kept = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     with pytest.raises(UserError, match=r"rank 0: rank 1, 2 of 3 did not join within 0\.2 s"):
-        world.meet(kept, 0, 3, timeout_s=0.2)
+        world.rendezvous(kept, 0, 3, timeout_s=0.2)
     meet_all(kept, 2)
     with pytest.raises(UserError, match="rank 1: rank 0 of 2 did not join"):
-        world.meet(kept, 1, 2, timeout_s=0.2)
+        world.rendezvous(kept, 1, 2, timeout_s=0.2)
 
 
 def test_two_ranks_under_torchrun() -> None:

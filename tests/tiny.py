@@ -12,13 +12,13 @@ import torch
 
 from nanochat.common import files
 from nanochat.common.machine import Precision
-from nanochat.config import plan as scaling
+from nanochat.config import plan as planning
 from nanochat.config.arguments import TrainArgs
-from nanochat.data import corpus as dataset
+from nanochat.data import corpus
 from nanochat.data.corpus import Corpus
 from nanochat.distributed.world import World
 from nanochat.tokenizer.tokenizer import Tokenizer
-from nanochat.train import run as train
+from nanochat.train import run as train_run
 
 TEXT = "the cat sat on a mat and saw two dogs near their red house while rain fell over green hills"
 WORDS = TEXT.split()
@@ -72,7 +72,7 @@ def tiny_corpus(tmp_path: Path) -> None:
     held = text.with_name("held.jsonl")
     held.write_text("".join(lines[-4:]), "utf-8")
     text.write_text("".join(lines[:-4]), "utf-8")
-    dataset.prepare("local", named_files=[str(text)], val_file=str(held))
+    corpus.prepare("local", named_files=[str(text)], val_file=str(held))
     tokenizer_named("local")
 
 
@@ -80,8 +80,10 @@ def train_tiny(**changes: object) -> dict[str, Any]:
     """Train TINY, or a variation of it, in this process; returns its summary."""
     args = tiny_args(**changes)
     tokenizer = Tokenizer.load(files.tokenizer_dir("local"))
-    plan = scaling.plan(args, tokenizer.vocab_size)
-    return train.run(plan, Corpus.open("local"), tokenizer, Precision(torch.float32, "sdpa"), World.solo())
+    plan = planning.plan(args, tokenizer.vocab_size)
+    return train_run.run(
+        plan, Corpus.open("local"), tokenizer, Precision(torch.float32, "sdpa"), World.single_process()
+    )
 
 
 def command_line(**changes: object) -> list[str]:

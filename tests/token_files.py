@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from nanochat.common import files
-from nanochat.data import parquet_shards as shards
+from nanochat.data import parquet_shards
 from nanochat.data.corpus import Corpus
 from nanochat.tokenizer.tokenizer import Tokenizer
 
@@ -33,7 +33,7 @@ def make_corpus(train: list[ArrayLike], val: ArrayLike, name: str = NAME) -> Cor
     for split, number, tokens in [*(("train", i, t) for i, t in enumerate(train, 1)), ("val", 0, val)]:
         path = folder / f"fineweb_{split}_{number:06d}.bin"
         path.write_bytes(shard_bytes(tokens))
-        members.append(shards.describe(path, split))
+        members.append(parquet_shards.describe(path, split))
     Corpus(folder, name, "kjj0/fineweb10B-gpt2@0", members).write_manifest(folder)
     return Corpus.open(name)
 

@@ -73,7 +73,7 @@ def measure(folder: Path, suffix: str, tokenizer: Path, compared: bool) -> dict[
         rows_per_batch=ROWS,
         lanes=LANES,
         seed=0,
-        world=World.solo(),
+        world=World.single_process(),
         device_batch_size=ROWS // 8,
         threads=THREADS,
     )

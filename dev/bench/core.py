@@ -22,16 +22,15 @@ from typing import Any
 import torch
 
 from dev.bench import naive_core
-from nanochat.checkpoint import state as checkpoint
+from nanochat.checkpoint import state as checkpoint_state
 from nanochat.common import files
 from nanochat.common.machine import Precision
-from nanochat.config import plan as scaling
+from nanochat.config import plan as planning
 from nanochat.config.arguments import TrainArgs
 from nanochat.distributed.world import World
 from nanochat.evaluation import base_eval
-from nanochat.evaluation.core import bundle as core_tasks
-from nanochat.evaluation.core import evaluate as core_eval
-from nanochat.evaluation.core import scoring as core_scoring
+from nanochat.evaluation.core import bundle as core_bundle
+from nanochat.evaluation.core import evaluate, scoring
 from nanochat.evaluation.core.bundle import Bundle
 from nanochat.evaluation.core.results import CoreResult
 from nanochat.model.gpt import GPT
@@ -44,9 +43,9 @@ TRAIN_CHARS = 4_000_000  # of the bundle's own texts, for the vocabulary of a ra
 
 def random_model(bundle: Bundle, depth: int) -> tuple[GPT, Tokenizer]:
     """A model of random weights, with a vocabulary trained on the bundle."""
-    texts = [bundle.text(task.member)[: TRAIN_CHARS // 22] for task in core_tasks.load_tasks(bundle)]
+    texts = [bundle.text(task.member)[: TRAIN_CHARS // 22] for task in core_bundle.load_tasks(bundle)]
     tokenizer = Tokenizer.train(texts, VOCAB)
-    plan = scaling.plan(TrainArgs(depth=depth, num_iterations=1, device_type="cpu"), tokenizer.vocab_size, 1)
+    plan = planning.plan(TrainArgs(depth=depth, num_iterations=1, device_type="cpu"), tokenizer.vocab_size, 1)
     model = GPT(plan.model, PRECISION)
     model.init_weights(0)
     generator = torch.Generator().manual_seed(0)
@@ -60,12 +59,12 @@ def ours(model: GPT, tokenizer: Tokenizer, bundle: Bundle, examples: int, batch_
     """Our scores, with an empty cache of tokens."""
     with tempfile.TemporaryDirectory() as folder:
         os.environ["NANOCHAT_BASE_DIR"] = folder
-        return core_eval.evaluate(
-            core_scoring.GPTScorer(model),
+        return evaluate.evaluate(
+            scoring.GPTScorer(model),
             tokenizer,
             bundle,
             max_per_task=examples,
-            world=World.solo(),
+            world=World.single_process(),
             batch_tokens=batch_tokens,
         )
 
@@ -76,11 +75,11 @@ def theirs(
     """The naive answers, and the seconds they took; prompts are whole, as they are by default."""
     started = time.perf_counter()
     found: list[naive_core.Answer] = []
-    scorer = core_scoring.GPTScorer(model)
+    scorer = scoring.GPTScorer(model)
     longest = scorer.longest_tokens
     with scorer.room(longest):
-        for task in core_tasks.load_tasks(bundle):
-            all_of_it = core_tasks.load_examples(bundle, task)
+        for task in core_bundle.load_tasks(bundle):
+            all_of_it = core_bundle.load_examples(bundle, task)
             found += naive_core.answers(model, tokenizer, task, all_of_it, examples, longest)
     return time.perf_counter() - started, found
 
@@ -118,9 +117,9 @@ def _tell(who: str, examples: int, seconds: float, cpu_before: float) -> float:
 def main() -> None:
     """Measure, print a table, and write JSON where asked."""
     args = _arguments()
-    bundle = core_eval.find_bundle(args.eval_bundle)
+    bundle = evaluate.find_bundle(args.eval_bundle)
     if args.run:
-        model, tokenizer, _ = checkpoint.load_model(
+        model, tokenizer, _ = checkpoint_state.load_model(
             args.run, None, device=torch.device("cpu"), precision=PRECISION
         )
     else:
@@ -143,7 +142,9 @@ def main() -> None:
     print(f"ours {row['ours']:.2f}, naive {row['theirs']:.2f} examples/s: {row['ratio']:.1f} times")
     print(f"answers that differ: {differ}; largest difference of a loss: {largest:.1e}")
     print("seconds of ours:", json.dumps({name: round(s, 2) for name, s in result.seconds_of.items()}))
-    used = base_eval.matmul_use(result, core_scoring.GPTScorer(model), PRECISION.compute_dtype, World.solo())
+    used = base_eval.matmul_use(
+        result, scoring.GPTScorer(model), PRECISION.compute_dtype, World.single_process()
+    )
     print(f"{result.computed_tokens:,} tokens computed, {result.scored_tokens:,} scored; weights times them")
     rate = f"{used['measured_flops_per_s']:.2e} FLOP/s"
     print(f"at {rate}, as measured, are {used['share']:.0%} of the time of forward and scoring")

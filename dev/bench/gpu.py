@@ -17,11 +17,10 @@ from typing import Any
 
 import torch
 
-from nanochat.common import files
-from nanochat.common import machine as hardware
+from nanochat.common import files, machine
 from nanochat.common.errors import UserError, cli
 from nanochat.common.machine import Precision
-from nanochat.config import plan as scaling
+from nanochat.config import plan as planning
 from nanochat.config.arguments import TrainArgs
 from nanochat.config.plan import Plan
 from nanochat.distributed.world import World
@@ -72,7 +71,7 @@ def attention_rows(backend: str) -> list[dict[str, Any]]:
 
 def step_rows(depth: int, backend: str, fp8: bool, peak_flops_per_s: float) -> list[dict[str, Any]]:
     """Step time, tokens/s, MFU and memory; where memory runs out the micro-batch is halved."""
-    plan = scaling.plan(TrainArgs(depth=depth, max_seq_len=T), VOCAB)
+    plan = planning.plan(TrainArgs(depth=depth, max_seq_len=T), VOCAB)
     rows_at_once = plan.device_batch_size
     while True:
         try:
@@ -103,7 +102,7 @@ def measure_step(plan: Plan, rows: int, precision: Precision) -> tuple[float, fl
     model.compile_for(rows)
     params, kinds = dict(model.named_parameters()), model.parameter_kinds()
     norm_factor = plan.polar_norm_factor
-    optimizer = MuonAdamW(params, kinds, plan.groups, World.solo(), torch.bfloat16, norm_factor)
+    optimizer = MuonAdamW(params, kinds, plan.groups, World.single_process(), torch.bfloat16, norm_factor)
     ids, targets = torch.randint(0, VOCAB, (2, rows, T), device=CUDA).unbind()
     micro_batches = plan.batch_rows // rows
 
@@ -126,7 +125,7 @@ def free_memory() -> None:
 def run() -> list[dict[str, Any]]:
     """Every backend in bf16; fp8 with the first, where the GPU has it."""
     backends = [name for name, reason in available_backends(CUDA).items() if not reason]
-    speed = hardware.speed(CUDA, torch.bfloat16)
+    speed = machine.speed(CUDA, torch.bfloat16)
     rows = [
         row("peak_flops", speed.peak_flops, f"FLOP/s ({speed.peak_source})"),
         row("matmul_flops", speed.matmul_flops, "FLOP/s"),
@@ -155,7 +154,7 @@ def main() -> None:
         setting = ", ".join(f"{name} {found[name]}" for name in named)
         print(f"{found['metric']:20}{found['ours']:18,.4f}  {found['unit']:20}{setting}")
     if args.json:
-        files.write_json(args.json, {"machine": hardware.describe(CUDA), "rows": rows})
+        files.write_json(args.json, {"machine": machine.describe(CUDA), "rows": rows})
 
 
 if __name__ == "__main__":

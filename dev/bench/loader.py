@@ -27,9 +27,7 @@ import torch
 
 from nanochat.common import files
 from nanochat.common.process import peak_memory_bytes
-from nanochat.data import parquet_shards as shards
-from nanochat.data import sources as corpora
-from nanochat.data import tokenizer_texts as tok_train
+from nanochat.data import parquet_shards, sources, tokenizer_texts
 from nanochat.data.corpus import Corpus
 from nanochat.data.train_loader import TrainLoader
 from nanochat.distributed.world import World
@@ -49,7 +47,7 @@ def corpus_of(folder: Path, suffix: str = ".parquet") -> Corpus:
     """The shards of a folder; the last is validation."""
     paths = sorted(folder.glob(f"*{suffix}"))
     splits = ["train"] * (len(paths) - 1) + ["val"]
-    members = [shards.describe(path, split) for path, split in zip(paths, splits, strict=True)]
+    members = [parquet_shards.describe(path, split) for path, split in zip(paths, splits, strict=True)]
     return Corpus(folder, "bench", "local files", members)
 
 
@@ -63,7 +61,7 @@ def ours(corpus: Corpus, tokenizer: Tokenizer, threads: int) -> dict[str, float]
         rows_per_batch=ROWS,
         lanes=LANES,
         seed=0,
-        world=World.solo(),
+        world=World.single_process(),
         device_batch_size=ROWS,
         threads=threads,
     )
@@ -192,14 +190,14 @@ def run(folder: Path, tokenizer_folder: Path, rounds: int) -> list[dict[str, Any
 
 def write_stdlib(folder: Path) -> None:
     """Python's own sources as shards, where no others are named."""
-    train, val = corpora.stdlib_documents()
-    shards.write_shards(train, folder, "train", 0)
-    shards.write_shards(val, folder, "val", 99999)
+    train, val = sources.stdlib_documents()
+    parquet_shards.write_shards(train, folder, "train", 0)
+    parquet_shards.write_shards(val, folder, "val", 99999)
 
 
 def prepare(folder: Path, corpus: Corpus) -> None:
     """Train the vocabulary that both use."""
-    texts = tok_train.columns(corpus, max_chars=TRAIN_CHARS, doc_cap=10_000)
+    texts = tokenizer_texts.columns(corpus, max_chars=TRAIN_CHARS, doc_cap=10_000)
     Tokenizer.train(texts, VOCAB).save(folder)
 
 

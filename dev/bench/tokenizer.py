@@ -24,8 +24,7 @@ from typing import Any
 
 import rustbpe
 from nanochat.common import files
-from nanochat.data import parquet_shards as shards
-from nanochat.data import sources as corpora
+from nanochat.data import parquet_shards, sources
 from nanochat.tokenizer.tokenizer import PATTERN, Tokenizer
 
 VOCAB = 32768
@@ -244,7 +243,7 @@ def main() -> None:
         folder = args.data
         if folder is None:
             folder = Path(temporary)
-            shards.write_shards(corpora.stdlib_documents()[0], folder, "train", 0)
+            parquet_shards.write_shards(sources.stdlib_documents()[0], folder, "train", 0)
         bench = Bench(args, folder, Path(temporary))
         bench.coding(bench.training())
     table(bench.rows)

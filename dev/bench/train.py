@@ -30,22 +30,21 @@ from torch import Tensor
 
 from dev.bench import attention
 from nanochat.checkpoint.state import TrainState
-from nanochat.common import files
-from nanochat.common import machine as hardware
+from nanochat.common import files, machine
 from nanochat.common.machine import Precision
 from nanochat.common.process import peak_memory_bytes
-from nanochat.config import plan as scaling
+from nanochat.config import plan as planning
 from nanochat.config.arguments import TrainArgs
 from nanochat.config.plan import Plan
-from nanochat.data import corpus as dataset
-from nanochat.data import tokenizer_texts as tok_train
+from nanochat.data import corpus as corpus_module
+from nanochat.data import tokenizer_texts
 from nanochat.data.train_loader import Batch
 from nanochat.distributed.world import World
 from nanochat.model.gpt import GPT
 from nanochat.optim.loss_scale import LossScale
 from nanochat.optim.muon_adamw import MuonAdamW
 from nanochat.tokenizer.tokenizer import Tokenizer
-from nanochat.train import run as train
+from nanochat.train import run as train_run
 
 VOCAB = 32768
 ARGS = TrainArgs(
@@ -89,24 +88,24 @@ def unfused_loss(model: GPT, ids: Tensor, targets: Tensor) -> Tensor:
 def measure(way: str) -> dict[str, float]:
     """Tokens a second, bytes, and FLOP/s of a matrix product, which is measured before and after."""
     device, dtype = torch.device("cpu"), torch.bfloat16
-    plan = scaling.plan(ARGS, VOCAB)
+    plan = planning.plan(ARGS, VOCAB)
     model = GPT(plan.model, Precision(dtype, "sdpa"))
     model.init_weights(0)
-    world = World.solo()
+    world = World.single_process()
     kinds, factor = model.parameter_kinds(), plan.polar_norm_factor
     optimizer = MuonAdamW(dict(model.named_parameters()), kinds, plan.groups, world, dtype, factor)
     loader: Any = RandomBatches(plan)
     state = TrainState(0, model, optimizer, loader, LossScale(dtype, device))
     if way == "unfused":
         model.loss = lambda ids, targets: unfused_loss(model, ids, targets)  # type: ignore[method-assign]
-    rates = [hardware.measured_flops_per_s(device, dtype)]
+    rates = [machine.measured_flops_per_s(device, dtype)]
     before, seconds = peak_memory_bytes(), []
     for _ in range(STEPS + 1):
         start = time.perf_counter()
-        train.train_step(plan, state, world).loss.item()
+        train_run.train_step(plan, state, world).loss.item()
         seconds.append(time.perf_counter() - start)
         state.step += 1
-    rates.append(hardware.measured_flops_per_s(device, dtype))
+    rates.append(machine.measured_flops_per_s(device, dtype))
     return {
         "tokens_per_second": plan.batch_tokens / statistics.median(seconds[1:]),
         "peak_memory": peak_memory_bytes() - before,
@@ -116,8 +115,8 @@ def measure(way: str) -> dict[str, float]:
 
 def prepare() -> None:
     """The corpus and the tokenizer that base_train needs."""
-    corpus = dataset.prepare("stdlib")
-    texts = tok_train.columns(corpus, max_chars=TRAIN_CHARS, doc_cap=10_000)
+    corpus = corpus_module.prepare("stdlib")
+    texts = tokenizer_texts.columns(corpus, max_chars=TRAIN_CHARS, doc_cap=10_000)
     Tokenizer.train(texts, VOCAB).save(files.tokenizer_dir("stdlib"))
 
 
@@ -195,8 +194,8 @@ def main() -> None:
         ratio = " " * 8 if row["ratio"] is None else f"{row['ratio']:8.2f}"
         print(f"{row['metric']:20}{row['peer'] or '':18}{''.join(values)}{ratio}  {row['unit']}")
     if args.json:
-        machine = hardware.describe(torch.device("cpu"))
-        files.write_json(args.json, {"machine": machine, "rows": rows})
+        description = machine.describe(torch.device("cpu"))
+        files.write_json(args.json, {"machine": description, "rows": rows})
 
 
 if __name__ == "__main__":

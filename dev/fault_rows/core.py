@@ -32,16 +32,16 @@ TEXTS = {
 READ = """
 import json, sys
 from pathlib import Path
-from nanochat.evaluation.core import bundle as core_tasks
+from nanochat.evaluation.core import bundle as core_bundle
 from nanochat.common.errors import UserError
 
 def peak():
     return int(next(l for l in open("/proc/self/status") if l.startswith("VmHWM")).split()[1]) / 1024
 before, ended = peak(), ""
 try:
-    bundle = core_tasks.open_bundle(Path(sys.argv[1]))
-    for task in core_tasks.load_tasks(bundle):
-        core_tasks.load_examples(bundle, task)
+    bundle = core_bundle.open_bundle(Path(sys.argv[1]))
+    for task in core_bundle.load_tasks(bundle):
+        core_bundle.load_examples(bundle, task)
 except UserError as error:
     ended = str(error)
 print(json.dumps([ended, peak() - before]))
@@ -51,12 +51,12 @@ print(json.dumps([ended, peak() - before]))
 READ_MANY = """
 import json, sys
 from pathlib import Path
-from nanochat.evaluation.core import bundle as core_tasks
+from nanochat.evaluation.core import bundle as core_bundle
 from nanochat.common.errors import UserError
 
 def read(path):
-    bundle = core_tasks.open_bundle(path)
-    return [core_tasks.load_examples(bundle, task) for task in core_tasks.load_tasks(bundle)]
+    bundle = core_bundle.open_bundle(path)
+    return [core_bundle.load_examples(bundle, task) for task in core_bundle.load_tasks(bundle)]
 
 path, data = Path("x.zip"), Path("good.zip").read_bytes()
 right = read(Path("good.zip"))

@@ -21,7 +21,7 @@ MAKE_FOREIGN = """
 import sys
 import numpy as np, pyarrow as pa, pyarrow.parquet as pq
 from nanochat.common import files
-from nanochat.data import parquet_shards as shards
+from nanochat.data import parquet_shards
 from nanochat.data.corpus import Corpus
 from nanochat.tokenizer.tokenizer import Tokenizer
 
@@ -40,7 +40,7 @@ for shard in old.shards:
     else:
         options = {"use_dictionary": False, "write_statistics": False, "compression": kind}
         pq.write_table(pa.table({"text": texts}), path, row_group_size=1024, **options)
-    members.append(shards.describe(path, shard.split))
+    members.append(parquet_shards.describe(path, shard.split))
 Corpus(old.folder, "tiny", "karpathy/fineweb-edu-100b-shuffle@x", members).write_manifest(old.folder)
 """
 
@@ -57,7 +57,7 @@ from nanochat.distributed.world import World
 what, count = sys.argv[1], int(sys.argv[2])
 corpus, tokenizer = Corpus.open("tiny"), Tokenizer.load(files.tokenizer_dir("tiny"))
 loader = TrainLoader(corpus, tokenizer, sequence_len=32, rows_per_batch=64, lanes=1, seed=0,
-                     world=World.solo(), device_batch_size=64, threads=1)
+                     world=World.single_process(), device_batch_size=64, threads=1)
 start = loader.state_dict()
 def epoch():
     loader.load_state_dict(start)
@@ -285,14 +285,14 @@ def t98(box: Box) -> None:
     code = """
 import sys
 from pathlib import Path
-from nanochat.data import parquet_shards as shards, token_shards
+from nanochat.data import parquet_shards, token_shards
 from nanochat.common.checksums import ChecksummedFile
 from nanochat.data.corpus import Corpus
 from nanochat.common.errors import cli
 
 corpus = Corpus.open("tiny")
 source = ChecksummedFile(corpus.path(corpus.train_shards[0]))
-reads = {"text": lambda: shards.read_column(source, 7),
+reads = {"text": lambda: parquet_shards.read_column(source, 7),
          "ids": lambda: token_shards.read_rows(source, 10**6, 33, 300)}
 cli(reads[sys.argv[1]])()
 """
@@ -328,16 +328,16 @@ def t102(box: Box) -> None:
 SLOW_MAKER = """
 import sys, time
 from pathlib import Path
-from nanochat.data import corpus as dataset, parquet_shards as shards
+from nanochat.data import parquet_shards
 
-write = shards.write_shards
+write = parquet_shards.write_shards
 def slow(documents, folder, split, first_index):
     made = write(documents, folder, split, first_index)
     Path("in-the-middle").touch()
     while not Path("go-on").exists():
         time.sleep(0.05)
     return made
-shards.write_shards = slow
+parquet_shards.write_shards = slow
 from scripts.dataset import main
 main()
 """

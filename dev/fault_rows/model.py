@@ -15,8 +15,8 @@ SHORT = [*TINY, "--num-iterations=8", "--save-every=4", "--keep-last=9"]
 
 # base_train on a machine that has little memory to give at this minute.
 STARVED = """
-from nanochat.common import machine as hardware
-hardware.available_memory_bytes = lambda device: 4 * 10**6
+from nanochat.common import machine
+machine.available_memory_bytes = lambda device: 4 * 10**6
 from scripts.base_train import main
 main()
 """

@@ -454,7 +454,7 @@ SHARDS = """
 import random, sys
 from pathlib import Path
 import pyarrow as pa, pyarrow.parquet as pq
-from nanochat.data import parquet_shards as shards
+from nanochat.data import parquet_shards
 from nanochat.data.corpus import Corpus
 folder = Path(sys.argv[1]) / "data" / "fineweb-edu"
 folder.mkdir(parents=True)
@@ -465,7 +465,7 @@ for number, split in enumerate(("train", "train", "val")):
     texts = [" ".join(words.choices(choices, k=30)) for _ in range(256)]
     path = folder / f"shard_{number:05d}.parquet"
     pq.write_table(pa.table({"text": texts}), path, row_group_size=16)
-    names.append(shards.describe(path, split))
+    names.append(parquet_shards.describe(path, split))
 Corpus(folder, "fineweb-edu", "karpathy/fineweb-edu-100b-shuffle@x", names).write_manifest(folder)
 """
 

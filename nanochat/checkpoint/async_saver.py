@@ -6,8 +6,8 @@ import threading
 import time
 from collections.abc import Callable
 
-from nanochat.checkpoint import format as checkpoint_files
-from nanochat.checkpoint import state as checkpoint
+from nanochat.checkpoint import format as checkpoint_format
+from nanochat.checkpoint import state as checkpoint_state
 from nanochat.checkpoint.format import Snapshot
 from nanochat.checkpoint.state import TrainState
 from nanochat.common.errors import UserError, describe_os_error
@@ -45,7 +45,7 @@ class Saver:
         minutes = self._plan.args.save_minutes
         if not minutes:
             return False
-        return self._world.agree(self._world.is_main and time.monotonic() - self._began >= 60 * minutes)
+        return self._world.any_rank(self._world.is_main and time.monotonic() - self._began >= 60 * minutes)
 
     def save(self, state: TrainState) -> None:
         """Copy the state, and write it while training goes on. All ranks call it.
@@ -56,10 +56,10 @@ class Saver:
         if state.step == self._saved_step:
             return
         self._settle()
-        if self._world.agree(self._failures >= MAX_FAILURES):
+        if self._world.any_rank(self._failures >= MAX_FAILURES):
             raise UserError(f"{MAX_FAILURES} saves in a row have failed; training stops. {self._error or ''}")
         self._began = time.monotonic()
-        snapshot = checkpoint.take(state, self._plan, self._fingerprints, self._world)
+        snapshot = checkpoint_state.snapshot(state, self._plan, self._fingerprints, self._world)
         self._saved_step = state.step
         if snapshot is not None:
             self._thread = threading.Thread(target=self._write, args=(snapshot,), name="saver")
@@ -72,7 +72,7 @@ class Saver:
             UserError: the last save has failed.
         """
         self._settle()
-        if self._world.agree(self._failures > 0):
+        if self._world.any_rank(self._failures > 0):
             raise UserError(f"the last state of the run could not be saved. {self._error or ''}")
 
     def _settle(self) -> None:
@@ -97,7 +97,7 @@ class Saver:
         late = " That is long: a preempted machine gives about 30 s." if seconds > SLOW_S else ""
         self._say(f"saved {folder} in {seconds:.1f} s.{late}")
         try:  # the checkpoint is there: what goes wrong from here on has not lost it
-            whole = checkpoint_files.retained(args.run_name, snapshot.meta["step"])
-            checkpoint_files.prune(args.run_name, whole, args.keep_last, args.keep_every, self._say)
+            whole = checkpoint_format.retained(args.run_name, snapshot.meta["step"])
+            checkpoint_format.prune(args.run_name, whole, args.keep_last, args.keep_every, self._say)
         except (UserError, OSError) as error:
             self._say(f"warning: no old checkpoint was deleted: {error}")

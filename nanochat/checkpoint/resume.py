@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from nanochat.checkpoint import format as checkpoint_files
+from nanochat.checkpoint import format as checkpoint_format
 from nanochat.common import files, run_files
 from nanochat.common.errors import UserError
 from nanochat.common.jsonl import keep_aside
@@ -32,12 +32,12 @@ def starting_point(plan: Plan, world: World) -> Path | None:
             found = _look(plan.args, world)
         except UserError as refused:
             error = refused
-    if world.agree(error is not None):
+    if world.any_rank(error is not None):
         raise error or UserError("the main rank cannot begin; it says why.")
-    step = world.highest(-1 if found is None else int(found.name.removeprefix("step_")))
+    step = world.max_over_ranks(-1 if found is None else int(found.name.removeprefix("step_")))
     if step < 0:
         return None
-    folder = checkpoint_files.folder_of(plan.args.run_name, step)
+    folder = checkpoint_format.folder_of(plan.args.run_name, step)
     if not folder.is_dir():
         raise UserError(
             f"{folder}: rank {world.rank} does not see it. All machines of a run need NANOCHAT_BASE_DIR on a "
@@ -50,10 +50,10 @@ def _look(args: TrainArgs, world: World) -> Path | None:
     if args.resume and args.resume != "auto" and not _is_step(args.resume):
         raise UserError(f"--resume={args.resume}: expected auto or the step of a checkpoint.")
     if _is_step(args.resume) and not _is_same_launch(args, world):
-        return checkpoint_files.find(args.run_name, int(args.resume))
+        return checkpoint_format.find(args.run_name, int(args.resume))
     if args.resume or _is_same_launch(args, world):
-        return checkpoint_files.find(args.run_name, None, say=world.print0)
-    if present := checkpoint_files.steps_of(args.run_name):
+        return checkpoint_format.find(args.run_name, None, say=world.print0)
+    if present := checkpoint_format.steps_of(args.run_name):
         raise UserError(
             f"run {args.run_name!r} has checkpoints already (steps {', '.join(map(str, present))}). "
             "Go on with --resume=auto, name another with --run, or delete its folder."
@@ -90,12 +90,12 @@ def leave_other_branches(run: str, step: int, say: Callable[[str], None]) -> Non
     is kept too, and so is that of a run that begins at step 0 although it has done steps before.
     """
     metrics = files.run_dir(run) / "metrics.jsonl"
-    later = [at for at in checkpoint_files.steps_of(run) if at > step]
+    later = [at for at in checkpoint_format.steps_of(run) if at > step]
     if later or step == 0:
         kept = keep_aside(metrics, step)
         if kept is not None:
             say(f"the metrics of the steps from {step} on are kept in {kept}")
-    if moved := checkpoint_files.set_aside(run, step):
+    if moved := checkpoint_format.set_aside(run, step):
         say(
             f"set aside in {moved[0].parent}, for this run goes on from step {step}: "
             f"{', '.join(path.name for path in moved)}. Delete them when nobody needs them."
@@ -114,14 +114,14 @@ def summary_of_finished(plan: Plan, step: int, world: World) -> dict[str, Any] |
     The file follows from the run: where it is damaged, the checkpoint decides and it is written anew.
     """
     path = files.run_dir(plan.args.run_name) / "summary.json"
-    if not world.agree(world.is_main and path.exists()):
+    if not world.any_rank(world.is_main and path.exists()):
         return None
     summary: dict[str, Any] = {}
     try:
         summary = run_files.read_summary(plan.args.run_name)
     except UserError as error:
         world.print0(f"passed over: {error}")
-    if world.agree(not summary):
+    if world.any_rank(not summary):
         return None
     status, steps = summary["status"], summary["steps"]
     ended = status == "finished" and steps == plan.steps <= step

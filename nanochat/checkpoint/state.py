@@ -20,14 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanochat.checkpoint import format as checkpoint_files
+from nanochat.checkpoint import format as checkpoint_format
 from nanochat.checkpoint.compatibility import completed
 from nanochat.checkpoint.format import MODEL, OPTIMIZER, STATE, Snapshot
 from nanochat.checkpoint.same_run import require_same_run
 from nanochat.common import files
 from nanochat.common.errors import UserError
 from nanochat.common.machine import Precision
-from nanochat.config import arguments as config
+from nanochat.config import arguments
 from nanochat.config.model_config import GPTConfig, count_params
 from nanochat.config.plan import Plan
 from nanochat.data.train_loader import TrainLoader
@@ -92,7 +92,7 @@ class TrainState:
 COUNTERS = ("step", "skipped_steps", "smoothed_loss", "train_seconds", "val_bpb", "min_val_bpb", "val_loss")
 
 
-def take(state: TrainState, plan: Plan, fingerprints: dict[str, str], world: World) -> Snapshot | None:
+def snapshot(state: TrainState, plan: Plan, fingerprints: dict[str, str], world: World) -> Snapshot | None:
     """Copy a run to host memory, so that it can be written while training goes on. All ranks call it.
 
     Moments are gathered one tensor after another, and only the main rank keeps them. What is not finite is
@@ -116,7 +116,7 @@ def take(state: TrainState, plan: Plan, fingerprints: dict[str, str], world: Wor
     if world.is_main:
         model = {name: p.detach().to("cpu", copy=True) for name, p in state.model.named_parameters()}
     broken = first_not_finite({**model, **optimizer})
-    if world.agree(broken is not None):
+    if world.any_rank(broken is not None):
         raise UserError(
             f"after step {state.step}, {broken or 'a tensor of the main rank'} is not finite, so nothing is "
             "saved and training ends; the checkpoints of earlier steps are as they were. Start another run "
@@ -125,7 +125,7 @@ def take(state: TrainState, plan: Plan, fingerprints: dict[str, str], world: Wor
     if not world.is_main:
         return None
     return Snapshot(
-        checkpoint_files.folder_of(plan.args.run_name, state.step),
+        checkpoint_format.folder_of(plan.args.run_name, state.step),
         model,
         optimizer,
         {
@@ -160,14 +160,14 @@ def load(state: TrainState, folder: Path, plan: Plan, fingerprints: dict[str, st
         UserError: it is of a run with another plan, corpus or tokenizer, the differences are shown; or it is
             not what this program writes.
     """
-    meta = checkpoint_files.read_state(folder)
+    meta = checkpoint_format.read_state(folder)
     extended = require_same_run(meta, plan, fingerprints, folder)
     _require_counters(meta, folder)
     state.resumed = MicroBatch(_rows(meta), meta["plan"]["args"].get("device_batch_size"))
-    weights = checkpoint_files.read_tensors(folder / MODEL)
+    weights = checkpoint_format.read_tensors(folder / MODEL)
     _require_fit(weights, state.model, folder / MODEL)
     _copy_weights(state.model, weights)
-    moments = checkpoint_files.read_tensors(folder / OPTIMIZER)
+    moments = checkpoint_format.read_tensors(folder / OPTIMIZER)
     try:
         state.optimizer.load_state_tensors(moments)
     except UserError as error:
@@ -266,7 +266,7 @@ def load_model(
         UserError: unknown run, no usable checkpoint, or a tokenizer that is not the one it was trained with.
     """
     require_run(run)
-    loaded = checkpoint_files.read_newest(
+    loaded = checkpoint_format.read_newest(
         run, step, lambda folder: _load_model(run, folder, device, precision)
     )
     if loaded is None:
@@ -277,16 +277,16 @@ def load_model(
 def _load_model(
     run: str, folder: Path, device: torch.device, precision: Precision
 ) -> tuple[GPT, Tokenizer, dict[str, Any]]:
-    meta = checkpoint_files.read_state(folder)
+    meta = checkpoint_format.read_state(folder)
     _require_counters(meta, folder)
-    args = config.from_dict(config.TrainArgs, meta["plan"]["args"], folder / STATE)
+    args = arguments.from_dict(arguments.TrainArgs, meta["plan"]["args"], folder / STATE)
     tokenizer = Tokenizer.load(files.tokenizer_dir(args.tokenizer_name))
     if tokenizer.fingerprint != meta["fingerprints"].get("tokenizer"):
         raise UserError(
             f"tokenizer {args.tokenizer_name!r} is not the one that run {run!r} was trained with. "
             "Put the old tokenizer.json back, or train again."
         )
-    weights = checkpoint_files.read_tensors(folder / MODEL)
+    weights = checkpoint_format.read_tensors(folder / MODEL)
     shape = _model_config(completed(meta["plan"])["model"], weights, folder / STATE)
     with torch.device("meta"):
         model = GPT(shape, precision, tokenizer.bos_id if shape.document_mask else None)
@@ -337,7 +337,7 @@ def _is_plausible(values: dict[str, Any], tensors: int, elements: int) -> bool:
         all(0 < size <= max(elements, MAX_POSITIONS) for size in sizes)
         and values["n_layer"] <= tensors
         and values["n_head"] % values["n_kv_head"] == 0
-        and values["attention_kind"] in config.ATTENTION_KINDS
+        and values["attention_kind"] in arguments.ATTENTION_KINDS
         and values["head_dim"] % (4 if values["attention_kind"] == "diff1" else 2) == 0
         and values["sequence_len"] <= MAX_POSITIONS
         and len(values["window_pattern"]) > 0

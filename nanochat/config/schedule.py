@@ -14,7 +14,7 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True)
 class Schedule:
-    """The shape of a run over its steps; made by `scaling.plan`.
+    """The shape of a run over its steps; made by `config.plan.plan`.
 
     Attributes:
         steps: steps of the whole run.

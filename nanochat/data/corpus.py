@@ -34,10 +34,8 @@ from nanochat.common import files, locks, typed_json
 from nanochat.common.checksums import BrokenFileError, ChecksummedFile
 from nanochat.common.errors import UserError
 from nanochat.common.progress import bytes_bar
-from nanochat.data import hub, text_files, token_shards
-from nanochat.data import parquet_shards as shards
-from nanochat.data import pending_download as arrival
-from nanochat.data import sources as corpora
+from nanochat.data import hub, parquet_shards, pending_download, text_files, token_shards
+from nanochat.data import sources as data_sources
 from nanochat.data.parquet_shards import Shard
 
 FORMAT = 1
@@ -102,7 +100,7 @@ class Corpus:
                 f"{path}: format {typed_json.shown(raw.get('format'))}, expected {FORMAT}. {again}"
             )
         try:
-            members = shards.from_manifest(raw["shards"])
+            members = parquet_shards.from_manifest(raw["shards"])
             return cls(folder, str(raw["name"]), str(raw["source"]), members)
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{path}: a field is missing or wrong ({error}). {again}") from None
@@ -150,7 +148,7 @@ class Corpus:
             raise UserError(
                 f"{self.path(shard)}: holds tokens, not text. Its tokenizer came with it: {self.name}."
             )
-        return self._use(shard, lambda file: shards.read_column(file, row_group))
+        return self._use(shard, lambda file: parquet_shards.read_column(file, row_group))
 
     def read_rows(self, shard: Shard, block: int, row_slots: int, vocab_size: int) -> NDArray[np.int32]:
         """The rows of a block of a shard of tokens; see `token_shards.read_rows`. Compared as text is.
@@ -184,13 +182,13 @@ class Corpus:
         with self._locks[shard.name]:
             if shard.name not in self._opened:
                 if self._is_remote and not self.path(shard).exists():
-                    arrival.wait_for(self.path(shard))
-                self._opened[shard.name] = shards.open_shard(self.path(shard), shard)
+                    pending_download.wait_for(self.path(shard))
+                self._opened[shard.name] = parquet_shards.open_shard(self.path(shard), shard)
             return self._opened[shard.name]
 
     def problem(self, shard: Shard) -> str:
         """What is wrong with a shard, hashed now, and the command that repairs it; "" if nothing is."""
-        found = shards.problem(self.path(shard), shard)
+        found = parquet_shards.problem(self.path(shard), shard)
         return f"{found} {self.repair(shard)}" if found else ""
 
     @property
@@ -200,7 +198,7 @@ class Corpus:
 
     def is_arriving(self, shard: Shard) -> bool:
         """True if the shard is not there, and a download lives that will bring it."""
-        return self._is_remote and not self.path(shard).exists() and arrival.has_begun(self.folder)
+        return self._is_remote and not self.path(shard).exists() and pending_download.has_begun(self.folder)
 
     @property
     def comes_in_order(self) -> bool:
@@ -309,7 +307,7 @@ def _existing(folder: Path, *sources: str) -> Corpus | None:
 def _prepare_stdlib(folder: Path) -> None:
     if _existing(folder, "python "):
         return
-    train, val = corpora.stdlib_documents()
+    train, val = data_sources.stdlib_documents()
     source = f"python {platform.python_version()} standard library"
     write_corpus(folder, source, iter(train), val)
 
@@ -319,22 +317,22 @@ def _prepare_local(folder: Path, named: Sequence[str], val_file: str) -> None:
         if _existing(folder, "local files"):
             return
         raise UserError(f"--corpus local: name the text with --files (folders, or {text_files.ACCEPTED}).")
-    paths, val_path = corpora.find_files(named, val_file)
-    if others := corpora.left_out(named):
+    paths, val_path = data_sources.find_files(named, val_file)
+    if others := data_sources.left_out(named):
         print(others)
     known = f"local files, {len(paths)} of "
-    source = f"{known}content {corpora.content_digest(paths, val_path)}"
-    if _existing(folder, source, f"{known}listing {corpora.listing_digest(paths, val_path)}"):
+    source = f"{known}content {data_sources.content_digest(paths, val_path)}"
+    if _existing(folder, source, f"{known}listing {data_sources.listing_digest(paths, val_path)}"):
         return
-    write_corpus(folder, source, *corpora.local_splits(paths, val_path))
+    write_corpus(folder, source, *data_sources.local_splits(paths, val_path))
 
 
 def write_corpus(folder: Path, source: str, train: Iterator[str], val: Iterable[str]) -> None:
     """Write a whole corpus folder at once. `val` is begun when `train` has ended."""
     with files.atomic_dir(folder) as temporary:
-        members = shards.write_shards(train, temporary, "train", 0)
-        members += shards.write_shards(val, temporary, "val", len(members))
-        for split in shards.SPLITS:
+        members = parquet_shards.write_shards(train, temporary, "train", 0)
+        members += parquet_shards.write_shards(val, temporary, "val", len(members))
+        for split in parquet_shards.SPLITS:
             if not any(shard.split == split for shard in members):
                 raise UserError(
                     f"corpus {folder.name!r}: there is no text for the {split} split. "
@@ -351,7 +349,7 @@ def _prepare_hub(folder: Path, corpus: str, num_shards: int | None, first: int |
     if first is not None and first < 0:
         raise UserError(f"--first {first}: expected 0 or more.")
     names = [*(remote.shard(index) for index in range(count)), remote.val_shard]
-    with arrival.staging(folder) as stage, hub.Hub(remote.repo) as source:
+    with pending_download.staging(folder) as stage, hub.Hub(remote.repo) as source:
         planned, commit = _plan_hub(folder, remote, names, source)
         print(
             f"{corpus}: {len(planned.absent)} of {len(names)} shards are to be fetched into {folder}",

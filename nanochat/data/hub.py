@@ -23,8 +23,7 @@ import pyarrow as pa
 from nanochat.common import files
 from nanochat.common.errors import UserError
 from nanochat.common.progress import bytes_bar
-from nanochat.data import parquet_shards as shards
-from nanochat.data import token_shards
+from nanochat.data import parquet_shards, token_shards
 from nanochat.data.parquet_shards import Shard
 from nanochat.tokenizer.tokenizer import FILE_NAME, Tokenizer
 
@@ -160,7 +159,7 @@ class Hub:
         by_name = {shard.name: shard for shard in members}
 
         def work(name: str, attempt: int) -> None:
-            if not (folder / name).is_file() or shards.problem(folder / name, by_name[name]):
+            if not (folder / name).is_file() or parquet_shards.problem(folder / name, by_name[name]):
                 self._fetch_one(by_name[name], commit, folder, stage, again=attempt > 0)
 
         def staged() -> int:
@@ -213,7 +212,7 @@ class Hub:
                 ) from None
             raise
         arrived = stage / shard.name
-        if problem := shards.problem(arrived, shard):
+        if problem := parquet_shards.problem(arrived, shard):
             arrived.unlink()
             raise ValueError(problem.removeprefix(f"{arrived}: "))
         files.fsync_file(arrived)
@@ -242,7 +241,7 @@ class Hub:
         if len(tail) < needed <= min(size, MAX_FOOTER_BYTES):
             tail = self._range(name, commit, size - needed, size)
         try:
-            return shards.counts(pa.BufferReader(tail))
+            return parquet_shards.counts(pa.BufferReader(tail))
         except (pa.ArrowException, OSError) as error:
             raise ValueError(f"what arrived is not the end of a parquet file: {error}") from None
 

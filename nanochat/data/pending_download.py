@@ -16,8 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from nanochat.common import files
-from nanochat.common import stop_signals as stopping
+from nanochat.common import files, stop_signals
 from nanochat.common.checksums import BrokenFileError
 
 PATTERN = f".tmp-{files.FETCHED}*"  # earlier releases put no machine into the name
@@ -96,8 +95,8 @@ def wait_for(path: Path) -> None:
 def _poll(condition: Callable[[], bool], limit_s: float) -> bool:
     deadline = time.monotonic() + limit_s
     while not condition():
-        if stopping.requested():  # a thread that waits on would keep the process alive
-            raise stopping.Stopped
+        if stop_signals.requested():  # a thread that waits on would keep the process alive
+            raise stop_signals.Stopped
         if time.monotonic() > deadline:
             return False
         time.sleep(POLL_S)

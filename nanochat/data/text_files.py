@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nanochat.common.errors import UserError
-from nanochat.data import parquet_shards as shards
+from nanochat.data import parquet_shards
 
 # By the end of a file's name, in small letters.
 TEXT_SUFFIXES, JSON_SUFFIXES, PARQUET_SUFFIX = (".txt", ".md"), (".jsonl", ".ndjson", ".json"), ".parquet"
@@ -276,8 +276,8 @@ def _texts(value: Any) -> Iterator[str]:
     Raises:
         ValueError: something else, to be said of a line.
     """
-    if isinstance(value, dict) and shards.TEXT_COLUMN in value:
-        value = value[shards.TEXT_COLUMN]
+    if isinstance(value, dict) and parquet_shards.TEXT_COLUMN in value:
+        value = value[parquet_shards.TEXT_COLUMN]
         if isinstance(value, list):
             raise ValueError('expected {"text": "..."}, found an array as the text')
     elif isinstance(value, dict):
@@ -331,7 +331,9 @@ def _parquet(path: Path) -> Iterator[str]:
         # Through an open file: Arrow takes no name that is not UTF-8. pre_buffer would hold all of it.
         with path.open("rb") as file, pq.ParquetFile(pa.PythonFile(file, "r"), pre_buffer=False) as parquet:
             _require_text(path, parquet.schema_arrow)
-            for batch in parquet.iter_batches(shards.BATCH_ROWS, columns=[shards.TEXT_COLUMN]):
+            for batch in parquet.iter_batches(
+                parquet_shards.BATCH_ROWS, columns=[parquet_shards.TEXT_COLUMN]
+            ):
                 for value in batch.column(0):
                     text = value.as_py()
                     yield text.decode("utf-8") if isinstance(text, bytes) else text or ""
@@ -353,7 +355,7 @@ def _parquet(path: Path) -> Iterator[str]:
 
 
 def _require_text(path: Path, schema: pa.Schema) -> None:
-    found = schema.get_all_field_indices(shards.TEXT_COLUMN)
+    found = schema.get_all_field_indices(parquet_shards.TEXT_COLUMN)
     if len(found) == 1 and _is_text(schema.field(found[0]).type):
         return
     if len(found) == 1:

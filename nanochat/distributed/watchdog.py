@@ -70,7 +70,7 @@ class Watchdog:
         """Start to watch; all ranks do."""
         if self._world.size > 1 and self._world.store is not None:
             self._leave_note()
-            self._world.agree(False)  # from here on every rank has left a note
+            self._world.any_rank(False)  # from here on every rank has left a note
             self._read_notes()
             self._file = self._stack.open("w", encoding="utf-8")
             self._world.be_patient(PATIENCE_S)
@@ -89,7 +89,7 @@ class Watchdog:
         self._thread.join()
         faulthandler.cancel_dump_traceback_later()
         if error is None:
-            self._world.agree(False)  # the store may go only when nobody leaves notes any more
+            self._world.any_rank(False)  # the store may go only when nobody leaves notes any more
         elif isinstance(error, RuntimeError):
             self._say_who_is_gone()
         with contextlib.suppress(RuntimeError):

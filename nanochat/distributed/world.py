@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d
 from torch.distributed.distributed_c10d import PrefixStore
-from torch.distributed.rendezvous import rendezvous
+from torch.distributed.rendezvous import rendezvous as torch_rendezvous
 
 from nanochat.common import files
 from nanochat.common.errors import UserError
@@ -58,7 +58,7 @@ class World:
     restarts: int = 0
 
     @staticmethod
-    def solo(device: torch.device | str = "cpu") -> World:
+    def single_process(device: torch.device | str = "cpu") -> World:
         """A world of one rank, without any process group."""
         return World(rank=0, local_rank=0, size=1, device=torch.device(device), backend=None)
 
@@ -83,11 +83,11 @@ class World:
             dist.all_reduce(tensor)
         return tensor
 
-    def agree(self, flag: bool) -> bool:
+    def any_rank(self, flag: bool) -> bool:
         """True on every rank if `flag` is true on any. Waits for no device."""
-        return bool(self.highest(int(flag)))
+        return bool(self.max_over_ranks(int(flag)))
 
-    def highest(self, value: int) -> int:
+    def max_over_ranks(self, value: int) -> int:
         """The highest of the ranks' values, on every rank. Waits for no device."""
         if self.backend is None:
             return value
@@ -135,7 +135,7 @@ def _rank_from_environment(name: str) -> int:
     return int(text)
 
 
-def meet(store: Any, rank: int, size: int, timeout_s: float) -> Any:
+def rendezvous(store: Any, rank: int, size: int, timeout_s: float) -> Any:
     """A part of the store that only the ranks of this start share.
 
     torchrun may keep one store over its restarts (2.15 does), and then the addresses of the dead are still in
@@ -196,7 +196,7 @@ def join(device_type: str = "auto", timeout_s: float = 600.0) -> Iterator[World]
     """
     files.keep_compiled()  # before torch, which sets it at the first import of its compiler
     if "RANK" not in os.environ:
-        yield World.solo(detect_device(device_type, 0))
+        yield World.single_process(detect_device(device_type, 0))
         return
     rank, local_rank, size = (_rank_from_environment(name) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
     device = detect_device(device_type, local_rank)
@@ -204,8 +204,8 @@ def join(device_type: str = "auto", timeout_s: float = 600.0) -> Iterator[World]
     if device.type == "cuda":
         torch.cuda.set_device(device)
     timeout = datetime.timedelta(seconds=timeout_s + BACKSTOP_S)
-    launched, _, _ = next(rendezvous("env://", timeout=timeout))
-    store = meet(launched, rank, size, timeout_s)
+    launched, _, _ = next(torch_rendezvous("env://", timeout=timeout))
+    store = rendezvous(launched, rank, size, timeout_s)
     dist.init_process_group(
         backend,
         store=store,

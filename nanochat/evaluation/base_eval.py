@@ -12,10 +12,9 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from nanochat.checkpoint import format as checkpoint_files
-from nanochat.checkpoint import state as checkpoint
-from nanochat.common import files, run_files
-from nanochat.common import machine as hardware
+from nanochat.checkpoint import format as checkpoint_format
+from nanochat.checkpoint import state as checkpoint_state
+from nanochat.common import files, machine, run_files
 from nanochat.common.errors import UserError
 from nanochat.common.progress import printable
 from nanochat.config.arguments import EvalArgs, TrainArgs, from_dict
@@ -25,9 +24,7 @@ from nanochat.distributed.world import World
 from nanochat.engine import sample_texts
 from nanochat.evaluation import hf_model
 from nanochat.evaluation.bits_per_byte import BpbProfile, profile_bpb
-from nanochat.evaluation.core import compare as core_compare
-from nanochat.evaluation.core import evaluate as core_eval
-from nanochat.evaluation.core import scoring as core_scoring
+from nanochat.evaluation.core import compare, evaluate, scoring
 from nanochat.evaluation.core.bundle import Bundle
 from nanochat.evaluation.core.compare import Combined, Difference
 from nanochat.evaluation.core.prompt_tokens import Encoder
@@ -35,7 +32,7 @@ from nanochat.evaluation.core.results import CoreResult, TaskScore, verdict
 from nanochat.evaluation.core.scoring import Scorer
 from nanochat.evaluation.core.statistics import probability_above
 from nanochat.evaluation.score_files import SCORES, ScoreFiles
-from nanochat.model import attention_backends as backends
+from nanochat.model import attention_backends
 from nanochat.model.gpt import GPT
 from nanochat.tokenizer.tokenizer import Tokenizer
 
@@ -54,10 +51,10 @@ def main(args: EvalArgs, world: World) -> None:
         if len(args.compare) != 2:
             raise UserError(f"--compare {' '.join(args.compare)}: expected two runs, A and B.")
         if world.is_main:
-            show_difference(args.compare, core_compare.compare(*args.compare))
+            show_difference(args.compare, compare.compare(*args.compare))
     elif args.combine:
         if world.is_main:
-            show_combined(core_compare.combine(args.combine))
+            show_combined(compare.combine(args.combine))
     elif args.hf:
         run_hf(args, world)
     else:
@@ -78,12 +75,12 @@ def run(args: EvalArgs, world: World) -> dict[str, Any]:
     parts = parse_parts(args.eval)
     if not args.run:
         raise UserError("--run is missing. Name the run to score, for example --run d12.")
-    bundle = core_eval.find_bundle(args.eval_bundle) if "core" in parts else None
-    precision, reason = backends.choose_precision(world.device, args.dtype, args.attention)
-    model, tokenizer, meta = checkpoint.load_model(
+    bundle = evaluate.find_bundle(args.eval_bundle) if "core" in parts else None
+    precision, reason = attention_backends.choose_precision(world.device, args.dtype, args.attention)
+    model, tokenizer, meta = checkpoint_state.load_model(
         args.run, args.step, device=world.device, precision=precision
     )
-    state = checkpoint_files.folder_of(args.run, meta["step"]) / checkpoint_files.STATE
+    state = checkpoint_format.folder_of(args.run, meta["step"]) / checkpoint_format.STATE
     trained = from_dict(TrainArgs, meta["plan"]["args"], state)
     corpus = Corpus.open(trained.corpus) if "bpb" in parts else None  # before hours are spent on CORE
     if world.is_main:
@@ -100,7 +97,7 @@ def run(args: EvalArgs, world: World) -> dict[str, Any]:
     sheet = ScoreFiles(files.run_dir(args.run) if world.is_main else None, about)
     scores: dict[str, Any] = {}
     if bundle is not None:
-        scorer = core_scoring.GPTScorer(model)
+        scorer = scoring.GPTScorer(model)
         scores = _add_core(sheet, scorer, tokenizer, bundle, args, world, started)
     if corpus is not None:
         profiles = _score_bpb(model, tokenizer, corpus, args, bool(trained.keep_tails), world)
@@ -116,10 +113,10 @@ def run(args: EvalArgs, world: World) -> dict[str, Any]:
 
 def _weights_of(run: str, step: int) -> str | None:
     """The hash of a checkpoint's weights, by which its scores are known; None if it was pruned meanwhile."""
-    folder = checkpoint_files.folder_of(run, step)
+    folder = checkpoint_format.folder_of(run, step)
     try:
-        manifest = files.read_json(folder / checkpoint_files.MANIFEST)
-        return str(manifest["files"][checkpoint_files.MODEL]["sha256"])
+        manifest = files.read_json(folder / checkpoint_format.MANIFEST)
+        return str(manifest["files"][checkpoint_format.MODEL]["sha256"])
     except (UserError, KeyError, TypeError):
         return None
 
@@ -179,7 +176,7 @@ def is_scored(run: str, parts: str) -> bool:
         scores = run_files.read_scores(run)
     except UserError:  # damaged, or not there
         return False
-    newest = max(checkpoint_files.steps_of(run), default=scores.get("step"))
+    newest = max(checkpoint_format.steps_of(run), default=scores.get("step"))
     weights = None if newest is None else _weights_of(run, newest)
     # Older versions wrote neither the weights nor the parts, and all parts at once.
     same = scores.get("step") == newest and scores.get("weights", weights) == weights
@@ -209,8 +206,8 @@ def run_hf(args: EvalArgs, world: World) -> dict[str, Any]:
         UserError: as `run`; the model cannot be loaded.
     """
     started = time.perf_counter()
-    bundle = core_eval.find_bundle(args.eval_bundle)
-    dtype, reason = hardware.choose_dtype(world.device, args.dtype)
+    bundle = evaluate.find_bundle(args.eval_bundle)
+    dtype, reason = machine.choose_dtype(world.device, args.dtype)
     scorer, tokenizer = hf_model.load(args.hf, world.device, dtype)
     name = args.run or "hf-" + "".join(c if c.isalnum() or c in "-_." else "-" for c in args.hf).strip("-.")
     folder = files.run_dir(name)
@@ -239,7 +236,7 @@ def _score_core(
         )
 
     world.print0(f"CORE on {bundle.name}, prompts of {args.core_variant}")
-    return core_eval.evaluate(
+    return evaluate.evaluate(
         scorer,
         tokenizer,
         bundle,
@@ -261,7 +258,7 @@ def matmul_use(core: CoreResult, scorer: Scorer, dtype: torch.dtype, world: Worl
         "share": the first over the second and the rank's seconds, the ranks taken to share alike.
     """
     flops = scorer.flops(core.computed_tokens, core.finished_tokens, core.scored_tokens)
-    rate = hardware.speed(world.device, dtype).matmul_flops
+    rate = machine.speed(world.device, dtype).matmul_flops
     seconds = core.seconds_of["forward"] + core.seconds_of["scoring"]
     return {"flops": flops, "measured_flops_per_s": rate, "share": flops / world.size / (rate * seconds)}
 
@@ -345,7 +342,7 @@ def core_lines(core: CoreResult) -> list[str]:
 def _table(core: CoreResult) -> Table:
     table = Table(title=f"CORE, {core.bundle}", box=SIMPLE)
     table.add_column("task")
-    for heading in ("shots", "examples", "accuracy", "+-", "95 %", "guessing", "centered"):
+    for heading in ("shots", "examples", "accuracy", "+-", "95 %", "random baseline", "centered"):
         table.add_column(heading, justify="right")
     for task in core.tasks:
         table.add_row(

@@ -102,7 +102,7 @@ def evaluate(
     ]
     mine = [float(torch.stack(part).to("cpu", torch.float64).sum()) for part in zip(*sums, strict=True)]
     spelled_nats, total_bytes, all_nats, tokens = _summed(mine or [0.0] * 4, world)
-    if world.agree(stop_requested()):
+    if world.any_rank(stop_requested()):
         raise Stopped
     _require_bytes(total_bytes)
     return Validation(bits_per_byte(spelled_nats, int(total_bytes)), all_nats / tokens)

@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from nanochat.checkpoint import state as checkpoint
-from nanochat.common import machine as hardware
+from nanochat.checkpoint import state as checkpoint_state
+from nanochat.common import machine
 from nanochat.common.errors import UserError
 from nanochat.engine import Engine, Sampling
 from nanochat.evaluation.core.batching import Span
 from nanochat.evaluation.core.scoring import Clock, GPTScorer, score_spans
-from nanochat.model import attention_backends as backends
+from nanochat.model import attention_backends
 from nanochat.model.gpt import GPT
 from nanochat.tokenizer.tokenizer import Tokenizer
 
@@ -139,9 +139,9 @@ def build(run: str, *, step: int | None = None, device: str = "auto", batch_toke
     Raises:
         UserError: lm_eval is missing, or the run cannot be loaded.
     """
-    where = hardware.detect_device(device)
-    precision, _ = backends.choose_precision(where)
-    model, tokenizer, _ = checkpoint.load_model(run, step, device=where, precision=precision)
+    where = machine.detect_device(device)
+    precision, _ = attention_backends.choose_precision(where)
+    model, tokenizer, _ = checkpoint_state.load_model(run, step, device=where, precision=precision)
     return wrap(Requests(model, tokenizer, batch_tokens))
 
 

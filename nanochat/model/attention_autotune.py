@@ -16,8 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanochat.common import files
-from nanochat.common import machine as hardware
+from nanochat.common import files, machine
 from nanochat.common.errors import UserError
 from nanochat.config.model_config import GPTConfig
 from nanochat.distributed.world import World
@@ -66,7 +65,7 @@ def key_of(shape: AttentionShape, dtype: torch.dtype, device: torch.device) -> s
     packages = sorted({owner for module in KERNEL_MODULES for owner in owners.get(module, ())})
     versions = [f"{name} {importlib.metadata.version(name)}" for name in packages]
     parts = [
-        hardware.device_name(device),
+        machine.device_name(device),
         f"torch {torch.__version__}",
         *versions,
         str(dtype).removeprefix("torch."),
@@ -89,7 +88,7 @@ def fastest(
         world: the ranks.
     """
     name, reason = _kept_or_measured(names, milliseconds, key, world) if world.is_main else (names[0], "")
-    index = world.highest(names.index(name) if world.is_main else -1)
+    index = world.max_over_ranks(names.index(name) if world.is_main else -1)
     return names[index], reason
 
 

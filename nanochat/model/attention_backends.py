@@ -72,8 +72,8 @@ def choose_backend(
                 "Install what is missing or use --attention=auto."
             )
         return requested, "as asked"
-    world = world or World.solo(device)
-    possible = [name for name in BACKENDS if not world.agree(bool(reasons[name]))]
+    world = world or World.single_process(device)
+    possible = [name for name in BACKENDS if not world.any_rank(bool(reasons[name]))]
     if shape is not None and len(possible) > 1:
         clock = partial(gpu_milliseconds, shape=shape, dtype=dtype, device=device)
         return fastest(possible, clock, key_of(shape, dtype, device), world)

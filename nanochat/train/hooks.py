@@ -15,8 +15,8 @@ from nanochat.distributed.weight_check import require_equal
 from nanochat.distributed.world import World
 from nanochat.engine import sample_texts
 from nanochat.evaluation.bits_per_byte import evaluate
-from nanochat.evaluation.core import evaluate as core_eval
-from nanochat.evaluation.core import scoring as core_scoring
+from nanochat.evaluation.core import evaluate as core_evaluate
+from nanochat.evaluation.core import scoring
 from nanochat.tokenizer.tokenizer import Tokenizer
 from nanochat.train.run_log import RunLog
 
@@ -130,11 +130,11 @@ def _finite(value: float) -> float | None:
 def _scorer(
     plan: Plan, tokenizer: Tokenizer, world: World, log: RunLog, stop_requested: Callable[[], bool]
 ) -> Callable[[TrainState], None]:
-    bundle = core_eval.find_bundle(plan.args.eval_bundle)
+    bundle = core_evaluate.find_bundle(plan.args.eval_bundle)
 
     def score(state: TrainState) -> None:
-        result = core_eval.evaluate(
-            core_scoring.GPTScorer(state.model),
+        result = core_evaluate.evaluate(
+            scoring.GPTScorer(state.model),
             tokenizer,
             bundle,
             max_per_task=plan.args.core_metric_max_per_task,

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from nanochat.checkpoint.state import MicroBatch, TrainState
-from nanochat.common import machine as hardware
+from nanochat.common import machine
 from nanochat.common.errors import UserError
 from nanochat.config.model_config import GPTConfig
 from nanochat.config.plan import Plan
@@ -98,7 +98,7 @@ def require_room(plan: Plan, world: World, dtype: torch.dtype) -> None:
     Raises:
         UserError: weights, gradients and moments are more than all the memory there is.
     """
-    known, there = estimate(plan, 1, dtype, world.device.type), hardware.total_memory_bytes(world.device)
+    known, there = estimate(plan, 1, dtype, world.device.type), machine.total_memory_bytes(world.device)
     needed = known.parameters + known.gradients + known.optimizer
     if there is not None and needed > there:
         raise UserError(
@@ -143,7 +143,7 @@ def plan_memory(plan: Plan, state: TrainState, world: World, dtype: torch.dtype)
     known = estimate(plan, 1, dtype, world.device.type)
     kept = _kept(plan, state)
     asked = kept.asked if kept else plan.args.device_batch_size
-    free = (hardware.total_memory_bytes if kept else hardware.available_memory_bytes)(world.device)
+    free = (machine.total_memory_bytes if kept else machine.available_memory_bytes)(world.device)
     # Parameters and moments are in memory already; the whole of a device has room for them, too.
     there = 0 if kept else known.optimizer + 4 * plan.params.total
     budget = None if free is None or asked is not None else free + there
@@ -159,7 +159,7 @@ def plan_memory(plan: Plan, state: TrainState, world: World, dtype: torch.dtype)
     rows = divisor_below(rows_per_rank, kept.rows + 1) if kept else plan.device_batch_size
     while budget is not None and rows > 1 and of(rows).total > USABLE * budget:
         rows = divisor_below(rows_per_rank, rows)
-    found = of(-world.highest(-rows))
+    found = of(-world.max_over_ranks(-rows))
     if state.resumed is not None and found.rows != state.resumed.rows:
         world.print0(
             f"micro-batches of {found.rows} rows, of {state.resumed.rows} before: sums are rounded in "

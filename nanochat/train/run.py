@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanochat.checkpoint import state as checkpoint
+from nanochat.checkpoint import state as checkpoint_state
 from nanochat.checkpoint.async_saver import Saver
 from nanochat.checkpoint.resume import (
     has_reached_target,
@@ -21,18 +21,16 @@ from nanochat.checkpoint.resume import (
     summary_of_finished,
 )
 from nanochat.checkpoint.state import TrainState
-from nanochat.common import files, locks, process
-from nanochat.common import machine as hardware
-from nanochat.common import stop_signals as stopping
+from nanochat.common import files, locks, machine, process
 from nanochat.common.errors import UserError, warn
 from nanochat.common.machine import Precision
-from nanochat.common.stop_signals import Stopped, stop_signals
-from nanochat.config import plan as scaling
+from nanochat.common.stop_signals import Stopped, keep_work, stop_signals
+from nanochat.config import plan as planning
 from nanochat.config.plan import Plan
 from nanochat.config.schedule import lr_multiplier, muon_momentum, muon_weight_decay
 from nanochat.data.corpus import Corpus
 from nanochat.data.train_loader import TrainLoader
-from nanochat.distributed import link_speed as links
+from nanochat.distributed import link_speed
 from nanochat.distributed.watchdog import Watchdog
 from nanochat.distributed.world import World
 from nanochat.model.gpt import GPT
@@ -120,7 +118,7 @@ def _gradients(plan: Plan, state: TrainState, world: World) -> Tensor:
             if not memory.is_out_of_memory(error):
                 raise
             fits = False
-        if not world.agree(not fits):
+        if not world.any_rank(not fits):
             return loss
         micro_batches = memory.halve(state, micro_batches, world)
 
@@ -150,7 +148,7 @@ def train(
                 reporter.flush(state)
                 try:
                     for hook in due:
-                        if world.agree(stop_requested()):
+                        if world.any_rank(stop_requested()):
                             return "stopped"
                         hook.action(state)
                 except Stopped:
@@ -166,7 +164,7 @@ def train(
                 return "stopped"
             result = train_step(plan, state, world)
             state.step += 1
-            stopping.keep_work()
+            keep_work()
             reporter.add(state, result)
             step_traced()
 
@@ -175,7 +173,7 @@ def _fetch(plan: Plan, state: TrainState, world: World, stop_requested: Callable
     """Draw the batches of the next step; where a signal on any rank asks to stop, none is drawn on any."""
     with contextlib.suppress(Stopped):
         state.loader.fetch(plan.units_at(state.step), stop_requested)
-    if world.agree(stop_requested()):
+    if world.any_rank(stop_requested()):
         state.loader.put_back()
         return False
     return True
@@ -193,7 +191,7 @@ def run(
         UserError: the base directory cannot be written, another process trains this run, or the checkpoint to
             go on from is of another run.
     """
-    plan = scaling.with_precision(plan, str(precision.compute_dtype).removeprefix("torch."), precision.fp8)
+    plan = planning.with_precision(plan, str(precision.compute_dtype).removeprefix("torch."), precision.fp8)
     memory.require_room(plan, world, precision.compute_dtype)
     with stop_signals() as stop_requested, _sole_owner(plan, world):
         return _run(plan, corpus, tokenizer, precision, world, stop_requested)
@@ -213,7 +211,7 @@ def _sole_owner(plan: Plan, world: World) -> Iterator[None]:
                 stack.enter_context(locks.held(folder / ".lock", f"run {name!r}", remedy))
             except (UserError, OSError) as refused:
                 error = refused
-        if world.agree(error is not None):
+        if world.any_rank(error is not None):
             raise error or UserError("the main rank cannot begin; it says why.")
         yield
 
@@ -231,21 +229,21 @@ def _run(
     start = starting_point(plan, world)
     state = create_state(plan, corpus, tokenizer, precision, world)
     if start is not None:
-        for change in checkpoint.load(state, start, plan, fingerprints):
+        for change in checkpoint_state.load(state, start, plan, fingerprints):
             world.print0(f"extended: {change}")
         if (summary := summary_of_finished(plan, state.step, world)) is not None:
             world.print0(f"{folder} is finished already: {state.step} steps.")
             return summary
         world.print0(f"going on from {start}")
     plan = _prepare(plan, state, precision, world)
-    speed = hardware.speed(world.device, precision.compute_dtype)
-    machine = {**hardware.describe(world.device), **world.describe(), **dataclasses.asdict(speed)}
-    config = {**plan.to_dict(), "fingerprints": fingerprints, "machine": machine}
+    speed = machine.speed(world.device, precision.compute_dtype)
+    description = {**machine.describe(world.device), **world.describe(), **dataclasses.asdict(speed)}
+    config = {**plan.to_dict(), "fingerprints": fingerprints, "machine": description}
     if world.is_main:
         leave_other_branches(plan.args.run_name, state.step, world.print0)
         config["provenance"] = process.provenance()
         files.write_json(folder / "config.json", config)
-    for line in links.report(world):
+    for line in link_speed.report(world):
         world.print0(line)
     with (
         contextlib.closing(state.loader),
@@ -279,12 +277,12 @@ def _write_summary(path: Path, summary: dict[str, Any]) -> None:
 def _prepare(plan: Plan, state: TrainState, precision: Precision, world: World) -> Plan:
     """Choose the rows of a micro-batch that fit, and compile; the plan with those rows."""
     needed = memory.plan_memory(plan, state, world, precision.compute_dtype)
-    world.print0(needed.describe(hardware.available_memory_bytes(world.device)))
-    if hint := hardware.quota_hint(world.device):
+    world.print0(needed.describe(machine.available_memory_bytes(world.device)))
+    if hint := machine.quota_hint(world.device):
         world.print0(hint)
-    plan = scaling.with_micro_batch(plan, needed.rows)
+    plan = planning.with_micro_batch(plan, needed.rows)
     state.loader.device_batch_size = plan.device_batch_size
-    compiles, reason = hardware.choose_compile(world.device, plan.args.compile)
+    compiles, reason = machine.choose_compile(world.device, plan.args.compile)
     world.print0(f"torch.compile is {'on' if compiles else 'off'} ({reason})")
     if compiles:
         world.print0(f"compiling with the first step, kept in {files.keep_compiled()} ...")

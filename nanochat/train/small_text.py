@@ -11,11 +11,11 @@ import dataclasses
 import math
 from typing import Any
 
-from nanochat.checkpoint import format as checkpoint_files
+from nanochat.checkpoint import format as checkpoint_format
 from nanochat.common import files
 from nanochat.common.errors import UserError
-from nanochat.config import arguments as config
-from nanochat.config import plan as scaling
+from nanochat.config import arguments
+from nanochat.config import plan as planning
 from nanochat.config.arguments import TrainArgs
 from nanochat.config.plan import DEFAULT_CONTEXT, Plan
 from nanochat.config.recipes import RECIPES
@@ -58,7 +58,7 @@ def fit(args: TrainArgs, vocab_size: int, text: TextSize) -> tuple[TrainArgs, tu
             changes["max_seq_len"] = context
             told.append(f"context {context}, so that there are rows to choose from (--max-seq-len)")
     of_recipe = dataclasses.replace(args, max_seq_len=None, total_batch_size=None, device_batch_size=None)
-    usual = scaling.plan(of_recipe, vocab_size)
+    usual = planning.plan(of_recipe, vocab_size)
     ratio = args.target_param_data_ratio or recipe.target_param_data_ratio
     wanted = ratio * usual.params.scaling
     limit = min(wanted, MAX_EPOCHS * text.tokens)
@@ -94,7 +94,7 @@ def as_begun(args: TrainArgs) -> TrainArgs:
     Another version of this program, or another size of the text, may decide otherwise today: the run goes on
     as it began.
     """
-    if not checkpoint_files.steps_of(args.run_name):
+    if not checkpoint_format.steps_of(args.run_name):
         return args
     try:
         path = files.run_dir(args.run_name) / "config.json"
@@ -106,7 +106,7 @@ def as_begun(args: TrainArgs) -> TrainArgs:
     kept = {name: then[name] for name in DECIDED if getattr(args, name) is None and then.get(name)}
     if (args.num_iterations, args.target_flops) != (None, None):
         kept.pop("target_param_data_ratio", None)
-    return config.from_dict(TrainArgs, dataclasses.asdict(args) | kept, path)
+    return arguments.from_dict(TrainArgs, dataclasses.asdict(args) | kept, path)
 
 
 def planned_corpus(name: str) -> Corpus | None:
@@ -125,16 +125,16 @@ def plan_for(args: TrainArgs, corpus: Corpus | None, tokenizer: Tokenizer, world
         world_size: number of ranks.
 
     Raises:
-        UserError: as `scaling.plan`; a shard is absent or damaged; or the text fills no row.
+        UserError: as `config.plan.plan`; a shard is absent or damaged; or the text fills no row.
     """
-    config.require_possible(args)
+    arguments.require_possible(args)
     text = measure(corpus, tokenizer) if corpus is not None and is_measured(corpus) else None
     told: tuple[str, ...] = ()
-    if checkpoint_files.steps_of(args.run_name):
+    if checkpoint_format.steps_of(args.run_name):
         args = as_begun(args)
     elif text is not None:
         args, told = fit(args, tokenizer.vocab_size, text)
-    plan = scaling.plan(args, tokenizer.vocab_size, world_size)
+    plan = planning.plan(args, tokenizer.vocab_size, world_size)
     if text is not None:
         text.require_rows(plan)
         told = (text.describe(plan), *told)

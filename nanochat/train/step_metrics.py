@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from nanochat.checkpoint.state import TrainState, first_not_finite
-from nanochat.common import machine as hardware
+from nanochat.common import machine
 from nanochat.common.errors import UserError
 from nanochat.config.plan import Plan
 from nanochat.distributed.world import World
@@ -48,7 +48,7 @@ class StepResult:
 class StepReporter:
     """Turns results on the device into lines, several steps at a time: a step never waits for a print."""
 
-    def __init__(self, plan: Plan, world: World, log: RunLog, speed: hardware.Speed) -> None:
+    def __init__(self, plan: Plan, world: World, log: RunLog, speed: machine.Speed) -> None:
         """`speed` is one device's, for the share of it that is used (MFU)."""
         self._plan, self._world, self._log = plan, world, log
         self._speed = speed
@@ -70,7 +70,7 @@ class StepReporter:
 
     def tokens_per_second_overall(self) -> float | None:
         """Tokens of the steps over the age of this process: start, evaluation and saving included."""
-        age = hardware.process_age_seconds()
+        age = machine.process_age_seconds()
         return None if age is None else self._tokens / age
 
     def restart_clock(self) -> None:
@@ -96,7 +96,7 @@ class StepReporter:
         seconds = (time.perf_counter() - self._mark) / len(values)
         compiles = self.seconds_to_first_step is None and state.model.is_compiled
         if self.seconds_to_first_step is None:
-            self.seconds_to_first_step = hardware.process_age_seconds()
+            self.seconds_to_first_step = machine.process_age_seconds()
             if self.seconds_to_first_step is not None:
                 self._log.say(f"first step {self.seconds_to_first_step:.1f} s after the start")
         first = state.step - len(values)
@@ -204,7 +204,7 @@ def summarize(
         "train_seconds": state.train_seconds,
         "tokens_per_second": tokens_per_s,
         "seconds_to_first_step": reporter.seconds_to_first_step,
-        "peak_memory_bytes": hardware.peak_memory_bytes(world.device),
+        "peak_memory_bytes": machine.peak_memory_bytes(world.device),
         "tokens_per_second_overall": reporter.tokens_per_second_overall(),
         **reporter.shares(tokens_per_s),
         "world_size": world.size,

@@ -22,8 +22,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from nanochat.checkpoint import format as checkpoint_files
-from nanochat.train import run as train
+from nanochat.checkpoint import format as checkpoint_format
+from nanochat.train import run as train_run
 from nanochat.data.train_loader import TrainLoader, ValBatches
 from nanochat.model.gpt import GPT
 
@@ -76,7 +76,7 @@ def main() -> None:
     kind, rank, step, where, *flags = [word for word in sys.argv[1:] if word != "--"]
     sys.argv[1:] = flags
     chosen = os.environ.get("RANK", "0") == rank and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
-    real_step = train.train_step
+    real_step = train_run.train_step
     at: list[Any] = []
 
     def fault() -> None:
@@ -88,13 +88,13 @@ def main() -> None:
         at[:] = [state] if state.step <= int(step) else []
         return real_step(plan, state, *rest)
 
-    train.train_step = train_step
+    train_run.train_step = train_step
     homes: dict[str, tuple[Any, str]] = {
         "loader": (TrainLoader, "next_batch"),
         "forward": (GPT, "loss"),
         "collective": (dist, "all_reduce"),
         "eval": (ValBatches, "__iter__"),
-        "save": (checkpoint_files, "save_tensors"),
+        "save": (checkpoint_format, "save_tensors"),
     }
     home, name = homes[where]
     wrap = amid if where == "eval" else before

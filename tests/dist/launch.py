@@ -7,7 +7,7 @@ import subprocess
 import sys
 from typing import Any
 
-from nanochat.checkpoint import format as checkpoint_files
+from nanochat.checkpoint import format as checkpoint_format
 from nanochat.common import files
 from nanochat.common.jsonl import read_metrics
 from tests.conftest import REPO
@@ -54,8 +54,8 @@ def losses(run: str) -> list[float]:
 
 def digest(run: str, step: int) -> str:
     """Of the weights, the moments and the place in the data at a step."""
-    folder = checkpoint_files.folder_of(run, step)
-    meta = files.read_json(folder / checkpoint_files.STATE)
+    folder = checkpoint_format.folder_of(run, step)
+    meta = files.read_json(folder / checkpoint_format.STATE)
     kept = {name: value for name, value in meta.items() if name not in ("train_seconds", "plan", "device_batch_size")}
-    parts = [(folder / name).read_bytes() for name in (checkpoint_files.MODEL, checkpoint_files.OPTIMIZER)]
+    parts = [(folder / name).read_bytes() for name in (checkpoint_format.MODEL, checkpoint_format.OPTIMIZER)]
     return hashlib.sha256(b"".join([*parts, repr(sorted(kept.items())).encode()])).hexdigest()

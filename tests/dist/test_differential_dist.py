@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from nanochat.checkpoint import format as checkpoint_files
+from nanochat.checkpoint import format as checkpoint_format
 from nanochat.common import files
 from tests.dist.launch import digest, lines, losses
 from tests.dist.world import train_world
@@ -46,7 +46,7 @@ def test_stopped_and_resumed_it_is_the_same_run_bit_for_bit(kind: str, tmp_path:
         with cut.trial(f"cut at {at}"):
             train_world(2, tmp_path, stop_at=at, run=run, **common)
             assert files.read_json(files.run_dir(run) / "summary.json")["status"] == "stopped"
-            assert checkpoint_files.steps_of(run) == [at]
+            assert checkpoint_format.steps_of(run) == [at]
             train_world(2, tmp_path, run=run, resume="auto", **common)
             assert lines(run, "") == lines("whole", "")
             assert digest(run, STEPS) == digest("whole", STEPS)

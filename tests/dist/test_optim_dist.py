@@ -73,7 +73,7 @@ def rank_main(rank, size, folder, matrix):
 @pytest.mark.parametrize("matrix", OPTIMIZERS)
 def test_any_number_of_ranks_gives_the_parameters_and_state_of_one(size, matrix, tmp_path):
     mp.start_processes(rank_main, (size, tmp_path, matrix), nprocs=size, start_method="fork")
-    params, optimizer, results = train(World.solo(), matrix, 0, 5, bad_at=2)
+    params, optimizer, results = train(World.single_process(), matrix, 0, 5, bad_at=2)
     want = {n: p.detach() for n, p in params.items()} | optimizer.state_tensors()
     ranks = [load_file(tmp_path / f"rank{r}.safetensors") for r in range(size)]
     for got in ranks:

@@ -18,8 +18,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from nanochat.config import plan as scaling
-from nanochat.train import run as train
+from nanochat.config import plan as planning
+from nanochat.train import run as train_run
 from nanochat.data.corpus import Corpus
 from nanochat.common.files import tokenizer_dir
 from nanochat.common.machine import Precision
@@ -55,17 +55,17 @@ def run_ranks(size: int, folder: Path, action: Callable[..., Any], *args: Any) -
 def train_rank(world: World, changes: dict[str, Any], stop_at: int | None) -> None:
     """Train the tiny run on this rank; a preemption asks the last rank to stop after `stop_at` steps."""
     if stop_at is not None and world.rank == world.size - 1:
-        real_step = train.train_step
+        real_step = train_run.train_step
 
         def step(plan: Any, state: Any, *rest: Any) -> Any:
             if state.step == stop_at - 1:
                 signal.raise_signal(signal.SIGTERM)
             return real_step(plan, state, *rest)
 
-        train.train_step = step
+        train_run.train_step = step
     tokenizer = Tokenizer.load(tokenizer_dir("local"))
-    plan = scaling.plan(tiny_args(**changes), tokenizer.vocab_size, world.size)
-    train.run(plan, Corpus.open("local"), tokenizer, Precision(torch.float32, "sdpa"), world)
+    plan = planning.plan(tiny_args(**changes), tokenizer.vocab_size, world.size)
+    train_run.run(plan, Corpus.open("local"), tokenizer, Precision(torch.float32, "sdpa"), world)
 
 
 def train_world(size: int, folder: Path, stop_at: int | None = None, **changes: Any) -> None:

@@ -13,8 +13,8 @@ def main() -> None:
         assert w.is_main == (w.rank == 0)
         total = w.all_reduce_sum(torch.tensor([1.0, float(w.rank)]))
         assert total.tolist() == [w.size, w.size * (w.size - 1) / 2]
-        assert w.agree(w.rank == w.size - 1)
-        assert not w.agree(False)
+        assert w.any_rank(w.rank == w.size - 1)
+        assert not w.any_rank(False)
         w.barrier()
         w.print0(f"main rank of {w.size} says this once")
 

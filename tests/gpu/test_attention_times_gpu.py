@@ -16,7 +16,7 @@ pytestmark = [
 
 @pytest.mark.parametrize("documents", [False, True])
 def test_the_possible_backends_are_measured_and_cached(documents):
-    device, world = torch.device("cuda"), World.solo("cuda")
+    device, world = torch.device("cuda"), World.single_process("cuda")
     shape = AttentionShape(
         heads=6, kv_heads=6, head_dim=128, sequence_len=2048, window=512, documents=documents
     )

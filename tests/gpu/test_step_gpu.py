@@ -36,7 +36,7 @@ def on_gpu(config, precision, **changes):
 
 
 def optimizer_of(model, dtype, matrix=GROUPS["matrix"], options=DEFAULTS):
-    kinds, world, groups = model.parameter_kinds(), World.solo(CUDA), {**GROUPS, "matrix": matrix}
+    kinds, world, groups = model.parameter_kinds(), World.single_process(CUDA), {**GROUPS, "matrix": matrix}
     return MuonAdamW(dict(model.named_parameters()), kinds, groups, world, dtype, NORM_FACTOR, options)
 
 

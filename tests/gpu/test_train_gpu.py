@@ -11,13 +11,13 @@ import torch
 from nanochat.checkpoint.state import TrainState
 from nanochat.common import files
 from nanochat.common.machine import Precision
-from nanochat.config import plan as scaling
+from nanochat.config import plan as planning
 from nanochat.config.plan import Plan
 from nanochat.data.corpus import Corpus
 from nanochat.distributed.world import World
 from nanochat.tokenizer.tokenizer import Tokenizer
 from nanochat.train import memory
-from nanochat.train import run as train
+from nanochat.train import run as train_run
 from tests.tiny import tiny_args, tiny_corpus
 
 pytestmark = [
@@ -28,19 +28,19 @@ pytestmark = [
 
 def prepare(tmp_path: Path, **changes: Any) -> tuple[Plan, TrainState, World]:
     tiny_corpus(tmp_path)
-    tokenizer, world = Tokenizer.load(files.tokenizer_dir("local")), World.solo("cuda")
-    plan = scaling.plan(tiny_args(**changes), tokenizer.vocab_size)
+    tokenizer, world = Tokenizer.load(files.tokenizer_dir("local")), World.single_process("cuda")
+    plan = planning.plan(tiny_args(**changes), tokenizer.vocab_size)
     precision = Precision(torch.bfloat16, "sdpa")
-    return plan, train.create_state(plan, Corpus.open("local"), tokenizer, precision, world), world
+    return plan, train_run.create_state(plan, Corpus.open("local"), tokenizer, precision, world), world
 
 
 def test_a_step_waits_for_nothing(tmp_path: Path) -> None:
     plan, state, world = prepare(tmp_path)
     for _ in range(2):
-        train.train_step(plan, state, world)
+        train_run.train_step(plan, state, world)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        result = train.train_step(plan, state, world)
+        result = train_run.train_step(plan, state, world)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert result.update.applied.item()
@@ -54,7 +54,7 @@ def test_a_compiled_step_has_the_loss_of_a_plain_one(tmp_path: Path) -> None:
         if compiled:
             state.model.compile_for(plan.device_batch_size)
             state.optimizer.compile_updates()
-        losses.append([train.train_step(plan, state, world).loss.item() for _ in range(3)])
+        losses.append([train_run.train_step(plan, state, world).loss.item() for _ in range(3)])
         state.loader.close()
     assert losses[0] == pytest.approx(losses[1], abs=0.02)
 

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from nanochat.checkpoint import format as checkpoint_files
+from nanochat.checkpoint import format as checkpoint_format
 
 WATCHED = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "shutil.rmtree"}
 
@@ -41,7 +41,7 @@ def _watch(note: Callable[[str, str], None]) -> None:
         else:
             tell(event, args[0])
 
-    real_fsync, real_save = os.fsync, checkpoint_files.save_file
+    real_fsync, real_save = os.fsync, checkpoint_format.save_file
 
     def fsync(fd: int) -> None:
         tell("fsync", Path(f"/proc/self/fd/{fd}").readlink())
@@ -55,7 +55,7 @@ def _watch(note: Callable[[str, str], None]) -> None:
         tell("second half", path)
         path.write_bytes(whole)
 
-    os.fsync, checkpoint_files.save_file = fsync, save_file
+    os.fsync, checkpoint_format.save_file = fsync, save_file
     sys.addaudithook(hook)
 
 

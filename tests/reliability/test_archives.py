@@ -22,9 +22,8 @@ from pathlib import Path
 import pytest
 
 from nanochat.common.errors import UserError
-from nanochat.evaluation.core import bundle as core_tasks
-from nanochat.evaluation.core import download as core_download
-from nanochat.evaluation.core import evaluate as core_eval
+from nanochat.evaluation.core import bundle as core_bundle
+from nanochat.evaluation.core import download, evaluate
 from nanochat.evaluation.core.bundle import Example, Task
 from tests.reliability.figures import Figure
 
@@ -173,22 +172,22 @@ HOSTILE = {
 
 def suite_of(path: Path) -> Suite:
     """What base_eval reads of a bundle before the first example is scored."""
-    bundle = core_eval.find_bundle(str(path))
-    return [(task, core_tasks.load_examples(bundle, task)) for task in core_tasks.load_tasks(bundle)]
+    bundle = evaluate.find_bundle(str(path))
+    return [(task, core_bundle.load_examples(bundle, task)) for task in core_bundle.load_tasks(bundle)]
 
 
 def installed(path: Path) -> list[str]:
     """What core_download makes of a zip that has arrived."""
     folder = path.parent / "installed"
-    core_download._unpack(path, folder)
-    return core_download.differences(folder)
+    download._unpack(path, folder)
+    return download.differences(folder)
 
 
 @pytest.fixture
 def known(monkeypatch: pytest.MonkeyPatch) -> None:
     """The files of this bundle are taken for the public one's."""
     hashes = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in TEXTS.items()}
-    monkeypatch.setattr(core_download, "SHA256", hashes)
+    monkeypatch.setattr(download, "SHA256", hashes)
 
 
 def check(door: Door, path: Path, right: object) -> None:
@@ -202,7 +201,7 @@ def check(door: Door, path: Path, right: object) -> None:
     shutil.rmtree(path.parent / "installed", ignore_errors=True)
     if refused:
         assert left == []
-        assert path.name in refused or any(name in refused for name in core_download.SHA256)
+        assert path.name in refused or any(name in refused for name in download.SHA256)
     else:
         assert left in ([], ["installed"])
 
@@ -230,12 +229,12 @@ def test_a_hostile_bundle_is_refused_by_name_and_leaves_nothing(
 MEASURED = """
 import json, sys
 from pathlib import Path
-from nanochat.evaluation.core import bundle as core_tasks
+from nanochat.evaluation.core import bundle as core_bundle
 from nanochat.common.errors import UserError
 
 def read(name):
-    bundle = core_tasks.open_bundle(Path(name))
-    return [core_tasks.load_examples(bundle, task) for task in core_tasks.load_tasks(bundle)]
+    bundle = core_bundle.open_bundle(Path(name))
+    return [core_bundle.load_examples(bundle, task) for task in core_bundle.load_tasks(bundle)]
 
 def peak():
     return int(next(l for l in open("/proc/self/status") if l.startswith("VmHWM")).split()[1]) / 1024

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from nanochat.data import train_loader as dataloader
+from nanochat.data import train_loader
 from nanochat.data.corpus import Corpus
 from tests.conftest import REPO
 from tests.reliability.figures import Figure
@@ -67,7 +67,7 @@ def test_any_ranks_micro_batch_and_prefetch_give_the_same_300_batches(
         ranks = loaders(corpus, size, device_batch_size=micro, threads=threads)
         with configurations.trial((size, micro, threads)):
             assert differing(digests(ranks, STEPS), expected) == 0
-    monkeypatch.setattr(dataloader, "ThreadPoolExecutor", OnDemand)
+    monkeypatch.setattr(train_loader, "ThreadPoolExecutor", OnDemand)
     for size in (1, 4):
         with configurations.trial(f"{size} ranks without threads"):
             assert differing(digests(loaders(corpus, size), STEPS), expected) == 0

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from nanochat.checkpoint import format as checkpoint_files
+from nanochat.checkpoint import format as checkpoint_format
 from nanochat.checkpoint.format import MANIFEST, MODEL, OPTIMIZER, STATE, Snapshot, folder_of, steps_of
 from nanochat.common import files
 from nanochat.common.errors import UserError
@@ -34,15 +34,15 @@ def snapshot(step: int) -> Snapshot:
 
 def save(step: int) -> None:
     snapshot(step).write()
-    checkpoint_files.prune(RUN, steps_of(RUN), keep_last=2)
+    checkpoint_format.prune(RUN, steps_of(RUN), keep_last=2)
 
 
 # Ways to save that are wrong; each must be caught. They share the writing of single files.
 
 
 def contents(shot: Snapshot, folder: Path, manifest: bool = True) -> None:
-    checkpoint_files.save_tensors(folder / MODEL, shot.model)
-    checkpoint_files.save_tensors(folder / OPTIMIZER, shot.optimizer)
+    checkpoint_format.save_tensors(folder / MODEL, shot.model)
+    checkpoint_format.save_tensors(folder / OPTIMIZER, shot.optimizer)
     files.write_json(folder / STATE, {"format": 1, **shot.meta})
     if manifest:
         write_manifest(folder)
@@ -96,7 +96,7 @@ def manifest_first(step: int) -> None:
 def branch_left(step: int) -> None:
     """Save on another branch: what there is of later steps is set aside before."""
     if step == 6:
-        checkpoint_files.set_aside(RUN, 4)
+        checkpoint_format.set_aside(RUN, 4)
     save(step)
 
 
@@ -116,14 +116,14 @@ def unusable(way: Callable[[int], None], base: Path, trial: Callable[[str], Any]
         shutil.copytree(base.with_name("before"), base)
         killed_before(lambda: way(6), n)
         with trial(f"before {operation}"):
-            found = checkpoint_files.find(RUN, None, say=lambda _: None)
+            found = checkpoint_format.find(RUN, None, say=lambda _: None)
             assert found is not None
             worst = max(worst, 6 - int(found.name[-6:]))
             if way in (save, branch_left):  # and the run goes on over what was left
-                checkpoint_files.set_aside(RUN, int(found.name[-6:]))
+                checkpoint_format.set_aside(RUN, int(found.name[-6:]))
                 save(16)
                 assert steps_of(RUN)[-1] == 16
-                assert len(checkpoint_files.retained(RUN, 16)) == 2
+                assert len(checkpoint_format.retained(RUN, 16)) == 2
                 assert not list(files.checkpoints_dir(RUN).glob(".*"))
     shutil.rmtree(base.with_name("before"))
     return len(trace), worst

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from nanochat.checkpoint import format as checkpoint_files
+from nanochat.checkpoint import format as checkpoint_format
 from nanochat.checkpoint.format import Snapshot, folder_of, steps_of, verify
 from nanochat.common import files
 
@@ -52,7 +52,7 @@ def test_a_file_that_cannot_grow_costs_only_its_save(figure: Any) -> None:
     """The limit is at each tenth of the tensor file; when it is lifted, the next save succeeds."""
     found = figure("P6", "saves into a file that may not grow: earlier one whole, no leftover")
     snapshot(2).write()
-    size = (folder_of(RUN, 2) / checkpoint_files.MODEL).stat().st_size
+    size = (folder_of(RUN, 2) / checkpoint_format.MODEL).stat().st_size
     for tenth in range(10):
 
         def limited(limit: int = size * tenth // 10) -> None:
@@ -90,7 +90,7 @@ def test_a_disk_that_fills_up_costs_only_the_save(
 ) -> None:
     found = figure("P6", "saves to a disk that fills up: earlier one whole, no leftover")
     with monkeypatch.context() as patch:  # else the check for space refuses before anything is written
-        patch.setattr(checkpoint_files, "SPARE_BYTES", -10_000_000)
+        patch.setattr(checkpoint_format, "SPARE_BYTES", -10_000_000)
         snapshot(2).write()
         for elements in (30_000, 40_000, 60_000):
             with found.trial(elements):
@@ -112,7 +112,7 @@ def test_too_little_space_is_said_before_anything_is_written(small_disk: Path) -
 def test_a_folder_turned_read_only_costs_only_the_save(
     small_disk: Path, monkeypatch: pytest.MonkeyPatch, figure: Any
 ) -> None:
-    monkeypatch.setattr(checkpoint_files, "SPARE_BYTES", 0)
+    monkeypatch.setattr(checkpoint_format, "SPARE_BYTES", 0)
     snapshot(2).write()
     with figure("P6", "saves to a folder turned read-only: earlier one whole").trial():
         subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)

@@ -17,7 +17,7 @@ import pytest
 
 from dev.fault_box import TINY, Box, Skip, expect_ok
 from dev.fault_rows.core import EVAL, TEXTS, zipped
-from nanochat.checkpoint import format as checkpoint_files
+from nanochat.checkpoint import format as checkpoint_format
 
 pytestmark = pytest.mark.slow
 
@@ -66,7 +66,7 @@ def saved(run: Path) -> list[int]:
     """The steps of the checkpoints of a run, each of them whole."""
     found = sorted((run / "checkpoints").glob("step_*"))
     for folder in found:
-        checkpoint_files.verify(folder)
+        checkpoint_format.verify(folder)
     return [int(folder.name[5:]) for folder in found]
 
 

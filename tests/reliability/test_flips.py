@@ -50,7 +50,7 @@ class Trainer:
             rows_per_batch=64,
             lanes=1,
             seed=0,
-            world=World.solo(),
+            world=World.single_process(),
             device_batch_size=64,
             threads=1,
         )

@@ -19,13 +19,13 @@ from typing import Any
 import pytest
 import torch
 
-from nanochat.checkpoint import format as checkpoint_files
-from nanochat.checkpoint import state as checkpoint
+from nanochat.checkpoint import format as checkpoint_format
+from nanochat.checkpoint import state as checkpoint_state
 from nanochat.checkpoint.format import MANIFEST, MODEL, OPTIMIZER, STATE
 from nanochat.common import files
 from nanochat.common.errors import UserError
 from nanochat.common.machine import Precision
-from nanochat.config import plan as scaling
+from nanochat.config import plan as planning
 from nanochat.distributed.world import World
 from nanochat.optim.muon_adamw import MuonAdamW
 from tests.conftest import REPO
@@ -47,7 +47,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def folder(trained: Path, base_dir: Path) -> Path:
     """The newest checkpoint, in this test's own base directory."""
     shutil.copytree(trained, base_dir)
-    return checkpoint_files.folder_of("tiny", 12)
+    return checkpoint_format.folder_of("tiny", 12)
 
 
 def sign(folder: Path) -> None:
@@ -61,7 +61,7 @@ def sign(folder: Path) -> None:
 
 def load() -> dict[str, torch.Tensor]:
     """For scoring and for training; the weights."""
-    model, _, _ = checkpoint.load_model("tiny", 12, device=CPU, precision=FP32)
+    model, _, _ = checkpoint_state.load_model("tiny", 12, device=CPU, precision=FP32)
     train_tiny(resume="12", num_iterations=12)
     return {name: p.detach() for name, p in model.named_parameters()}
 
@@ -101,7 +101,7 @@ def test_a_thousand_mutated_files_are_found_by_their_hash(folder: Path, figure: 
         with found.trial(f"{path.name}, {n}"):
             said = ""
             try:
-                checkpoint_files.verify(folder)
+                checkpoint_format.verify(folder)
             except UserError as error:
                 said = str(error)
             if said:
@@ -121,14 +121,14 @@ def test_a_thousand_mutated_files_under_a_manifest_that_fits_never_crash(folder:
     """
     rng, refused = random.Random(12), 0
     found = figure("P11", "mutated files under a manifest made to fit: refused, or of the right shapes")
-    model, _, _ = checkpoint.load_model("tiny", 12, device=CPU, precision=FP32)
+    model, _, _ = checkpoint_state.load_model("tiny", 12, device=CPU, precision=FP32)
     want = {name: p.shape for name, p in model.named_parameters()}
-    plan = scaling.plan(tiny_args(), model.config.vocab_size)
+    plan = planning.plan(tiny_args(), model.config.vocab_size)
     optimizer = MuonAdamW(
         dict(model.named_parameters()),
         model.parameter_kinds(),
         plan.groups,
-        World.solo(),
+        World.single_process(),
         torch.float32,
         plan.polar_norm_factor,
     )
@@ -140,9 +140,9 @@ def test_a_thousand_mutated_files_under_a_manifest_that_fits_never_crash(folder:
         with found.trial(f"{path.name}, {n}"):
             try:
                 if path.name == OPTIMIZER:
-                    optimizer.load_state_tensors(checkpoint_files.read_tensors(path))
+                    optimizer.load_state_tensors(checkpoint_format.read_tensors(path))
                 else:
-                    model, _, meta = checkpoint.load_model("tiny", 12, device=CPU, precision=FP32)
+                    model, _, meta = checkpoint_state.load_model("tiny", 12, device=CPU, precision=FP32)
                     assert {name: p.shape for name, p in model.named_parameters()} == want
                     assert meta["step"] == 12
             except UserError:
@@ -288,13 +288,13 @@ def test_a_hostile_json_file_is_refused_by_name(name: str, text: str, folder: Pa
 LOAD = """
 import sys, torch
 from pathlib import Path
-from nanochat.checkpoint import format as checkpoint_files
+from nanochat.checkpoint import format as checkpoint_format
 from nanochat.common.errors import UserError
 def peak():
     return int(next(l for l in open("/proc/self/status") if l.startswith("VmHWM")).split()[1]) >> 10
 before = peak()
 try:
-    checkpoint_files.read_tensors(Path(sys.argv[1]))
+    checkpoint_format.read_tensors(Path(sys.argv[1]))
 except UserError:
     print(peak() - before)
 """

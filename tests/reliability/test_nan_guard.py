@@ -20,13 +20,13 @@ from nanochat.checkpoint.state import TrainState
 from nanochat.common import files
 from nanochat.common.errors import UserError
 from nanochat.common.machine import Precision, Speed
-from nanochat.config import plan as scaling
+from nanochat.config import plan as planning
 from nanochat.config.plan import Plan
 from nanochat.data.corpus import Corpus
 from nanochat.distributed.world import World
-from nanochat.optim import muon_adamw as optim
+from nanochat.optim import muon_adamw
 from nanochat.tokenizer.tokenizer import Tokenizer
-from nanochat.train import run as train
+from nanochat.train import run as train_run
 from nanochat.train.run_log import RunLog
 from nanochat.train.step_metrics import StepReporter
 from tests.tiny import tiny_args, tiny_corpus
@@ -38,11 +38,11 @@ CASES = list(itertools.product((math.nan, math.inf, -math.inf), ("loss", "grad")
 def prepare(world: World) -> tuple[Plan, TrainState]:
     """A run after two good steps, so that every moment holds something."""
     tokenizer = Tokenizer.load(files.tokenizer_dir("local"))
-    plan = scaling.plan(tiny_args(), tokenizer.vocab_size, world.size)
+    plan = planning.plan(tiny_args(), tokenizer.vocab_size, world.size)
     corpus = Corpus.open("local")
-    state = train.create_state(plan, corpus, tokenizer, Precision(torch.float32, "sdpa"), world)
+    state = train_run.create_state(plan, corpus, tokenizer, Precision(torch.float32, "sdpa"), world)
     for _ in range(2):
-        assert train.train_step(plan, state, world).update.applied
+        assert train_run.train_step(plan, state, world).update.applied
         state.step += 1
     return plan, state
 
@@ -75,7 +75,7 @@ def poisoned_step(plan: Plan, state: TrainState, world: World, case: Any, bad_ra
 
     state.model.loss = loss  # type: ignore[method-assign]
     try:
-        return train.train_step(plan, state, world)
+        return train_run.train_step(plan, state, world)
     finally:
         del state.model.loss
 
@@ -115,7 +115,7 @@ def outcomes(world: World, folder: Path) -> Iterator[dict[str, Any]]:
                 "applied": bool(result.update.applied),
                 "message": message,
             }
-        assert train.train_step(plan, state, world).update.applied  # and a good step is taken again
+        assert train_run.train_step(plan, state, world).update.applied  # and a good step is taken again
     state.loader.close()
 
 
@@ -140,7 +140,7 @@ def check(number: int, outcome: dict[str, Any]) -> None:
 def test_one_rank(tmp_path: Path, figure: Any) -> None:
     tiny_corpus(tmp_path)
     found = figure("P7", "steps not finite, 1 rank: no bit of weights or moments changes")
-    for number, outcome in enumerate(outcomes(World.solo(), tmp_path)):
+    for number, outcome in enumerate(outcomes(World.single_process(), tmp_path)):
         with found.trial(outcome["case"]):
             check(number, outcome)
 
@@ -162,8 +162,8 @@ def test_without_the_mask_the_weights_would_have_changed(
 ) -> None:
     """The planted fault: the update runs whatever was found."""
     tiny_corpus(tmp_path)
-    real = optim.StepRates
-    monkeypatch.setattr(optim, "StepRates", lambda *numbers: real(*numbers[:-1], torch.tensor(True)))
+    real = muon_adamw.StepRates
+    monkeypatch.setattr(muon_adamw, "StepRates", lambda *numbers: real(*numbers[:-1], torch.tensor(True)))
     with pytest.raises(AssertionError):
-        for number, outcome in enumerate(itertools.islice(outcomes(World.solo(), tmp_path), 6)):
+        for number, outcome in enumerate(itertools.islice(outcomes(World.single_process(), tmp_path), 6)):
             check(number, outcome)

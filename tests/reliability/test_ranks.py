@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from nanochat.checkpoint import format as checkpoint_files
+from nanochat.checkpoint import format as checkpoint_format
 from nanochat.common import files
 from nanochat.common.stop_signals import STOPPED
 from tests.conftest import REPO
@@ -69,7 +69,7 @@ def test_a_hung_rank_ends_the_run_with_its_name(
     took = dumped - last_step
     assert took < DEADLINE_S + 6  # a busy machine, not a promise: the figure is recorded
     assert left_behind(name) == []
-    assert checkpoint_files.steps_of(name)[-1] == 6
+    assert checkpoint_format.steps_of(name)[-1] == 6
     named.measure(round(took - DEADLINE_S, 2), f"s after the deadline of {DEADLINE_S:g} s")
     assert ended > dumped
 
@@ -103,7 +103,7 @@ def test_ranks_that_differ_stop_the_run_by_name_before_they_are_saved() -> None:
     assert done.returncode == 1
     told = "step 15: the weights are not the same on all ranks: rank 2 in resid_scale"
     assert told in done.stderr
-    assert checkpoint_files.steps_of("astray")[-1] == 14
+    assert checkpoint_format.steps_of("astray")[-1] == 14
 
 
 def test_ranks_that_agree_go_on() -> None:
@@ -138,7 +138,7 @@ def test_a_preempted_run_saves_its_step_and_resumes_to_the_same_end(ranks: int, 
         seconds.append(time.monotonic() - started)
         stopped = int(re.findall(r"stopped by a signal after step (\d+)", rest)[0])
         assert code == (1 if ranks > 1 else STOPPED)  # torchrun's own code is 1 whatever its workers say
-        assert checkpoint_files.steps_of("parts")[-1] == stopped
+        assert checkpoint_format.steps_of("parts")[-1] == stopped
         assert (files.read_json(files.run_dir("parts") / "summary.json")["status"]) == "stopped"
     done = subprocess.run(asked, cwd=REPO, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -158,7 +158,7 @@ def test_workers_that_are_stopped_leave_with_75() -> None:
     flags = command_line(run="stopped", num_iterations=1000)
     done = launch(2, flags, program=faulty("preempted", 1, 7))
     assert f"exitcode  : {STOPPED}" in done.stderr  # torchrun ends the other while it leaves
-    assert checkpoint_files.steps_of("stopped")[-1] == 8
+    assert checkpoint_format.steps_of("stopped")[-1] == 8
 
 
 @pytest.mark.parametrize("where", ["eval", "save"])
@@ -176,7 +176,7 @@ def test_a_signal_amid_a_validation_or_a_save_costs_nothing(
     asked = command(ranks, flags, program=program) if ranks > 1 else alone
     done = subprocess.run(asked, cwd=REPO, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == (1 if ranks > 1 else STOPPED), done.stderr[-2000:]
-    stopped = checkpoint_files.steps_of("parts")[-1]
+    stopped = checkpoint_format.steps_of("parts")[-1]
     assert stopped == 10 if where == "eval" else 10 <= stopped < 20
     assert files.read_json(files.run_dir("parts") / "summary.json")["status"] == "stopped"
     assert launch(ranks, [*flags, "--resume=auto"]).returncode == 0
@@ -213,11 +213,11 @@ def test_a_machine_that_is_lost_leaves_a_smaller_run_that_goes_on(figure: MakeFi
     )
     try:
         deadline = time.monotonic() + 120
-        while max(checkpoint_files.steps_of("elastic"), default=0) < 20:
+        while max(checkpoint_format.steps_of("elastic"), default=0) < 20:
             assert time.monotonic() < deadline
             time.sleep(0.1)
         assert files.read_json(files.run_dir("elastic") / "config.json")["world_size"] == 2
-        lost = max(checkpoint_files.steps_of("elastic"))
+        lost = max(checkpoint_format.steps_of("elastic"))
         # A machine takes its agent and its workers along; the other one holds the rendezvous.
         children = subprocess.run(
             ["pgrep", "-P", str(second.pid)], capture_output=True, text=True, check=True
@@ -231,5 +231,5 @@ def test_a_machine_that_is_lost_leaves_a_smaller_run_that_goes_on(figure: MakeFi
     assert first.returncode == 0, out[-3000:]
     summary = files.read_json(files.run_dir("elastic") / "summary.json")
     assert (summary["status"], summary["world_size"]) == ("finished", 1)
-    assert f"going on from {checkpoint_files.folder_of('elastic', lost).parent}" in out
+    assert f"going on from {checkpoint_format.folder_of('elastic', lost).parent}" in out
     assert [entry["step"] for entry in lines("elastic")] == list(range(400))

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from nanochat.checkpoint import format as checkpoint_files
+from nanochat.checkpoint import format as checkpoint_format
 from nanochat.common import files
 from nanochat.distributed.world import World
 from nanochat.optim.muon_adamw import MuonAdamW
@@ -34,7 +34,7 @@ def corpus(tmp_path: Path) -> None:
 
 
 def parameters(run: str, step: int) -> dict[str, torch.Tensor]:
-    return load_file(checkpoint_files.folder_of(run, step) / checkpoint_files.MODEL)
+    return load_file(checkpoint_format.folder_of(run, step) / checkpoint_format.MODEL)
 
 
 # At the start every block adds nothing, and what the model says does not depend on the length of activations:
@@ -58,7 +58,7 @@ def test_a_resumed_run_is_the_same_run_bit_for_bit(size: int, tmp_path: Path, fi
         with cut.trial(f"cut at {at}"):
             train_world(size, tmp_path, stop_at=at, run=run, **common)
             assert files.read_json(files.run_dir(run) / "summary.json")["status"] == "stopped"
-            assert checkpoint_files.steps_of(run) == [at]
+            assert checkpoint_format.steps_of(run) == [at]
             train_world(size, tmp_path, run=run, resume="auto", **common)
             assert lines(run, "") == lines("whole", "")
             assert digest(run, 40) == digest("whole", 40)
@@ -79,7 +79,7 @@ def test_a_run_that_changes_its_ranks_is_the_same_run(tmp_path: Path, figure: Ma
             changed.measure(gap, "loss")
             assert gap < 1e-5
             assert furthest(parameters(run, 40), parameters("whole", 40)) < 1e-4
-            states = [checkpoint_files.folder_of(name, 40) / "state.json" for name in (run, "whole")]
+            states = [checkpoint_format.folder_of(name, 40) / "state.json" for name in (run, "whole")]
             assert files.read_json(states[0])["loader"] == files.read_json(states[1])["loader"]
 
 

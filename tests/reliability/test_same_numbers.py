@@ -14,16 +14,16 @@ from typing import Any
 import pytest
 import torch
 
-from nanochat.checkpoint import format as checkpoint_files
-from nanochat.checkpoint import state as checkpoint
+from nanochat.checkpoint import format as checkpoint_format
+from nanochat.checkpoint import state as checkpoint_state
 from nanochat.checkpoint.same_run import require_same_run
 from nanochat.common import files, jsonl
 from nanochat.common.errors import UserError
 from nanochat.common.machine import Precision
-from nanochat.config import plan as scaling
-from nanochat.data import corpus as dataset
+from nanochat.config import plan as planning
+from nanochat.data import corpus as corpus_module
 from nanochat.tokenizer.tokenizer import Tokenizer
-from nanochat.train import wandb_log as tracker
+from nanochat.train import wandb_log
 from tests.conftest import REPO
 from tests.dist.launch import digest, lines, losses
 from tests.dist.world import run_ranks, train_rank
@@ -47,7 +47,7 @@ def corpus(tmp_path: Path) -> None:
 def golden() -> dict[str, Any]:
     """Twenty steps, as dev/golden keeps them; this module run with a spare folder writes them anew."""
     train_tiny(run="golden", num_iterations=20)
-    weights = (checkpoint_files.folder_of("golden", 20) / checkpoint_files.MODEL).read_bytes()
+    weights = (checkpoint_format.folder_of("golden", 20) / checkpoint_format.MODEL).read_bytes()
     return {
         "torch": torch.__version__,
         "cpu": torch.backends.cpu.get_cpu_capability(),
@@ -117,7 +117,7 @@ def test_a_tracker_that_fails_costs_no_step(
 ) -> None:
     figure("P15", f"wandb {kind}: no step lost, said once")
     text = BAD_WANDB[kind]
-    monkeypatch.setattr(tracker, "FINISH_S", 0.5)
+    monkeypatch.setattr(wandb_log, "FINISH_S", 0.5)
     (tmp_path / "modules").mkdir()
     (tmp_path / "modules" / "wandb.py").write_text(text or "raise ImportError('No module named wandb')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "modules"), prepend=os.pathsep)
@@ -148,22 +148,22 @@ def load_release(release: str) -> None:
     shutil.copytree(OLD / release, files.run_dir(release))
     shutil.copytree(files.run_dir(release) / "tokenizer", files.tokenizer_dir(f"of-{release}"))
     expected = files.read_json(files.run_dir(release) / "expected.json")
-    model, _, meta = checkpoint.load_model(release, device=torch.device("cpu"), precision=FP32)
+    model, _, meta = checkpoint_state.load_model(release, device=torch.device("cpu"), precision=FP32)
     logits = model.logits(torch.tensor([expected["ids"]]))[0, -1, :8]
     assert logits.tolist() == pytest.approx(expected["logits"], abs=1e-5)
     assert meta["made_by"].startswith("nanochat ")
-    checkpoint_files.read_tensors(
-        checkpoint_files.folder_of(release, meta["step"]) / checkpoint_files.OPTIMIZER
+    checkpoint_format.read_tensors(
+        checkpoint_format.folder_of(release, meta["step"]) / checkpoint_format.OPTIMIZER
     )
 
 
 def test_a_checkpoint_of_a_later_format_says_which_release_made_it() -> None:
     train_tiny()
-    folder = checkpoint_files.folder_of("tiny", 12)
+    folder = checkpoint_format.folder_of("tiny", 12)
     meta = files.read_json(folder / "state.json")
     files.write_json(folder / "state.json", {**meta, "format": 2, "made_by": "nanochat 9.0"})
     with pytest.raises(UserError, match=r"format 2, made by 'nanochat 9\.0'"):
-        checkpoint_files.read_state(folder)
+        checkpoint_format.read_state(folder)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -194,9 +194,9 @@ FIELDS: dict[str, tuple[dict[str, Any], str]] = {
 
 def test_a_field_that_came_after_a_checkpoint_has_its_default_there() -> None:
     train_tiny()
-    folder = checkpoint_files.folder_of("tiny", 12)
+    folder = checkpoint_format.folder_of("tiny", 12)
     meta = files.read_json(folder / "state.json")
-    plan = scaling.plan(tiny_args(), Tokenizer.load(files.tokenizer_dir("local")).vocab_size)
+    plan = planning.plan(tiny_args(), Tokenizer.load(files.tokenizer_dir("local")).vocab_size)
     for name in ("window_pattern", "recipe"):
         del meta["plan"]["model"][name]
     del meta["plan"]["args"]["keep_tails"]
@@ -215,7 +215,7 @@ def test_a_run_with_another_plan_text_or_tokenizer_is_refused_with_both_values(
     for name, (changes, said) in FIELDS.items():
         if name == "corpus":
             before_corpus = files.data_dir("local").rename(tmp_path / "kept")
-            dataset.prepare("local", named_files=[str(write_text(tmp_path / "other", seed=1))])
+            corpus_module.prepare("local", named_files=[str(write_text(tmp_path / "other", seed=1))])
         if name == "tokenizer":
             shutil.rmtree(files.data_dir("local"))
             before_corpus.rename(files.data_dir("local"))

@@ -16,8 +16,7 @@ import pytest
 from nanochat.common import files
 from nanochat.common.checksums import ChecksummedFile
 from nanochat.common.errors import UserError
-from nanochat.data import parquet_shards as shards
-from nanochat.data import sources as corpora
+from nanochat.data import parquet_shards, sources
 from nanochat.data.corpus import Corpus
 from tests.reliability.figures import Figure
 from tests.shard_files import read_texts, write_like_the_hub
@@ -29,8 +28,8 @@ def make() -> Corpus:
     """A corpus of one training shard with two row groups, and a validation shard."""
     folder = files.data_dir("c")
     folder.mkdir(parents=True)
-    members = shards.write_shards(DOCUMENTS, folder, "train", 0)
-    members += shards.write_shards(DOCUMENTS[:20], folder, "val", 1)
+    members = parquet_shards.write_shards(DOCUMENTS, folder, "train", 0)
+    members += parquet_shards.write_shards(DOCUMENTS[:20], folder, "val", 1)
     Corpus(folder, "c", "local files", members).write_manifest(folder)
     return Corpus.open("c")
 
@@ -52,7 +51,7 @@ def cases_of_damage(corpus: Corpus, flips: int) -> list[bytes]:
     changed = [DOCUMENTS[0].replace("document", "dokument"), *DOCUMENTS[1:]]
     pq.write_table(pa.table({"text": changed}), other)
     cases.append(other.read_bytes())
-    [same_counts] = shards.write_shards(changed, corpus.folder.parent, "train", 77)
+    [same_counts] = parquet_shards.write_shards(changed, corpus.folder.parent, "train", 77)
     cases.append((corpus.folder.parent / same_counts.name).read_bytes())
     return cases
 
@@ -99,7 +98,7 @@ def test_planted_without_any_check_damage_passes_in_silence(monkeypatch: pytest.
     """The harness sees what it must see: as peers read, a quarter of the flips give other text."""
     corpus = make()
     cases = cases_of_damage(corpus, flips=200)[:200]
-    monkeypatch.setattr(shards, "open_shard", lambda path, shard: ChecksummedFile(path))
+    monkeypatch.setattr(parquet_shards, "open_shard", lambda path, shard: ChecksummedFile(path))
     original = pq.ParquetFile
     monkeypatch.setattr(pq, "ParquetFile", lambda path, **options: original(path))
     _, named, silent = count_damage(corpus, cases)
@@ -134,7 +133,7 @@ READ = """
 import json, sys
 from itertools import islice
 from pathlib import Path
-from nanochat.data import sources as corpora
+from nanochat.data import sources
 from nanochat.common.errors import UserError
 from tests.shard_files import read_texts
 
@@ -143,7 +142,7 @@ read_texts(Path(sys.argv[2]), 0)
 def peak():
     return int(next(l for l in open("/proc/self/status") if l.startswith("VmHWM")).split()[1]) >> 10
 ended, before = [], peak()
-as_file = lambda: sum(map(len, islice(corpora.local_documents([path]), 200)))
+as_file = lambda: sum(map(len, islice(sources.local_documents([path]), 200)))
 for read in (lambda: read_texts(path, 0), as_file):
     try:
         read()
@@ -160,7 +159,7 @@ print(json.dumps(ended))
 def test_a_bomb_takes_little_memory(tmp_path: Path, kind: str, figure: Callable[..., Figure]) -> None:
     bomb = figure("P12", f"bomb as a shard: {kind}")
     path, good = tmp_path / "bomb.parquet", tmp_path / "shard_00000.parquet"
-    shards.write_shards(DOCUMENTS, tmp_path, "train", 0)
+    parquet_shards.write_shards(DOCUMENTS, tmp_path, "train", 0)
     big = "\0" * (32 << 20)
     options = {"compression": "zstd", "use_dictionary": kind in ("one word for many rows", "sizes that lie")}
     rows = {"one document": 1, "plain rows": 12}.get(kind, 1000)
@@ -193,7 +192,7 @@ def test_counts_that_lie_give_an_error_or_the_first_documents(
     tmp_path: Path, figure: Callable[..., Figure]
 ) -> None:
     lying = figure("P12", "counts that lie")
-    [shard] = shards.write_shards(DOCUMENTS, tmp_path, "train", 0)
+    [shard] = parquet_shards.write_shards(DOCUMENTS, tmp_path, "train", 0)
     good = (tmp_path / shard.name).read_bytes()
     path = tmp_path / "x.parquet"
     refused = 0
@@ -201,7 +200,7 @@ def test_counts_that_lie_give_an_error_or_the_first_documents(
         for data in lies(good, 250, told, 2):
             path.write_bytes(data)
             with lying.trial(told):
-                assert shards.problem(path, shard)
+                assert parquet_shards.problem(path, shard)
                 try:
                     texts = read_texts(path, 0)
                     assert texts == DOCUMENTS[: len(texts)]
@@ -242,10 +241,10 @@ def test_other_types_and_extension_types_are_refused(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"x\.parquet: column 'text' holds"):
             read_texts(path, 0)
         if pa.types.is_binary(column.type):  # what a person brings may be bytes that are UTF-8
-            assert list(corpora.local_documents([path])) == ["a", "b"]
+            assert list(sources.local_documents([path])) == ["a", "b"]
         else:
             with pytest.raises(UserError, match=r"x\.parquet: column 'text' holds"):
-                list(corpora.local_documents([path]))
+                list(sources.local_documents([path]))
     extended = pa.ExtensionArray.from_storage(Upper(), pa.array(["a", "b"]))
     pa.register_extension_type(Upper())
     try:
@@ -296,7 +295,7 @@ def test_mutations_never_crash_and_none_is_taken_for_the_shard(
     """Read as if they had been made so; where the file has page checksums, no other text comes out either."""
     path = tmp_path / "shard_00000.parquet"
     if kind == "ours":
-        shards.write_shards(DOCUMENTS, tmp_path, "train", 0)
+        parquet_shards.write_shards(DOCUMENTS, tmp_path, "train", 0)
     else:
         write_like_the_hub(path, DOCUMENTS, kind, rows=1024)
     mutations = figure("P12", f"processes that read {count} mutations of a shard, {kind}")
@@ -309,11 +308,11 @@ def test_mutations_never_crash_and_none_is_taken_for_the_shard(
 
 
 def test_a_shard_cut_at_every_byte_is_refused(tmp_path: Path) -> None:
-    [shard] = shards.write_shards(["one", "two", "three"], tmp_path, "train", 0)
+    [shard] = parquet_shards.write_shards(["one", "two", "three"], tmp_path, "train", 0)
     path = tmp_path / shard.name
     good = path.read_bytes()
     for length in range(len(good)):
         path.write_bytes(good[:length])
-        assert "the shard is damaged" in shards.problem(path, shard)
+        assert "the shard is damaged" in parquet_shards.problem(path, shard)
         with pytest.raises(UserError, match=r"shard_00000\.parquet"):
             read_texts(path, 0)

@@ -22,13 +22,12 @@ from typing import Any
 
 import pytest
 
-from nanochat.checkpoint import format as checkpoint_files
+from nanochat.checkpoint import format as checkpoint_format
 from nanochat.checkpoint.format import MANIFEST, MODEL, OPTIMIZER, STATE, folder_of, steps_of
 from nanochat.common import files
 from nanochat.common.errors import UserError
 from nanochat.common.stop_signals import STOPPED
-from nanochat.data import parquet_shards as shards
-from nanochat.data import pending_download as arrival
+from nanochat.data import parquet_shards, pending_download
 from nanochat.data.corpus import Corpus
 from tests.conftest import REPO
 from tests.dist.launch import command, digest, lines
@@ -79,7 +78,7 @@ class Campaign:
         found = set()
         for step in steps_of(self.run):
             with contextlib.suppress(UserError):
-                checkpoint_files.verify(folder_of(self.run, step))
+                checkpoint_format.verify(folder_of(self.run, step))
                 found.add(step)
         return found
 
@@ -280,12 +279,12 @@ def shard_under_way(tmp_path: Path, base_dir: Path) -> Iterator[Path]:
     for index, (split, documents) in enumerate((("train", 60), ("train", 400), ("val", 60))):
         rng = random.Random(index)
         texts = [" ".join(rng.choices(WORDS, k=rng.randint(5, 60))) for _ in range(documents)]
-        members += shards.write_shards(texts, folder, split, index)
+        members += parquet_shards.write_shards(texts, folder, split, index)
     source = "karpathy/fineweb-edu-100b-shuffle@x"
     Corpus(folder, "fineweb-edu", source, members).write_manifest(folder)
     missing = folder / members[1].name
     missing.rename(tmp_path / missing.name)
-    with arrival.staging(folder):
+    with pending_download.staging(folder):
         yield missing
 
 

@@ -1,7 +1,7 @@
 """Which tokens CORE computes, and together with which others. Pure arithmetic on token ids.
 
-Rows that begin alike are a family: their common beginning is computed once, and each goes on from there.
-Options of one example are such rows, and so are the questions about one story. Families of about the same
+Rows that begin alike are a group: their common beginning is computed once, and each goes on from there.
+Options of one example are such rows, and so are the questions about one story. Groups of about the same
 size make a batch. Both choices minimize the tokens computed, padding included, where a forward pass counts
 as `overhead` tokens more and a shared token that is copied for a row as 1 / `COPIES_PER_TOKEN`.
 """
@@ -19,7 +19,7 @@ Ids = NDArray[np.int32]
 # Copying the keys and values of a position of all layers, against computing them (depth 4, CPU).
 COPIES_PER_TOKEN = 16
 MIN_SHARED = 24  # tokens; less is not worth a second forward pass
-MAX_FAMILY = 64  # rows
+MAX_GROUP_ROWS = 64  # rows
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Span:
 
 
 @dataclass(frozen=True)
-class Family:
+class PrefixGroup:
     """Inputs that begin with the same tokens.
 
     Attributes:
@@ -87,17 +87,17 @@ class Inputs:
         return Inputs(ids, tuple(last - number for number in of_span), tuple(reversed(first)))
 
 
-def families(inputs: Inputs, overhead: int, batch_tokens: int) -> list[Family]:
-    """Cut the sorted inputs into families at the least cost."""
+def prefix_groups(inputs: Inputs, overhead: int, batch_tokens: int) -> list[PrefixGroup]:
+    """Cut the sorted inputs into groups at the least cost."""
     lengths = [len(ids) for ids in inputs.ids]
     common = [0] + [_common(a, b) for a, b in zip(inputs.ids, inputs.ids[1:], strict=False)]
-    # best[j]: least cost of the first j inputs; cut[j]: where the last family of that solution begins.
+    # best[j]: least cost of the first j inputs; cut[j]: where the last group of that solution begins.
     best, cut, depth = [0.0], [0], [0]
     for j in range(1, len(lengths) + 1):
         i = j - 1
         cost, begin, shared = best[i] + lengths[i] + overhead, i, 0
         longest, limit = lengths[i], inputs.first_scored[i]
-        while i > 0 and j - i < MAX_FAMILY:
+        while i > 0 and j - i < MAX_GROUP_ROWS:
             limit = min(limit, common[i], inputs.first_scored[i - 1])
             i -= 1
             longest, size = max(longest, lengths[i]), j - i
@@ -113,7 +113,7 @@ def families(inputs: Inputs, overhead: int, batch_tokens: int) -> list[Family]:
     end = len(lengths)
     while end:
         begin = cut[end]
-        found.append(Family(depth[end], tuple(range(begin, end)), max(lengths[begin:end])))
+        found.append(PrefixGroup(depth[end], tuple(range(begin, end)), max(lengths[begin:end])))
         end = begin
     return found
 
@@ -124,29 +124,31 @@ def _common(a: Ids, b: Ids) -> int:
     return int(differs.argmax()) if differs.any() else shortest
 
 
-def batches(found: Sequence[Family], overhead: int, batch_tokens: int) -> list[list[Family]]:
-    """Put families that share something, and single rows, into batches at the least cost.
+def batches(found: Sequence[PrefixGroup], overhead: int, batch_tokens: int) -> list[list[PrefixGroup]]:
+    """Put groups that share something, and single rows, into batches at the least cost.
 
     Args:
-        found: from `families`.
+        found: from `prefix_groups`.
         overhead: of a forward pass, in tokens.
         batch_tokens: most positions a batch holds, padding and shared ones of every row included, unless it
-            is of one family.
+            is of one group.
     """
-    alone = sorted((family for family in found if not family.shared), key=lambda family: -family.longest)
+    alone = sorted((group for group in found if not group.shared), key=lambda group: -group.longest)
     sharing = sorted(
-        (family for family in found if family.shared), key=lambda family: (-family.shared, -family.longest)
+        (group for group in found if group.shared), key=lambda group: (-group.shared, -group.longest)
     )
     return [
         group for part in (alone, sharing) if part for group in _cheapest_cuts(part, overhead, batch_tokens)
     ]
 
 
-def _cheapest_cuts(ordered: Sequence[Family], overhead: int, batch_tokens: int) -> list[list[Family]]:
+def _cheapest_cuts(
+    ordered: Sequence[PrefixGroup], overhead: int, batch_tokens: int
+) -> list[list[PrefixGroup]]:
     """Consecutive groups of least cost; a group shares as much as the last of it, which shares least."""
     count = len(ordered)
-    longest = np.array([family.longest for family in ordered])
-    rows = np.array([len(family.inputs) for family in ordered])
+    longest = np.array([group.longest for group in ordered])
+    rows = np.array([len(group.inputs) for group in ordered])
     passes = 2 if ordered[0].shared else 1
     best = np.zeros(count + 1)
     cut = np.zeros(count + 1, dtype=np.int64)

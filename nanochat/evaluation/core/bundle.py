@@ -342,7 +342,7 @@ def _gold(where: str, record: dict[str, Any], options: int) -> int:
     return gold
 
 
-def controls(examples: Sequence[Example]) -> dict[str, float]:
+def trivial_baselines(examples: Sequence[Example]) -> dict[str, float]:
     """Accuracies of answers that need no model: the commonest one, the longest and the shortest option.
 
     Of language modeling the commonest continuation, and no more.

@@ -11,7 +11,7 @@ from typing import Any
 
 from nanochat.common import files, jsonl, run_files
 from nanochat.common.errors import UserError
-from nanochat.evaluation.core import statistics as core_stats
+from nanochat.evaluation.core import statistics as core_statistics
 from nanochat.evaluation.core.results import GPT2_CORE, GPT2_CORE_STDERR, describe_probability, is_core
 from nanochat.evaluation.core.statistics import Stratum
 from nanochat.evaluation.score_files import ANSWERS, SCORES, digest_of
@@ -54,10 +54,10 @@ class Difference:
     def p_value(self) -> float:
         """How often so large a difference, of either sign, would come of equals: exact where it is of few."""
         if self.exact and self.only_first + self.only_second < FEW:
-            return core_stats.exact_mcnemar(self.only_first, self.only_second)
+            return core_statistics.exact_mcnemar(self.only_first, self.only_second)
         if self.stderr == 0:
             return 1.0 if self.first == self.second else 0.0
-        return 2 * core_stats.normal_cdf(-abs(self.second - self.first) / self.stderr)
+        return 2 * core_statistics.normal_cdf(-abs(self.second - self.first) / self.stderr)
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def compare(run_a: str, run_b: str) -> list[Difference]:
         difference = _task_difference(label, [(a.answers[key], b.answers[key]) for key in keys])
         tasks.append(difference)
         variance += (difference.stderr / (1 - fields["baseline"])) ** 2
-    adjusted = core_stats.holm([task.p_value for task in tasks])
+    adjusted = core_statistics.holm([task.p_value for task in tasks])
     tasks = [dataclasses.replace(task, p_holm=p) for task, p in zip(tasks, adjusted, strict=True)]
     whole = Difference(
         "CORE",
@@ -175,7 +175,7 @@ def _task_difference(label: str, pairs: Sequence[tuple[dict[str, Any], dict[str,
     first, second = (sum(mean[side] for mean in means) / len(means) for side in (0, 1))
     only = [sum(pair == sign for pair in right) for sign in ((True, False), (False, True))]
     return Difference(
-        label, first, second, core_stats.stderr_of_mean(strata), len(pairs), only[0], only[1], exact
+        label, first, second, core_statistics.stderr_of_mean(strata), len(pairs), only[0], only[1], exact
     )
 
 
@@ -226,9 +226,9 @@ class Combined:
         if not self.comparable:
             return Claim(what, math.hypot(self.stderr, questions), "")
         known = questions**2 + GPT2_CORE_STDERR**2
-        degrees = core_stats.degrees_of_sum(self.stderr**2, known, len(self.values) - 1)
+        degrees = core_statistics.degrees_of_sum(self.stderr**2, known, len(self.values) - 1)
         error = math.sqrt(self.stderr**2 + known)
-        above = core_stats.probability_above(self.mean, error, GPT2_CORE, degrees)
+        above = core_statistics.probability_above(self.mean, error, GPT2_CORE, degrees)
         return Claim(what, math.hypot(self.stderr, questions), describe_probability(above))
 
 
@@ -243,7 +243,7 @@ def combine(runs: Sequence[str]) -> Combined:
     found = [Scored.read(run, with_answers=False) for run in runs]
     _require_same(found)
     values = tuple(float(one.scores["core_metric"]) for one in found)
-    mean, stderr = core_stats.mean_and_stderr(values)
+    mean, stderr = core_statistics.mean_and_stderr(values)
     scores = found[0].scores
     comparable = scores["core_variant"] == "nanochat" and is_core(scores["tasks"])
     errors = [one.scores.get("core_stderr") for one in found]

@@ -23,7 +23,7 @@ from typing import BinaryIO
 from nanochat.common import files, locks
 from nanochat.common.errors import UserError
 from nanochat.common.progress import bytes_bar
-from nanochat.evaluation.core import bundle as core_tasks
+from nanochat.evaluation.core import bundle as core_bundle
 
 BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
 RETRY_DELAYS_S = (1.0, 4.0, 15.0, 60.0)  # before each further attempt that brought nothing new
@@ -217,7 +217,7 @@ def _opened(part: Path, have: int) -> BinaryIO:
 
 def _unpack(archive: Path, folder: Path) -> None:
     """Write the files that are known, and only those, if all of them are right; all or none."""
-    bundle = core_tasks.open_bundle(archive)
+    bundle = core_bundle.open_bundle(archive)
     with files.atomic_dir(folder) as temporary:
         for member, digest in SHA256.items():
             target = temporary / member

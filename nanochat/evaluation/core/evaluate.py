@@ -19,9 +19,8 @@ from nanochat.common import files
 from nanochat.common.errors import UserError
 from nanochat.common.stop_signals import Stopped
 from nanochat.distributed.world import World
-from nanochat.evaluation.core import batching as core_batches
-from nanochat.evaluation.core import bundle as core_tasks
-from nanochat.evaluation.core import mini_bundle as core_mini
+from nanochat.evaluation.core import batching, mini_bundle
+from nanochat.evaluation.core import bundle as core_bundle
 from nanochat.evaluation.core import prompts as core_prompts
 from nanochat.evaluation.core.batching import Span
 from nanochat.evaluation.core.bundle import Bundle, Example, Task
@@ -41,16 +40,16 @@ def find_bundle(where: str) -> Bundle:
         UserError: there is none.
     """
     if where == "mini":
-        return Bundle.from_texts("core_mini", core_mini.build())
+        return Bundle.from_texts("core_mini", mini_bundle.build())
     if where:
-        return core_tasks.open_bundle(Path(where).expanduser())
+        return core_bundle.open_bundle(Path(where).expanduser())
     folder = files.eval_bundle_dir()
     if not (folder / "core.yaml").is_file():
         raise UserError(
             f"{folder}: there is no eval bundle. Fetch it: python -m scripts.core_download. Or "
             "give one with --eval-bundle PATH (a folder or a zip), or --eval-bundle mini for the small suite."
         )
-    return core_tasks.open_bundle(folder)
+    return core_bundle.open_bundle(folder)
 
 
 def evaluate(
@@ -136,7 +135,7 @@ def _score_of(
 ) -> TaskScore:
     """The score, and the controls on the examples that were asked."""
     asked = {answer.line for answer in answers}
-    controls = core_tasks.controls([example for example in examples if example.line in asked])
+    controls = core_bundle.trivial_baselines([example for example in examples if example.line in asked])
     return score_task(task, digest, answers, controls)
 
 
@@ -153,9 +152,9 @@ def _load_suite(
     """All tasks with their examples and the digest of their file, and what is wrong with those left out."""
     suite: list[tuple[Task, list[Example], str]] = []
     faults: dict[str, str] = {}
-    for task in core_tasks.load_tasks(bundle):
+    for task in core_bundle.load_tasks(bundle):
         try:
-            suite.append((task, core_tasks.load_examples(bundle, task), bundle.sha256(task.member)))
+            suite.append((task, core_bundle.load_examples(bundle, task), bundle.sha256(task.member)))
         except UserError as error:
             if not keep_going:
                 raise
@@ -216,19 +215,19 @@ class _Job:
                     self.model,
                     spans,
                     self.batch_tokens,
-                    with_argmax=self.task.kind == core_tasks.LANGUAGE_MODELING,
+                    with_argmax=self.task.kind == core_bundle.LANGUAGE_MODELING,
                     clock=self.clock,
                 )
             )
             for index, own in zip(window, rows, strict=True):
                 losses, greedy = zip(*(next(found) for _ in own), strict=True)
-                is_choice = self.task.kind != core_tasks.LANGUAGE_MODELING
+                is_choice = self.task.kind != core_bundle.LANGUAGE_MODELING
                 answer = choose(losses) if is_choice else (0 if greedy[0] else -1)
                 beyond = sum(len(row.ids) > self.model.context_tokens and not row.cropped for row in own)
                 line = [answer, sum(row.cropped for row in own), beyond, *losses]
                 table[index, : len(line)] = torch.tensor(line)
         filled = world.all_reduce_sum(table.to(world.device)).tolist()
-        if world.agree(self.stop_requested()):
+        if world.any_rank(self.stop_requested()):
             raise Stopped
         return [
             self._prediction(first_index + index, example, passage, line)
@@ -254,7 +253,7 @@ class _Job:
         """This rank's examples, some at a time: those of one passage together, where they can share it."""
         costs = [prompts.tokens(index) for index in range(len(passages))]
         units = range(len(passages)) if self.task.shots else passages
-        homes = core_batches.share_out(costs, units, world.size)
+        homes = batching.share_out(costs, units, world.size)
         longest = dict.fromkeys(units, 0)
         for unit, cost in zip(units, costs, strict=True):
             longest[unit] = max(longest[unit], cost)

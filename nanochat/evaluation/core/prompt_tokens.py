@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 
 from nanochat.common import files
-from nanochat.evaluation.core import prompts as core_prompts
+from nanochat.evaluation.core import prompts
 from nanochat.evaluation.core.bundle import LANGUAGE_MODELING, SCHEMA, Example, Task
 from nanochat.evaluation.core.prompts import DCLM, SEPARATORS, Question
 from nanochat.tokenizer.tokenizer import PATTERN
@@ -106,9 +106,9 @@ class Prompts:
         self.task, self.variant = task, variant
         self._tokenizer = tokenizer
         started = time.perf_counter()
-        questions = [core_prompts.write(task, example, variant) for example in examples]
+        questions = [prompts.write(task, example, variant) for example in examples]
         self._texts, self._places = _collect(questions, variant, bool(task.shots))
-        self._shots = core_prompts.draw_shots(len(examples), task.shots, variant)
+        self._shots = prompts.draw_shots(len(examples), task.shots, variant)
         rendered = time.perf_counter()
         self._ids, self._offsets, self.unkept = encode_kept(tokenizer, self._texts, keep)
         self.rendering_s = rendered - started

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nanochat.evaluation.core import statistics as core_stats
+from nanochat.evaluation.core import statistics as core_statistics
 from nanochat.evaluation.core.bundle import Task
 from nanochat.evaluation.core.statistics import Stratum
 
@@ -139,7 +139,7 @@ class TaskScore:
     @property
     def stderr(self) -> float:
         """Standard error of the accuracy: binomial, or of passages where prompts repeat them."""
-        return core_stats.stderr_of_mean(self.strata)
+        return core_statistics.stderr_of_mean(self.strata)
 
     @property
     def interval(self) -> tuple[float, float]:
@@ -148,7 +148,7 @@ class TaskScore:
         Draws are counted as many as independent ones would give the standard error, or as passages.
         """
         p = self.accuracy
-        return core_stats.wilson(p, p * (1 - p) / self.stderr**2 if self.stderr > 0 else self.passages)
+        return core_statistics.wilson(p, p * (1 - p) / self.stderr**2 if self.stderr > 0 else self.passages)
 
     @property
     def passages(self) -> int:
@@ -248,7 +248,7 @@ class CoreResult:
         if metric is None:
             return None
         scales = [task.scale(self.version) for task in self.tasks]
-        values = core_stats.bootstrap([task.strata for task in self.tasks], scales)
+        values = core_statistics.bootstrap([task.strata for task in self.tasks], scales)
         low, high = np.percentile(values, [2.5, 97.5])
         offset = metric - sum(
             task.accuracy * scale for task, scale in zip(self.tasks, scales, strict=True)
@@ -333,7 +333,7 @@ def verdict(labels: Iterable[str], variant: str, value: float | None, stderr: fl
     """One sentence on GPT-2's figure and one run; empty where the score is not comparable to it."""
     if value is None or stderr is None or variant != "nanochat" or not is_core(labels):
         return ""
-    above = core_stats.probability_above(value, math.hypot(stderr, GPT2_CORE_STDERR), GPT2_CORE)
+    above = core_statistics.probability_above(value, math.hypot(stderr, GPT2_CORE_STDERR), GPT2_CORE)
     return f"{describe_probability(above)} ({THESE_WEIGHTS})"
 
 

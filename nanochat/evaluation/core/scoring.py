@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from nanochat.engine import KVCache
-from nanochat.evaluation.core import batching as core_batches
-from nanochat.evaluation.core.batching import Family, Inputs, Span
+from nanochat.evaluation.core import batching
+from nanochat.evaluation.core.batching import Inputs, PrefixGroup, Span
 from nanochat.model import loss
 from nanochat.model.gpt import GPT
 
@@ -113,9 +113,9 @@ class GPTScorer:
 
     def read_on(self, shared: Tensor, rows: Tensor, ids: Tensor, first: int) -> Tensor:
         """Hidden states of rows behind a cache."""
-        families, length = shared.shape
+        groups, length = shared.shape
         cache = KVCache(
-            self.model.config, families, length + ids.size(1), dtype=self.model.dtype, device=self.device
+            self.model.config, groups, length + ids.size(1), dtype=self.model.dtype, device=self.device
         )
         self.model(shared, cache, first=length - 1)  # nothing is asked of what is shared
         cache.take_rows(rows)
@@ -188,14 +188,14 @@ def score_spans(
         wanted[number].append(place)
     overhead = OVERHEAD_TOKENS.get(model.device.type, LAUNCH_TOKENS)
     batch_tokens = min(batch_tokens, CACHE_TOKENS.get(model.device.type, batch_tokens))
-    found = core_batches.families(inputs, overhead, batch_tokens)
-    plan = core_batches.batches(found, overhead, batch_tokens)
+    found = batching.prefix_groups(inputs, overhead, batch_tokens)
+    plan = batching.batches(found, overhead, batch_tokens)
     clock.add("batching", started)
     asked = list(distinct.values())
     scored: list[tuple[float, bool]] = [(0.0, False)] * len(asked)
     for batch in plan:
-        places = [place for family in batch for number in family.inputs for place in wanted[number]]
-        rows = [number for family in batch for number in family.inputs for _ in wanted[number]]
+        places = [place for group in batch for number in group.inputs for place in wanted[number]]
+        rows = [number for group in batch for number in group.inputs for _ in wanted[number]]
         results = _score_batch(
             model, inputs, batch, rows, [asked[place] for place in places], with_argmax, clock
         )
@@ -209,7 +209,7 @@ def score_spans(
 def _score_batch(
     model: Scorer,
     inputs: Inputs,
-    batch: Sequence[Family],
+    batch: Sequence[PrefixGroup],
     numbers: Sequence[int],
     spans: Sequence[Span],
     with_argmax: bool,
@@ -218,17 +218,17 @@ def _score_batch(
     """Score spans; numbers[i] is the sequence of inputs that span i is read from."""
     started = time.perf_counter()
     device = model.device
-    shared = min(family.shared for family in batch)
-    order = [number for family in batch for number in family.inputs]
+    shared = min(group.shared for group in batch)
+    order = [number for group in batch for number in group.inputs]
     tails = _padded([inputs.ids[number][shared:] for number in order])
     first = min(span.start for span in spans) - 1 - shared  # the output at a token predicts the next one
     clock.tokens += tails.numel() + shared * len(batch)
     clock.finished += len(tails) * (tails.size(1) - first) + bool(shared) * len(batch)
     if shared:
         heads = torch.from_numpy(
-            np.stack([inputs.ids[family.inputs[0]][:shared] for family in batch]).astype(np.int64)
+            np.stack([inputs.ids[group.inputs[0]][:shared] for group in batch]).astype(np.int64)
         )
-        owners = torch.tensor([place for place, family in enumerate(batch) for _ in family.inputs])
+        owners = torch.tensor([place for place, group in enumerate(batch) for _ in group.inputs])
         hidden = model.read_on(heads.to(device), owners.to(device), tails.to(device), first)
     else:
         hidden = model.read(tails.to(device), first)
