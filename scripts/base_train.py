@@ -32,7 +32,6 @@ def train_as_asked() -> str:
     from nanochat.data.corpus import Corpus
     from nanochat.distributed import world
     from nanochat.model import attention_backends
-    from nanochat.model.attention_autotune import AttentionShape
     from nanochat.tokenizer.tokenizer import Tokenizer
     from nanochat.train import run as train_run
     from nanochat.train import small_text
@@ -45,9 +44,8 @@ def train_as_asked() -> str:
         if corpus is None or args.dry_run:
             ranks.print0(json.dumps(plan.to_dict(), indent=2))
             return "planned"
-        shape = AttentionShape.of(plan.model, plan.model.document_mask)
         precision, reason = attention_backends.choose_precision(
-            ranks.device, args.dtype, args.attention, args.fp8, shape, ranks
+            ranks.device, args.dtype, args.attention, args.fp8, ranks
         )
         for line in (reason, *planning.describe(plan), *plan.notices):
             ranks.print0(line)

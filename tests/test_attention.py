@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from nanochat.common.errors import UserError
-from nanochat.model.attention import BACKENDS, Layout, attention, attention_reference, block_masks, layout_of
+from nanochat.model.attention import BACKENDS, Layout, attention, block_masks, layout_of
 from nanochat.model.attention_backends import available_backends, choose_backend
 from nanochat.model.sdpa_attention import _stacked_blocks
+from tests.attention_reference import attention_reference
 
 
 def naive(q, k, v, window):

@@ -21,6 +21,7 @@ from nanochat.config.arguments import (
     TokTrainArgs,
     TrainArgs,
 )
+from nanochat.config.recipes import OLD_NAMES
 
 ALL = [TrainArgs, EvalArgs, TokTrainArgs, TokEvalArgs, DatasetArgs, GenerateArgs, ReportArgs, ExportArgs]
 
@@ -39,6 +40,12 @@ def test_flags_of_every_kind() -> None:
         num_shards=8, files=("a", "b")
     )
     assert arguments.parse(GenerateArgs, ["one", "two", "--run", "d4"]).prompt == ("one", "two")
+
+
+def test_the_old_name_of_a_recipe_is_read(tmp_path: Path) -> None:
+    for old, new in OLD_NAMES.items():
+        assert arguments.parse(TrainArgs, ["--recipe", old]).recipe == new
+        assert arguments.from_dict(TrainArgs, {"recipe": old}, tmp_path).recipe == new
 
 
 def test_the_separator_of_torchrun_is_not_a_flag() -> None:

@@ -17,9 +17,10 @@ from nanochat.config.arguments import ExportArgs, TrainArgs
 from nanochat.config.model_config import count_params, flops_per_token
 from nanochat.config.plan import model_config
 from nanochat.engine import Engine, KVCache, Sampling
-from nanochat.model.attention import attention, attention_reference, layout_of
-from nanochat.model.differential_attention import initial_share
+from nanochat.model.attention import attention, layout_of
+from nanochat.model.differential_attention import initial_lambda
 from nanochat.model.gpt import GPT
+from tests.attention_reference import attention_reference
 from tests.reference_model import reference_logits
 from tests.test_attention import several_documents
 from tests.test_engine import BOS, ByteTokenizer, greedy_by_full_forward
@@ -142,7 +143,7 @@ def test_bf16_stays_near_fp32(kind):
 
 
 def test_a_layer_begins_with_the_share_of_the_paper():
-    assert [round(initial_share(layer), 3) for layer in (0, 1, 4, 12)] == [0.2, 0.356, 0.619, 0.784]
+    assert [round(initial_lambda(layer), 3) for layer in (0, 1, 4, 12)] == [0.2, 0.356, 0.619, 0.784]
     model = GPT(config_of(attention_kind="diff1", n_layer=8, n_head=1, n_kv_head=1, head_dim=64), FP32)
     model.init_weights(0)
     vectors = torch.stack([block.attn.differential.vectors for block in model.blocks])
@@ -177,7 +178,7 @@ def test_only_diff1_has_a_group_of_its_own():
 
 
 def test_what_cannot_be_is_refused():
-    with pytest.raises(UserError, match="--head-dim=6: --attention-kind=diff1"):
+    with pytest.raises(UserError, match="--head-dim=6: expected a multiple of 4: .*--attention-kind=diff1"):
         planning.plan(TrainArgs(attention_kind="diff1", head_dim=6), 300)
     with pytest.raises(UserError, match="--attention-kind=hard: expected one of softmax, diff1, diff2"):
         planning.plan(TrainArgs(attention_kind="hard"), 300)

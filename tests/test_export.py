@@ -21,9 +21,19 @@ def tokenizer():
     return Tokenizer.train([TEXT], 300)
 
 
-def odd_model(tokenizer, recipe="july"):
+def odd_model(tokenizer, recipe="nanochat-2026-07"):
     """Grouped heads, short windows, a vocabulary that needs padding rows; no parameter is left at zero."""
-    shape = GPTConfig(3, 48, 6, 2, 8, tokenizer.vocab_size, 160, window_pattern="SL", recipe=recipe)
+    shape = GPTConfig(
+        n_layer=3,
+        n_embd=48,
+        n_head=6,
+        n_kv_head=2,
+        head_dim=8,
+        vocab_size=tokenizer.vocab_size,
+        sequence_len=160,
+        window_pattern="SL",
+        recipe=recipe,
+    )
     model = GPT(shape, Precision(torch.float32, "sdpa"))
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
@@ -49,7 +59,7 @@ def test_the_folder_holds_what_transformers_needs(tokenizer, tmp_path):
     assert (config["windows"], config["value_layers"]) == ([128, 160, 160], [0, 2])
 
 
-@pytest.mark.parametrize("recipe", ["july", "january"])
+@pytest.mark.parametrize("recipe", ["nanochat-2026-07", "nanochat-2026-01"])
 def test_transformers_computes_the_same_logits(tokenizer, tmp_path, recipe):
     transformers = pytest.importorskip("transformers")
     model = odd_model(tokenizer, recipe)

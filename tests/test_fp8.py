@@ -9,7 +9,7 @@ from nanochat.common.machine import Precision
 from nanochat.model.attention_backends import choose_precision
 from nanochat.model.fp8 import E4M3, E5M2, fits, linear, quantize
 from nanochat.model.gpt import GPT
-from nanochat.model.layers import Linear
+from nanochat.model.layers import Linear, constant
 from tests.test_gpt import batch, config_of, random_model
 
 # Half a unit in the last place: 3 bits of mantissa in e4m3, 2 in e5m2.
@@ -67,7 +67,7 @@ def test_it_is_the_exact_product_of_what_the_factors_were_rounded_to():
 )
 def test_narrow_or_odd_layers_stay_out(sides, answer):
     assert fits(*sides) is answer
-    assert Linear(*sides, fp8=True).fp8 is answer
+    assert Linear(*sides, constant(0.0), fp8=True).fp8 is answer
 
 
 def wide_config():

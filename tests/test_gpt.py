@@ -122,38 +122,6 @@ def test_decoding_through_a_cache_equals_the_full_pass(chunks):
     assert cache.length == ids.size(1)
 
 
-@pytest.mark.parametrize(
-    ("changes", "document_bos"),
-    [
-        ({}, None),
-        ({}, 0),
-        ({"n_layer": 1}, None),
-        ({"window_pattern": "S"}, None),
-        ({"attention_kind": "diff2"}, None),
-    ],
-)
-def test_positions_that_nobody_asks_for_are_left_out_of_the_last_layer_and_change_nothing(
-    changes, document_bos
-):
-    config = config_of(**changes)
-    model = GPT(config, FP32, document_bos)
-    model.load_state_dict(random_model(config).state_dict())
-    ids = batch(config)[0]
-    seen = []
-    model.blocks[-1].mlp.register_forward_hook(lambda module, args, out: seen.append(out.size(1)))
-    with torch.no_grad():
-        full = model(ids)
-        for first in (1, 100, 159):
-            torch.testing.assert_close(model(ids, first=first), full[:, first:], rtol=1e-5, atol=1e-5)
-        if document_bos is None:
-            assert seen == [160, 159, 60, 1]
-            cache = ListCache()
-            model(ids[:, :90], cache, first=89)
-            rest = model(ids[:, 90:], cache, first=40)
-            torch.testing.assert_close(rest, full[:, 130:], rtol=1e-5, atol=1e-5)
-            assert seen[-2:] == [1, 30]
-
-
 def test_a_cache_may_be_longer_than_the_training_context():
     config = config_of(sequence_len=16)
     model = random_model(config)

@@ -23,9 +23,9 @@ from nanochat.common.errors import UserError
 from nanochat.common.machine import Precision
 from nanochat.config import plan as planning
 from nanochat.config.arguments import EvalArgs, ExportArgs, TrainArgs
-from nanochat.config.model_config import GPTConfig
+from nanochat.config.model_config import MODEL_CONSTANTS, GPTConfig
 from nanochat.config.plan import Plan
-from nanochat.config.recipes import JULY, MODEL_CONSTANTS, RECIPES, GroupRecipe, Recipe
+from nanochat.config.recipes import NANOCHAT_2026_07, RECIPES, GroupRecipe, Recipe
 from nanochat.distributed.world import World
 from nanochat.engine import Engine, Sampling
 from nanochat.evaluation import base_eval
@@ -65,13 +65,13 @@ def changed_recipes() -> dict[str, Recipe]:
     """July with one constant changed, by the name of the constant."""
     out = {}
     for item in dataclasses.fields(Recipe):
-        value = getattr(JULY, item.name)
+        value = getattr(NANOCHAT_2026_07, item.name)
         if not isinstance(value, GroupRecipe):
-            out[item.name] = dataclasses.replace(JULY, **{item.name: other(item.name, value)})
+            out[item.name] = dataclasses.replace(NANOCHAT_2026_07, **{item.name: other(item.name, value)})
             continue
         for part in dataclasses.fields(GroupRecipe):
             group = dataclasses.replace(value, **{part.name: other(part.name, getattr(value, part.name))})
-            out[f"{item.name}.{part.name}"] = dataclasses.replace(JULY, **{item.name: group})
+            out[f"{item.name}.{part.name}"] = dataclasses.replace(NANOCHAT_2026_07, **{item.name: group})
     return out
 
 
@@ -89,7 +89,7 @@ def test_a_resume_under_another_constant_is_refused_with_both_values(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = [planning.plan(args, 512) for args in RUNS]
-    monkeypatch.setitem(RECIPES, "july", CHANGED[name])
+    monkeypatch.setitem(RECIPES, "nanochat-2026-07", CHANGED[name])
     after = [planning.plan(args, 512) for args in RUNS]
     refused = []
     for then, now in zip(before, after, strict=True):
@@ -100,7 +100,7 @@ def test_a_resume_under_another_constant_is_refused_with_both_values(
         refused.append(str(error.value))
     assert refused, f"{name} reaches no run"
     if name in MODEL_CONSTANTS:
-        then, now = getattr(JULY, name), getattr(CHANGED[name], name)
+        then, now = getattr(NANOCHAT_2026_07, name), getattr(CHANGED[name], name)
         assert all(f"model.{name}: {then!r} then, {now!r} now" in text for text in refused)
         assert len(refused) == len(RUNS)
 
@@ -115,8 +115,9 @@ def test_nothing_but_the_plan_is_made_of_a_recipe() -> None:
                 [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
             )
             assert "recipe" not in names, path
-    planners = {"plan", "small_text"}  # the latter makes arguments, which are in the plan
-    assert {name for module, name in users if module not in planners} == {"ModelConstants"}
+    planners = {"arguments", "plan", "small_text"}  # flags, what follows from them, and what makes flags
+    # The others take an old name of a recipe for the new one, and the class that a plan's group names.
+    assert {name for module, name in users if module not in planners} == {"OLD_NAMES", "MATRIX_OPTIMIZERS"}
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +148,7 @@ def test_a_checkpoint_is_computed_with_its_own_constants(
 ) -> None:
     shutil.copytree(trained, base_dir)
     before = answers()
-    monkeypatch.setitem(RECIPES, "july", CHANGED[name])
+    monkeypatch.setitem(RECIPES, "nanochat-2026-07", CHANGED[name])
     assert answers() == before
     with pytest.raises(UserError, match=rf"model\.{name}: "):
         train_tiny(num_iterations=4, resume="auto")
@@ -160,7 +161,7 @@ def test_scores_are_those_of_its_own_constants(
     args = EvalArgs(run="tiny", eval="bpb", eval_tokens=512, device_type="cpu", dtype="float32")
     before = base_eval.run(args, World.single_process())["bpb"]
     values = {name: getattr(CHANGED[name], name) for name in MODEL_CONSTANTS}
-    monkeypatch.setitem(RECIPES, "july", dataclasses.replace(JULY, **values))
+    monkeypatch.setitem(RECIPES, "nanochat-2026-07", dataclasses.replace(NANOCHAT_2026_07, **values))
     assert base_eval.run(args, World.single_process())["bpb"] == before
 
 

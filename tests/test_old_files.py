@@ -23,7 +23,8 @@ from nanochat.common.machine import Precision
 from nanochat.config import arguments
 from nanochat.config import plan as planning
 from nanochat.config.arguments import EvalArgs, ExportArgs, TrainArgs
-from nanochat.config.recipes import JULY, MODEL_CONSTANTS, RECIPES
+from nanochat.config.model_config import MODEL_CONSTANTS
+from nanochat.config.recipes import NANOCHAT_2026_07, OLD_NAMES, RECIPES
 from nanochat.data.corpus import Corpus
 from nanochat.distributed.world import World
 from nanochat.evaluation import base_eval
@@ -70,7 +71,8 @@ def test_it_is_small() -> None:
 def test_the_table_of_what_recipes_said_then_is_complete() -> None:
     for name, constants in RECIPE_CONSTANTS.items():
         assert set(constants) == set(MODEL_CONSTANTS), name
-        assert constants == RECIPES[name].model_constants(), "as long as no recipe has changed"
+        today = RECIPES[OLD_NAMES.get(name, name)].model_constants()
+        assert constants == today, "as long as no recipe has changed"
 
 
 def test_the_model_is_computed_as_then() -> None:
@@ -87,8 +89,10 @@ def test_the_model_is_computed_as_then() -> None:
 def test_todays_recipe_plays_no_part_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
     ids = torch.tensor([EXPECTED["logits_4"]["ids"]])
     before = checkpoint_state.load_model("old", device=CPU, precision=FP32)[0].logits(ids)
-    july = dataclasses.replace(JULY, softcap=30.0, rope_base=500.0, qk_scale=2.0, value_gate_scale=1.0)
-    monkeypatch.setitem(RECIPES, "july", july)
+    july = dataclasses.replace(
+        NANOCHAT_2026_07, softcap=30.0, rope_base=500.0, qk_scale=2.0, value_gate_scale=1.0
+    )
+    monkeypatch.setitem(RECIPES, "nanochat-2026-07", july)
     assert torch.equal(checkpoint_state.load_model("old", device=CPU, precision=FP32)[0].logits(ids), before)
     with pytest.raises(UserError, match=r"model\.softcap: 15\.0 then, 30\.0 now"):
         go_on()
@@ -147,7 +151,7 @@ def test_another_run_is_refused(changes: dict[str, Any], named: str) -> None:
 
 def completed_args() -> dict[str, Any]:
     asked: dict[str, Any] = files.read_json(files.run_dir("old") / "config.json", dict)["args"]
-    return {**asked, "resume": "auto"}
+    return {**asked, "recipe": OLD_NAMES[asked["recipe"]], "resume": "auto"}
 
 
 def test_it_is_scored_exported_and_reported() -> None:
@@ -182,6 +186,7 @@ def test_a_plan_of_that_version_is_completed_from_its_recipe(recipe: str) -> Non
     meta["model"]["recipe"] = recipe
     found = completed(meta)["model"]
     assert {name: found[name] for name in MODEL_CONSTANTS} == RECIPE_CONSTANTS[recipe]
+    assert found["recipe"] == OLD_NAMES.get(recipe, recipe)
     meta["args"]["document_mask"] = True
     assert completed(meta)["model"]["document_mask"] is True
     meta["model"]["softcap"] = 3.0  # what a checkpoint says of itself stands

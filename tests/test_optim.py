@@ -13,6 +13,7 @@ from nanochat.config.plan import GroupPlan
 from nanochat.distributed.world import World
 from nanochat.optim.muon import muon_update, polar_express
 from nanochat.optim.muon_adamw import SMALL_ELEMENTS, MuonAdamW
+from nanochat.optim.rates import MatrixOptions
 from tests.reference_model import ReferenceOptimizer, reference_loss
 from tests.test_gpt import random_model
 
@@ -26,7 +27,17 @@ GROUPS = {
     "smear": GroupPlan("adamw", 0.2, 0.8, 0.95, 1e-10, 0.0),
 }
 NORM_FACTOR = 1.01  # as tests/reference_model.py has it
-CONFIG = GPTConfig(3, 32, 4, 2, 8, 70, 24, "SL")
+OPTIONS = MatrixOptions(NORM_FACTOR)
+CONFIG = GPTConfig(
+    n_layer=3,
+    n_embd=32,
+    n_head=4,
+    n_kv_head=2,
+    head_dim=8,
+    vocab_size=70,
+    sequence_len=24,
+    window_pattern="SL",
+)
 
 
 def small_model(seed=0):
@@ -35,9 +46,7 @@ def small_model(seed=0):
 
 def optimizer_of(model):
     params = dict(model.named_parameters())
-    return MuonAdamW(
-        params, model.parameter_kinds(), GROUPS, World.single_process(), torch.float32, NORM_FACTOR
-    )
+    return MuonAdamW(params, model.parameter_kinds(), GROUPS, World.single_process(), torch.float32, OPTIONS)
 
 
 def moments_held(optimizer):
@@ -167,7 +176,7 @@ def set_random_grads(params, seed):
 def test_ten_steps_on_random_gradients_equal_the_reference():
     params, kinds = random_problem()
     weights = {name: p.detach().clone() for name, p in params.items()}
-    optimizer = MuonAdamW(params, kinds, GROUPS, World.single_process(), torch.float32, NORM_FACTOR)
+    optimizer = MuonAdamW(params, kinds, GROUPS, World.single_process(), torch.float32, OPTIONS)
     reference = ReferenceOptimizer(weights, kinds, GROUPS)
     for step in range(10):
         set_random_grads(params, step)
@@ -183,7 +192,7 @@ def test_ten_steps_on_random_gradients_equal_the_reference():
 def test_what_is_not_finite_changes_nothing_and_the_next_step_is_as_if_it_never_was(bad, where, at):
     def run(with_bad):
         params, kinds = random_problem()
-        optimizer = MuonAdamW(params, kinds, GROUPS, World.single_process(), torch.float32, NORM_FACTOR)
+        optimizer = MuonAdamW(params, kinds, GROUPS, World.single_process(), torch.float32, OPTIONS)
         for step in range(4):
             if with_bad and step == at:
                 before = {name: p.detach().clone() for name, p in params.items()}
@@ -206,7 +215,7 @@ def test_what_is_not_finite_changes_nothing_and_the_next_step_is_as_if_it_never_
 
 def test_a_step_tells_the_squares_of_what_it_changed():
     params, kinds = random_problem()
-    optimizer = MuonAdamW(params, kinds, GROUPS, World.single_process(), torch.float32, NORM_FACTOR)
+    optimizer = MuonAdamW(params, kinds, GROUPS, World.single_process(), torch.float32, OPTIONS)
     for step in range(3):
         before = {name: p.detach().clone() for name, p in params.items()}
         set_random_grads(params, step)
@@ -226,7 +235,7 @@ def test_a_step_tells_the_squares_of_what_it_changed():
 def test_the_state_continues_in_another_optimizer_bit_for_bit():
     def start():
         params, kinds = random_problem()
-        return params, MuonAdamW(params, kinds, GROUPS, World.single_process(), torch.float32, NORM_FACTOR)
+        return params, MuonAdamW(params, kinds, GROUPS, World.single_process(), torch.float32, OPTIONS)
 
     params, optimizer = start()
     for step in range(6):
@@ -260,7 +269,7 @@ def test_weights_and_moments_are_fp32_whatever_the_model_computes_in():
         GROUPS,
         World.single_process(),
         torch.bfloat16,
-        NORM_FACTOR,
+        OPTIONS,
     )
     optimizer.step(1.0, 0.9, 0.1)
     kept = [*model.parameters(), *optimizer.state_tensors().values()]
@@ -269,7 +278,7 @@ def test_weights_and_moments_are_fp32_whatever_the_model_computes_in():
 
 def test_a_state_of_another_model_is_refused_by_name():
     params, kinds = random_problem()
-    optimizer = MuonAdamW(params, kinds, GROUPS, World.single_process(), torch.float32, NORM_FACTOR)
+    optimizer = MuonAdamW(params, kinds, GROUPS, World.single_process(), torch.float32, OPTIONS)
     state = optimizer.state_tensors()
     with pytest.raises(UserError, match=r"b\.momentum is missing"):
         optimizer.load_state_tensors({k: t for k, t in state.items() if k != "b.momentum"})
@@ -279,7 +288,7 @@ def test_a_state_of_another_model_is_refused_by_name():
 
 def test_a_parameter_without_a_gradient_counts_as_zero():
     params, kinds = random_problem()
-    optimizer = MuonAdamW(params, kinds, GROUPS, World.single_process(), torch.float32, NORM_FACTOR)
+    optimizer = MuonAdamW(params, kinds, GROUPS, World.single_process(), torch.float32, OPTIONS)
     set_random_grads(params, 0)
     params["a"].grad = params["even"].grad = None
     before = params["a"].detach().clone()

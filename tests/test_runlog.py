@@ -14,6 +14,7 @@ import pytest
 
 from nanochat.common.errors import UserError
 from nanochat.common.jsonl import cut_back, read_lines, read_metrics
+from nanochat.train import run_log as run_log_module
 from nanochat.train.run_log import RunLog
 
 

@@ -36,7 +36,7 @@ PLANNED: dict[str, Any] = {
     "num_iterations": 77,
     "target_flops": 1e15,
     "target_param_data_ratio": 7.0,
-    "recipe": "january",
+    "recipe": "nanochat-2026-01",
     "total_batch_size": 2**15,
     "matrix_optimizer": "adamw",
     "matrix_lr": 0.5,

@@ -76,8 +76,8 @@ def test_a_snapshot_shares_no_memory_with_the_run(monkeypatch: pytest.MonkeyPatc
         seen.append(state.step)
         return snapshot
 
-    real = checkpoint_state.take
-    monkeypatch.setattr(checkpoint_state, "take", look)
+    real = checkpoint_state.snapshot
+    monkeypatch.setattr(checkpoint_state, "snapshot", look)
     train_tiny()
     assert seen == [4, 8, 12]
 

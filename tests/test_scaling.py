@@ -66,7 +66,7 @@ def test_plan_reproduces_the_july_table(row: tuple[float, ...]) -> None:
 @pytest.mark.parametrize("row", JANUARY_TABLE, ids=lambda row: f"d{row[0]}")
 def test_plan_reproduces_the_january_table(row: tuple[float, ...]) -> None:
     depth, width, heads, blocks, scaling, total, gflops, steps, tokens, flops, decay = row
-    p = plan(TrainArgs(depth=int(depth), recipe="january"), vocab_size=32768)
+    p = plan(TrainArgs(depth=int(depth), recipe="nanochat-2026-01"), vocab_size=32768)
     assert (p.model.n_embd, p.model.n_head, p.batch_tokens) == (width, heads, 2**19)
     assert p.params.matrix / 1e6 == pytest.approx(blocks, abs=0.006)
     assert p.params.scaling / 1e6 == pytest.approx(scaling, abs=0.006)

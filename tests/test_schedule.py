@@ -20,7 +20,7 @@ from nanochat.config.schedule import (
 )
 
 JULY = plan(TrainArgs(num_iterations=1000), 32768).schedule
-JANUARY = plan(TrainArgs(num_iterations=1000, recipe="january"), 32768).schedule
+JANUARY = plan(TrainArgs(num_iterations=1000, recipe="nanochat-2026-01"), 32768).schedule
 RACE = plan(TrainArgs(num_iterations=1000, recipe="speedrun-124m"), 50265).schedule
 
 

@@ -42,10 +42,8 @@ def gradient(shape, step, index, dtype=torch.float64):
 
 def optimizer_of(params, group, world=None, **options):
     kinds = dict.fromkeys(params, "matrix")
-    chosen = MatrixOptions(**options)
-    return MuonAdamW(
-        params, kinds, {"matrix": group}, world or World.single_process(), torch.float32, 1.0, chosen
-    )
+    chosen = MatrixOptions(1.0, **options)
+    return MuonAdamW(params, kinds, {"matrix": group}, world or World.single_process(), torch.float32, chosen)
 
 
 def train(params, optimizer, steps, first=0):

@@ -28,6 +28,7 @@ from nanochat.model.attention import attention
 from nanochat.model.attention_backends import available_backends
 from nanochat.model.gpt import GPT
 from nanochat.optim.muon_adamw import MuonAdamW
+from nanochat.optim.rates import MatrixOptions
 
 T, VOCAB = 2048, 32768
 DEPTHS = (12, 20)
@@ -101,8 +102,8 @@ def measure_step(plan: Plan, rows: int, precision: Precision) -> tuple[float, fl
     model.init_weights(0)
     model.compile_for(rows)
     params, kinds = dict(model.named_parameters()), model.parameter_kinds()
-    norm_factor = plan.polar_norm_factor
-    optimizer = MuonAdamW(params, kinds, plan.groups, World.single_process(), torch.bfloat16, norm_factor)
+    options = MatrixOptions(plan.polar_norm_factor)
+    optimizer = MuonAdamW(params, kinds, plan.groups, World.single_process(), torch.bfloat16, options)
     ids, targets = torch.randint(0, VOCAB, (2, rows, T), device=CUDA).unbind()
     micro_batches = plan.batch_rows // rows
 

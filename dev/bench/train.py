@@ -43,6 +43,7 @@ from nanochat.distributed.world import World
 from nanochat.model.gpt import GPT
 from nanochat.optim.loss_scale import LossScale
 from nanochat.optim.muon_adamw import MuonAdamW
+from nanochat.optim.rates import MatrixOptions
 from nanochat.tokenizer.tokenizer import Tokenizer
 from nanochat.train import run as train_run
 
@@ -92,8 +93,8 @@ def measure(way: str) -> dict[str, float]:
     model = GPT(plan.model, Precision(dtype, "sdpa"))
     model.init_weights(0)
     world = World.single_process()
-    kinds, factor = model.parameter_kinds(), plan.polar_norm_factor
-    optimizer = MuonAdamW(dict(model.named_parameters()), kinds, plan.groups, world, dtype, factor)
+    kinds, options = model.parameter_kinds(), MatrixOptions(plan.polar_norm_factor)
+    optimizer = MuonAdamW(dict(model.named_parameters()), kinds, plan.groups, world, dtype, options)
     loader: Any = RandomBatches(plan)
     state = TrainState(0, model, optimizer, loader, LossScale(dtype, device))
     if way == "unfused":

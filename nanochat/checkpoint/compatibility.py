@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from nanochat.config.recipes import OLD_NAMES
+
 # Versions up to f4eb7ef (November 2026) wrote down the name of a recipe and none of its constants.
 _JULY: dict[str, Any] = {
     "document_mask": False,
@@ -69,9 +71,16 @@ def completed(plan: dict[str, Any]) -> dict[str, Any]:
     constants = RECIPE_CONSTANTS.get(recipe, {})
     if constants and args.get("document_mask") is True:  # a flag of the run, then
         constants = constants | {"document_mask": True}
-    out = plan | {"model": constants | model, "args": EARLY_FLAGS | args}
+    out = plan | {"model": constants | model | _renamed(model), "args": EARLY_FLAGS | args | _renamed(args)}
     if isinstance(schedule, dict):
         out["schedule"] = EARLY_SCHEDULE | schedule
     if recipe in POLAR_NORM_FACTOR:
         out.setdefault("polar_norm_factor", POLAR_NORM_FACTOR[recipe])
     return out
+
+
+def _renamed(values: dict[str, Any]) -> dict[str, Any]:
+    """The recipe by its name of today, where an older version gave it another."""
+    return {
+        name: OLD_NAMES[old] for name, old in values.items() if name == "recipe" and old in tuple(OLD_NAMES)
+    }

@@ -28,7 +28,7 @@ from nanochat.common import files
 from nanochat.common.errors import UserError
 from nanochat.common.machine import Precision
 from nanochat.config import arguments
-from nanochat.config.model_config import GPTConfig, count_params
+from nanochat.config.model_config import ATTENTION_KINDS, GPTConfig, count_params
 from nanochat.config.plan import Plan
 from nanochat.data.train_loader import TrainLoader
 from nanochat.distributed.world import World
@@ -337,8 +337,8 @@ def _is_plausible(values: dict[str, Any], tensors: int, elements: int) -> bool:
         all(0 < size <= max(elements, MAX_POSITIONS) for size in sizes)
         and values["n_layer"] <= tensors
         and values["n_head"] % values["n_kv_head"] == 0
-        and values["attention_kind"] in arguments.ATTENTION_KINDS
-        and values["head_dim"] % (4 if values["attention_kind"] == "diff1" else 2) == 0
+        and values["attention_kind"] in ATTENTION_KINDS
+        and values["head_dim"] % (2 * ATTENTION_KINDS[values["attention_kind"]].qk_divisor) == 0
         and values["sequence_len"] <= MAX_POSITIONS
         and len(values["window_pattern"]) > 0
         and set(values["window_pattern"]) <= {"S", "L"}

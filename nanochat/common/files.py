@@ -136,11 +136,6 @@ def token_cache_file(key: str) -> Path:
     return base_dir() / "eval_tokens" / f"{key}.safetensors"
 
 
-def attention_times_file() -> Path:
-    """How long each attention backend took on this machine, by what it was measured for."""
-    return base_dir() / "attention_times.json"
-
-
 def keep_compiled() -> Path:
     """The folder where torch.compile keeps what it makes: TORCHINDUCTOR_CACHE_DIR, by default a part of ours.
 

@@ -32,9 +32,10 @@ def flag(default: Any, help: str, **metadata: Any) -> Any:
     """A field with a default, a line of help, and what else is known of it in `metadata`.
 
     A number has a lower bound, `above` or `at_least`, and may have an upper one, `at_most`. `choices` are
-    all that is taken; so is what `pattern` matches, which `expected` says in words. `names` says in which
-    part of the base directory a text names something, `path` that it is a path and may have any bytes.
-    `short` is a one-letter form, `positional` a value without a flag.
+    all that is taken, and `aliases` are older names of some. `pattern` matches what is taken, which
+    `expected` says in words. `names` says in which part of the base directory a text names something, `path`
+    that it is a path and may have any bytes. `short` is a one-letter form, `positional` a value without a
+    flag.
 
     A resumed run has to be given the value that the run began with, unless the flag is `planned` or `free`.
     """
@@ -133,7 +134,8 @@ def parse(cls: type[Args], argv: list[str] | None = None) -> Args:
         description=cls.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
     )
     hints = typing.get_type_hints(cls)
-    for item in dataclasses.fields(cls):  # type: ignore[arg-type]
+    # A command's own flags come before those that it shares with others.
+    for item in sorted(dataclasses.fields(cls), key=lambda item: item.name not in cls.__annotations__):  # type: ignore[arg-type]
         _add_flag(parser, item, hints[item.name])
     given = sys.argv[1:] if argv is None else argv
     if given[:1] == ["--"]:  # what separates torchrun's options from ours
@@ -180,7 +182,8 @@ def _add_flag(parser: argparse.ArgumentParser, item: dataclasses.Field[Any], hin
     elif hint is bool:
         options["action"] = argparse.BooleanOptionalAction
     else:
-        options["type"] = hint
+        aliases = item.metadata.get("aliases", {})
+        options["type"] = (lambda text: aliases.get(text, text)) if aliases else hint
     if item.metadata.get("positional"):
         parser.add_argument(item.name, **options)
         return
@@ -209,4 +212,6 @@ def from_dict(cls: type[Args], values: dict[str, Any], path: Path) -> Args:
     for name, value in values.items():
         if wrong := typed_json.mismatch(value, hints[name], name):
             raise UserError(f"{path}: {wrong}. It is damaged: use another checkpoint.")
-    return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+    known = {item.name: item.metadata.get("aliases", {}) for item in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    plain = {name: known[name].get(value, value) if known[name] else value for name, value in values.items()}
+    return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in plain.items()})

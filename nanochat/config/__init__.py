@@ -1,5 +1,5 @@
 """What a run is, without torch: its flags, its recipe, and the plan that follows from one number.
 
-Rooms, in reading order: arguments, recipes, model_config, schedule, plan.
+Rooms, in reading order: arguments, model_config, recipes, schedule, plan.
 Doors: arguments, recipes, model_config, schedule, plan.
 """

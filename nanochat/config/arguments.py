@@ -1,4 +1,7 @@
-"""What a person may ask: one frozen dataclass a command; its fields are flags, their metadata the help."""
+"""Command-line arguments: one frozen dataclass a command, whose fields are the flags and their help.
+
+They are dataclasses so that a run's config.json and a checkpoint hold them as they were given.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +11,29 @@ from nanochat.common.errors import UserError
 from nanochat.common.flags import flag, free, planned, require_domain
 from nanochat.common.flags import from_dict as from_dict  # read with config, in one breath
 from nanochat.common.flags import parse as parse
+from nanochat.config.model_config import ATTENTION_KINDS, ModelFlags
+from nanochat.config.recipes import MATRIX_OPTIMIZERS, OLD_NAMES, RECIPES
 
-ATTENTION_KINDS = ("softmax", "diff1", "diff2")
+
+@dataclass(frozen=True, kw_only=True)
+class MachineFlags:
+    """Flags of every command that computes with a model."""
+
+    device_type: str = free("auto", "where to compute", choices=("auto", "cuda", "cpu", "mps"))
+    dtype: str = flag("auto", "dtype of activations", choices=("auto", "bfloat16", "float16", "float32"))
+    attention: str = free("auto", "attention backend", choices=("auto", "fa3", "fa2", "flex", "sdpa"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointFlags:
+    """Flags of every command that loads a checkpoint."""
+
+    run: str = flag("", "name of the run", names="runs")
+    step: int | None = flag(None, "checkpoint to load; by default the newest", at_least=0)
 
 
 @dataclass(frozen=True)
-class TrainArgs:
+class TrainArgs(ModelFlags, MachineFlags):
     """Train a model. Everything that is not given follows from --depth."""
 
     depth: int = planned(
@@ -37,21 +57,10 @@ class TrainArgs:
     max_seq_len: int | None = planned(
         None, "context length T in tokens; by default 2048, less for a small text", at_least=1, at_most=2**24
     )
-    window_pattern: str = planned(
-        "SSSL", "attention window of each layer, tiled: S is a quarter of T, L is T"
-    )
     aspect_ratio: int = planned(
         64, "width = depth * aspect ratio, raised to a whole number of heads", at_least=1, at_most=2**16
     )
     head_dim: int = planned(128, "width of an attention head", at_least=1, at_most=2**16)
-    attention_kind: str = planned(
-        "softmax",
-        "what a head makes of its scores: softmax, or the difference of two (differential_attention.py)",
-        choices=ATTENTION_KINDS,
-    )
-    bigram: bool = planned(
-        False, "add an embedding of every pair of neighbouring tokens, hashed, in all layers"
-    )
     document_mask: bool = planned(False, "keep attention within a document, also where the recipe would not")
     # Horizon: the first that is given counts; by default the recipe's, of a small text at most 10 epochs
     num_iterations: int | None = planned(None, "number of optimizer steps", at_least=1)
@@ -69,7 +78,7 @@ class TrainArgs:
     )
     # Optimization
     recipe: str = planned(
-        "july", "set of constants (nanochat/config/recipes.py)", choices=("july", "january", "speedrun-124m")
+        "nanochat-2026-07", "set of constants (docs/recipe.md)", choices=tuple(RECIPES), aliases=OLD_NAMES
     )
     total_batch_size: int | None = planned(
         None, "tokens in a global batch; by default from horizon and text", at_least=1, at_most=2**40
@@ -78,7 +87,7 @@ class TrainArgs:
         None, "rows in a micro-batch of one rank; by default from depth and memory", at_least=1, at_most=2**24
     )
     matrix_optimizer: str = planned(
-        "muon", "optimizer of the block matrices", choices=("muon", "soap", "adamw")
+        "muon", "optimizer of the block matrices", choices=tuple(MATRIX_OPTIMIZERS)
     )
     matrix_lr: float | None = planned(
         None, "base learning rate of the block matrices, whatever optimizes them", at_least=0, at_most=1000
@@ -114,20 +123,17 @@ class TrainArgs:
         at_least=0,
     )
     warmdown_ratio: float | None = planned(
-        None, "last share of the run in which the learning rate falls", at_least=0, at_most=1
+        None, "fraction of steps in the final linear learning-rate decay", at_least=0, at_most=1
     )
     final_lr_frac: float | None = planned(
-        None, "share of the learning rate left at the end", at_least=0, at_most=1
+        None, "fraction of the learning rate left at the end", at_least=0, at_most=1
     )
     seed: int = flag(0, "seed of the initial weights, the order of the data and the samples", at_least=0)
     on_nonfinite: str = free(
         "stop", "a step whose loss or gradient is not finite: stop, or skip it", choices=("stop", "skip")
     )
     # Machine
-    device_type: str = free("auto", "where to compute", choices=("auto", "cuda", "cpu", "mps"))
-    dtype: str = flag("auto", "dtype of activations", choices=("auto", "bfloat16", "float16", "float32"))
     fp8: bool = flag(False, "products of wide linear layers in fp8 while training (Hopper and later)")
-    attention: str = free("auto", "attention backend", choices=("auto", "fa3", "fa2", "flex", "sdpa"))
     compile: str = free(
         "auto",
         "torch.compile of the model and the optimizer; auto is on for CUDA",
@@ -197,11 +203,9 @@ class CheckpointArgs:
 
 
 @dataclass(frozen=True)
-class EvalArgs:
+class EvalArgs(CheckpointFlags, MachineFlags):
     """Score a trained model: CORE, bits per byte, samples."""
 
-    run: str = flag("", "name of the run", names="runs")
-    step: int | None = flag(None, "checkpoint to score; by default the newest", at_least=0)
     eval: str = flag("core,bpb,sample", "what to do, separated by commas")
     hf: str = flag(
         "", "score this model of Hugging Face with CORE instead: a folder or a name on the hub", path=True
@@ -234,9 +238,6 @@ class EvalArgs:
     eval_tokens: int = flag(10_485_760, "tokens for bits per byte, of each split", at_least=1)
     device_batch_size: int = flag(16, "rows of a batch for bits per byte", at_least=1, at_most=2**24)
     max_new_tokens: int = flag(64, "tokens of each sample", at_least=1, at_most=2**24)
-    device_type: str = flag("auto", "where to compute", choices=("auto", "cuda", "cpu", "mps"))
-    dtype: str = flag("auto", "dtype of activations", choices=("auto", "bfloat16", "float16", "float32"))
-    attention: str = flag("auto", "attention backend", choices=("auto", "fa3", "fa2", "flex", "sdpa"))
     dist_timeout: float = flag(
         1800.0, "seconds that a rank waits for another before it gives up", at_least=1, at_most=10**7
     )
@@ -304,28 +305,21 @@ class CoreDownloadArgs:
 
 
 @dataclass(frozen=True)
-class GenerateArgs:
+class GenerateArgs(CheckpointFlags, MachineFlags):
     """Continue a prompt."""
 
     prompt: tuple[str, ...] = flag((), "text to continue; several prompts are done together", positional=True)
-    run: str = flag("", "name of the run", names="runs")
-    step: int | None = flag(None, "checkpoint to use; by default the newest", at_least=0)
     max_new_tokens: int = flag(256, "most tokens to add", at_least=1, at_most=2**24)
     temperature: float = flag(0.8, "0 takes the likeliest token", at_least=0)
     top_k: int = flag(50, "sample among this many likeliest tokens; 0 means all", at_least=0)
     num_samples: int = flag(1, "continuations of each prompt", at_least=1, at_most=2**24)
     seed: int = flag(0, "seed of the samples", at_least=0)
-    device_type: str = flag("auto", "where to compute", choices=("auto", "cuda", "cpu", "mps"))
-    dtype: str = flag("auto", "dtype of activations", choices=("auto", "bfloat16", "float16", "float32"))
-    attention: str = flag("auto", "attention backend", choices=("auto", "fa3", "fa2", "flex", "sdpa"))
 
 
 @dataclass(frozen=True)
-class ExportArgs:
+class ExportArgs(CheckpointFlags):
     """Write a trained model for other programs."""
 
-    run: str = flag("", "name of the run", names="runs")
-    step: int | None = flag(None, "checkpoint to write; by default the newest", at_least=0)
     format: str = flag("hf", "hf: a folder that transformers loads", choices=("hf",))
     out: str = flag("", "folder to make; by default <run>/<format>", path=True)
 
@@ -344,14 +338,12 @@ def require_possible(args: TrainArgs) -> None:
         UserError: names the first of them.
     """
     require_domain(args)
-    if args.head_dim % 2:
+    kind = ATTENTION_KINDS[args.attention_kind]
+    if args.head_dim % (2 * kind.qk_divisor):
         raise UserError(
-            f"--head-dim={args.head_dim}: expected an even number: rotary embeddings pair halves."
-        )
-    if args.attention_kind == "diff1" and args.head_dim % 4:
-        raise UserError(
-            f"--head-dim={args.head_dim}: --attention-kind=diff1 halves a head, and rotary embeddings each "
-            "half: expected a multiple of 4."
+            f"--head-dim={args.head_dim}: expected a multiple of {2 * kind.qk_divisor}: queries are head_dim "
+            f"/ {kind.qk_divisor} wide with --attention-kind={args.attention_kind}, and rotary embeddings "
+            "pair their halves."
         )
     if not args.window_pattern or set(args.window_pattern) - {"S", "L"}:
         raise UserError(f"--window-pattern={args.window_pattern!r}: expected letters S and L, such as SSSL.")

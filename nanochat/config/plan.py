@@ -12,7 +12,15 @@ from typing import Any
 
 from nanochat.common.errors import UserError
 from nanochat.config.arguments import TrainArgs, require_possible
-from nanochat.config.model_config import GPTConfig, ParamCounts, count_params, flops_per_token, round_up
+from nanochat.config.model_config import (
+    ATTENTION_KINDS,
+    MODEL_FLAGS,
+    GPTConfig,
+    ParamCounts,
+    count_params,
+    flops_per_token,
+    round_up,
+)
 from nanochat.config.recipes import (
     RECIPES,
     REFERENCE_BATCH_TOKENS,
@@ -117,6 +125,7 @@ def model_config(args: TrainArgs, vocab_size: int, depth: int) -> GPTConfig:
     """The model of a depth: width = depth * aspect ratio raised to whole heads (RECIPE 1.1)."""
     width = round_up(depth * args.aspect_ratio, args.head_dim)
     heads, recipe = width // args.head_dim, RECIPES[args.recipe]
+    flags = {name: getattr(args, name) for name in MODEL_FLAGS}
     return GPTConfig(
         n_layer=depth,
         n_embd=width,
@@ -125,10 +134,8 @@ def model_config(args: TrainArgs, vocab_size: int, depth: int) -> GPTConfig:
         head_dim=args.head_dim,
         vocab_size=vocab_size,
         sequence_len=args.max_seq_len or DEFAULT_CONTEXT,
-        window_pattern=args.window_pattern,
         recipe=args.recipe,
-        attention_kind=args.attention_kind,
-        bigram=args.bigram,
+        **flags,
         **recipe.model_constants() | {"document_mask": args.document_mask or recipe.document_mask},
     )
 
@@ -272,7 +279,8 @@ def _groups(
         "x0": group("x0", recipe.x0),
         "smear": group("smear", recipe.smear),
     }
-    return groups | ({"share": group("share", recipe.share)} if args.attention_kind == "diff1" else {})
+    has_vectors = ATTENTION_KINDS[args.attention_kind].vectors > 0
+    return groups | ({"share": group("share", recipe.share)} if has_vectors else {})
 
 
 def _schedule(args: TrainArgs, recipe: Recipe, steps: int, matrix_weight_decay: float) -> Schedule:

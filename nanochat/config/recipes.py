@@ -1,7 +1,7 @@
-"""Every constant of training, in sets: RECIPE part 2 (July 2026, the default), part 1 (January 2026), part 3.
+"""Recipes: named sets of every constant of a model and its training (docs/recipe.md; RECIPE parts 1 to 4).
 
-What is structure rather than a constant (smear, backout, row equilibration, the Frobenius rescaling) is the
-same in all.
+A recipe is named after the state of karpathy/nanochat whose mathematics it has, so that a result says what it
+is a result of. Structure that is no constant (smear, backout, row equilibration) is the same in all recipes.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from typing import Any
+
+from nanochat.config.model_config import MODEL_CONSTANTS, ModelConstants
 
 REFERENCE_DEPTH = 12
 REFERENCE_WIDTH = 768
@@ -36,68 +38,35 @@ class GroupRecipe:
     scales_with_batch: bool = True
 
 
-@dataclass(frozen=True, kw_only=True)
-class ModelConstants:
-    """Constants of a model's mathematics and of its initial weights. Defaults are July's.
-
-    A recipe holds those that a new model gets, and `GPTConfig` holds a model's own: a checkpoint is computed
-    with the constants that it was trained with, whatever a recipe says by then.
+@dataclass(frozen=True)
+class MatrixOptimizer:
+    """One entry of MATRIX_OPTIMIZERS: a rule for block matrices and its base hyperparameters.
 
     Attributes:
-        document_mask: attention stays within documents.
-        rope_base: base of the rotary frequencies.
-        softcap: bound of the logits.
-        qk_scale: factor on queries and on keys after their norm.
-        short_window_divisor: a short window is the context over this, raised to `window_multiple`.
-        window_multiple: windows shorter than the context are raised to a multiple of this.
-        value_gate_channels: channels of the attention input that a value gate reads, at most.
-        value_gate_scale: factor on the gate of value embeddings.
-        value_gate_init: value gates begin uniform from 0 to this.
-        smear_gate_channels: channels of the embedding that the smear gate reads, at most.
-        smear_gate_init: the smear gate begins uniform from 0 to this.
-        embedding_std: standard deviation of the initial token embedding.
-        head_std: standard deviation of the initial output head.
-        mlp_in_scale: factor on the initial first matrix of every MLP.
-        resid_first: resid_scale of the first layer at the start.
-        resid_last: resid_scale of the last layer at the start; linear between.
-        x0_first: x0_scale of the first layer at the start.
-        x0_last: x0_scale of the last layer at the start; linear between.
-        backout_init: backout_scale at the start.
-        bigram_scale_init: bigram_scale of every layer at the start.
-        share_vectors_std: standard deviation of the initial vectors of diff1 attention.
-        head_norm_eps: added to the mean square in the norm of diff1 attention's heads.
+        rule: "module:class", made as class(like, group, dtype, options); see optim/rates.py.
+        group: hyperparameters, where they are not the recipe's own `matrix`.
     """
 
-    document_mask: bool = False
-    rope_base: float = 100_000.0
-    softcap: float = 15.0
-    qk_scale: float = 1.2
-    short_window_divisor: int = 4
-    window_multiple: int = 128
-    value_gate_channels: int = 12
-    value_gate_scale: float = 3.0
-    value_gate_init: float = 0.02
-    smear_gate_channels: int = 24
-    smear_gate_init: float = 0.02
-    embedding_std: float = 0.8
-    head_std: float = 0.001
-    mlp_in_scale: float = 0.4
-    resid_first: float = 1.15
-    resid_last: float = 1.05
-    x0_first: float = 0.20
-    x0_last: float = 0.05
-    backout_init: float = 0.2
-    bigram_scale_init: float = 0.05
-    share_vectors_std: float = 0.1
-    head_norm_eps: float = 1e-5
+    rule: str
+    group: GroupRecipe | None = None
 
 
-MODEL_CONSTANTS = tuple(item.name for item in dataclasses.fields(ModelConstants))
+# A Muon step changes an element by 0.02 / sqrt(768) = 7e-4 at width 768, an Adam step by about a quarter of
+# its learning rate; RECIPE 4.3 has 0.0018 to 0.003.
+MATRIX_OPTIMIZERS = {
+    "muon": MatrixOptimizer("nanochat.optim.muon:Muon"),
+    "soap": MatrixOptimizer(
+        "nanochat.optim.soap:Soap", GroupRecipe(0.003, 0.95, 0.95, weight_decay=0.1, scales_with_width=True)
+    ),
+    "adamw": MatrixOptimizer(
+        "nanochat.optim.adamw:AdamW", GroupRecipe(0.003, 0.9, 0.95, weight_decay=0.1, scales_with_width=True)
+    ),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe(ModelConstants):
-    """A complete set of constants: those of the model, and those of its training. Defaults are July's."""
+    """Constants of a model and of its training. Defaults are those of nanochat-2026-07."""
 
     # Horizon and batch (RECIPE 2.2)
     target_param_data_ratio: float = 12.0
@@ -109,14 +78,6 @@ class Recipe(ModelConstants):
     window_stages: tuple[tuple[float, float], ...] = ()
     # Groups (RECIPE 2.4); Muon's beta1 is its momentum, which the schedule moves
     matrix: GroupRecipe = GroupRecipe(lr=0.02, beta1=0.97, beta2=0.90, weight_decay=0.28)
-    # The same matrices under other optimizers. A Muon step changes an element by 0.02 / sqrt(768) = 7e-4 at
-    # width 768, an Adam step by about a quarter of its learning rate; RECIPE 4.3 has 0.0018 to 0.003.
-    matrix_soap: GroupRecipe = GroupRecipe(
-        lr=0.003, beta1=0.95, beta2=0.95, weight_decay=0.1, scales_with_width=True
-    )
-    matrix_adamw: GroupRecipe = GroupRecipe(
-        lr=0.003, beta1=0.9, beta2=0.95, weight_decay=0.1, scales_with_width=True
-    )
     unembedding: GroupRecipe = GroupRecipe(lr=0.008, beta2=0.96, weight_decay=0.01, scales_with_width=True)
     embedding: GroupRecipe = GroupRecipe(lr=0.3, beta2=0.995, weight_decay=0.001, scales_with_width=True)
     value_embedding: GroupRecipe = GroupRecipe(
@@ -144,13 +105,13 @@ class Recipe(ModelConstants):
         return {name: getattr(self, name) for name in MODEL_CONSTANTS}
 
     def matrix_group(self, optimizer: str) -> GroupRecipe:
-        """The group of the block matrices under an optimizer: "muon", "soap" or "adamw"."""
-        return {"muon": self.matrix, "soap": self.matrix_soap, "adamw": self.matrix_adamw}[optimizer]
+        """The group of the block matrices under one of MATRIX_OPTIMIZERS."""
+        return MATRIX_OPTIMIZERS[optimizer].group or self.matrix
 
 
-JULY = Recipe()
+NANOCHAT_2026_07 = Recipe()
 
-JANUARY = Recipe(
+NANOCHAT_2026_01 = Recipe(
     target_param_data_ratio=10.5,
     batch_exponent=0.0,
     weight_decay_follows="depth",
@@ -182,13 +143,13 @@ JANUARY = Recipe(
 )
 
 # The race to a validation loss of 3.28 on FineWeb in the shape of GPT-2 small, which is depth 12: 85 M
-# weights in the blocks and 39 M in the head are the "124 M" of that race; tables of embeddings are beside
-# them. Batch, windows, warmdown and momentum are those of RECIPE 3.3; rates are July's, which were tuned at
-# this depth. The horizon is a guess between 0.98e9 tokens (record 12, document masks) and 0.57e9 (record 46,
+# weights in the blocks and 39 M in the head are the "124 M" of that race; embeddings are not counted. Batch,
+# windows, warmdown and momentum are those of RECIPE 3.3; rates are those of nanochat-2026-07, tuned at this
+# depth. The horizon is a guess between 0.98e9 tokens (record 12, document masks) and 0.57e9 (record 46,
 # a batch that grows): no run has tuned it. The last stage has all of the windows, so that a finished model
 # is like any other.
 SPEEDRUN_124M = dataclasses.replace(
-    JULY,
+    NANOCHAT_2026_07,
     target_param_data_ratio=6.5,
     batch_tokens=393_216,
     batch_stages=((0.0, 1), (1 / 3, 2), (2 / 3, 3)),
@@ -200,4 +161,9 @@ SPEEDRUN_124M = dataclasses.replace(
     document_mask=True,
 )
 
-RECIPES = {"july": JULY, "january": JANUARY, "speedrun-124m": SPEEDRUN_124M}
+RECIPES = {
+    "nanochat-2026-07": NANOCHAT_2026_07,
+    "nanochat-2026-01": NANOCHAT_2026_01,
+    "speedrun-124m": SPEEDRUN_124M,
+}
+OLD_NAMES = {"july": "nanochat-2026-07", "january": "nanochat-2026-01"}  # before 0.2

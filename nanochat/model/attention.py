@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanochat.model.sdpa_attention import band_mask, sdpa
+from nanochat.model.sdpa_attention import sdpa
 
 BACKENDS = ("fa3", "fa2", "flex", "sdpa")
 # Room for documents where a flash package counts them: one in so many tokens of a batch. Their number is not
@@ -86,26 +86,6 @@ def attention(
         return sdpa(q, k, v, window, scale, layout.documents)
     assert backend in ("fa3", "fa2"), backend
     return _flash(backend, q, k, v, window, scale, layout.boundaries)
-
-
-def attention_reference(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    window: int,
-    scale: float | None = None,
-    documents: Tensor | None = None,
-) -> Tensor:
-    """The definition, in plain mathematics and with an explicit mask; shapes as in `attention`."""
-    groups = q.size(2) // k.size(2)
-    k, v = k.repeat_interleave(groups, dim=2), v.repeat_interleave(groups, dim=2)
-    scores = torch.einsum("bihd,bjhd->bhij", q, k) * (q.size(-1) ** -0.5 if scale is None else scale)
-    visible = band_mask(q.size(1), k.size(1), window, q.device)
-    if documents is not None:
-        visible = visible & (documents[:, None, :, None] == documents[:, None, None, :])
-    weights = scores.masked_fill(~visible, float("-inf")).softmax(dim=-1)
-    return torch.einsum("bhij,bjhd->bihd", weights, v)
 
 
 def layout_of(begins: Tensor, backend: str, windows: Sequence[int]) -> Layout:

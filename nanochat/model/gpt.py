@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -22,8 +23,21 @@ from torch.utils.checkpoint import checkpoint
 from nanochat.common.machine import Precision
 from nanochat.config.model_config import GPTConfig
 from nanochat.model.attention import Layout, attention, block_masks, layout_of
-from nanochat.model.differential_attention import differential
-from nanochat.model.layers import Embedding, Linear, ReluSquared, norm, pair_rows, rotate
+from nanochat.model.layers import (
+    Embedding,
+    Init,
+    Linear,
+    ReluSquared,
+    Spec,
+    constant,
+    norm,
+    normal,
+    pair_rows,
+    parameter,
+    ramp,
+    rotate,
+    uniform,
+)
 from nanochat.model.loss import Reduction, softcapped_cross_entropy, token_losses
 
 
@@ -97,34 +111,33 @@ class Attention(nn.Module):
         # Queries and keys are both multiplied by qk_scale after their norm: its square goes on the scores.
         self.scale = config.qk_scale**2 * config.qk_dim**-0.5
         self.gate_channels, self.gate_scale = config.value_gate_width, config.value_gate_scale
-        kv_width = config.n_kv_head * config.head_dim
-        self.q = Linear(config.n_embd, config.n_map * config.qk_dim, precision.fp8)
-        self.k = Linear(config.n_embd, kv_width, precision.fp8)
-        self.v = Linear(config.n_embd, kv_width, precision.fp8)
-        self.out = Linear(config.n_head * config.head_dim, config.n_embd, precision.fp8)
+        width, kv_width = config.n_embd, config.n_kv_head * config.head_dim
+        init, zero, fp8 = uniform_of_width(width), constant(0.0), precision.fp8
+        self.q = Linear(width, config.n_head * config.kind.maps * config.qk_dim, init, fp8=fp8)
+        self.k = Linear(width, kv_width, init, fp8=fp8)
+        self.v = Linear(width, kv_width, init, fp8=fp8)
+        self.out = Linear(config.n_head * config.head_dim, width, zero, fp8=fp8)
+        gate = uniform(0.0, config.value_gate_init)
         has_gate = config.has_value_embedding(layer)
-        self.value_gate = Linear(self.gate_channels, config.n_kv_head) if has_gate else None
-        self.differential = differential(config, layer)
+        self.value_gate = Linear(self.gate_channels, config.n_kv_head, gate) if has_gate else None
+        kind = config.kind.module
+        self.differential: nn.Module | None = pkgutil.resolve_name(kind)(config, layer) if kind else None
 
-    def forward(self, x: Tensor, value: Tensor | None, shared: Shared, first: int = 0) -> Tensor:
-        """(B, T, C) normed stream, (B, T, Hkv * D) value embedding or None -> (B, T - first, C)."""
-        late = _later(x, first)
-        q, k = (matrix(y).unflatten(-1, (-1, self.qk_dim)) for matrix, y in ((self.q, late), (self.k, x)))
+    def forward(self, x: Tensor, value: Tensor | None, shared: Shared) -> Tensor:
+        """(B, T, C) normed stream, (B, T, Hkv * D) value embedding or None -> (B, T, C)."""
+        q, k = (matrix(x).unflatten(-1, (-1, self.qk_dim)) for matrix in (self.q, self.k))
         v = self.v(x).unflatten(-1, (self.kv_heads, self.head_dim))
         if self.value_gate is not None and value is not None:
             gate = self.gate_scale * torch.sigmoid(self.value_gate(x[..., : self.gate_channels]))
             v = v + gate[..., None] * value.view_as(v)
-        q = norm(rotate(q, shared.cos[first:], shared.sin[first:]))
-        k = norm(rotate(k, shared.cos, shared.sin))
+        q, k = (norm(rotate(y, shared.cos, shared.sin)) for y in (q, k))
         if shared.cache is not None:
             k, v = shared.cache.append(self.layer, k.reshape(v.shape), v)
             k = torch.unflatten(k.flatten(-2), -1, (-1, self.qk_dim))
-        window = shared.windows[self.layer]
-        layout = Layout() if first else shared.layout  # which is of as many queries as keys
+        window, layout = shared.windows[self.layer], shared.layout
         attend = partial(attention, window=window, backend=self.backend, scale=self.scale, layout=layout)
-        y = attend(q, k, v) if self.differential is None else self.differential(late, q, k, v, attend)
-        out: Tensor = self.out(y.flatten(-2))
-        return out
+        y = attend(q, k, v) if self.differential is None else self.differential(x, q, k, v, attend)
+        return self.out(y.flatten(-2))  # type: ignore[no-any-return]
 
 
 class MLP(nn.Module):
@@ -133,13 +146,13 @@ class MLP(nn.Module):
     def __init__(self, config: GPTConfig, fp8: bool) -> None:
         """Build both matrices."""
         super().__init__()
-        self.up = Linear(config.n_embd, 4 * config.n_embd, fp8)
-        self.down = Linear(4 * config.n_embd, config.n_embd, fp8)
+        width = config.n_embd
+        self.up = Linear(width, 4 * width, uniform_of_width(width, config.mlp_in_scale), fp8=fp8)
+        self.down = Linear(4 * width, width, constant(0.0), fp8=fp8)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
-        out: Tensor = self.down(ReluSquared.apply(self.up(x)))
-        return out
+        return self.down(ReluSquared.apply(self.up(x)))  # type: ignore[no-any-return]
 
 
 class Block(nn.Module):
@@ -151,21 +164,19 @@ class Block(nn.Module):
         self.attn = Attention(config, layer, precision)
         self.mlp = MLP(config, precision.fp8)
 
-    def forward(
-        self, x: Tensor, value: Tensor | None, shared: Shared, recompute_mlp: bool, first: int
-    ) -> Tensor:
-        """(B, T, C) -> (B, T - first, C)."""
-        x = _later(x, first) + self.attn(norm(x), value, shared, first)
+    def forward(self, x: Tensor, value: Tensor | None, shared: Shared, recompute_mlp: bool) -> Tensor:
+        """(B, T, C) -> (B, T, C)."""
+        x = x + self.attn(norm(x), value, shared)
         return _recomputed(self._add_mlp, x) if recompute_mlp else self._add_mlp(x)
 
     def _add_mlp(self, x: Tensor) -> Tensor:
-        mlp: Tensor = self.mlp(norm(x))
-        return x + mlp
+        return x + self.mlp(norm(x))  # type: ignore[no-any-return]
 
 
-def _later(x: Tensor, first: int) -> Tensor:
-    """(B, T, ...) -> (B, T - first, ...)."""
-    return x[:, first:] if first else x  # a slice of all would cost its backward pass a copy
+def uniform_of_width(width: int, scale: float = 1.0) -> Init:
+    """Uniform with standard deviation scale / sqrt(width)."""
+    bound = scale * math.sqrt(3 / width)
+    return uniform(-bound, bound)
 
 
 def _recomputed(function: Callable[..., Tensor], *args: Any) -> Tensor:
@@ -205,22 +216,29 @@ class GPT(nn.Module):
         self.backend = precision.attention
         self.block_masks: dict[int, Any] = {}
         self._compiled: tuple[torch.Size, Callable[[Tensor], Tensor]] | None = None
-        rows, kv_width = config.padded_vocab_size, config.n_kv_head * config.head_dim
-        self.embed = Embedding(rows, config.n_embd, self.dtype)
-        self.smear_gate = Linear(config.smear_gate_width, 1)
-        self.smear_scale = nn.Parameter(torch.empty(()))
-        self.backout_scale = nn.Parameter(torch.empty(()))
-        self.resid_scale = nn.Parameter(torch.empty(config.n_layer))
-        self.x0_scale = nn.Parameter(torch.empty(config.n_layer))
-        self.bigram = Embedding(config.bigram_rows, config.n_embd, self.dtype) if config.bigram else None
-        self.bigram_scale = nn.Parameter(torch.empty(config.n_layer)) if config.bigram else None
-        layers = range(config.n_layer)
+        c, rows, width, dtype = config, config.padded_vocab_size, config.n_embd, self.dtype
+        self.embed = Embedding(rows, width, dtype, "embedding", normal(c.embedding_std))
+        self.smear_gate = Linear(c.smear_gate_width, 1, uniform(0.0, c.smear_gate_init), "smear")
+        self.smear_scale = parameter(kind="smear", init=constant(0.0))
+        self.backout_scale = parameter(kind="smear", init=constant(c.backout_init))
+        self.resid_scale = parameter(c.n_layer, kind="resid", init=ramp(c.resid_first, c.resid_last))
+        self.x0_scale = parameter(c.n_layer, kind="x0", init=ramp(c.x0_first, c.x0_last))
+        self.bigram, self.bigram_scale = None, None
+        if c.bigram:
+            self.bigram = Embedding(c.bigram_rows, width, dtype, "value_embedding", constant(0.0))
+            self.bigram_scale = parameter(c.n_layer, kind="resid", init=constant(c.bigram_scale_init))
+        layers = range(c.n_layer)
         self.blocks = nn.ModuleList(Block(config, layer, precision) for layer in layers)
-        self.value_embeds = nn.ModuleDict(
-            {str(i): Embedding(rows, kv_width, self.dtype) for i in layers if config.has_value_embedding(i)}
-        )
-        self.head = Linear(config.n_embd, rows)
-        self.reserve_positions(config.sequence_len)
+        kv_width, init = c.n_kv_head * c.head_dim, uniform_of_width(width)
+        tables = {
+            str(layer): Embedding(rows, kv_width, dtype, "value_embedding", init)
+            for layer in layers
+            if c.has_value_embedding(layer)
+        }
+        self.value_embeds = nn.ModuleDict(tables)
+        self.head = Linear(width, rows, normal(c.head_std), "unembedding")
+        self.specs: dict[str, Spec] = {name: p.spec for name, p in self.named_parameters()}  # type: ignore[attr-defined]
+        self.reserve_positions(c.sequence_len)
 
     def reserve_positions(self, count: int) -> None:
         """Make the rotary tables for `count` positions, (count, 1, D/2); a cache may need more than T.
@@ -253,17 +271,15 @@ class GPT(nn.Module):
         for name, p in self.named_parameters():
             digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
             generator = torch.Generator(p.device).manual_seed(int.from_bytes(digest[:8], "little"))
-            _init_parameter(name, p, self.config, generator)
+            self.specs[name].init(p.detach(), generator)
         self.reserve_positions(self.cos.size(0))
 
-    def forward(self, ids: Tensor, cache: DecodeCache | None = None, first: int = 0) -> Tensor:
-        """(B, T) int64 token ids -> (B, T - first, C) hidden states after the final norm.
+    def forward(self, ids: Tensor, cache: DecodeCache | None = None) -> Tensor:
+        """(B, T) int64 token ids -> (B, T, C) hidden states after the final norm.
 
         Args:
             ids: token ids below vocab_size.
             cache: earlier positions, if any; the new ones are added to it.
-            first: of the positions before it only what later ones read is computed: not the last layer's
-                queries and MLP.
         """
         count, start = ids.size(1), 0 if cache is None else cache.length
         assert start + count <= self.cos.size(0), "reserve_positions was not called for this length"
@@ -276,17 +292,14 @@ class GPT(nn.Module):
         x = x0 = x + self.smear_scale * gate * before
         middle = x
         whole_layers = self.recompute == "block" and cache is None and torch.is_grad_enabled()
-        # Documents are numbered for as many queries as keys, and flex compiles every shape anew.
-        cut = 0 if self.backend == "flex" or shared.layout.documents is not None else first
         for i in range(self.config.n_layer):
-            args = (i, x, x0, ids, shared, cut if i == self.config.n_layer - 1 else 0)
+            args = (i, x, x0, ids, shared)
             x = _recomputed(self._layer, *args) if whole_layers else self._layer(*args)
             if i == self.config.n_layer // 2:
                 middle = x
         if cache is not None:
             cache.advance(count)
-        x = x[:, first - count :] if first and not cut else x
-        return norm(x - self.backout_scale * _later(middle, middle.size(1) - x.size(1)))
+        return norm(x - self.backout_scale * middle)
 
     def _layout(self, ids: Tensor, cache: DecodeCache | None) -> Layout:
         """Where documents begin; a prompt behind a cache is one document, whatever is in it."""
@@ -299,18 +312,16 @@ class GPT(nn.Module):
         if self.bigram is None:
             return None
         before = F.pad(ids[:, :-1], (1, 0), value=-1) if cache is None else cache.shift_ids(ids)
-        pairs: Tensor = self.bigram(pair_rows(ids, before, self.config.bigram_rows))
-        return pairs
+        return self.bigram(pair_rows(ids, before, self.config.bigram_rows))  # type: ignore[no-any-return]
 
-    def _layer(self, i: int, x: Tensor, x0: Tensor, ids: Tensor, shared: Shared, first: int) -> Tensor:
-        """Layer i with its residual scalars and its value table: (B, T, C) -> (B, T - first, C)."""
+    def _layer(self, i: int, x: Tensor, x0: Tensor, ids: Tensor, shared: Shared) -> Tensor:
+        """Layer i with its residual scalars and its value embedding: (B, T, C) -> (B, T, C)."""
         value = self.value_embeds[str(i)](ids) if str(i) in self.value_embeds else None
         mixed = self.resid_scale[i] * x + self.x0_scale[i] * x0
         if self.bigram_scale is not None and shared.pairs is not None:
             mixed = mixed + self.bigram_scale[i] * shared.pairs
         recompute_mlp = self.recompute == "mlp" and shared.cache is None and torch.is_grad_enabled()
-        out: Tensor = self.blocks[i](mixed, value, shared, recompute_mlp, first)
-        return out
+        return self.blocks[i](mixed, value, shared, recompute_mlp)  # type: ignore[no-any-return]
 
     @property
     def is_compiled(self) -> bool:
@@ -377,61 +388,5 @@ class GPT(nn.Module):
         return softcap * torch.tanh(z / softcap)
 
     def parameter_kinds(self) -> dict[str, str]:
-        """Which group of the plan each parameter belongs to."""
-        return {name: _kind(name) for name, _ in self.named_parameters()}
-
-
-@torch.no_grad()
-def _init_parameter(name: str, p: Tensor, config: GPTConfig, generator: torch.Generator) -> None:
-    """Fill one parameter; a name that is not known here is our mistake."""
-    bound = math.sqrt(3 / config.n_embd)  # uniform with standard deviation C ** -0.5
-    uniform = {
-        "q": (-bound, bound),
-        "k": (-bound, bound),
-        "v": (-bound, bound),
-        "out": (0.0, 0.0),
-        "up": (-bound * config.mlp_in_scale, bound * config.mlp_in_scale),
-        "down": (0.0, 0.0),
-        "value_gate": (0.0, config.value_gate_init),
-        "share": (0.0, 0.0),
-        "smear_gate": (0.0, config.smear_gate_init),
-    }
-    linear = {
-        "resid_scale": (config.resid_first, config.resid_last),
-        "x0_scale": (config.x0_first, config.x0_last),
-        "bigram_scale": (config.bigram_scale_init, config.bigram_scale_init),
-    }
-    constant = {"smear_scale": 0.0, "backout_scale": config.backout_init, "bigram.weight": 0.0}
-    normal = {"embed.weight": config.embedding_std, "head.weight": config.head_std}
-    if name in constant:
-        p.fill_(constant[name])
-    elif name in linear:
-        p.copy_(torch.linspace(*linear[name], config.n_layer))
-    elif name in normal:
-        p.normal_(0, normal[name], generator=generator)
-    elif name.endswith(".differential.vectors"):
-        p.normal_(0, config.share_vectors_std, generator=generator)
-    elif name.startswith("value_embeds."):
-        p.uniform_(-bound, bound, generator=generator)
-    else:
-        p.uniform_(*uniform[name.split(".")[-2]], generator=generator)
-
-
-def _kind(name: str) -> str:
-    if name.endswith(".differential.vectors"):
-        return "share"
-    top = name.split(".")[0]
-    kinds = {
-        "embed": "embedding",
-        "value_embeds": "value_embedding",
-        "bigram": "value_embedding",
-        "bigram_scale": "resid",
-        "head": "unembedding",
-        "resid_scale": "resid",
-        "x0_scale": "x0",
-        "smear_gate": "smear",
-        "smear_scale": "smear",
-        "backout_scale": "smear",
-        "blocks": "matrix",
-    }
-    return kinds[top]
+        """Optimizer group of each parameter: a key of `Plan.groups`."""
+        return {name: spec.kind for name, spec in self.specs.items()}

@@ -1,10 +1,13 @@
-"""What blocks are made of: a matrix, a table, a norm, rotary positions, relu squared.
+"""Layers: linear, embedding, RMS norm, rotary positions, squared ReLU; a parameter and its initial values.
 
-Legend: B rows, T positions, H heads, D head width. Master weights are fp32.
+A parameter says where it is made which optimizer group it belongs to and how it is initialized, so that a new
+one is declared in one place. Legend: B rows, T positions, H heads, D head width. Master weights are fp32.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,18 +21,57 @@ from nanochat.model.fp8 import linear as fp8_linear
 NORM_EPS = torch.finfo(torch.float32).eps
 
 
-class Linear(nn.Module):
-    """A matrix without bias: (..., in) -> (..., out). The fp32 master is cast to the dtype of the input.
+Init = Callable[[Tensor, torch.Generator], Tensor]  # fills a parameter in place
 
-    With fp8 it is cast to that where gradients are wanted and both sides are wide enough: evaluation is not
-    in fp8.
+
+@dataclass(frozen=True)
+class Spec:
+    """Optimizer group of a parameter (a key of `Plan.groups`), and its initial values."""
+
+    kind: str
+    init: Init
+
+
+def parameter(*shape: int, kind: str, init: Init) -> nn.Parameter:
+    """A learned fp32 tensor, not filled yet; `GPT.init_weights` or a checkpoint does that."""
+    made = nn.Parameter(torch.empty(shape))
+    made.spec = Spec(kind, init)  # type: ignore[attr-defined]
+    return made
+
+
+def constant(value: float) -> Init:
+    """One value everywhere."""
+    return lambda p, generator: p.fill_(value)
+
+
+def uniform(low: float, high: float) -> Init:
+    """Uniform from low to high."""
+    return lambda p, generator: p.uniform_(low, high, generator=generator)
+
+
+def normal(std: float) -> Init:
+    """Normal around zero."""
+    return lambda p, generator: p.normal_(0, std, generator=generator)
+
+
+def ramp(first: float, last: float) -> Init:
+    """Linear from the first layer to the last."""
+    return lambda p, generator: p.copy_(torch.linspace(first, last, len(p)))
+
+
+class Linear(nn.Module):
+    """Linear layer without bias: (..., in) -> (..., out). The fp32 master is cast to the dtype of the input.
+
+    With fp8 it is cast to that while training, if both sides are wide enough; evaluation is not in fp8.
     """
 
-    def __init__(self, in_features: int, out_features: int, fp8: bool = False) -> None:
-        """Leave the weight (out, in) uninitialised: GPT.init_weights or a checkpoint fills it."""
+    def __init__(
+        self, in_features: int, out_features: int, init: Init, kind: str = "matrix", fp8: bool = False
+    ) -> None:
+        """Declare the weight (out, in)."""
         super().__init__()
         self.fp8 = fp8 and fits(in_features, out_features)
-        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.weight = parameter(out_features, in_features, kind=kind, init=init)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
@@ -39,12 +81,12 @@ class Linear(nn.Module):
 
 
 class Embedding(nn.Module):
-    """A table of one row a token, looked up in fp32 and cast to the compute dtype."""
+    """Embedding: one row a token, looked up in fp32 and cast to the compute dtype."""
 
-    def __init__(self, rows: int, width: int, dtype: torch.dtype) -> None:
-        """Leave the table (rows, width) uninitialised."""
+    def __init__(self, rows: int, width: int, dtype: torch.dtype, kind: str, init: Init) -> None:
+        """Declare the table (rows, width)."""
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(rows, width))
+        self.weight = parameter(rows, width, kind=kind, init=init)
         self.dtype = dtype
 
     def forward(self, ids: Tensor) -> Tensor:

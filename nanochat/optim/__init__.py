@@ -1,5 +1,5 @@
 """Muon, SOAP and AdamW, sharded over the ranks.
 
-Rooms, in reading order: muon_adamw, rates, muon, adamw, soap, matrix_rule, loss_scale.
+Rooms, in reading order: muon_adamw, rates, muon, adamw, soap, loss_scale.
 Doors: muon_adamw, rates, loss_scale.
 """

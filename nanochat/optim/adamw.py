@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nanochat.config.plan import GroupPlan
-from nanochat.optim.rates import StepRates, sum_of_squares
+from nanochat.optim.rates import MatrixOptions, StepRates, sum_of_squares
 
 # Elements of a table updated at a time, since the change of each is taken by a copy of what was there: on a
 # CPU the copy stays in cache.
@@ -37,7 +37,7 @@ class AdamRates:
 class AdamW:
     """AdamW, with the weight decay of the schedule."""
 
-    def __init__(self, like: Tensor, group: GroupPlan) -> None:
+    def __init__(self, like: Tensor, group: GroupPlan, dtype: torch.dtype, options: MatrixOptions) -> None:
         self.group = group
         self.moments = {
             "exp_avg": torch.zeros_like(like),

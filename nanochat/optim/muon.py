@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nanochat.config.plan import GroupPlan
-from nanochat.optim.rates import StepRates, sum_of_squares
+from nanochat.optim.rates import MatrixOptions, StepRates, sum_of_squares
 
 # Solved for five iterations, safety 2e-2, cushion 2 (arXiv 2505.16932).
 POLAR_EXPRESS = (
@@ -23,8 +23,8 @@ POLAR_EXPRESS = (
 class Muon:
     """Muon, whose learning rate is multiplied by sqrt(max(1, m / n))."""
 
-    def __init__(self, like: Tensor, group: GroupPlan, dtype: torch.dtype, norm_factor: float) -> None:
-        self.group, self.dtype, self.norm_factor = group, dtype, norm_factor
+    def __init__(self, like: Tensor, group: GroupPlan, dtype: torch.dtype, options: MatrixOptions) -> None:
+        self.group, self.dtype, self.norm_factor = group, dtype, options.polar_norm_factor
         self.function = muon_update
         count, m, n = like.shape
         self.lr = group.lr * math.sqrt(max(1.0, m / n))
@@ -120,5 +120,4 @@ def polar_express(x: Tensor) -> Tensor:
 
 
 def _frobenius(x: Tensor) -> Tensor:
-    norms: Tensor = torch.linalg.matrix_norm(x, keepdim=True)
-    return norms
+    return torch.linalg.matrix_norm(x, keepdim=True)  # type: ignore[no-any-return]

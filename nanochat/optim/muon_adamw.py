@@ -1,16 +1,17 @@
-"""One optimizer for matrices and tables, sharded over the ranks (RECIPE 1.3, 1.4, 2.4; 4).
+"""Muon/SOAP/AdamW with ZeRO-2 sharding, for any number of ranks (RECIPE 1.3, 1.4, 2.4; 4).
 
 Legend: K matrices of one shape (m, n), W ranks. As in ZeRO-2, a step averages the gradients over the ranks
 and leaves each rank its part (reduce-scatter), the rank updates that part with moments that only it holds,
-and the parameters are gathered. A matrix is owned whole, and matrix_rule.py has its update; a table under
-AdamW is cut into flat slices; small tensors are averaged together in one buffer and updated by every rank.
-What does not divide by W is padded here. With one rank the collectives are the identity and nothing else
-changes.
+and the parameters are gathered. Each matrix belongs to one rank, and the rule of its group updates it; an
+embedding is cut into flat slices for AdamW; small tensors are averaged in one buffer and updated by every
+rank. What W does not divide is padded. With one rank the collectives are the identity, and nothing else is
+different.
 """
 
 from __future__ import annotations
 
 import math
+import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,11 +22,11 @@ from torch import Tensor
 
 from nanochat.common.errors import UserError
 from nanochat.config.plan import GroupPlan
+from nanochat.config.recipes import MATRIX_OPTIMIZERS
 from nanochat.distributed.collectives import Pending, gather, mean, mean_scatter
 from nanochat.distributed.world import World
 from nanochat.optim.adamw import AdamRates, adamw_update
-from nanochat.optim.matrix_rule import matrix_rule
-from nanochat.optim.rates import DEFAULTS, MatrixOptions, MatrixRule, StepRates, sum_of_squares
+from nanochat.optim.rates import MatrixOptions, MatrixRule, StepRates, sum_of_squares
 
 # AdamW tensors below this are averaged together, and updated by every rank (RECIPE 1.6).
 SMALL_ELEMENTS = 1024
@@ -301,8 +302,7 @@ class MuonAdamW:
         groups: Mapping[str, GroupPlan],
         world: World,
         compute_dtype: torch.dtype,
-        norm_factor: float,
-        options: MatrixOptions = DEFAULTS,
+        options: MatrixOptions,
     ) -> None:
         """Share the parameters out; all moments start at zero.
 
@@ -312,8 +312,7 @@ class MuonAdamW:
             groups: how each kind is updated (`Plan.groups`).
             world: the ranks.
             compute_dtype: of Muon's matrix products; fp32 where it is fp16, whose range is too small.
-            norm_factor: see muon_update.
-            options: what else is chosen for the matrices.
+            options: of the rules for matrices.
         """
         dtype = torch.float32 if compute_dtype == torch.float16 else compute_dtype
         self.world = world
@@ -328,11 +327,9 @@ class MuonAdamW:
                 small[name] = p
             else:
                 shards.append(_AdamTable(name, p, groups[kind], world))
-        for stack in stacks.values():
-            make = partial(
-                matrix_rule, group=groups["matrix"], dtype=dtype, norm_factor=norm_factor, options=options
-            )
-            shards.append(_MatrixStack(stack, world, make))
+        rule = pkgutil.resolve_name(MATRIX_OPTIMIZERS[groups["matrix"].optimizer].rule)
+        make = partial(rule, group=groups["matrix"], dtype=dtype, options=options)
+        shards.extend(_MatrixStack(stack, world, make) for stack in stacks.values())
         if small:
             shards.append(_AdamSmall(small, {name: groups[kinds[name]] for name in small}, world))
         self.shards = shards

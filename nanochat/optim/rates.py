@@ -1,4 +1,8 @@
-"""The rates of a step, and what the optimizers of block matrices have in common."""
+"""Optimizer interface: the rates of a step, and what every rule for block matrices provides.
+
+A rule is one class in one file, named in MATRIX_OPTIMIZERS (config/recipes.py) and made as
+rule(like, group, dtype, options) for K matrices like (K, m, n), with its moments at zero.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class StepRates:
-    """Scalars of one step. Tensors are filled on the device: copied there, they would be waited for.
+    """Scalars of one step. They are created on the device: a host-to-device copy would synchronise.
 
     Attributes:
         index: steps of the run before this one.
@@ -34,18 +38,17 @@ class StepRates:
 
 @dataclass(frozen=True)
 class MatrixOptions:
-    """What is chosen of the rules for matrices beside their rates.
+    """Options of the rules for matrices beside their rates.
 
     Attributes:
+        polar_norm_factor: Muon's safety factor on the norm before Polar Express.
         soap_every: steps between two renewals of SOAP's bases.
         soap_sides: 2, or 1 for a basis on the shorter side only; on the right of square matrices.
     """
 
+    polar_norm_factor: float
     soap_every: int = 10
     soap_sides: int = 2
-
-
-DEFAULTS = MatrixOptions()
 
 
 class MatrixRule(Protocol):
@@ -62,5 +65,4 @@ class MatrixRule(Protocol):
 
 def sum_of_squares(x: Tensor) -> Tensor:
     """(K, ...) -> (K,) fp32."""
-    norms: Tensor = torch.linalg.vector_norm(x.flatten(1), dim=1)
-    return norms.square()
+    return torch.linalg.vector_norm(x.flatten(1), dim=1).square()  # type: ignore[no-any-return]

@@ -22,7 +22,7 @@ class Soap:
     eigendecomposition at the first renewal.
     """
 
-    def __init__(self, like: Tensor, group: GroupPlan, options: MatrixOptions) -> None:
+    def __init__(self, like: Tensor, group: GroupPlan, dtype: torch.dtype, options: MatrixOptions) -> None:
         self.group, self.every = group, options.soap_every
         self.function = soap_update
         count, m, n = like.shape

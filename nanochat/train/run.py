@@ -61,8 +61,7 @@ def create_state(
         plan.groups,
         world,
         precision.compute_dtype,
-        plan.polar_norm_factor,
-        MatrixOptions(plan.args.soap_every, plan.args.soap_sides),
+        MatrixOptions(plan.polar_norm_factor, plan.args.soap_every, plan.args.soap_sides),
     )
     loader = TrainLoader(
         corpus,

@@ -25,8 +25,8 @@ OPTIMIZERS = {"muon": GROUPS["matrix"], "soap": SOAP, "adamw": ADAMW}
 
 def create(params, world, matrix):
     groups = {**GROUPS, "matrix": OPTIMIZERS[matrix]}
-    options = MatrixOptions(soap_every=3)
-    return MuonAdamW(params, random_problem()[1], groups, world, torch.float32, NORM_FACTOR, options)
+    options = MatrixOptions(NORM_FACTOR, soap_every=3)
+    return MuonAdamW(params, random_problem()[1], groups, world, torch.float32, options)
 
 
 def train(world, matrix, first, last, bad_at=None):

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from nanochat.model.attention import BACKENDS, attention, attention_reference
+from nanochat.model.attention import BACKENDS, attention
 from nanochat.model.attention_backends import available_backends
+from tests.attention_reference import attention_reference
 
 pytestmark = [
     pytest.mark.gpu,

@@ -5,18 +5,19 @@ import torch
 
 from nanochat.common.machine import Precision
 from nanochat.distributed.world import World
-from nanochat.model.attention import BACKENDS, attention, attention_reference, layout_of
+from nanochat.model.attention import BACKENDS, attention, layout_of
 from nanochat.model.attention_backends import available_backends
 from nanochat.model.fp8 import linear
 from nanochat.model.gpt import GPT
 from nanochat.model.loss import softcapped_cross_entropy
 from nanochat.optim.loss_scale import LossScale
 from nanochat.optim.muon_adamw import MuonAdamW
-from nanochat.optim.rates import DEFAULTS, MatrixOptions
+from nanochat.optim.rates import MatrixOptions
+from tests.attention_reference import attention_reference
 from tests.test_attention import several_documents
 from tests.test_gpt import FP32, batch, config_of, random_model
 from tests.test_loss import SOFTCAP, problem, textbook
-from tests.test_optim import GROUPS, NORM_FACTOR
+from tests.test_optim import GROUPS, NORM_FACTOR, OPTIONS
 from tests.test_soap import ADAMW, SOAP
 
 pytestmark = [
@@ -35,9 +36,9 @@ def on_gpu(config, precision, **changes):
     return model
 
 
-def optimizer_of(model, dtype, matrix=GROUPS["matrix"], options=DEFAULTS):
+def optimizer_of(model, dtype, matrix=GROUPS["matrix"], options=OPTIONS):
     kinds, world, groups = model.parameter_kinds(), World.single_process(CUDA), {**GROUPS, "matrix": matrix}
-    return MuonAdamW(dict(model.named_parameters()), kinds, groups, world, dtype, NORM_FACTOR, options)
+    return MuonAdamW(dict(model.named_parameters()), kinds, groups, world, dtype, options)
 
 
 def backend_or_skip(name, dtype=torch.bfloat16):
@@ -180,7 +181,7 @@ def test_a_step_never_waits_for_the_device(matrix):
     """
     needs(8)
     model = on_gpu(CONFIG, Precision(torch.bfloat16, "sdpa"))
-    optimizer = optimizer_of(model, torch.bfloat16, matrix, MatrixOptions(soap_every=3))
+    optimizer = optimizer_of(model, torch.bfloat16, matrix, MatrixOptions(NORM_FACTOR, soap_every=3))
     ids, targets = (x.to(CUDA) for x in batch(CONFIG))
     for attempt in range(2):
         torch.cuda.set_sync_debug_mode("error" if attempt else "default")

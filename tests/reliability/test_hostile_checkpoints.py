@@ -28,6 +28,7 @@ from nanochat.common.machine import Precision
 from nanochat.config import plan as planning
 from nanochat.distributed.world import World
 from nanochat.optim.muon_adamw import MuonAdamW
+from nanochat.optim.rates import MatrixOptions
 from tests.conftest import REPO
 from tests.tiny import tiny_args, train_tiny, trained_base
 
@@ -130,7 +131,7 @@ def test_a_thousand_mutated_files_under_a_manifest_that_fits_never_crash(folder:
         plan.groups,
         World.single_process(),
         torch.float32,
-        plan.polar_norm_factor,
+        MatrixOptions(plan.polar_norm_factor),
     )
     for n in range(MUTATIONS):
         path = folder / NAMES[n % 3]

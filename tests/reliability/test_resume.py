@@ -17,7 +17,7 @@ from nanochat.optim.muon_adamw import MuonAdamW
 from tests.dist.launch import digest, lines, losses
 from tests.dist.world import run_ranks, train_world
 from tests.reliability.figures import MakeFigure
-from tests.test_optim import GROUPS, NORM_FACTOR, moments_held, random_problem, schedule
+from tests.test_optim import GROUPS, OPTIONS, moments_held, random_problem, schedule
 from tests.tiny import tiny_corpus
 
 pytestmark = [
@@ -129,7 +129,7 @@ def held(world: World, folder: str) -> None:
     params, kinds = random_problem()
     many = {f"{name}.{i}": p.detach().clone() for i in range(16) for name, p in params.items()}
     kinds = {name: kinds[name.split(".")[0]] for name in many}
-    optimizer = MuonAdamW(many, kinds, GROUPS, world, torch.float32, NORM_FACTOR)
+    optimizer = MuonAdamW(many, kinds, GROUPS, world, torch.float32, OPTIONS)
     for p in many.values():
         p.grad = torch.ones_like(p)
     optimizer.step(*schedule(0))

@@ -176,7 +176,10 @@ FIELDS: dict[str, tuple[dict[str, Any], str]] = {
     "heads": ({"head_dim": 8}, "model.head_dim: 16 then, 8 now"),
     "context": ({"max_seq_len": 64}, "model.sequence_len: 32 then, 64 now"),
     "window": ({"window_pattern": "L"}, "model.window_pattern: 'SSSL' then, 'L' now"),
-    "recipe": ({"recipe": "january"}, "model.recipe: 'july' then, 'january' now"),
+    "recipe": (
+        {"recipe": "nanochat-2026-01"},
+        "model.recipe: 'nanochat-2026-07' then, 'nanochat-2026-01' now",
+    ),
     "attention": ({"attention_kind": "diff2"}, "model.attention_kind: 'softmax' then, 'diff2' now"),
     "pairs": ({"bigram": True}, "model.bigram: False then, True now"),
     "seed": ({"seed": 1}, "--seed: 0 then, 1 now"),
@@ -201,8 +204,8 @@ def test_a_field_that_came_after_a_checkpoint_has_its_default_there() -> None:
         del meta["plan"]["model"][name]
     del meta["plan"]["args"]["keep_tails"]
     assert require_same_run(meta, plan, meta["fingerprints"], folder) == []
-    january = dataclasses.replace(plan, model=dataclasses.replace(plan.model, recipe="january"))
-    with pytest.raises(UserError, match=r"model\.recipe: 'july' then, 'january' now"):
+    january = dataclasses.replace(plan, model=dataclasses.replace(plan.model, recipe="nanochat-2026-01"))
+    with pytest.raises(UserError, match=r"model\.recipe: 'nanochat-2026-07' then, 'nanochat-2026-01' now"):
         require_same_run(meta, january, meta["fingerprints"], folder)
 
 
