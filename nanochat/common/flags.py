@@ -28,7 +28,9 @@ MESSAGE_LETTERS = 300  # of what the parser says: a wrong value may be long
 BOUNDS = ("above", "at_least", "at_most")
 
 
-def flag(default: Any, help: str, **metadata: Any) -> Any:
+def flag(
+    default: Any, help: str, at_least: float | None = None, at_most: float | None = None, **metadata: Any
+) -> Any:
     """A field with a default, a line of help, and what else is known of it in `metadata`.
 
     A number has a lower bound, `above` or `at_least`, and may have an upper one, `at_most`. `choices` are
@@ -39,17 +41,19 @@ def flag(default: Any, help: str, **metadata: Any) -> Any:
 
     A resumed run has to be given the value that the run began with, unless the flag is `planned` or `free`.
     """
-    return field(default=default, metadata={"help": help, **metadata})
+    return field(
+        default=default, metadata={"help": help, "at_least": at_least, "at_most": at_most, **metadata}
+    )
 
 
-def planned(default: Any, help: str, **metadata: Any) -> Any:
+def planned(default: Any, help: str, *domain: float, **metadata: Any) -> Any:
     """A flag that acts through the plan alone: a resume compares what the plan made of it."""
-    return flag(default, help, resume="planned", **metadata)
+    return flag(default, help, *domain, resume="planned", **metadata)
 
 
-def free(default: Any, help: str, **metadata: Any) -> Any:
+def free(default: Any, help: str, *domain: float, **metadata: Any) -> Any:
     """A flag that a resumed run may change: it decides neither the weights nor the data."""
-    return flag(default, help, resume="free", **metadata)
+    return flag(default, help, *domain, resume="free", **metadata)
 
 
 def type_of(hint: Any) -> Any:

@@ -29,7 +29,7 @@ class CheckpointFlags:
     """Flags of every command that loads a checkpoint."""
 
     run: str = flag("", "name of the run", names="runs")
-    step: int | None = flag(None, "checkpoint to load; by default the newest", at_least=0)
+    step: int | None = flag(None, "checkpoint to load; by default the newest", 0)
 
 
 @dataclass(frozen=True)
@@ -37,146 +37,94 @@ class TrainArgs(ModelFlags, MachineFlags):
     """Train a model. Everything that is not given follows from --depth."""
 
     depth: int = planned(
-        12,
-        "number of layers; decides width, heads, batch, learning rates, horizon, weight decay",
-        at_least=1,
-        at_most=1000,
+        12, "number of layers; width, heads, batch, rates, horizon, weight decay follow", 1, 1000
     )
     run: str = free("", "name of the run and of its folder; by default d<depth>", names="runs")
     # Data
     corpus: str = flag(
         "fineweb-edu",
-        "what to train on: stdlib, fineweb-edu, climbmix, fineweb10B-gpt2, your own",
+        "training text: stdlib, fineweb-edu, climbmix, fineweb10B-gpt2 or your own",
         names="data",
     )
     tokenizer: str = free("", "name of the tokenizer; by default the corpus's name", names="tokenizers")
     keep_tails: bool | None = flag(
-        None, "keep what is cropped from long documents as documents; by default where most would be lost"
+        None, "train on remainders of cropped documents; by default if most would be lost"
     )
     # Model
     max_seq_len: int | None = planned(
-        None, "context length T in tokens; by default 2048, less for a small text", at_least=1, at_most=2**24
+        None, "context length T in tokens; by default 2048, less for a small text", 1, 2**24
     )
-    aspect_ratio: int = planned(
-        64, "width = depth * aspect ratio, raised to a whole number of heads", at_least=1, at_most=2**16
-    )
-    head_dim: int = planned(128, "width of an attention head", at_least=1, at_most=2**16)
-    document_mask: bool = planned(False, "keep attention within a document, also where the recipe would not")
-    # Horizon: the first that is given counts; by default the recipe's, of a small text at most 10 epochs
-    num_iterations: int | None = planned(None, "number of optimizer steps", at_least=1)
-    target_flops: float | None = planned(
-        None, "train for this many floating-point operations", above=0, at_most=1e30
-    )
+    aspect_ratio: int = planned(64, "width = depth * aspect ratio, rounded up to whole heads", 1, 2**16)
+    head_dim: int = planned(128, "width of an attention head", 1, 2**16)
+    document_mask: bool = planned(False, "attention within documents, also where the recipe has none")
+    # Horizon: the first that is given counts; by default the recipe's ratio, at most 10 epochs if text is small
+    num_iterations: int | None = planned(None, "number of optimizer steps", 1)
+    target_flops: float | None = planned(None, "total training FLOPs", above=0, at_most=1e30)
     target_param_data_ratio: float | None = planned(
-        None, "tokens per scaling parameter; by default the recipe's", above=0, at_most=1e6
+        None, "tokens per scaling parameter", above=0, at_most=1e6
     )
     target_loss: float | None = free(
-        None,
-        "end the run at the first validation at or below this loss, in nats per token",
-        above=0,
-        at_most=1000,
+        None, "end at the first validation loss at or below this, nats/token", above=0, at_most=1000
     )
     # Optimization
     recipe: str = planned(
         "nanochat-2026-07", "set of constants (docs/recipe.md)", choices=tuple(RECIPES), aliases=OLD_NAMES
     )
     total_batch_size: int | None = planned(
-        None, "tokens in a global batch; by default from horizon and text", at_least=1, at_most=2**40
+        None, "tokens in a global batch; by default from the horizon", 1, 2**40
     )
     device_batch_size: int | None = free(
-        None, "rows in a micro-batch of one rank; by default from depth and memory", at_least=1, at_most=2**24
+        None, "rows in a micro-batch of one rank; by default from depth and memory", 1, 2**24
     )
     matrix_optimizer: str = planned(
         "muon", "optimizer of the block matrices", choices=tuple(MATRIX_OPTIMIZERS)
     )
-    matrix_lr: float | None = planned(
-        None, "base learning rate of the block matrices, whatever optimizes them", at_least=0, at_most=1000
-    )
-    soap_every: int = flag(10, "steps between two renewals of SOAP's eigenbases", at_least=1)
-    soap_sides: int = flag(
-        2, "sides of a matrix that have an eigenbasis in SOAP: 2, or 1 for the shorter one", choices=(1, 2)
-    )
+    matrix_lr: float | None = planned(None, "base learning rate of the block matrices", 0, 1000)
+    soap_every: int = flag(10, "steps between two updates of SOAP's eigenbases", 1)
+    soap_sides: int = flag(2, "SOAP: eigenbases on both sides, or on the shorter one", choices=(1, 2))
     embedding_lr: float | None = planned(
-        None,
-        "base learning rate of the token embedding (AdamW); the value embeddings keep their ratio to it",
-        at_least=0,
-        at_most=1000,
+        None, "base learning rate of the token embedding; scales value embeddings too", 0, 1000
     )
-    unembedding_lr: float | None = planned(
-        None, "base learning rate of the output head (AdamW)", at_least=0, at_most=1000
-    )
-    scalar_lr: float | None = planned(
-        None,
-        "base learning rate of x0_scale (AdamW); resid_scale keeps its ratio to it",
-        at_least=0,
-        at_most=1000,
-    )
-    weight_decay: float | None = planned(
-        None, "base weight decay of the block matrices, before scaling", at_least=0, at_most=1000
-    )
-    z_loss: float = flag(
-        0.0, "weight of the z-loss, which keeps the logits of training small", at_least=0, at_most=1000
-    )
+    unembedding_lr: float | None = planned(None, "base learning rate of the output head (AdamW)", 0, 1000)
+    scalar_lr: float | None = planned(None, "base learning rate of x0_scale; scales resid_scale too", 0, 1000)
+    weight_decay: float | None = planned(None, "base weight decay of the block matrices", 0, 1000)
+    z_loss: float = flag(0.0, "weight of the z-loss, which keeps the logits of training small", 0, 1000)
     warmup_steps: int | None = planned(
-        None,
-        "steps of linear learning-rate warmup; by default the recipe's, in a tenth of the run at most",
-        at_least=0,
+        None, "steps of linear warmup; by default the recipe's, at most a tenth", 0
     )
     warmdown_ratio: float | None = planned(
-        None, "fraction of steps in the final linear learning-rate decay", at_least=0, at_most=1
+        None, "fraction of steps in the final linear learning-rate decay", 0, 1
     )
-    final_lr_frac: float | None = planned(
-        None, "fraction of the learning rate left at the end", at_least=0, at_most=1
-    )
-    seed: int = flag(0, "seed of the initial weights, the order of the data and the samples", at_least=0)
-    on_nonfinite: str = free(
-        "stop", "a step whose loss or gradient is not finite: stop, or skip it", choices=("stop", "skip")
-    )
+    final_lr_frac: float | None = planned(None, "fraction of the learning rate left at the end", 0, 1)
+    seed: int = flag(0, "seed of the initial weights, the order of the data and the samples", 0)
+    on_nonfinite: str = free("stop", "if loss or gradient is not finite", choices=("stop", "skip"))
     # Machine
-    fp8: bool = flag(False, "products of wide linear layers in fp8 while training (Hopper and later)")
-    compile: str = free(
-        "auto",
-        "torch.compile of the model and the optimizer; auto is on for CUDA",
-        choices=("auto", "on", "off"),
-    )
+    fp8: bool = flag(False, "fp8 matrix products in wide linear layers (Hopper and later)")
+    compile: str = free("auto", "torch.compile; auto is on for CUDA", choices=("auto", "on", "off"))
     profile: bool = free(False, "write a torch.profiler trace of steps 4 to 6 to the run's trace.json")
     recompute: str = free(
-        "none",
-        "compute again in the backward pass, to save memory: the MLPs or whole blocks",
-        choices=("none", "mlp", "block"),
+        "none", "activation checkpointing: of MLPs, or of whole blocks", choices=("none", "mlp", "block")
     )
-    dist_timeout: float = free(
-        600.0, "seconds that a rank waits for another before it gives up", at_least=1, at_most=10**7
-    )
+    dist_timeout: float = free(600.0, "seconds until a collective times out", 1, 10**7)
     # Evaluation, samples, checkpoints: 0 means only at the end
-    eval_every: int = free(250, "steps between validations", at_least=0)
-    eval_tokens: int = free(10_485_760, "validation tokens of each evaluation", at_least=1)
-    core_metric_every: int | None = free(
-        None, "steps between CORE evaluations; by default none while training", at_least=0
-    )
-    core_metric_max_per_task: int = free(500, "examples of each CORE task while training", at_least=0)
-    eval_bundle: str = free(
-        "", "CORE tasks: a folder, a zip, or mini; by default the base directory's", path=True
-    )
-    sample_every: int = free(2000, "steps between samples", at_least=0)
-    save_every: int = free(1000, "steps between checkpoints", at_least=0)
-    save_minutes: float = free(
-        0.0, "save also when the last save is so many minutes ago; 0 means never", at_least=0, at_most=10**7
-    )
-    keep_last: int = free(2, "checkpoints to keep", at_least=1)
-    keep_every: int = free(
-        0, "also keep the checkpoints of steps that this divides; 0 means none", at_least=0
-    )
+    eval_every: int = free(250, "steps between validations", 0)
+    eval_tokens: int = free(10_485_760, "validation tokens of each evaluation", 1)
+    core_metric_every: int | None = free(None, "steps between CORE evaluations; by default none", 0)
+    core_metric_max_per_task: int = free(500, "examples of each CORE task while training", 0)
+    eval_bundle: str = free("", "CORE tasks: a folder, a zip, or mini", path=True)
+    sample_every: int = free(2000, "steps between samples", 0)
+    save_every: int = free(1000, "steps between checkpoints", 0)
+    save_minutes: float = free(0.0, "minutes between checkpoints; 0 means by steps alone", 0, 10**7)
+    keep_last: int = free(2, "checkpoints to keep", 1)
+    keep_every: int = free(0, "also keep checkpoints of steps that this divides; 0 means none", 0)
     resume: str = free(
         "",
-        "go on from a checkpoint: auto (the newest valid one, if any) or a step",
+        "continue from a checkpoint: auto (the newest valid one, if any) or a step",
         pattern="auto|[0-9]{1,15}",
         expected="auto or the step of a checkpoint",
     )
     extend: bool = free(False, "let a resumed run have another horizon than before")
-    check_ranks_every: int = free(
-        0, "steps between comparisons of the weights over the ranks; 0 means never", at_least=0
-    )
+    check_ranks_every: int = free(0, "steps between comparisons of weights over ranks; 0 means never", 0)
     # Logging
     wandb: str = free("off", "also log to Weights & Biases", choices=("off", "online", "offline"))
     dry_run: bool = free(False, "print the plan and stop")
@@ -198,73 +146,51 @@ class CheckpointArgs:
 
     do: str = flag("list", "what to do", choices=("list", "verify", "prune"), positional=True)
     run: str = flag("", "name of the run", positional=True, names="runs")
-    keep_last: int = flag(2, "how many of the newest prune keeps", at_least=1)
-    keep_every: int = flag(0, "prune also keeps those of steps that this divides; 0 means none", at_least=0)
+    keep_last: int = flag(2, "newest checkpoints that prune keeps", 1)
+    keep_every: int = flag(0, "prune also keeps those of steps that this divides; 0 means none", 0)
 
 
 @dataclass(frozen=True)
 class EvalArgs(CheckpointFlags, MachineFlags):
     """Score a trained model: CORE, bits per byte, samples."""
 
-    eval: str = flag("core,bpb,sample", "what to do, separated by commas")
-    hf: str = flag(
-        "", "score this model of Hugging Face with CORE instead: a folder or a name on the hub", path=True
-    )
-    eval_bundle: str = flag(
-        "", "CORE tasks: a folder, a zip, or mini for the small suite made on the spot", path=True
-    )
+    eval: str = flag("core,bpb,sample", "parts to score: core, bpb, sample")
+    hf: str = flag("", "score a Hugging Face model with CORE instead: a folder or a name", path=True)
+    eval_bundle: str = flag("", "CORE tasks: a folder, a zip, or mini", path=True)
     core_variant: str = flag(
         "nanochat",
-        "prompts, shots and baselines of CORE (GPT-2's 0.256525 is nanochat's)",
+        "CORE's prompts, shots and baselines (GPT-2's 0.256525 is nanochat's)",
         choices=("nanochat", "dclm"),
     )
-    core_metric_max_per_task: int = flag(0, "examples of each task; 0 means all", at_least=0)
+    core_metric_max_per_task: int = flag(0, "examples of each task; 0 means all", 0)
     core_crop_tokens: int | None = flag(
-        None,
-        "longer prompts of CORE lose their beginning; by default those that the model cannot read",
-        at_least=2,
-        at_most=2**24,
+        None, "keep the last tokens of longer CORE prompts; by default what the model reads", 2, 2**24
     )
-    eval_batch_tokens: int = flag(
-        16384, "most positions in a forward pass of CORE: bounds its memory", at_least=1
-    )
-    keep_going: bool = flag(False, "leave out tasks of CORE whose file is faulty; then there is no CORE")
+    eval_batch_tokens: int = flag(16384, "positions in a forward pass of CORE at most", 1)
+    keep_going: bool = flag(False, "skip tasks of CORE whose file is faulty; then there is no CORE metric")
     compare: tuple[str, ...] = flag(
-        (), "two scored runs: test their difference, example by example", names="runs"
+        (), "two scored runs: test their difference example by example", names="runs"
     )
-    combine: tuple[str, ...] = flag(
-        (), "scored runs that differ in their seed: mean and standard error", names="runs"
-    )
-    eval_tokens: int = flag(10_485_760, "tokens for bits per byte, of each split", at_least=1)
-    device_batch_size: int = flag(16, "rows of a batch for bits per byte", at_least=1, at_most=2**24)
-    max_new_tokens: int = flag(64, "tokens of each sample", at_least=1, at_most=2**24)
-    dist_timeout: float = flag(
-        1800.0, "seconds that a rank waits for another before it gives up", at_least=1, at_most=10**7
-    )
+    combine: tuple[str, ...] = flag((), "scored runs of several seeds: mean and standard error", names="runs")
+    eval_tokens: int = flag(10_485_760, "tokens for bits per byte, of each split", 1)
+    device_batch_size: int = flag(16, "rows of a batch for bits per byte", 1, 2**24)
+    max_new_tokens: int = flag(64, "tokens of each sample", 1, 2**24)
+    dist_timeout: float = flag(1800.0, "seconds until a collective times out", 1, 10**7)
 
 
 @dataclass(frozen=True)
 class TokTrainArgs:
     """Train a tokenizer on a corpus."""
 
-    corpus: str = flag(
-        "fineweb-edu", "what to train on: stdlib, fineweb-edu, climbmix or your own corpus", names="data"
-    )
+    corpus: str = flag("fineweb-edu", "corpus: stdlib, fineweb-edu, climbmix or your own", names="data")
     name: str = flag("", "name of the tokenizer; by default the corpus's name", names="tokenizers")
     vocab_size: int | None = flag(
-        None,
-        "entries of the vocabulary, special tokens included; by default 32768, less for a small text",
-        at_least=1,
-        at_most=2**31 - 1,
+        None, "vocabulary, specials included; by default 32768, less for a small text", 1, 2**31 - 1
     )
-    max_chars: int = flag(2_000_000_000, "characters to train on", at_least=1)
-    doc_cap: int = flag(10_000, "characters taken of each document", at_least=1)
-    max_memory: int | None = flag(
-        None,
-        "bytes that training may take; above them rare pieces are dropped. By default no bound",
-        at_least=1,
-    )
-    overwrite: bool = flag(False, "train again although the tokenizer exists")
+    max_chars: int = flag(2_000_000_000, "characters to train on", 1)
+    doc_cap: int = flag(10_000, "characters of each document at most", 1)
+    max_memory: int | None = flag(None, "bytes; above them rare chunks are dropped. By default no bound", 1)
+    overwrite: bool = flag(False, "replace an existing tokenizer")
 
 
 @dataclass(frozen=True)
@@ -275,7 +201,7 @@ class TokEvalArgs:
     corpus: str = flag("", "also measure on the validation text of this corpus", names="data")
     samples: str = flag("", "folder of .txt files to measure on; by default the project's own", path=True)
     peers_dir: str = flag(
-        "", "folder of r50k_base.tiktoken (GPT-2) and cl100k_base.tiktoken to compare with", path=True
+        "", "folder of r50k_base.tiktoken and cl100k_base.tiktoken to compare with", path=True
     )
 
 
@@ -283,11 +209,9 @@ class TokEvalArgs:
 class DatasetArgs:
     """Fetch or make a corpus."""
 
-    corpus: str = flag(
-        "fineweb-edu", "which corpus: stdlib, local, fineweb-edu, climbmix, fineweb10B-gpt2", names="data"
-    )
-    num_shards: int | None = flag(None, "training shards to have; by default all", short="-n", at_least=0)
-    first: int | None = flag(None, "fetch only so many of them now; the manifest lists all of -n", at_least=0)
+    corpus: str = flag("fineweb-edu", "stdlib, local, fineweb-edu, climbmix or fineweb10B-gpt2", names="data")
+    num_shards: int | None = flag(None, "training shards to have; by default all", 0, short="-n")
+    first: int | None = flag(None, "download only so many now; the manifest lists all of -n", 0)
     files: tuple[str, ...] = flag((), "text, JSON or parquet files, or folders (corpus local)", path=True)
     val_file: str = flag("", "the file among them that is for validation (corpus local)", path=True)
     name: str = flag("", "name of the corpus folder; by default the corpus's name", names="data")
@@ -299,21 +223,19 @@ class DatasetArgs:
 class CoreDownloadArgs:
     """Fetch the 22 tasks of CORE."""
 
-    url: str = flag(
-        "", "a mirror of the zip; by default karpathy/nanochat's. Every file is checked by its hash"
-    )
+    url: str = flag("", "mirror of the zip; every file is checked by its hash")
 
 
 @dataclass(frozen=True)
 class GenerateArgs(CheckpointFlags, MachineFlags):
     """Continue a prompt."""
 
-    prompt: tuple[str, ...] = flag((), "text to continue; several prompts are done together", positional=True)
-    max_new_tokens: int = flag(256, "most tokens to add", at_least=1, at_most=2**24)
-    temperature: float = flag(0.8, "0 takes the likeliest token", at_least=0)
-    top_k: int = flag(50, "sample among this many likeliest tokens; 0 means all", at_least=0)
-    num_samples: int = flag(1, "continuations of each prompt", at_least=1, at_most=2**24)
-    seed: int = flag(0, "seed of the samples", at_least=0)
+    prompt: tuple[str, ...] = flag((), "texts to continue, in one batch", positional=True)
+    max_new_tokens: int = flag(256, "tokens to add at most", 1, 2**24)
+    temperature: float = flag(0.8, "sampling temperature; 0 takes the likeliest token", 0)
+    top_k: int = flag(50, "sample among this many likeliest tokens; 0 means all", 0)
+    num_samples: int = flag(1, "continuations of each prompt", 1, 2**24)
+    seed: int = flag(0, "seed of the samples", 0)
 
 
 @dataclass(frozen=True)
@@ -321,7 +243,7 @@ class ExportArgs(CheckpointFlags):
     """Write a trained model for other programs."""
 
     format: str = flag("hf", "hf: a folder that transformers loads", choices=("hf",))
-    out: str = flag("", "folder to make; by default <run>/<format>", path=True)
+    out: str = flag("", "folder to write; by default <run>/<format>", path=True)
 
 
 @dataclass(frozen=True)

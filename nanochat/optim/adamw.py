@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import dataclasses
 
 import torch
 from torch import Tensor
@@ -13,25 +13,6 @@ from nanochat.optim.rates import MatrixOptions, StepRates, sum_of_squares
 # Elements of a table updated at a time, since the change of each is taken by a copy of what was there: on a
 # CPU the copy stays in cache.
 CHANGE_ELEMENTS = {"cpu": 1 << 17, "cuda": 1 << 26}
-
-
-@dataclass(frozen=True)
-class AdamRates:
-    """Numbers of one AdamW step.
-
-    Attributes:
-        lr: learning rate.
-        beta1: decay of the first moment.
-        beta2: decay of the second moment.
-        eps: added to the root of the second moment.
-        weight_decay: decoupled, multiplied by lr.
-    """
-
-    lr: float
-    beta1: float
-    beta2: float
-    eps: float
-    weight_decay: float
 
 
 class AdamW:
@@ -47,10 +28,9 @@ class AdamW:
 
     def update(self, params: Tensor, grads: Tensor, rates: StepRates) -> Tensor:
         """Update parameters and moments in place; (K,) sums of squares of the change."""
-        group = self.group
-        adam = AdamRates(group.lr * rates.lr_mult, group.beta1, group.beta2, group.eps, rates.weight_decay)
+        group = dataclasses.replace(self.group, weight_decay=rates.weight_decay)
         matrices = zip(params, grads, *self.moments.values(), strict=True)
-        return torch.cat([adamw_update(*tensors, rates=adam, ok=rates.ok) for tensors in matrices])
+        return torch.cat([adamw_update(p, g, m, v, step, group, rates) for p, g, m, v, step in matrices])
 
     def compile(self) -> None:
         """Nothing: it is one kernel already."""
@@ -62,9 +42,8 @@ def adamw_update(
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
     step: Tensor,
-    *,
-    rates: AdamRates,
-    ok: Tensor,
+    group: GroupPlan,
+    rates: StepRates,
 ) -> Tensor:
     """AdamW in place by PyTorch's fused kernel; returns the sum of squares of the change, (1,).
 
@@ -76,11 +55,11 @@ def adamw_update(
         exp_avg: first moment m.
         exp_avg_sq: second moment v.
         step: 0-dim fp32, updates so far; advanced here.
-        rates: numbers of this step.
-        ok: 0-dim bool; where it is False nothing changes, whatever the gradient holds.
+        group: hyperparameters of the tensor.
+        rates: of this step; where its `ok` is False nothing changes, whatever the gradient holds.
     """
-    step.add_(ok)
-    found_inf = (~ok).to(torch.float32)
+    step.add_(rates.ok)
+    found_inf = (~rates.ok).to(torch.float32)
     square = param.new_zeros(1)
     size = CHANGE_ELEMENTS.get(param.device.type, CHANGE_ELEMENTS["cuda"])
     parts = (torch.split(tensor.view(-1), size) for tensor in (param, grad, exp_avg, exp_avg_sq))
@@ -95,11 +74,11 @@ def adamw_update(
             [step],
             found_inf=found_inf,
             amsgrad=False,
-            beta1=rates.beta1,
-            beta2=rates.beta2,
-            lr=rates.lr,
-            weight_decay=rates.weight_decay,
-            eps=rates.eps,
+            beta1=group.beta1,
+            beta2=group.beta2,
+            lr=group.lr * rates.lr_mult,
+            weight_decay=group.weight_decay,
+            eps=group.eps,
             maximize=False,
         )
         square += sum_of_squares(before.sub_(p)[None])

@@ -25,7 +25,7 @@ from nanochat.config.plan import GroupPlan
 from nanochat.config.recipes import MATRIX_OPTIMIZERS
 from nanochat.distributed.collectives import Pending, gather, mean, mean_scatter
 from nanochat.distributed.world import World
-from nanochat.optim.adamw import AdamRates, adamw_update
+from nanochat.optim.adamw import adamw_update
 from nanochat.optim.rates import MatrixOptions, MatrixRule, StepRates, sum_of_squares
 
 # AdamW tensors below this are averaged together, and updated by every rank (RECIPE 1.6).
@@ -55,10 +55,6 @@ class UpdateResult:
 
 # ----------------------------------------------------------------------------------------------------
 # the three ways in which parameters are shared out
-
-
-def _adam_rates(group: GroupPlan, rates: StepRates) -> AdamRates:
-    return AdamRates(group.lr * rates.lr_mult, group.beta1, group.beta2, group.eps, group.weight_decay)
 
 
 class _Shard(Protocol):
@@ -193,8 +189,8 @@ class _AdamTable:
             self.exp_avg[:count],
             self.exp_avg_sq[:count],
             self.steps,
-            rates=_adam_rates(self.group, rates),
-            ok=rates.ok,
+            self.group,
+            rates,
         )
         into = self.flat if self.padded == self.flat.numel() else None
         # A copy goes out, for the parts may not be read from where they are written to.
@@ -255,8 +251,7 @@ class _AdamSmall:
         squares = []
         for (name, p), grad in zip(self.params.items(), self._grads(), strict=True):
             state = (self.exp_avg[name], self.exp_avg_sq[name], self.steps[name])
-            adam = _adam_rates(self.groups[name], rates)
-            squares.append(adamw_update(p, grad, *state, rates=adam, ok=rates.ok))
+            squares.append(adamw_update(p, grad, *state, self.groups[name], rates))
         return torch.cat(squares) / self.world.size
 
     def finish(self) -> None:
