@@ -57,7 +57,7 @@ class TrainArgs(ModelFlags, MachineFlags):
     aspect_ratio: int = planned(64, "width = depth * aspect ratio, rounded up to whole heads", 1, 2**16)
     head_dim: int = planned(128, "width of an attention head", 1, 2**16)
     document_mask: bool = planned(False, "attention within documents, also where the recipe has none")
-    # Horizon: the first that is given counts; by default the recipe's ratio, at most 10 epochs if text is small
+    # Horizon: the first that is given counts; by default the recipe's ratio (a small text: at most 10 epochs)
     num_iterations: int | None = planned(None, "number of optimizer steps", 1)
     target_flops: float | None = planned(None, "total training FLOPs", above=0, at_most=1e30)
     target_param_data_ratio: float | None = planned(

@@ -1,6 +1,7 @@
-"""All that depth decides: shape, batch, horizon, learning rates, decay. Pure: no torch, clock or machine.
+"""Plan of a run: shape, batch, horizon, learning rates and weight decay, all derived from depth.
 
-Formulas: RECIPE 1.1, 1.5 and 2.2. The same arguments give the same plan.
+Pure (no torch, clock or machine), so that the same arguments give the same plan and `--dry-run` can print it.
+Formulas: docs/recipe.md (RECIPE 1.1, 1.5, 2.2).
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ DEFAULT_CONTEXT = 2048
 MAX_LANES = 16  # each opens with a block of about a million tokens: start-up time and memory
 MICRO_BATCH_CONTEXT = 2048  # context for which RECIPE 1.5 gives rows of a micro-batch
 ADAM_EPS = 1e-10
+ADAMW_GROUPS = ("embedding", "value_embedding", "unembedding", "resid", "x0", "smear", "share")
 
 
 @dataclass(frozen=True)
@@ -143,8 +145,10 @@ def model_config(args: TrainArgs, vocab_size: int, depth: int) -> GPTConfig:
 def plan(args: TrainArgs, vocab_size: int, world_size: int = 1) -> Plan:
     """Derive everything from the arguments.
 
+    Hyperparameters were tuned at depth 12, the reference; scaling rules carry them over to other depths.
+
     Args:
-        args: what was asked.
+        args: the flags.
         vocab_size: entries of the tokenizer.
         world_size: number of ranks.
 
@@ -155,16 +159,23 @@ def plan(args: TrainArgs, vocab_size: int, world_size: int = 1) -> Plan:
     context, keep_tails = args.max_seq_len or DEFAULT_CONTEXT, bool(args.keep_tails)
     args = dataclasses.replace(args, max_seq_len=context, keep_tails=keep_tails)
     recipe = RECIPES[args.recipe]
+    # 1. Horizon: tokens are proportional to parameters, as compute-optimal training has it.
     model, reference = (model_config(args, vocab_size, depth) for depth in (args.depth, REFERENCE_DEPTH))
     ratio = args.target_param_data_ratio or recipe.target_param_data_ratio
     horizon_tokens = ratio * count_params(model).scaling
     reference_tokens = ratio * count_params(reference).scaling
+    # 2. Batch: B = B_ref (D / D_ref)^0.383, at the nearest power of two (Power Lines, arXiv 2505.13738).
     batch_tokens = args.total_batch_size or recipe.batch_tokens
-    batch_tokens = batch_tokens or _batch_tokens(recipe, horizon_tokens / reference_tokens)
+    if batch_tokens is None:
+        tokens = REFERENCE_BATCH_TOKENS * (horizon_tokens / reference_tokens) ** recipe.batch_exponent
+        batch_tokens = int(2 ** round(math.log2(tokens)))
     rows, micro_rows, notices = _split_batch(args, recipe, batch_tokens, context, world_size)
+    # 3. Steps: from the flag, else from the FLOPs or the horizon and the mean batch.
     flops = flops_per_token(model)
-    mean_tokens = batch_tokens * _mean_share(recipe)
-    steps = args.num_iterations or _steps(args, horizon_tokens, mean_tokens, flops)
+    steps = args.num_iterations or _steps(args, horizon_tokens, batch_tokens * _mean_batch(recipe), flops)
+    # 4. Learning rates (_groups): lr ~ sqrt(B); of embeddings and head also ~ 1 / sqrt(width).
+    # 5. Weight decay: w ~ sqrt(B) / D keeps the time scale of the weights constant (arXiv 2405.13698). That
+    #    paper studies AdamW, not Muon: that the rule carries over is an assumption.
     matrix = recipe.matrix_group(args.matrix_optimizer)
     weight_decay = matrix.weight_decay if args.weight_decay is None else args.weight_decay
     if recipe.weight_decay_follows == "depth":
@@ -201,13 +212,8 @@ def with_precision(p: Plan, dtype: str, fp8: bool) -> Plan:
     return dataclasses.replace(p, args=dataclasses.replace(p.args, dtype=dtype, fp8=fp8))
 
 
-def _batch_tokens(recipe: Recipe, horizon_share: float) -> int:
-    """Tokens of a batch: 2^19 (D / D_ref)^0.383, at the nearest power of two (RECIPE 2.2)."""
-    return int(2 ** round(math.log2(REFERENCE_BATCH_TOKENS * horizon_share**recipe.batch_exponent)))
-
-
-def _mean_share(recipe: Recipe) -> float:
-    """Mean of a batch over the largest, over the steps of a run."""
+def _mean_batch(recipe: Recipe) -> float:
+    """Mean batch of a run as a fraction of its largest batch."""
     stages = recipe.batch_stages
     if not stages:
         return 1.0
@@ -270,17 +276,9 @@ def _groups(
         decay = matrix_weight_decay if kind == "matrix" else base.weight_decay
         return GroupPlan(optimizer, lr, base.beta1, base.beta2, ADAM_EPS, decay)
 
-    groups = {
-        "matrix": group("matrix", recipe.matrix_group(args.matrix_optimizer), args.matrix_optimizer),
-        "embedding": group("embedding", recipe.embedding),
-        "value_embedding": group("value_embedding", recipe.value_embedding),
-        "unembedding": group("unembedding", recipe.unembedding),
-        "resid": group("resid", recipe.resid),
-        "x0": group("x0", recipe.x0),
-        "smear": group("smear", recipe.smear),
-    }
-    has_vectors = ATTENTION_KINDS[args.attention_kind].vectors > 0
-    return groups | ({"share": group("share", recipe.share)} if has_vectors else {})
+    matrix = group("matrix", recipe.matrix_group(args.matrix_optimizer), args.matrix_optimizer)
+    kinds = ADAMW_GROUPS if ATTENTION_KINDS[args.attention_kind].vectors else ADAMW_GROUPS[:-1]
+    return {"matrix": matrix} | {kind: group(kind, getattr(recipe, kind)) for kind in kinds}
 
 
 def _schedule(args: TrainArgs, recipe: Recipe, steps: int, matrix_weight_decay: float) -> Schedule:
