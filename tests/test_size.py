@@ -39,3 +39,8 @@ of two lines"""
 '''
     assert size.lines_of_code(source) == 9
     assert size.lines_of_code("") == size.lines_of_code("# nothing\n") == 0
+
+
+def test_the_counts_kept_are_those_of_the_history() -> None:
+    """In a clone without history both are the same numbers."""
+    assert {commit: size.lines_at(commit) for commit in size.COUNTED} == size.COUNTED
