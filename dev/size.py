@@ -4,8 +4,8 @@
     python -m dev.size --write    # keep these numbers in dev/size.json
 
 tests/test_size.py fails where a folder has grown past its number in dev/size.json, so that growth is a
-decision which the same commit shows. Lines that the promises added (checksums, locks, refusals) are said apart:
-they are the growth between two commits, counted in the history where it is there.
+decision which the same commit shows. Lines that the promises added (checksums, locks, refusals) are said
+apart: the growth between two commits, counted in the history where it is there.
 """
 
 from __future__ import annotations

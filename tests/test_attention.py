@@ -8,7 +8,7 @@ import torch
 from nanochat.common.errors import UserError
 from nanochat.model.attention import BACKENDS, Layout, attention, block_masks, layout_of
 from nanochat.model.attention_backends import available_backends, choose_backend
-from nanochat.model.sdpa_attention import _stacked_blocks
+from nanochat.model.sdpa_attention import _stacked_chunks
 from tests.attention_reference import attention_reference
 
 
@@ -158,7 +158,7 @@ def test_blocks_that_stack_for_other_devices_equal_the_reference(window, documen
     q, k, v = random_qkv(100, 100, hkv=4)
     layout = layout_of(several_documents(2, 100), "sdpa", [window]) if documents else Layout()
     heads_first = (x.transpose(1, 2) for x in (q, k, v))
-    got = _stacked_blocks(*heads_first, window, None, layout.documents).transpose(1, 2)
+    got = _stacked_chunks(*heads_first, window, None, layout.documents).transpose(1, 2)
     want = attention_reference(q, k, v, window=window, documents=layout.documents)
     torch.testing.assert_close(got, want)
 

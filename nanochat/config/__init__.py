@@ -1,4 +1,4 @@
-"""What a run is, without torch: its flags, its recipe, and the plan that follows from one number.
+"""Configuration, without torch: flags, recipes, model shape, and the plan that follows from one number.
 
 Rooms, in reading order: arguments, model_config, recipes, schedule, plan.
 Doors: arguments, recipes, model_config, schedule, plan.

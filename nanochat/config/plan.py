@@ -1,6 +1,6 @@
 """Plan of a run: shape, batch, horizon, learning rates and weight decay, all derived from depth.
 
-Pure (no torch, clock or machine), so that the same arguments give the same plan and `--dry-run` can print it.
+Pure (no torch, clock or machine), so that the same arguments give the same plan and --dry-run prints it.
 Formulas: docs/recipe.md (RECIPE 1.1, 1.5, 2.2).
 """
 

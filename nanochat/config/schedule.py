@@ -1,6 +1,7 @@
-"""From a step to the learning-rate multiplier, momentum, weight decay, size of the batch and windows. Pure.
+"""Schedules: learning rate, momentum, weight decay, batch and windows as functions of the step.
 
-Formulas: RECIPE 1.4, 1.5, 2.4 and 3.3.
+Pure functions of (step, schedule), so that a resumed run continues them exactly. Formulas: docs/recipe.md
+(RECIPE 1.4, 1.5, 2.4, 3.3).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ class Schedule:
         steps: steps of the whole run.
         warmup_steps: steps of linear learning-rate warmup.
         warmdown_steps: last steps, over which the learning rate falls linearly.
-        final_lr_frac: share of the learning rate left at the very end.
+        final_lr_frac: fraction of the learning rate left at the very end.
         momentum_start: Muon's momentum at step 0.
         momentum_peak: Muon's momentum after its warmup.
         momentum_warmup_steps: steps from start to peak.
@@ -29,8 +30,8 @@ class Schedule:
         weight_decay_shape: "cosine" or "linear", both to zero.
         batch_stages: (first step, units) of each stage of a batch that grows; a unit is `Plan.batch_rows`
             rows. Without stages a batch is one unit throughout.
-        window_stages: (first step, share) of each stage of attention windows that grow: every layer has this
-            share of its own. Without stages it has all of it.
+        window_stages: (first step, fraction) of each stage of attention windows that grow: every layer has
+            this fraction of its own. Without stages it has all of it.
     """
 
     steps: int
@@ -48,9 +49,9 @@ class Schedule:
 
 
 def lr_multiplier(step: int, s: Schedule) -> float:
-    """Share of the base learning rate at a step: linear up, flat, linear down to `final_lr_frac`.
+    """Factor on the base learning rates at a step: linear up, flat, linear down to `final_lr_frac`.
 
-    A batch smaller than the largest lowers it by the square root of its share.
+    A batch smaller than the largest lowers it by the square root of their ratio.
     """
     return _trapezoid(step, s) * math.sqrt(batch_units(step, s) / most_units(s))
 
@@ -109,7 +110,7 @@ def units_until(step: int, s: Schedule) -> int:
 
 
 def window_share(step: int, s: Schedule) -> float:
-    """Share of its own attention window that every layer has at a step."""
+    """Fraction of its own attention window that every layer has at a step."""
     return _at(step, s.window_stages, 1.0)
 
 

@@ -1,4 +1,6 @@
-"""Causal sliding-window attention: one function, four backends, and the plain mathematics.
+"""Causal sliding-window attention: one function over four backends.
+
+The kernels differ in what they take (layouts, masks, widths); everything above sees one signature.
 
 Legend: B rows, Tq query positions, Tk key positions (Tk >= Tq), H query heads, Hkv key/value heads, D head
 width, Dv that of values (Dv >= D). Query i stands at absolute position p = Tk - Tq + i and sees the keys j

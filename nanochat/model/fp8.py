@@ -1,7 +1,7 @@
-"""Matrix products of a linear layer in fp8, on GPUs from Hopper on.
+"""fp8 linear layer, on GPUs from Hopper on: twice the matmul rate of bf16 for wide layers.
 
 Each of the three products (forward, gradient of the input, gradient of the weight) takes two fp8 tensors,
-each with one scale that is found from its own largest element: activations and weights in e4m3 (3 bits of
+each with one scale computed from its own largest element: activations and weights in e4m3 (3 bits of
 mantissa), gradients in e5m2 (2, with more range). Legend: N tokens, `in` and `out` the widths of the layer.
 """
 

@@ -1,8 +1,8 @@
-"""The model: a decoder-only transformer with per-layer residual scalars, value embeddings, smear and backout.
+"""GPT: a decoder-only transformer with per-layer residual scalars, value embeddings, smear and backout.
 
-Only mathematics (RECIPE 1.1, 1.2, 2.4). Legend: B rows, T positions, C model width, H query heads, Hkv
-key/value heads, D head width, V vocabulary. Master weights are fp32; activations and matrix products have the
-compute dtype.
+Only mathematics (docs/recipe.md; RECIPE 1.1, 1.2, 2.4): training, saving and sampling are elsewhere. Legend:
+B rows, T positions, C model width, H query heads, Hkv key/value heads, D head width, V vocabulary. Master
+weights are fp32; activations and matrix products have the compute dtype.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""Attention by PyTorch's kernels, windows by blocks of queries: time and memory follow the window.
+"""Attention by PyTorch's scaled_dot_product_attention, in query chunks where a window is short.
+
+A mask over all pairs of positions would cost T x T time and memory; chunks cost T x window.
 
 Legend: B rows, Tq query positions, Tk key positions, H heads, D head width; W the window: the query at
 position p sees the keys j with p - W <= j <= p.
@@ -13,16 +15,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Smallest block of queries where blocks stack into the batch. At window 16, T=512, one CPU core, forward and
-# backward: 24 ms with blocks of 16, 17 with 32, 19 with 64, 24 with 128; larger windows set the block.
-MIN_STACKED_BLOCK = 32
-# Least and most queries of a block on a CPU, else half a window. Two threads, bf16, forward and backward,
-# T=8192, W=512, 4 heads of 128: 0.62 s with blocks of 32 or 64, 0.60 with 128, 0.58 with 256, 0.78 with 512;
-# stacked blocks 1.03.
+# Smallest query chunk where chunks stack into the batch. At window 16, T=512, one CPU core, forward and
+# backward: 24 ms with chunks of 16, 17 with 32, 19 with 64, 24 with 128; larger windows set the chunk.
+MIN_STACKED_CHUNK = 32
+# Least and most queries of a chunk on a CPU, else half a window. Two threads, bf16, forward and backward,
+# T=8192, W=512, 4 heads of 128: 0.62 s with chunks of 32 or 64, 0.60 with 128, 0.58 with 256, 0.78 with 512;
+# stacked chunks 1.03.
 # 16 rows of T=512, W=128, 2 heads: 0.099, 0.104, 0.116, 0.122 s with 32 to 256; stacked 0.122.
-CPU_BLOCK = (64, 512)
+CPU_CHUNK = (64, 512)
 # Rows of queries a masked call takes behind a cache: bounds its mask to 512 x (window + 512).
-CACHED_QUERY_BLOCK = 512
+CACHED_QUERY_CHUNK = 512
 
 
 def band_mask(tq: int, tk: int, window: int, device: torch.device) -> Tensor:
@@ -58,15 +60,15 @@ def sdpa(
     elif tq < tk:
         out = _behind_cache(q, k, v, window, scale)
     elif q.device.type == "cpu":
-        out = _BlocksOnCpu.apply(q, k, v, window, scale, documents)
+        out = _ChunksOnCpu.apply(q, k, v, window, scale, documents)
     else:
-        out = _stacked_blocks(q, k, v, window, scale, documents)
+        out = _stacked_chunks(q, k, v, window, scale, documents)
     return out.transpose(1, 2)
 
 
 @lru_cache(maxsize=64)
 def _cached_mask(tq: int, tk: int, window: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """A mask made once a shape; at most (window + block) x block elements each."""
+    """A mask made once a shape; at most (window + chunk) x chunk elements each."""
     with torch.inference_mode(False):  # a mask first met while generating must still serve a later backward
         return _mask_of(band_mask(tq, tk, window, device), dtype)
 
@@ -85,12 +87,12 @@ def _mask(tq: int, tk: int, window: int, device: torch.device, dtype: torch.dtyp
     return _cached_mask(tq, tk, window, device, dtype)
 
 
-class _BlocksOnCpu(torch.autograd.Function):
-    """Tq = Tk = T with a window or documents, (B, H, T, D): block by block, on views.
+class _ChunksOnCpu(torch.autograd.Function):
+    """Tq = Tk = T with a window or documents, (B, H, T, D): chunk by chunk, on views.
 
     A pass holds its inputs, its output and their gradients, and nothing else that grows with T. It calls the
     kernels that scaled_dot_product_attention chooses on a CPU: through the public function each
-    block would keep a copy of its keys and values, or add up gradients of the length of T.
+    chunk would keep a copy of its keys and values, or add up gradients of the length of T.
     """
 
     @staticmethod
@@ -99,8 +101,8 @@ class _BlocksOnCpu(torch.autograd.Function):
     ) -> Tensor:
         kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         out, sums = torch.empty_like(q), []
-        for rows, keys in _cpu_blocks(q.size(2), window):
-            mask = _block_mask(q, rows, keys, window, documents)
+        for rows, keys in _cpu_chunks(q.size(2), window):
+            mask = _chunk_mask(q, rows, keys, window, documents)
             part = q[:, :, rows], k[:, :, keys], v[:, :, keys]
             out[:, :, rows], log_sum = kernel(*part, attn_mask=mask, scale=scale)
             sums.append(log_sum)
@@ -113,8 +115,8 @@ class _BlocksOnCpu(torch.autograd.Function):
         kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
         q, k, v, out, *sums = ctx.saved_tensors
         grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for (rows, keys), log_sum in zip(_cpu_blocks(q.size(2), ctx.window), sums, strict=True):
-            mask = _block_mask(q, rows, keys, ctx.window, ctx.documents)
+        for (rows, keys), log_sum in zip(_cpu_chunks(q.size(2), ctx.window), sums, strict=True):
+            mask = _chunk_mask(q, rows, keys, ctx.window, ctx.documents)
             part = grad[:, :, rows], q[:, :, rows], k[:, :, keys], v[:, :, keys], out[:, :, rows], log_sum
             grads = kernel(*part, 0.0, False, attn_mask=mask, scale=ctx.scale)
             grad_q[:, :, rows] = grads[0]
@@ -123,30 +125,30 @@ class _BlocksOnCpu(torch.autograd.Function):
         return grad_q, grad_k, grad_v, None, None, None
 
 
-def _cpu_blocks(t: int, window: int) -> list[tuple[slice, slice]]:
-    """Blocks of queries, each with the keys that it sees."""
-    n = min(max(window // 2, CPU_BLOCK[0]), CPU_BLOCK[1])
+def _cpu_chunks(t: int, window: int) -> list[tuple[slice, slice]]:
+    """Query chunks, each with the keys that it sees."""
+    n = min(max(window // 2, CPU_CHUNK[0]), CPU_CHUNK[1])
     return [(slice(i, min(t, i + n)), slice(max(0, i - window), min(t, i + n))) for i in range(0, t, n)]
 
 
-def _block_mask(q: Tensor, rows: slice, keys: slice, window: int, documents: Tensor | None) -> Tensor:
+def _chunk_mask(q: Tensor, rows: slice, keys: slice, window: int, documents: Tensor | None) -> Tensor:
     shape = (rows.stop - rows.start, keys.stop - keys.start, window, q.device)
     if documents is None:
         return _mask(*shape, q.dtype)
     return _mask_of(_mask(*shape) & same_document(documents, rows, keys), q.dtype)
 
 
-def _stacked_blocks(
+def _stacked_chunks(
     q: Tensor, k: Tensor, v: Tensor, window: int, scale: float | None, documents: Tensor | None
 ) -> Tensor:
-    """Tq = Tk = T with a window or documents, (B, H, T, D): all blocks but the first in one call.
+    """Tq = Tk = T with a window or documents, (B, H, T, D): all chunks but the first in one call.
 
-    A block of N >= window queries sees the last `window` keys of the block before it and its own N, so every
-    block has the same (N, window + N) mask and the blocks stack into the batch. Work is T x (window + N)
+    A chunk of N >= window queries sees the last `window` keys of the chunk before it and its own N, so every
+    chunk has the same (N, window + N) mask and the chunks stack into the batch. Work is T x (window + N)
     instead of T x T.
     """
     b, h, t, d = q.shape
-    n = max(window, MIN_STACKED_BLOCK)
+    n = max(window, MIN_STACKED_CHUNK)
     if n >= t:
         mask = _mask(t, t, window, q.device)
         if documents is not None:
@@ -156,11 +158,11 @@ def _stacked_blocks(
     if pad:  # keys added at the end come after every real query
         q, k, v = (F.pad(x, (0, 0, 0, pad)) for x in (q, k, v))
         documents = None if documents is None else F.pad(documents, (0, pad))
-    blocks = (t + pad) // n
-    q, k, v = (x.reshape(b, h, blocks, n, d).transpose(1, 2) for x in (q, k, v))  # (B, blocks, H, N, D)
+    chunks = (t + pad) // n
+    q, k, v = (x.reshape(b, h, chunks, n, d).transpose(1, 2) for x in (q, k, v))  # (B, chunks, H, N, D)
     first_mask, mask = _mask(n, n, window, q.device), _mask(n, window + n, window, q.device)
     if documents is not None:
-        number = documents.reshape(b, blocks, n)
+        number = documents.reshape(b, chunks, n)
         first_mask = first_mask & same_document(number[:, 0], slice(n), slice(n))
         span = torch.cat((number[:, :-1, n - window :], number[:, 1:]), dim=2).flatten(0, 1)
         mask = mask & same_document(span, slice(window, None), slice(None))
@@ -168,16 +170,16 @@ def _stacked_blocks(
     span_k = torch.cat((k[:, :-1, :, n - window :], k[:, 1:]), dim=3).flatten(0, 1)
     span_v = torch.cat((v[:, :-1, :, n - window :], v[:, 1:]), dim=3).flatten(0, 1)
     rest = F.scaled_dot_product_attention(q[:, 1:].flatten(0, 1), span_k, span_v, mask, scale=scale)
-    out = torch.cat((first[:, None], rest.reshape(b, blocks - 1, h, n, d)), dim=1)
+    out = torch.cat((first[:, None], rest.reshape(b, chunks - 1, h, n, d)), dim=1)
     return out.transpose(1, 2).reshape(b, h, t + pad, d)[:, :, :t]
 
 
 def _behind_cache(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float | None) -> Tensor:
-    """1 < Tq < Tk, shapes (B, H, T, D): several new positions behind a cache, in blocks of queries."""
+    """1 < Tq < Tk, shapes (B, H, T, D): several new positions behind a cache, in query chunks."""
     tq, tk = q.size(2), k.size(2)
     out = []
-    for start in range(0, tq, CACHED_QUERY_BLOCK):
-        stop = min(tq, start + CACHED_QUERY_BLOCK)
+    for start in range(0, tq, CACHED_QUERY_CHUNK):
+        stop = min(tq, start + CACHED_QUERY_CHUNK)
         low, high = max(0, tk - tq + start - window), tk - tq + stop
         mask = _mask(stop - start, high - low, window, q.device)
         part = (q[:, :, start:stop], k[:, :, low:high], v[:, :, low:high])

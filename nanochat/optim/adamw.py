@@ -1,4 +1,7 @@
-"""AdamW by PyTorch's fused kernel, for tables, small parameters and matrices."""
+"""AdamW by PyTorch's fused kernel: for embeddings and scalars, and as a rule for matrices.
+
+The fused kernel reads each element once; the squares of the change are summed beside it, for the logs.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The factor on the loss that keeps the gradients of fp16 within its range: 6e-8 to 65,504.
+"""Dynamic loss scale for fp16, whose gradients have to stay within 6e-8 to 65,504.
 
-It stays on the device: whether a step overflowed decides its next value without anyone waiting for it. In any
-other dtype the factor is 1 and nothing here touches a number.
+The scale stays on the device, so that adjusting it does not synchronise. In any other dtype it is 1 and
+changes no number.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Muon: momentum orthogonalized by Polar Express, with the variance reduction of NorMuon."""
+"""Muon: momentum orthogonalized by Polar Express, with the variance reduction of NorMuon.
+
+All matrices of one shape are updated in one batch of products.
+"""
 
 from __future__ import annotations
 
