@@ -1,0 +1,60 @@
+"""Import time of every door of the library, in a process of its own: the median of some runs.
+
+    python -m dev.bench.imports [--runs 5]
+
+A door is a module that other folders import; the `__init__` of its folder names it. Where one needs torch, its
+time is torch's. The first import of all is not counted: it reads files that the later ones find in memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+TIMED = """
+import importlib, sys, time
+began = time.perf_counter()
+importlib.import_module(sys.argv[1])
+print(time.perf_counter() - began, int("torch" in sys.modules))
+"""
+
+
+def doors() -> list[str]:
+    """The modules that the `__init__` of each folder names as doors."""
+    found = []
+    for path in sorted((ROOT / "nanochat").rglob("__init__.py")):
+        folder = ".".join(path.parent.relative_to(ROOT).parts)
+        if listed := re.search(r"Doors: ([^.]*)\.", path.read_text("utf-8")):
+            found += [f"{folder}.{name}" for name in re.split(r",\s*", listed[1])]
+    return found
+
+
+def seconds(module: str) -> tuple[float, bool]:
+    """Time of one import in a new process, and whether torch came with it."""
+    done = subprocess.run(
+        [sys.executable, "-c", TIMED, module], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    time, torch = done.stdout.split()
+    return float(time), torch == "1"
+
+
+def main() -> None:
+    """Print a line a door, slowest last, those without torch first."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--runs", type=int, default=5, help="imports of each door")
+    runs = parser.parse_args().runs
+    rows = []
+    for door in doors():
+        times = [seconds(door) for _ in range(runs + 1)][1:]
+        rows.append((times[0][1], statistics.median(time for time, _ in times), door))
+    for torch, median, door in sorted(rows):
+        print(f"{median:6.2f} s  {'torch' if torch else '     '}  {door}")
+
+
+if __name__ == "__main__":
+    main()
