@@ -6,10 +6,13 @@ import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dev import plots, stats
 from dev.experiment_results import Outcome, Row
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 def spread(values: Sequence[float], form: str) -> str:
@@ -140,7 +143,6 @@ def to_json(outcome: Outcome) -> dict[str, Any]:
 
 def draw(outcome: Outcome, path: Path) -> None:
     """All curves, over tokens and over seconds of training: what a step is worth, and what it costs."""
-    figure, (by_tokens, by_seconds) = plots.panels(2)
     runs = {row.name: list(row.results.values()) for row in outcome.rows if row.results}
     lowest = min(point.bpb for results in runs.values() for result in results for point in result.curve)
     worst = max(result.bpb for results in runs.values() for result in results)
@@ -153,6 +155,9 @@ def draw(outcome: Outcome, path: Path) -> None:
         name: [[(point.seconds, point.bpb) for point in result.curve] for result in results]
         for name, results in runs.items()
     }
-    plots.curves(by_tokens, tokens, "training tokens, millions", "validation bits per byte", top)
-    plots.curves(by_seconds, seconds, "seconds of training", "validation bits per byte", top)
-    plots.save(figure, path)
+
+    def panels(left: Axes, right: Axes) -> None:
+        plots.curves(left, tokens, "training tokens, millions", "validation bits per byte", top)
+        plots.curves(right, seconds, "seconds of training", "validation bits per byte", top)
+
+    plots.save(path, panels)

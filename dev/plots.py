@@ -1,17 +1,24 @@
-"""Plots that stand alone, as small SVG files: the same data give the same bytes."""
+"""Plots that stand alone, as small SVG files: the same data give the same bytes.
+
+    python -m dev.plots RUN FILE.svg    # the loss and the bits per byte of a run, over its tokens
+
+The picture in README.md is made so.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import argparse
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nanochat.common import charts, files
-from nanochat.common.errors import UserError
+from nanochat.common.errors import UserError, cli
+from nanochat.report import RunFiles
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 # Ten that stay apart in print and for most of the colour-blind (Tableau 10, ordered by contrast).
 COLORS = (
@@ -28,39 +35,19 @@ COLORS = (
 )
 
 
-def panels(count: int) -> tuple[Figure, Sequence[Axes]]:
-    """An empty figure with so many panels side by side.
+def save(path: Path, draw: Callable[[Axes, Axes], Any]) -> None:
+    """Write a figure of two panels side by side as SVG.
+
+    Args:
+        path: of the file.
+        draw: is given the axes of both, and draws into them.
 
     Raises:
         UserError: matplotlib is not installed.
     """
     if not charts.available():
         raise UserError("plots need matplotlib, which is not installed. Add it: pip install matplotlib")
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5.0 * count, 3.8), layout="constrained")
-    axes = figure.subplots(1, count, squeeze=False)[0]
-    for each in axes:
-        each.grid(visible=True, alpha=0.25, linewidth=0.6)
-        each.spines[["top", "right"]].set_visible(False)
-        each.tick_params(labelsize=8)
-    return figure, axes
-
-
-def save(figure: Figure, path: Path) -> None:
-    """Write a figure as SVG."""
-    import io
-
-    import matplotlib
-
-    buffer = io.StringIO()
-    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    with matplotlib.rc_context(
-        {"svg.fonttype": "none", "svg.hashsalt": path.stem, "font.family": "sans-serif"}
-    ):
-        figure.savefig(buffer, format="svg", metadata=nothing)
-    text = "\n".join(line.rstrip() for line in buffer.getvalue().splitlines()) + "\n"
-    files.atomic_write(path, text)
+    files.atomic_write(path, charts.svg(re.sub(r"\W", "-", path.stem), 10.0, 3.8, draw, panels=2))
 
 
 Curve = Sequence[tuple[float, float]]  # (x, y), in the order of x
@@ -92,4 +79,31 @@ def curves(
         axes.set_ylim(top=top)
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
-    axes.legend(frameon=False, fontsize=7)
+    axes.legend(fontsize=7)
+
+
+def picture(name: str, path: Path) -> None:
+    """Draw the training loss of a run, and beside it the validation bits per byte, over its tokens."""
+    run = RunFiles.read(name)
+    loss = [run.curve("step", "loss", "loss of a step"), run.curve("step", "smoothed_loss", "smoothed")]
+    bpb = run.curve("eval", "val_bpb", "validation")
+
+    def draw(left: Axes, right: Axes) -> None:
+        charts.draw_lines(left, loss, "million tokens", "training loss, nats per token")
+        charts.draw_lines(right, [bpb], "million tokens", "validation, bits per byte")
+
+    save(path, draw)
+
+
+@cli
+def main() -> None:
+    """Draw the run that is named."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("run", metavar="RUN", help="name of the run")
+    parser.add_argument("path", metavar="FILE.svg", type=Path, help="the file to write")
+    args = parser.parse_args()
+    picture(args.run, args.path)
+
+
+if __name__ == "__main__":
+    main()

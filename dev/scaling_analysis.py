@@ -11,14 +11,17 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from dev import plots
 from dev.scaling_fit import Budget, Estimate, Laws, Trained, analyse
-from nanochat.common import files
+from nanochat.common import charts, files
 from nanochat.common.errors import UserError, cli
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 def read(run: str) -> Trained:
@@ -104,40 +107,46 @@ def to_json(laws: Laws) -> dict[str, Any]:
 
 def draw(laws: Laws, path: Path) -> None:
     """The parabolas with their runs, and the best sizes over the budget."""
-    figure, (left, right) = plots.panels(2)
+
+    def panels(left: Axes, right: Axes) -> None:
+        _draw_budgets(left, laws)
+        _draw_growth(right, laws)
+
+    plots.save(path, panels)
+
+
+def _draw_budgets(axes: Axes, laws: Laws) -> None:
     budgets: list[Budget] = sorted(
         [*(optimum.budget for optimum in laws.optima), *laws.left_out], key=lambda budget: budget.flops
     )
     for number, budget in enumerate(budgets):
         color = plots.COLORS[number % len(plots.COLORS)]
         x = np.linspace(budget.x.min(), budget.x.max(), 60)
-        left.plot(np.exp(x), budget.at(x), color=color, linewidth=1, label=f"{budget.flops:.2g} FLOPs")
-        left.plot(np.exp(budget.x), budget.y, "o", color=color, markersize=3)
+        axes.plot(np.exp(x), budget.at(x), color=color, linewidth=1, label=f"{budget.flops:.2g} FLOPs")
+        axes.plot(np.exp(budget.x), budget.y, "o", color=color, markersize=3)
     for optimum in laws.optima:
-        left.plot(optimum.params.value, optimum.bpb, "v", color="black", markersize=5)
-    left.set_xscale("log")
-    left.set_xlabel("scaling parameters N")
-    left.set_ylabel("validation bits per byte")
-    left.legend(frameon=False, fontsize=7)
+        axes.plot(optimum.params.value, optimum.bpb, "v", color=charts.INK, markersize=5)
+    axes.set(xscale="log", xlabel="scaling parameters N", ylabel="validation bits per byte")
+    axes.legend(fontsize=7)
+
+
+def _draw_growth(axes: Axes, laws: Laws) -> None:
     flops = [optimum.budget.flops for optimum in laws.optima]
-    for name, marker, estimates in (
-        ("parameters N", "o", [optimum.params for optimum in laws.optima]),
-        ("tokens D", "s", [optimum.tokens for optimum in laws.optima]),
+    for name, marker, color, estimates in (
+        ("parameters N", "o", plots.COLORS[0], [optimum.params for optimum in laws.optima]),
+        ("tokens D", "s", plots.COLORS[4], [optimum.tokens for optimum in laws.optima]),
     ):
         values = [estimate.value for estimate in estimates]
-        line = right.plot(flops, values, marker, markersize=5, label=name)[0]
+        axes.plot(flops, values, marker, color=color, markersize=5, label=name)
         for at, estimate in zip(flops, estimates, strict=True):
             if estimate.interval is not None:
-                right.plot([at, at], estimate.interval, color=line.get_color(), linewidth=1)
+                axes.plot([at, at], estimate.interval, color=color, linewidth=1)
         if len(flops) > 1:
             slope, start = np.polyfit(np.log(flops), np.log(values), 1)
             fitted = np.exp(start + slope * np.log(flops))
-            right.plot(flops, fitted, color=line.get_color(), linewidth=0.8, linestyle="--")
-    right.set_xscale("log")
-    right.set_yscale("log")
-    right.set_xlabel("budget C, FLOPs")
-    right.legend(frameon=False, fontsize=7)
-    plots.save(figure, path)
+            axes.plot(flops, fitted, color=color, linewidth=0.8, linestyle="--")
+    axes.set(xscale="log", yscale="log", xlabel="budget C, FLOPs")
+    axes.legend(fontsize=7)
 
 
 def sweep(runs: Sequence[str]) -> Laws:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 
@@ -199,6 +200,24 @@ def test_bars_with_errors_are_drawn_for_the_tasks(run: Path) -> None:
     assert "centered accuracy" in page.text
 
 
+def test_a_name_is_drawn_as_it_is_and_adds_no_element() -> None:
+    pytest.importorskip("matplotlib")
+    names = ["$\\frac$", "<b>&\"'"]
+    drawn = Page(charts.bar_chart("c", names, [0.5, 0.25], [0.0, 0.0], "label"))
+    assert all(name in drawn.text for name in names)
+    assert not any(tag == "b" for tag, _ in drawn.tags)
+
+
+def test_a_chart_is_a_file_of_its_own_too() -> None:
+    pytest.importorskip("matplotlib")
+    chart = charts.line_chart("c", [charts.Series("s", [0.0, 1.0], [1.0, 2.0])], "x", "y")
+    root = ElementTree.fromstring(chart)
+    assert root.attrib["color"] == charts.LONE_INK
+    assert charts.INK not in chart
+    assert "currentColor" in chart
+    assert not [line for line in chart.splitlines() if line != line.rstrip()]
+
+
 def test_without_matplotlib_the_curves_are_tables_and_it_says_how_to_get_plots(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -245,11 +264,12 @@ def test_where_a_task_is_missing_no_core_is_shown(run: Path) -> None:
     assert "CORE is not reported: squad could not be read." in Page(text_of(write_report(RUN))).text
 
 
-def test_controls_show_what_needs_no_model(run: Path) -> None:
+def test_trivial_baselines_show_scores_without_a_model(run: Path) -> None:
     controls = {"majority": 0.4, "longest": 0.25, "shortest": 0.1}
     tasks = {"mc": task(0.3) | {"controls": controls}, "lm": task(0.3)}
     files.write_json(run / "base_eval.json", {"core_metric": 0.3, "core_stderr": 0.1, "tasks": tasks})
     text = Page(text_of(write_report(RUN))).text
+    assert "Trivial baselines" in text
     # (0.4 - 0.25) / 0.75 for one task and 0 for the other.
     assert "0.1000" in text
     assert "40.0%" in text

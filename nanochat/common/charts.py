@@ -1,20 +1,39 @@
-"""Curves and bars as SVG text that stands inside a page. matplotlib draws them, where it is installed."""
+"""Curves and bars as SVG text, drawn by matplotlib where it is installed.
+
+One function makes every SVG of the project, so that the same data give the same bytes. The text serves in a
+page, whose colour and font it takes, and as a file of its own.
+"""
 
 from __future__ import annotations
 
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 COLORS = ("#3b7dd8", "#d9772b", "#3f9b5f", "#a05fc0")  # readable on white and on near-black
-INK = "#010203"  # stands for the page's own text colour, which takes its place in the SVG
+INK = "#010203"  # stands for the text colour of a page, which takes its place in the SVG
+LONE_INK = "#777c85"  # the text colour of an SVG that is in no page: 4:1 on white and on near-black
 MAX_POINTS = 500  # of a curve: more than the pixels it is drawn on would show
+
+STYLE: dict[Any, Any] = {
+    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "grid.color"), INK),
+    **dict.fromkeys(("xtick.color", "ytick.color"), INK),
+    **dict.fromkeys(("xtick.labelsize", "ytick.labelsize"), 9),
+    **dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon"), False),
+    **dict.fromkeys(("axes.grid", "axes.axisbelow", "savefig.transparent"), True),
+    "grid.alpha": 0.15,
+    "grid.linewidth": 0.6,
+    "lines.linewidth": 1.4,
+    "lines.markersize": 3,
+    "font.family": "sans-serif",
+    "svg.fonttype": "none",
+    "text.parse_math": False,  # a dollar in the name of a task is a dollar
+}
 
 
 @dataclass(frozen=True)
@@ -32,8 +51,8 @@ class Series:
         [0, 3, 6, 9]
         """
         stride = -(-len(self.x) // most) or 1
-        kept = sorted({*range(0, len(self.x), stride), len(self.x) - 1} - {-1})
-        return Series(self.name, [self.x[i] for i in kept], [self.y[i] for i in kept])
+        x, y = ([*values[:-1:stride], *values[-1:]] for values in (self.x, self.y))
+        return Series(self.name, x, y)
 
 
 def available() -> bool:
@@ -45,27 +64,53 @@ def available() -> bool:
     return True
 
 
+def svg(name: str, width: float, height: float, draw: Callable[..., Any], panels: int = 1) -> str:
+    """A figure as one `<svg>` element, which is also a file of its own.
+
+    Args:
+        name: unique in the page; the identifiers within begin with it.
+        width: in inches.
+        height: in inches.
+        draw: is given the axes of the panels, and draws into them.
+        panels: how many there are, side by side.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure  # without pyplot: nothing is kept between two figures
+
+    buffer = io.StringIO()
+    with matplotlib.rc_context(STYLE | {"svg.hashsalt": name}):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        draw(*figure.subplots(1, panels, squeeze=False)[0])
+        figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    text = re.sub(r"(?ms)\s*<metadata>.*?</metadata>|[ \t]+$", "", buffer.getvalue())
+    text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", text[text.index("<svg") :])
+    return text.replace(INK, "currentColor").replace("<svg", f'<svg color="{LONE_INK}"', 1)
+
+
 def line_chart(
     name: str, curves: Sequence[Series], x_label: str, y_label: str, *, small: bool = False
 ) -> str:
     """Curves over a common x axis, as an `<svg>` element.
 
     Args:
-        name: unique in the page; the identifiers within begin with it.
+        name: unique in the page.
         curves: what to draw; a name is shown where there are several.
         x_label: what x is, and its unit.
         y_label: what y is, and its unit.
         small: half the width.
     """
-    figure, axes = _figure(4.4 if small else 9.0, 2.4 if small else 3.4)
+    size = (4.4, 2.4) if small else (9.0, 3.4)
+    return svg(name, *size, lambda axes: draw_lines(axes, curves, x_label, y_label))
+
+
+def draw_lines(axes: Axes, curves: Sequence[Series], x_label: str, y_label: str) -> None:
+    """Draw curves and name the axes; the points of a short curve are marked."""
     for curve, color in zip((curve.thinned() for curve in curves), COLORS, strict=False):
         marker = "o" if len(curve.x) < 30 else None
-        axes.plot(curve.x, curve.y, color=color, linewidth=1.4, marker=marker, markersize=3, label=curve.name)
+        axes.plot(curve.x, curve.y, color=color, marker=marker, label=curve.name)
     if len(curves) > 1:
-        axes.legend(frameon=False, labelcolor=INK)
-    axes.set_xlabel(x_label)
-    axes.set_ylabel(y_label)
-    return _svg(figure, name)
+        axes.legend()
+    axes.set(xlabel=x_label, ylabel=y_label)
 
 
 def bar_chart(
@@ -86,46 +131,17 @@ def bar_chart(
         label: what the values are.
         marks: by name, values to compare with, each set in a colour of its own.
     """
-    figure, axes = _figure(9.0, 0.8 + 0.24 * len(labels))
-    places = range(len(labels))
-    axes.barh(places, values, xerr=errors, color=COLORS[0], ecolor=INK, height=0.7, capsize=2)
-    for (mark, points), color in zip((marks or {}).items(), COLORS[1:], strict=False):
-        axes.plot(points, places, linestyle="none", marker="D", markersize=4, color=color, label=mark)
-    if marks:
-        axes.legend(frameon=False, labelcolor=INK)
-    axes.set_yticks(places, labels)
-    axes.invert_yaxis()
-    axes.axvline(0, color=INK, linewidth=0.8)
-    axes.set_xlabel(label)
-    return _svg(figure, name)
 
+    def draw(axes: Axes) -> None:
+        rows = range(len(labels))
+        axes.barh(rows, values, xerr=errors, color=COLORS[0], ecolor=INK, height=0.7, capsize=2)
+        for (mark, points), color in zip((marks or {}).items(), COLORS[1:], strict=False):
+            axes.plot(points, rows, linestyle="none", marker="D", markersize=4, color=color, label=mark)
+        if marks:
+            axes.legend()
+        axes.set_yticks(rows, labels)
+        axes.invert_yaxis()
+        axes.axvline(0, color=INK, linewidth=0.8)
+        axes.set_xlabel(label)
 
-def _figure(width: float, height: float) -> tuple[Figure, Axes]:
-    """An empty figure, in inches, without pyplot: nothing is kept between two charts."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.add_subplot()
-    axes.grid(visible=True, color=INK, alpha=0.15, linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.tick_params(colors=INK, labelsize=9)
-    axes.xaxis.label.set_color(INK)
-    axes.yaxis.label.set_color(INK)
-    for side, spine in axes.spines.items():
-        spine.set_visible(side in ("left", "bottom"))
-        spine.set_color(INK)
-    return figure, axes
-
-
-def _svg(figure: Figure, name: str) -> str:
-    """The figure as one element, with the page's colour and font; its identifiers begin with `name`."""
-    import matplotlib
-
-    buffer = io.StringIO()
-    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "font.family": "sans-serif"}):
-        figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
-    text = buffer.getvalue()
-    text = text[text.index("<svg") :].replace(INK, "currentColor")
-    text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", text)
-    return re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    return svg(name, 9.0, 0.8 + 0.24 * len(labels), draw)
