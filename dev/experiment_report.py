@@ -79,20 +79,20 @@ def _tests(outcome: Outcome) -> str:
 
 def _power(outcome: Outcome, difference: float | None) -> list[str]:
     """What the seeds at hand can find, and how many others need."""
-    found = outcome.scatter
-    if found is None or found.sd == 0:
+    scatter = outcome.scatter
+    if scatter is None or scatter.sd == 0:
         return []
     n = min(len(row.results) for row in outcome.rows if row.results)
-    least = stats.detectable(found.sd, n, outcome.alpha)
+    least = stats.detectable(scatter.sd, n, outcome.alpha)
     lines = [
-        f"A paired difference scatters by {found.sd:.4f} ({found.degrees} degrees of freedom): {n} seeds "
+        f"A paired difference scatters by {scatter.sd:.4f} ({scatter.degrees} degrees of freedom): {n} seeds "
         f"find one of {least:.4f} in {stats.POWER:.0%} of the cases."
     ]
     asked = [("", difference)] if difference else []
     open_rows = [row for row in outcome.rows if row.verdict == "not told apart" and row.comparison]
     asked += [(f" ({row.name})", row.comparison.difference) for row in open_rows if row.comparison]
     for what, size in asked:
-        needed = stats.seeds_needed(size, found.sd, found.degrees, outcome.alpha) if size else None
+        needed = stats.seeds_needed(size, scatter.sd, scatter.degrees, outcome.alpha) if size else None
         count = f"more than {stats.MOST_SEEDS}" if needed is None else str(needed)
         lines.append(f"A difference of {abs(size):.4f}{what} needs {count} seeds.")
     return lines

@@ -77,8 +77,8 @@ def row(race: str, runs: Sequence[str]) -> list[str]:
     losses = [significance.final_loss(run) for run in runs]
     p = "one run"
     if len(runs) > 1:
-        found = significance.claim(runs)
-        p = f"{found.p:.2g}" + ("" if found.declared else ", runs not declared")
+        claim = significance.claim(runs)
+        p = f"{claim.p:.2g}" + ("" if claim.declared else ", runs not declared")
     steps = f"{summaries[0]['steps']:,}"
     return [*common, spread(losses, ".5f"), p, steps, f"{tokens:.4g}", minutes]
 

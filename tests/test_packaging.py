@@ -58,8 +58,12 @@ def test_it_holds_the_package_and_the_compiled_module_and_nothing_of_the_checkou
     tops = {name.split("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"nanochat", "rustbpe"}
     assert "nanochat/py.typed" in names
-    packaged = {Path(name).name for name in names if name.startswith("nanochat/") and name.endswith(".py")}
-    assert packaged == {path.name for path in (REPO / "nanochat").glob("*.py")}
+    packaged = {name for name in names if name.startswith("nanochat/") and not name.endswith("/")}
+    assert packaged == {
+        path.relative_to(REPO).as_posix()
+        for path in (REPO / "nanochat").rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }  # with the page of the report and the model of the export, which are no modules
     compiled = [name for name in names if name.endswith((".so", ".pyd", ".dylib"))]
     assert [name.split("/")[0].split(".")[0] for name in compiled] == ["rustbpe"]
     assert "rustbpe/__init__.pyi" in names  # maturin takes it from rustbpe.pyi beside pyproject.toml

@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+from xml.etree import ElementTree
 
 import pytest
 
 from dev.reliability import library_digest, page
-from nanochat.common import files
+from nanochat.common import charts, files
 from nanochat.config.arguments import DatasetArgs, EvalArgs, ExportArgs, GenerateArgs, TokTrainArgs, TrainArgs
 from nanochat.config.plan import plan
 from tests.conftest import REPO
@@ -53,6 +54,16 @@ def test_every_file_it_names_is_there() -> None:
     named = re.findall(r"(?:nanochat|runs|dev|scripts|tests)/[\w./]*\w\.(?:py|sh|md)", README)
     assert len(named) > 5
     assert [name for name in named if not (REPO / name).exists()] == []
+
+
+def test_it_is_short_and_its_pictures_are_small_and_readable_on_any_page() -> None:
+    assert len(README.splitlines()) <= 100
+    pictures = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", README)
+    assert pictures
+    for name in pictures:
+        text = (REPO / name).read_text("utf-8")
+        assert len(text) <= 60_000
+        assert ElementTree.fromstring(text).attrib["color"] == charts.LONE_INK
 
 
 def test_every_flag_it_names_exists() -> None:

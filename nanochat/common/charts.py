@@ -21,12 +21,11 @@ LONE_INK = "#777c85"  # the text colour of an SVG that is in no page: 4:1 on whi
 MAX_POINTS = 500  # of a curve: more than the pixels it is drawn on would show
 
 STYLE: dict[Any, Any] = {
-    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "grid.color"), INK),
-    **dict.fromkeys(("xtick.color", "ytick.color"), INK),
+    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK),
     **dict.fromkeys(("xtick.labelsize", "ytick.labelsize"), 9),
     **dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon"), False),
     **dict.fromkeys(("axes.grid", "axes.axisbelow", "savefig.transparent"), True),
-    "grid.alpha": 0.15,
+    "grid.alpha": 0.3,  # of its grey, which shows on white and on near-black
     "grid.linewidth": 0.6,
     "lines.linewidth": 1.4,
     "lines.markersize": 3,
@@ -74,12 +73,11 @@ def svg(name: str, width: float, height: float, draw: Callable[..., Any], panels
         draw: is given the axes of the panels, and draws into them.
         panels: how many there are, side by side.
     """
-    import matplotlib
-    from matplotlib.figure import Figure  # without pyplot: nothing is kept between two figures
+    import matplotlib.figure  # without pyplot: nothing is kept between two figures
 
     buffer = io.StringIO()
     with matplotlib.rc_context(STYLE | {"svg.hashsalt": name}):
-        figure = Figure(figsize=(width, height), layout="constrained")
+        figure = matplotlib.figure.Figure(figsize=(width, height), layout="constrained")
         draw(*figure.subplots(1, panels, squeeze=False)[0])
         figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     text = re.sub(r"(?ms)\s*<metadata>.*?</metadata>|[ \t]+$", "", buffer.getvalue())
