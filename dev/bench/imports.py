@@ -2,8 +2,8 @@
 
     python -m dev.bench.imports [--runs 5]
 
-A door is a module that other folders import: the `__init__` of its folder names it. Where one needs torch, the
-time is that of torch. The first import of all is not counted: it reads files that the later ones find in memory.
+A door is a module that other folders import: the `__init__` of its folder names it. One that needs torch
+takes as long as torch. The first import is not counted: it reads files that later ones find in memory.
 """
 
 from __future__ import annotations
