@@ -18,7 +18,7 @@ def main() -> None:
     folder = files.tokenizer_dir(args.name or args.corpus)
     if (folder / "tokenizer.json").exists() and not args.overwrite:
         tokenizer = Tokenizer.load(folder)
-        if args.vocab_size not in (None, tokenizer.vocab_size, tokenizer.asked_vocab_size):
+        if args.vocab_size not in (None, tokenizer.vocab_size, tokenizer.trained_on.get("asked_vocab_size")):
             raise UserError(
                 f"{folder} holds {tokenizer.vocab_size} entries, and --vocab-size={args.vocab_size}. "
                 "Name another with --name, or train it again with --overwrite."

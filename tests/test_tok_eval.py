@@ -60,7 +60,7 @@ def test_bytes_per_token_are_counted_by_hand(tmp_path: Path) -> None:
     tokenizer = Tokenizer.train(["abab"] * 9, 256 + 9 + 1)
     rows = compression.measure({"one": "ab ab", "wide": "\u4f60", "none": ""}, {"ours": tokenizer})
     # "ab" is one token and " ab" two; each byte of the character is one.
-    assert [(row.text, row.size, row.bytes_per_token["ours"]) for row in rows] == [
+    assert [(row.text, row.bytes, row.bytes_per_token["ours"]) for row in rows] == [
         ("one", 5, 5 / 3),
         ("wide", 3, 1.0),
     ]

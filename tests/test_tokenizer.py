@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from base64 import b64encode
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,7 @@ def test_a_small_corpus_keeps_what_was_asked(tmp_path: Path) -> None:
     small = Tokenizer.train(["ab"], 1000)
     small.save(tmp_path)
     loaded = Tokenizer.load(tmp_path)
-    assert (loaded.vocab_size, loaded.asked_vocab_size) == (256 + 1 + 9, 1000)
+    assert (loaded.vocab_size, loaded.trained_on["asked_vocab_size"]) == (256 + 1 + 9, 1000)
 
 
 def test_columns_of_arrow_give_the_same_vocabulary() -> None:
@@ -71,9 +72,10 @@ def test_columns_of_arrow_give_the_same_vocabulary() -> None:
     assert Tokenizer.train([pa.array(texts)], 500).fingerprint == Tokenizer.train(texts, 500).fingerprint
 
 
-def test_ranks_are_written_as_tiktoken_reads_them(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_the_ranks_are_tiktoken_s_in_its_file_too(tokenizer: Tokenizer, tmp_path: Path) -> None:
     path = tmp_path / "ours.tiktoken"
-    tokenizer.write_ranks_file(path)
+    ranks_of_ours = tokenizer._bpe.get_mergeable_ranks()
+    path.write_text("".join(f"{b64encode(token).decode()} {rank}\n" for token, rank in ranks_of_ours))
     ranks = tiktoken.load.load_tiktoken_bpe(str(path))
     theirs = tiktoken.Encoding("ours", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={})
     text = "def main(): # caf\u00e9 \u4f60\u597d 2024"
@@ -124,11 +126,8 @@ def test_text_never_yields_a_special_token(
 
 def test_special_tokens_come_only_when_asked(tokenizer: Tokenizer) -> None:
     assert tokenizer.encode("a b", bos=True) == [tokenizer.bos_id, *tokenizer.encode("a b")]
-    ids = [tokenizer.bos_id, *tokenizer.encode("hi"), tokenizer.special_id("<|output_end|>")]
+    ids = [tokenizer.bos_id, *tokenizer.encode("hi"), VOCAB - 1]
     assert tokenizer.decode(ids) == "<|bos|>hi<|output_end|>"
-    assert tokenizer.special_id("<|output_end|>") == VOCAB - 1
-    with pytest.raises(UserError, match="not a special token"):
-        tokenizer.special_id("<|eos|>")
 
 
 def test_batches_hold_the_single_texts_end_to_end(tokenizer: Tokenizer) -> None:

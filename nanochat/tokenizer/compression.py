@@ -1,7 +1,11 @@
-"""How well a vocabulary compresses: bytes of text per token, beside other vocabularies."""
+"""Compression of a vocabulary: bytes of text per token, beside other vocabularies.
+
+A model of a given size reads more text where its tokens are longer, so the figure is worth comparing.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +31,7 @@ class Row:
     """One text: its name, its size in bytes, and the bytes per token of each vocabulary."""
 
     text: str
-    size: int
+    bytes: int
     bytes_per_token: Mapping[str, float]
 
 
@@ -37,11 +41,11 @@ def vocabularies(tokenizer: Tokenizer, peers_dir: Path | None) -> dict[str, Toke
     Raises:
         UserError: a file of ranks is absent or damaged.
     """
-    found = {"ours": tokenizer}
+    tokenizers = {"ours": tokenizer}
     if peers_dir is not None:
         for name, (file, pattern) in PEERS.items():
-            found[name] = Tokenizer.from_ranks_file(peers_dir / file, pattern)
-    return found
+            tokenizers[name] = Tokenizer.from_ranks_file(peers_dir / file, pattern)
+    return tokenizers
 
 
 def samples(folder: Path) -> dict[str, str]:
@@ -50,9 +54,8 @@ def samples(folder: Path) -> dict[str, str]:
     Raises:
         UserError: no such file, or one that is not UTF-8.
     """
-    texts = {
-        "code": "".join(path.read_text("utf-8") for path in sorted(Path(__file__).parents[1].rglob("*.py")))
-    }
+    code = sorted(Path(__file__).parents[1].rglob("*.py"))
+    texts = {"code": "".join(path.read_text("utf-8") for path in code)}
     for path in sorted(folder.glob("*.txt")):
         try:
             texts[path.stem] = path.read_text("utf-8")[:MAX_CHARS]
@@ -83,7 +86,7 @@ def table(rows: Sequence[Row], tokenizers: Mapping[str, Tokenizer]) -> str:
     ]
     for row in rows:
         ratios = "".join(f"{row.bytes_per_token[name]:10.3f}" for name in names)
-        lines.append(f"{row.text:20}{row.size:10,}{ratios}")
+        lines.append(f"{row.text:20}{row.bytes:10,}{ratios}")
     return "\n".join(lines)
 
 
@@ -91,10 +94,7 @@ def write(folder: Path, rows: Sequence[Row], tokenizers: Mapping[str, Tokenizer]
     """Write tok_eval.json and, where matplotlib is installed, tok_eval.svg into a tokenizer's folder."""
     document = {
         "vocab_size": {name: tokenizer.vocab_size for name, tokenizer in tokenizers.items()},
-        "texts": [
-            {"text": row.text, "bytes": row.size, "bytes_per_token": dict(row.bytes_per_token)}
-            for row in rows
-        ],
+        "texts": [dataclasses.asdict(row) for row in rows],
     }
     written = [folder / "tok_eval.json"]
     files.write_json(written[0], document)

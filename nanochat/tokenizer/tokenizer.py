@@ -1,16 +1,15 @@
-"""Text to ids and back: byte-level BPE on top of rustbpe, nine special tokens, and tokenizer.json.
+"""Byte-level BPE tokenizer: text to ids and back, nine special tokens, and its file tokenizer.json.
 
-Ids 0..M-1 are byte strings (the 256 single bytes, then one for each merge in order), M..M+8 the special
-tokens. The file is in Hugging Face's format and is the only home of the pattern: `tokenizers` and
-`transformers` load it as it is and give the same ids. The special tokens stand in its vocabulary, where an id
-finds its name and a name its id, and not among its `added_tokens`: those are looked for in all text, and a
-text that spells `<|bos|>` would yield one that nobody asked for.
+The file is in Hugging Face's format, so `tokenizers` and `transformers` load it as it is and give the same
+ids; it is the only home of the pattern. Ids 0..M-1 are byte strings (the 256 single bytes, then one for each
+merge in order), M..M+8 the special tokens. These stand in its vocabulary, where an id finds its name and a
+name its id, and not among its `added_tokens`: those are looked for in all text, and a text that spells
+`<|bos|>` would yield one.
 """
 
 from __future__ import annotations
 
 import base64
-import binascii
 import hashlib
 import itertools
 import json
@@ -34,17 +33,9 @@ PATTERN = (
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 GPT2_END = "<|endoftext|>"  # stands before every document, as <|bos|> does here, and has the id of it
 
-SPECIALS = (
-    "<|bos|>",
-    "<|user_start|>",
-    "<|user_end|>",
-    "<|assistant_start|>",
-    "<|assistant_end|>",
-    "<|python_start|>",
-    "<|python_end|>",
-    "<|output_start|>",
-    "<|output_end|>",
-)
+# <|bos|>, then <|user_start|>, <|user_end|>, <|assistant_start|> and so on.
+SPEAKERS = ("user", "assistant", "python", "output")
+SPECIALS = ("<|bos|>", *(f"<|{speaker}_{edge}|>" for speaker in SPEAKERS for edge in ("start", "end")))
 
 FILE_NAME = "tokenizer.json"
 NO_DIGEST = "0" * 64
@@ -54,18 +45,30 @@ T = TypeVar("T")
 
 
 class Tokenizer:
-    """A vocabulary and its pattern. Immutable; safe to share between threads."""
+    """A vocabulary and its pattern. Immutable; safe to share between threads.
+
+    Attributes:
+        trained_on: what it was trained on, kept in the file for people; `asked_vocab_size` says how many
+            entries were asked for, since a corpus may run out of pairs before.
+        pattern: the regex that splits text into pieces, each merged by itself.
+        bos_id: id of `<|bos|>`, with which every document starts.
+        vocab_size: entries, special tokens included.
+    """
 
     def __init__(self, bpe: rustbpe.Tokenizer, trained_on: dict[str, str | int] | None = None) -> None:
         """Put the special tokens after the byte strings of `bpe`.
 
         Args:
             bpe: ranks and pattern.
-            trained_on: what it was trained on, kept in the file for people.
+            trained_on: what it was trained on.
         """
         self._bpe = bpe
-        self._first_special = bpe.vocab_size
         self.trained_on = dict(trained_on or {})
+        self.pattern = bpe.get_pattern()
+        self.bos_id = bpe.vocab_size
+        self.vocab_size = self.bos_id + len(SPECIALS)
+        self._spelled = [token for token, _ in bpe.get_mergeable_ranks()]
+        self._spelled += [name.encode() for name in SPECIALS]
         self._contents = _to_json(bpe, self.trained_on)
 
     @classmethod
@@ -93,28 +96,27 @@ class Tokenizer:
         Raises:
             UserError: `vocab_size` below 256 + 9, no text, or a text that is not valid Unicode.
         """
-        least = 256 + len(SPECIALS)
-        if vocab_size < least:
+        if vocab_size < (least := 256 + len(SPECIALS)):
             raise UserError(
                 f"vocab_size={vocab_size}: 256 bytes and {len(SPECIALS)} special tokens need {least} or more."
             )
         if max_memory is not None and max_memory < MIN_MEMORY:
             raise UserError(f"max_memory={max_memory}: training needs {MIN_MEMORY} bytes (64 MiB) or more.")
         bpe = rustbpe.Tokenizer()
-        merges = vocab_size - len(SPECIALS)
         try:
             report = bpe.train_from_iterator(
-                texts, merges, pattern=PATTERN, max_memory=max_memory, progress=progress
+                texts, vocab_size - len(SPECIALS), pattern=PATTERN, max_memory=max_memory, progress=progress
             )
+        except UserError:
+            raise
         except ValueError as error:
-            if isinstance(error, UserError):
-                raise
             raise UserError(f"training the tokenizer: {error}. Take that text out of the corpus.") from error
         if report["bytes"] == 0:
             raise UserError("training the tokenizer: the corpus has no text. Name one that has.")
-        about: dict[str, str | int] = {"texts": report["texts"], "bytes": report["bytes"]}
+        about: dict[str, str | int] = {"source": source} if source else {}
+        about |= {"texts": report["texts"], "bytes": report["bytes"]}
         about |= {"asked_vocab_size": vocab_size, "pruned_pieces": report["pruned_pieces"]}
-        return cls(bpe, {"source": source, **about} if source else about)
+        return cls(bpe, about)
 
     @classmethod
     def from_ranks_file(cls, path: Path, pattern: str) -> Tokenizer:
@@ -129,7 +131,7 @@ class Tokenizer:
             return cls(rustbpe.Tokenizer.from_ranks(ranks, pattern))
         except FileNotFoundError:
             raise UserError(f"{path}: no such file.") from None
-        except (ValueError, binascii.Error) as error:
+        except ValueError as error:
             raise UserError(f"{path}: not a file of tiktoken ranks ({error}).") from error
 
     @classmethod
@@ -165,12 +167,10 @@ class Tokenizer:
         contents = path.read_bytes()
         if contents != tokenizer._contents:
             if contents != _to_json(tokenizer._bpe, tokenizer.trained_on, with_digest=False):
-                found, expected = (
-                    hashlib.sha256(x).hexdigest()[:12] for x in (contents, tokenizer._contents)
-                )
+                digest = hashlib.sha256(contents).hexdigest()[:12]
                 raise UserError(
-                    f"{path}: damaged, or changed by hand: sha256 {found}, what it says has {expected}. "
-                    f"{again}"
+                    f"{path}: damaged, or changed by hand: sha256 {digest}, what it says has "
+                    f"{tokenizer.fingerprint[:12]}. {again}"
                 )
             # From before there was a digest: checkpoints know this tokenizer by the sha256 of this file.
             tokenizer._contents = contents
@@ -180,42 +180,10 @@ class Tokenizer:
         """Write `folder`/tokenizer.json, whole or not at all."""
         files.atomic_write(folder / FILE_NAME, self._contents)
 
-    def write_ranks_file(self, path: Path) -> None:
-        """Write the byte strings as tiktoken reads them: lines of base64 and rank, without special tokens."""
-        ranks = self._bpe.get_mergeable_ranks()
-        lines = [f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks]
-        files.atomic_write(path, "".join(lines))
-
-    @property
-    def asked_vocab_size(self) -> int:
-        """Entries that training was asked for; it found fewer where the corpus had no more pairs."""
-        return int(self.trained_on.get("asked_vocab_size", self.vocab_size))
-
-    @property
-    def vocab_size(self) -> int:
-        """Entries, special tokens included."""
-        return self._first_special + len(SPECIALS)
-
-    @property
-    def bos_id(self) -> int:
-        """Id of `<|bos|>`, with which every document starts."""
-        return self._first_special
-
-    @property
-    def pattern(self) -> str:
-        """The regex that splits text into pieces, each merged by itself."""
-        return self._bpe.get_pattern()
-
     @property
     def fingerprint(self) -> str:
         """The sha256 of tokenizer.json."""
         return hashlib.sha256(self._contents).hexdigest()
-
-    def special_id(self, name: str) -> int:
-        """Id of a special token: `special_id("<|user_start|>")`."""
-        if name not in SPECIALS:
-            raise UserError(f"{name!r} is not a special token. Known: {', '.join(SPECIALS)}.")
-        return self._first_special + SPECIALS.index(name)
 
     def encode(self, text: str, bos: bool = False) -> list[int]:
         """Ids of `text`, after BOS if asked. What spells a special token is text like any other.
@@ -224,10 +192,9 @@ class Tokenizer:
             UserError: the text holds lone surrogates.
         """
         try:
-            ids = self._bpe.encode(text)
+            return [self.bos_id] * bos + self._bpe.encode(text)
         except ValueError as error:
             raise UserError(str(error)) from error
-        return [self.bos_id, *ids] if bos else ids
 
     def encode_batch(
         self, texts: Sequence[str], num_threads: int | None = None
@@ -267,22 +234,16 @@ class Tokenizer:
                 f"unknown token id {wrong[0]}: the vocabulary has the ids 0 to {self.vocab_size - 1}. "
                 "Decode with the tokenizer that the ids were made with."
             )
-        parts: list[bytes] = []
-        start = 0
-        for end in np.flatnonzero(numbers >= self._first_special):
-            parts.append(self._bpe.decode_bytes(numbers[start:end].astype(np.uint32)))
-            parts.append(SPECIALS[numbers[end] - self._first_special].encode())
-            start = end + 1
-        parts.append(self._bpe.decode_bytes(numbers[start:].astype(np.uint32)))
-        return b"".join(parts)
+        return b"".join(self._spelled[i] for i in numbers.tolist())
 
     def token_bytes(self) -> np.ndarray[Any, np.dtype[np.int64]]:
         """Length in raw bytes of each token, (vocab_size,) int64; 0 for special tokens.
 
         Raw bytes, since one token in 170 is no valid UTF-8 by itself and would measure wrong as text.
         """
-        lengths = [len(token) for token, _ in self._bpe.get_mergeable_ranks()]
-        return np.array(lengths + [0] * len(SPECIALS), dtype=np.int64)
+        lengths = np.array([len(token) for token in self._spelled], dtype=np.int64)
+        lengths[self.bos_id :] = 0
+        return lengths
 
 
 def _byte_alphabet() -> list[str]:
@@ -297,39 +258,29 @@ def _to_json(bpe: rustbpe.Tokenizer, trained_on: dict[str, str | int], *, with_d
 
     Its digest is that of the file with zeros in its place: no one change leaves a file that agrees.
     """
-    alphabet = _byte_alphabet()
+    alphabet, pattern = _byte_alphabet(), bpe.get_pattern()
     tokens = ["".join(alphabet[byte] for byte in token) for token, _ in bpe.get_mergeable_ranks()]
-    split = {
-        "type": "Split",
-        "pattern": {"Regex": bpe.get_pattern()},
-        "behavior": "Isolated",
-        "invert": False,
-    }
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    model: dict[str, Any] = {
+        "type": "BPE",
+        **dict.fromkeys(("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix")),
+        **dict.fromkeys(("fuse_unk", "byte_fallback", "ignore_merges"), False),
+        # Readers pass over a key they do not know, but only here.
+        "trained_on": trained_on,
+        **({"sha256": NO_DIGEST} if with_digest else {}),
+        "vocab": {token: i for i, token in enumerate([*tokens, *SPECIALS])},
+        "merges": [f"{tokens[left]} {tokens[right]}" for left, right in bpe.get_merges()],
+    }
     document: dict[str, Any] = {
         "version": "1.0",
-        "truncation": None,
-        "padding": None,
+        **dict.fromkeys(("truncation", "padding")),
         "added_tokens": [],
         "normalizer": None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
         "post_processor": None,
         "decoder": byte_level,
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": False,
-            # Readers pass over a key they do not know, but only here.
-            "trained_on": trained_on,
-            **({"sha256": NO_DIGEST} if with_digest else {}),
-            "vocab": {token: i for i, token in enumerate([*tokens, *SPECIALS])},
-            "merges": [f"{tokens[left]} {tokens[right]}" for left, right in bpe.get_merges()],
-        },
+        "model": model,
     }
     contents = (json.dumps(document, ensure_ascii=False, indent=1) + "\n").encode()
     digest = hashlib.sha256(contents).hexdigest()
@@ -343,22 +294,22 @@ def _from_json(document: object) -> tuple[rustbpe.Tokenizer, dict[str, str | int
         ValueError: what is missing, of a wrong type, or at odds with the rest.
     """
     model = _field(_field(document, "file", dict), "model", dict)
-    vocab = _field(model, "vocab", dict)
+    names = _names_by_id(_field(model, "vocab", dict))
     merges = _field(model, "merges", list)
-    names = _names_by_id(vocab)
-    if tuple(names[-len(SPECIALS) :]) != SPECIALS:
+    tokens = names[: -len(SPECIALS)]
+    if tuple(names[len(tokens) :]) != SPECIALS:
         raise ValueError(
             f"the last {len(SPECIALS)} entries of 'vocab' are not {SPECIALS[0]} to {SPECIALS[-1]}"
         )
-    tokens = names[: -len(SPECIALS)]
-    bpe = rustbpe.Tokenizer.from_ranks(_ranks_of(tokens), _pattern(document))
+    steps = _field(_field(document, "pre_tokenizer", dict), "pretokenizers", list)
+    pattern = _field(_field(steps[0] if steps else None, "pattern", dict), "Regex", str)
+    bpe = rustbpe.Tokenizer.from_ranks(_ranks_of(tokens), pattern)
     expected = [f"{tokens[left]} {tokens[right]}" for left, right in bpe.get_merges()]
     if merges != expected:
-        first = next(
-            (i for i, (a, b) in enumerate(zip(merges, expected, strict=False)) if a != b), len(merges)
-        )
+        equal = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(merges, expected, strict=False))
         raise ValueError(
-            f"'merges' has {len(merges)} entries, 'vocab' asks for {len(expected)}; they part at {first}"
+            f"'merges' has {len(merges)} entries, 'vocab' asks for {len(expected)}; they part at "
+            f"{sum(1 for _ in equal)}"
         )
     return bpe, _field(model, "trained_on", dict)
 
@@ -374,10 +325,10 @@ def _ranks_of(tokens: Sequence[str]) -> dict[bytes, int]:
 
 def _field(value: object, key: str, kind: type[T]) -> T:
     """`value[key]`, checked; the key "file" means the value itself."""
-    found = value if key == "file" else value.get(key) if isinstance(value, dict) else None
-    if not isinstance(found, kind):
-        raise ValueError(f"{key!r} is {type(found).__name__}, expected {kind.__name__}")
-    return found
+    inner = value if key == "file" else value.get(key) if isinstance(value, dict) else None
+    if not isinstance(inner, kind):
+        raise ValueError(f"{key!r} is {type(inner).__name__}, expected {kind.__name__}")
+    return inner
 
 
 def _names_by_id(vocab: dict[str, object]) -> list[str]:
@@ -386,9 +337,3 @@ def _names_by_id(vocab: dict[str, object]) -> list[str]:
     if missing is not None:
         raise ValueError(f"'vocab' has {len(vocab)} entries and none with id {missing}")
     return [names[i] for i in range(len(vocab))]
-
-
-def _pattern(document: object) -> str:
-    """The regex of the Split pre-tokenizer."""
-    steps = _field(_field(document, "pre_tokenizer", dict), "pretokenizers", list)
-    return _field(_field(steps[0] if steps else None, "pattern", dict), "Regex", str)
