@@ -431,7 +431,7 @@ def test_batches_drawn_while_shards_arrive_are_those_of_the_full_corpus(hub: Hub
             Letters(),
             sequence_len=511,
             rows_per_batch=16,
-            lanes=4,
+            streams=4,
             seed=1,
             world=World.single_process(),
             device_batch_size=16,

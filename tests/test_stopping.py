@@ -23,7 +23,7 @@ from nanochat.common.stop_signals import (
     stop_signals,
 )
 from nanochat.data import pending_download, row_stream
-from nanochat.data.row_stream import Lane, LoaderCounters
+from nanochat.data.row_stream import RowStream
 from tests.conftest import REPO
 
 # Says when it is ready, then blocks where no handler runs: waiting for another thread's lock in C.
@@ -180,16 +180,16 @@ def test_a_stop_in_an_import_is_caught_by_nobody(tmp_path: Path) -> None:
 
 
 def test_a_loader_that_waits_hears_the_stop_and_draws_nothing() -> None:
-    lane = Lane(lambda epoch, position: Future(), 3, LoaderCounters())
-    lane.move(1, 2, 5)
+    stream = RowStream(lambda epoch, position: Future(), 3)
+    stream.move((1, 2, 5))
     asked = iter([False, False, True])
-    lanes_poll, row_stream.POLL_S = row_stream.POLL_S, 0.01
+    poll_s, row_stream.POLL_S = row_stream.POLL_S, 0.01
     try:
         with pytest.raises(signals_module.Stopped):
-            lane.take(4, lambda: next(asked))
+            stream.take(4, lambda: next(asked))
     finally:
-        row_stream.POLL_S = lanes_poll
-    assert lane.cursor == (1, 2, 5)
+        row_stream.POLL_S = poll_s
+    assert stream.cursor == (1, 2, 5)
 
 
 def test_whoever_waits_for_a_shard_hears_the_stop(tmp_path: Path) -> None:

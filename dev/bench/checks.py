@@ -71,7 +71,7 @@ def measure(folder: Path, suffix: str, tokenizer: Path, compared: bool) -> dict[
         Tokenizer.load(tokenizer) if suffix == ".parquet" else Ids(),  # type: ignore[arg-type]
         sequence_len=T,
         rows_per_batch=ROWS,
-        lanes=LANES,
+        streams=LANES,
         seed=0,
         world=World.single_process(),
         device_batch_size=ROWS // 8,

@@ -56,7 +56,7 @@ from nanochat.distributed.world import World
 
 what, count = sys.argv[1], int(sys.argv[2])
 corpus, tokenizer = Corpus.open("tiny"), Tokenizer.load(files.tokenizer_dir("tiny"))
-loader = TrainLoader(corpus, tokenizer, sequence_len=32, rows_per_batch=64, lanes=1, seed=0,
+loader = TrainLoader(corpus, tokenizer, sequence_len=32, rows_per_batch=64, streams=1, seed=0,
                      world=World.single_process(), device_batch_size=64, threads=1)
 start = loader.state_dict()
 def epoch():

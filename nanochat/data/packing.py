@@ -1,34 +1,30 @@
-"""Documents of one block -> full rows. Pure: the same documents give the same rows, on any machine.
+"""Best-fit packing: the documents of one row group become rows of T + 1 slots, all of them full.
 
-Every row has T + 1 slots and starts with BOS; every document in it starts with BOS. Documents are placed
-best-fit: the largest that fits the space left in the row. Where none fits, one is cropped to fill the row;
-its rest is discarded, or with `keep_tails` goes back as a document of its own.
+Pure: the same documents give the same rows, on any machine. Every row starts with BOS, and every document in
+it does. Documents are placed best-fit: the largest that fits the space left in the row. Where none fits, one
+is cropped to fill the row; its remainder is discarded, or with `keep_tails` goes back as a document.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 
-@dataclass(frozen=True)
-class Packed:
-    """The rows of one block.
+class Packed(NamedTuple):
+    """The rows of one row group.
 
     Attributes:
         rows: (n, T + 1) int32 token ids.
-        offered: tokens of the block's documents, without BOS.
-        cropped: how many of them are in no row; 0 with `keep_tails`.
-        filled: slots at the end of the last row that repeat the block's beginning, because the documents ran
-            out (only with `keep_tails`).
+        filled: slots at the end of the last row that repeat the beginning, because the documents ran out
+            (only with `keep_tails`).
     """
 
     rows: NDArray[np.int32]
-    offered: int
-    cropped: int
     filled: int
 
 
@@ -104,7 +100,7 @@ def pack(
     row_slots: int,
     keep_tails: bool,
 ) -> Packed:
-    """Pack the documents of a block.
+    """Pack the documents of a row group.
 
     Args:
         ids: (N,) tokens of all documents, one after another, without BOS.
@@ -115,7 +111,7 @@ def pack(
     """
     plan = plan_rows(np.diff(offsets), row_slots, keep_tails=keep_tails)
     if not plan.tokens:
-        return Packed(np.empty((0, row_slots), np.int32), len(ids), len(ids), filled=0)
+        return Packed(np.empty((0, row_slots), np.int32), filled=0)
     documents, starts, tokens = (np.asarray(x, np.int64) for x in (plan.documents, plan.starts, plan.tokens))
     slots = tokens + 1
     ends = np.cumsum(slots)
@@ -128,8 +124,7 @@ def pack(
     stream[begins] = bos_id
     n_rows = -(-len(stream) // row_slots)
     rows = np.resize(stream, (n_rows, row_slots))  # repeats the beginning where the last row is short
-    cropped = len(ids) - int(tokens.sum())
-    return Packed(rows, len(ids), cropped, plan.filled)
+    return Packed(rows, plan.filled)
 
 
 def shuffled(n: int, *key: int) -> NDArray[np.int64]:

@@ -12,7 +12,7 @@ from nanochat.common.errors import UserError
 from nanochat.config.plan import Plan
 from nanochat.data.corpus import Corpus
 from nanochat.data.packing import plan_rows
-from nanochat.data.train_loader import Encoder
+from nanochat.tokenizer.tokenizer import Tokenizer
 
 MIN_VOCAB, MAX_VOCAB = 512, 32_768
 VOCAB_BYTES = 1_000  # of text for an entry: below, most entries are rare words
@@ -76,7 +76,7 @@ def is_measured(corpus: Corpus) -> bool:
     return not corpus.holds_tokens and not corpus.comes_in_order
 
 
-def measure(corpus: Corpus, tokenizer: Encoder) -> TextSize:
+def measure(corpus: Corpus, tokenizer: Tokenizer) -> TextSize:
     """Tokenize the first block of each split."""
     train, val = (
         corpus.read_block(shard, 0) if shard.row_groups else []

@@ -68,7 +68,7 @@ def create_state(
         tokenizer,
         sequence_len=plan.model.sequence_len,
         rows_per_batch=plan.batch_rows,
-        lanes=plan.lanes,
+        streams=plan.lanes,
         seed=plan.args.seed,
         world=world,
         device_batch_size=plan.device_batch_size,

@@ -22,7 +22,7 @@ def main() -> None:
             Letters(),
             sequence_len=T,
             rows_per_batch=ROWS,
-            lanes=4,
+            streams=4,
             seed=3,
             world=w,
             device_batch_size=2,

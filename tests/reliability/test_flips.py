@@ -48,7 +48,7 @@ class Trainer:
             Bytes(),
             sequence_len=255,
             rows_per_batch=64,
-            lanes=1,
+            streams=1,
             seed=0,
             world=World.single_process(),
             device_batch_size=64,
