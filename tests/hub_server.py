@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import socket
 import struct
@@ -11,13 +12,14 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.parse
 from collections import Counter
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 from nanochat.data import parquet_shards
-from nanochat.data.hub import HUB_CORPORA
+from nanochat.data.hub_corpora import HUB_CORPORA
 
 REPO = HUB_CORPORA["fineweb-edu"].repo
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -42,6 +44,7 @@ class Hub:
         times: name of a file -> how often it goes wrong before it goes right; not listed: always.
         requests: GETs of each whole file, without those of a range.
         ranges: GETs of a range of each file.
+        lists: how many files each request for sizes and digests has named.
         attempts: requests of any kind.
         tokens: what the clients gave as authorization.
         refusal: status and headers of the answer to everything, where the hub refuses all.
@@ -59,6 +62,7 @@ class Hub:
         self.tokens: set[str | None] = set()
         self.refusal: tuple[int, dict[str, str]] | None = None
         self.attempts = 0
+        self.lists: list[int] = []
         self.chunk_s = 0.0
         handler = type("Handler", (_Handler,), {"hub": self})
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
@@ -95,6 +99,29 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         with contextlib.suppress(ConnectionError):
             self.answer(send_body=True)
+
+    def do_POST(self) -> None:
+        """Sizes and digests of the files that a form names; those that are absent are passed over."""
+        form = urllib.parse.parse_qs(self.rfile.read(int(self.headers["Content-Length"])).decode())
+        self.hub.attempts += 1
+        if self.hub.refusal:
+            self.reply(*self.hub.refusal, b"<html>Please sign in</html>")
+            return
+        self.hub.tokens.add(self.headers["Authorization"])
+        self.hub.lists.append(len(form["paths"]))
+        assert self.path == f"/api/datasets/{self.hub.repo}/paths-info/{COMMIT}"
+        there = {name: self.hub.contents[name] for name in form["paths"] if name in self.hub.contents}
+        entries = [
+            {
+                "type": "file",
+                "path": name,
+                "size": len(data),
+                "oid": "0" * 40,
+                "lfs": {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 134},
+            }
+            for name, data in there.items()
+        ]
+        self.reply(200, {"Content-Type": "application/json"}, json.dumps(entries).encode())
 
     def answer(self, send_body: bool) -> None:
         name = self.path.rpartition("/")[2].partition("?")[0]

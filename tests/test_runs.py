@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from nanochat.common import files
-from nanochat.data.hub import HUB_CORPORA
+from nanochat.data.hub_corpora import HUB_CORPORA
 from nanochat.tokenizer.tokenizer import Tokenizer
 from tests.conftest import REPO
 from tests.hub_server import Hub, environment

@@ -34,8 +34,9 @@ from nanochat.common import files, locks, typed_json
 from nanochat.common.checksums import BrokenFileError, ChecksummedFile
 from nanochat.common.errors import UserError
 from nanochat.common.progress import bytes_bar
-from nanochat.data import hub, parquet_shards, pending_download, text_files, token_shards
+from nanochat.data import parquet_shards, pending_download, text_files, token_shards
 from nanochat.data import sources as data_sources
+from nanochat.data.hub_corpora import HUB_CORPORA, name_of
 from nanochat.data.parquet_shards import Shard
 
 FORMAT = 1
@@ -67,17 +68,17 @@ class Corpus:
     def open(cls, name: str) -> Corpus:
         """Read the manifest, look for every file at its size, and verify the validation shards' bytes.
 
-        Training shards may be on their way: `read_block` waits for them.
+        Training shards may still be fetched by another process: `read_block` waits for them.
 
         Raises:
             UserError: no such corpus, a manifest of another version, or a shard that is absent or damaged.
         """
         corpus = cls.read_manifest(files.data_dir(name))
-        for shard in corpus.shards:
-            if shard.split == "train" and corpus.is_arriving(shard):
-                print(f"{corpus.name}: {len(corpus.absent)} of {len(corpus.shards)} shards are on their way")
-                break
-            if not corpus._has_size(shard) and (problem := corpus.problem(shard)):
+        missing = [shard for shard in corpus.train_shards if not corpus.path(shard).exists()]
+        if missing and corpus.comes_in_order and pending_download.has_begun(corpus.folder):
+            print(f"{corpus.name}: {len(corpus.absent)} of {len(corpus.shards)} shards are on their way")
+        else:
+            for problem in filter(None, map(corpus.problem, corpus.absent)):
                 raise UserError(problem)
         for shard in corpus.val_shards:
             corpus.verify(shard)
@@ -89,17 +90,15 @@ class Corpus:
         path = folder / MANIFEST
         if not path.is_file():
             name = folder.name
-            made = name if name in (*hub.HUB_CORPORA, "stdlib") else f"local --name {name} --files FILES"
+            made = name if name in (*HUB_CORPORA, "stdlib") else f"local --name {name} --files FILES"
             raise UserError(
                 f"corpus {name!r}: {path} is not there. Make it: python -m scripts.dataset --corpus {made}"
             )
         again = f"Delete {folder} and make it again."
         raw = files.read_json(path, dict[str, Any], advice=again)
-        if raw.get("format") != FORMAT:
-            raise UserError(
-                f"{path}: format {typed_json.shown(raw.get('format'))}, expected {FORMAT}. {again}"
-            )
         try:
+            if raw.get("format") != FORMAT:
+                raise ValueError(f"format {typed_json.shown(raw.get('format'))}, expected {FORMAT}")
             members = parquet_shards.from_manifest(raw["shards"])
             return cls(folder, str(raw["name"]), str(raw["source"]), members)
         except (KeyError, TypeError, ValueError) as error:
@@ -133,8 +132,7 @@ class Corpus:
 
     def read_block(self, shard: Shard, row_group: int) -> list[str]:
         """The documents of a row group; see `read_column`."""
-        texts: list[str] = self.read_column(shard, row_group).to_pylist()
-        return texts
+        return list(self.read_column(shard, row_group).to_pylist())
 
     def read_column(self, shard: Shard, row_group: int) -> pa.Array:
         """The documents of a row group as an array of Arrow, without nulls and empty strings; thread-safe.
@@ -176,12 +174,12 @@ class Corpus:
         try:
             return work(self._open(shard))
         except BrokenFileError as error:
-            raise UserError(f"{error} {self.repair(shard)}") from None
+            raise UserError(f"{error} {self.repair}") from None
 
     def _open(self, shard: Shard) -> ChecksummedFile:
         with self._locks[shard.name]:
             if shard.name not in self._opened:
-                if self._is_remote and not self.path(shard).exists():
+                if self.comes_in_order and not self.path(shard).exists():
                     pending_download.wait_for(self.path(shard))
                 self._opened[shard.name] = parquet_shards.open_shard(self.path(shard), shard)
             return self._opened[shard.name]
@@ -189,49 +187,38 @@ class Corpus:
     def problem(self, shard: Shard) -> str:
         """What is wrong with a shard, hashed now, and the command that repairs it; "" if nothing is."""
         found = parquet_shards.problem(self.path(shard), shard)
-        return f"{found} {self.repair(shard)}" if found else ""
+        return f"{found} {self.repair}" if found else ""
 
     @property
     def absent(self) -> list[Shard]:
         """Shards that are not there at their size."""
         return [shard for shard in self.shards if not self._has_size(shard)]
 
-    def is_arriving(self, shard: Shard) -> bool:
-        """True if the shard is not there, and a download lives that will bring it."""
-        return self._is_remote and not self.path(shard).exists() and pending_download.has_begun(self.folder)
-
     @property
     def comes_in_order(self) -> bool:
-        """True if shards arrive one after another and are read so in the first epoch.
+        """True if shards are fetched one after another and are read so in the first epoch.
 
         Those of the hub are: their documents have been shuffled over all shards.
         """
-        return self._is_remote
-
-    @property
-    def _is_remote(self) -> bool:
-        return any(self.source.startswith(f"{remote.repo}@") for remote in hub.HUB_CORPORA.values())
+        return bool(name_of(self.source))
 
     def _has_size(self, shard: Shard) -> bool:
         path = self.path(shard)
         return path.is_file() and path.stat().st_size == shard.bytes
 
-    def repair(self, shard: Shard) -> str:
-        """The command that makes a shard good again."""
-        name = f" --name {self.name}"
-        for corpus, remote in hub.HUB_CORPORA.items():
-            if self.source.startswith(remote.repo):
-                again = f"--corpus {corpus}{name if self.name != corpus else ''} -n {len(self.train_shards)}"
-                return (
-                    f"Repair: python -m scripts.dataset {again}"  # it hashes all, and fetches what is wrong
-                )
+    @property
+    def repair(self) -> str:
+        """The command that makes damaged shards good again."""
         if self.source.startswith("repackaged"):
             return f"Repair: rm -rf '{self.folder}' && python -m dev.repackage_data --name {self.name} ..."
-        if self.source.startswith("local"):
-            again = f"--corpus local{name if self.name != 'local' else ''} --files FILES"
-        else:
-            again = f"--corpus stdlib{name if self.name != 'stdlib' else ''}"
-        return f"Repair: rm -rf '{self.folder}' && python -m scripts.dataset {again}"
+        remote = name_of(self.source)
+        corpus = remote or ("local" if self.source.startswith("local") else "stdlib")
+        name = f" --name {self.name}" if self.name != corpus else ""
+        named_files = " --files FILES" if corpus == "local" else ""
+        command = f"python -m scripts.dataset --corpus {corpus}{name}{named_files}"
+        if remote:  # it hashes all, and fetches what is wrong
+            return f"Repair: {command} -n {len(self.train_shards)}"
+        return f"Repair: rm -rf '{self.folder}' && {command}"
 
 
 # -----------------------------------------------------------------------------
@@ -265,17 +252,17 @@ def prepare(
         raise UserError(
             f"--files and --val-file make a corpus of your own: use --corpus local, not {corpus}."
         )
-    if corpus not in hub.HUB_CORPORA and (num_shards, first) != (None, None):
+    if corpus not in HUB_CORPORA and (num_shards, first) != (None, None):
         raise UserError(
-            f"-n and --first choose shards of {', '.join(hub.HUB_CORPORA)}; --corpus {corpus} is made whole."
+            f"-n and --first choose shards of {', '.join(HUB_CORPORA)}; --corpus {corpus} is made whole."
         )
-    if corpus not in ("stdlib", "local", *hub.HUB_CORPORA):
+    if corpus not in ("stdlib", "local", *HUB_CORPORA):
         raise UserError(
-            f"--corpus {corpus}: expected stdlib, local, {', '.join(hub.HUB_CORPORA)}. "
+            f"--corpus {corpus}: expected stdlib, local, {', '.join(HUB_CORPORA)}. "
             f"For files of your own: --corpus local --name {corpus} --files FILES."
         )
     files.require_writable(folder.parent)
-    if corpus in hub.HUB_CORPORA:
+    if corpus in HUB_CORPORA:
         files.sweep_temporaries(folder.parent)
         return _prepare_hub(folder, corpus, num_shards, first)
     with locks.held(files.corpus_lock(folder.name), f"corpus {folder.name!r}", wait=True):
@@ -342,44 +329,30 @@ def write_corpus(folder: Path, source: str, train: Iterator[str], val: Iterable[
 
 
 def _prepare_hub(folder: Path, corpus: str, num_shards: int | None, first: int | None) -> Corpus:
-    remote = hub.HUB_CORPORA[corpus]
+    """Write the manifest of all shards asked for, then fetch the first of them; an earlier plan stays."""
+    from nanochat.data import hub  # its library takes half a second
+
+    remote, known, commit = HUB_CORPORA[corpus], {}, ""
     count = remote.last if num_shards is None else num_shards
     if not 1 <= count <= remote.last:
         raise UserError(f"-n {count}: {corpus} has 1 to {remote.last} training shards.")
-    if first is not None and first < 0:
-        raise UserError(f"--first {first}: expected 0 or more.")
     names = [*(remote.shard(index) for index in range(count)), remote.val_shard]
-    with pending_download.staging(folder) as stage, hub.Hub(remote.repo) as source:
-        planned, commit = _plan_hub(folder, remote, names, source)
-        print(
-            f"{corpus}: {len(planned.absent)} of {len(names)} shards are to be fetched into {folder}",
-            flush=True,
-        )
-        wanted = [*planned.val_shards, *planned.train_shards[:first]]
-        hub.require_space(folder, wanted)
-        source.fetch(wanted, commit, folder, stage)
-        hub.ensure_tokenizer(remote, files.tokenizer_dir(folder.name), stage)
-    if (folder / ".cache").is_dir():  # earlier releases fetched in place
-        files.remove_dir(folder / ".cache")
-    return planned
-
-
-def _plan_hub(
-    folder: Path, remote: hub.HubCorpus, names: Sequence[str], source: hub.Hub
-) -> tuple[Corpus, str]:
-    """The corpus of these shards, its manifest written, and their commit; what is planned already stays."""
-    before: Corpus | None = None
     if (folder / MANIFEST).is_file():
         _existing(folder, remote.repo)
         before = Corpus.read_manifest(folder)
-    commit = before.source.rpartition("@")[2] if before else source.newest_commit(remote.val_shard)
-    known = {shard.name: shard for shard in before.shards} if before else {}
-    missing = [name for name in names if name not in known]
-    known.update(source.describe(missing, commit, remote.val_shard))
-    planned = Corpus(folder, folder.name, f"{remote.repo}@{commit}", [known[name] for name in names])
-    if before is None or planned.fingerprint != before.fingerprint:
+        known, commit = {shard.name: shard for shard in before.shards}, before.source.rpartition("@")[2]
+    with pending_download.staging(folder) as stage, hub.Hub(remote.repo) as source:
+        commit = commit or source.newest_commit(remote.val_shard)
+        known |= source.describe([name for name in names if name not in known], commit, remote.val_shard)
+        planned = Corpus(folder, folder.name, f"{remote.repo}@{commit}", [known[name] for name in names])
         planned.write_manifest(folder)
-    return planned, commit
+        print(f"{corpus}: {len(planned.absent)} of {len(names)} shards are to be fetched into {folder}")
+        wanted = [*planned.val_shards, *planned.train_shards[:first]]
+        hub.require_space(folder, wanted)
+        source.fetch(wanted, commit, folder, stage)
+        if remote.vocabulary:
+            hub.ensure_tokenizer(remote.vocabulary, files.tokenizer_dir(folder.name), stage)
+    return planned
 
 
 # -----------------------------------------------------------------------------

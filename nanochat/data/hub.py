@@ -1,24 +1,41 @@
-"""Shards from the Hugging Face hub: which there are, whether they fit on the disk, fetched and checked.
+"""Client of the Hugging Face hub: lists the shards of a data set, fetches them, and checks what it fetched.
 
 `huggingface_hub` does the transfer, so `HF_ENDPOINT`, `HF_TOKEN`, mirrors and proxies work as its users know
-them; so do its waits and retries (a stall of 10 s, a reset, 429 with Retry-After, a wrong length). What is
-ours: one commit for all shards, what each will be before it is fetched, the check of free space, the sha256
-of what arrived, another attempt after a failure that may pass, and the name of every shard that is missing in
-the end. What cannot pass (a token that is refused, a setting, a server that is no hub) is said at once.
+them; so do its waits and retries (a stall of 10 s, a reset, 429 with Retry-After, a wrong length). Added
+here: one commit for all shards, the size and digest of each before it is fetched, the check of free space,
+the sha256 of every fetched file, another attempt after a failure that may pass, and the name of every shard
+that is missing in the end. An error that no attempt can change (a token that is refused, a setting, a server
+that is no hub) ends the download at once.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
-import re
+import json
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 import pyarrow as pa
+from huggingface_hub import (
+    HfApi,
+    RepoFile,
+    constants,
+    get_hf_file_metadata,
+    get_token,
+    hf_hub_download,
+    hf_hub_url,
+)
+from huggingface_hub.errors import FileMetadataError, HfHubHTTPError, OfflineModeIsEnabled
+from huggingface_hub.utils import (  # type: ignore[attr-defined]
+    build_hf_headers,
+    get_session,
+    hf_raise_for_status,
+)
+from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from nanochat.common import files
 from nanochat.common.errors import UserError
@@ -29,77 +46,32 @@ from nanochat.tokenizer.tokenizer import FILE_NAME, Tokenizer
 
 THREADS = 8
 RETRY_DELAYS_S = (1.0, 4.0, 15.0, 60.0)  # before each further attempt: over a minute of outage is survived
+LISTED_FILES = 500  # named in one request
 RESERVE_BYTES = 1 << 30  # of disk that a download leaves free
 FOOTER_BYTES = 1 << 18  # read from the end of a shard at first; its footer has about 10 kB
 MAX_FOOTER_BYTES = 1 << 26
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 REFUSED = (401, 403, 404, 410, 451)  # of the hub itself; the store that it sends to refuses what is too old
-SHA256 = re.compile(r"[0-9a-f]{64}")
+NO_SUCH_FILE = "the hub has no such file"
+NOT_A_HUB = (
+    "the server does not answer as a Hugging Face hub does, as where a network asks to sign in; "
+    "check the network, and HF_ENDPOINT if it is set"
+)
+VOCABULARY_FILE = "vocab.json"
+VOCABULARY_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"  # GPT-2's
 
 Result = TypeVar("Result")
 
 
 class NotAHubError(Exception):
-    """Who answers is not a hub, whatever else it is."""
-
-    def __init__(self) -> None:
-        super().__init__(
-            "the server does not answer as a Hugging Face hub does, as where a network asks to sign in; "
-            "check the network, and HF_ENDPOINT if it is set"
-        )
-
-
-@dataclass(frozen=True)
-class HubCorpus:
-    """A data set on the hub, in numbered shards.
-
-    Attributes:
-        repo: name of the data set.
-        last: how many shards are for training.
-        names: how the file of a training shard is called, by its number.
-        first: number of the first.
-        val: file of the validation shard; "" for the number after the last.
-        vocabulary: model on the hub whose vocab.json made the tokens; "" where the shards hold text.
-    """
-
-    repo: str
-    last: int
-    names: str = "shard_{:05d}.parquet"
-    first: int = 0
-    val: str = ""
-    vocabulary: str = ""
-
-    def shard(self, index: int) -> str:
-        """File name of a training shard, counted from 0."""
-        return self.names.format(self.first + index)
-
-    @property
-    def val_shard(self) -> str:
-        """File name of the validation shard."""
-        return self.val or self.shard(self.last)
-
-
-HUB_CORPORA = {
-    "fineweb-edu": HubCorpus("karpathy/fineweb-edu-100b-shuffle", 1822),
-    "climbmix": HubCorpus("karpathy/climbmix-400b-shuffle", 6542),
-    "fineweb10B-gpt2": HubCorpus(
-        "kjj0/fineweb10B-gpt2",
-        103,
-        names="fineweb_train_{:06d}.bin",
-        first=1,
-        val="fineweb_val_000000.bin",
-        vocabulary="openai-community/gpt2",
-    ),
-}
-VOCABULARY_FILE = "vocab.json"
-VOCABULARY_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"  # GPT-2's
+    """The answer is not one that a hub gives."""
 
 
 class Hub:
     """One data set on the hub. Use as a context manager: the threads are stopped at the end."""
 
     def __init__(self, repo: str, retry_delays_s: Sequence[float] = RETRY_DELAYS_S) -> None:
-        """Nothing is asked yet.
+        """Start no request yet.
 
         Args:
             repo: name of the data set.
@@ -111,14 +83,12 @@ class Hub:
         self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="hub")
 
     def __enter__(self) -> Hub:
-        """Itself."""
-        from huggingface_hub.utils.tqdm import disable_progress_bars
-
+        """Silence the client's progress bars."""
         disable_progress_bars()  # eight bars at once tear each other; there is one over all
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Stop the threads: what they are at ends first, as it would at the end of the process at the latest.
+        """Stop the threads after their present files, which the end of the process would wait for, too.
 
         A thread that still wrote would leave files in a folder that its owner has removed.
         """
@@ -126,22 +96,49 @@ class Hub:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def newest_commit(self, name: str) -> str:
-        """The commit that the main branch is at, asked by way of one of its files."""
-        return self._all([name], lambda name, _: self._head(name, "main")[0])[name]
+        """The commit that the main branch is at, read from the headers of one of its files."""
+
+        def work(name: str, _: int) -> str:
+            url = hf_hub_url(self._repo, name, repo_type="dataset")
+            if (commit := get_hf_file_metadata(url).commit_hash) is None:
+                raise NotAHubError
+            return commit
+
+        return self._all([name], work)[name]
 
     def describe(self, names: Sequence[str], commit: str, val_shard: str) -> dict[str, Shard]:
-        """What the manifest says of files that are still at the hub: sizes, digests, and what they count.
+        """Manifest entries of files that are still at the hub: sizes, digests, documents, row groups.
 
         Raises:
             UserError: names every file of which the hub does not tell this, and why.
         """
+        listed = self._list(names, commit)
+        if absent := [name for name in names if name not in listed]:
+            raise self._missing([f"{name} (404: {NO_SUCH_FILE})" for name in absent])
 
         def work(name: str, _: int) -> Shard:
-            size, sha256 = self._head(name, commit)[1:]
-            documents, row_groups = self._counts(name, commit, size)
-            return Shard(name, "val" if name == val_shard else "train", size, documents, row_groups, sha256)
+            file = listed[name]
+            if file.lfs is None:
+                raise ValueError("the hub has no sha256 of it")
+            documents, row_groups = self._counts(name, commit, file.size)
+            split = "val" if name == val_shard else "train"
+            return Shard(name, split, file.size, documents, row_groups, file.lfs.sha256)
 
         return self._all(names, work)
+
+    def _list(self, names: Sequence[str], commit: str) -> dict[str, RepoFile]:
+        """Sizes and digests of files, many in one request; files that are not there are left out."""
+        batches = {names[at]: names[at : at + LISTED_FILES] for at in range(0, len(names), LISTED_FILES)}
+
+        def work(first: str, _: int) -> list[RepoFile]:
+            paths = list(batches[first])
+            try:
+                entries = HfApi().get_paths_info(self._repo, paths, revision=commit, repo_type="dataset")
+            except (KeyError, TypeError, json.JSONDecodeError):
+                raise NotAHubError from None
+            return [entry for entry in entries if isinstance(entry, RepoFile)]
+
+        return {entry.path: entry for batch in self._all(list(batches), work).values() for entry in batch}
 
     def fetch(self, members: Sequence[Shard], commit: str, folder: Path, stage: Path) -> None:
         """Bring shards to `folder`, in about their order; those that are there and verify are not fetched.
@@ -155,25 +152,20 @@ class Hub:
         Raises:
             UserError: names every shard that could not be had, and why; or the disk is full.
         """
-        sizes = {shard.name: shard.bytes for shard in members}
         by_name = {shard.name: shard for shard in members}
 
         def work(name: str, attempt: int) -> None:
             if not (folder / name).is_file() or parquet_shards.problem(folder / name, by_name[name]):
                 self._fetch_one(by_name[name], commit, folder, stage, again=attempt > 0)
 
-        def staged() -> int:
-            return sum(path.stat().st_size for path in stage.rglob("*") if path.is_file())
+        with bytes_bar(f"{self._repo}: {len(members)} shards", sum(s.bytes for s in members)) as show:
 
-        with bytes_bar(f"{self._repo}: {len(members)} shards", sum(sizes.values())) as show:
+            def report(done: Sequence[str]) -> None:
+                with contextlib.suppress(FileNotFoundError):  # renamed while we looked
+                    staged = sum(path.stat().st_size for path in stage.rglob("*") if path.is_file())
+                    show(sum(by_name[name].bytes for name in done) + staged)
 
-            def seen(done: Sequence[str]) -> None:
-                try:
-                    show(sum(sizes[name] for name in done) + staged())
-                except FileNotFoundError:
-                    return  # renamed while we looked
-
-            self._all(list(sizes), work, seen)
+            self._all(list(by_name), work, report)
 
     def fetch_vocabulary(self, stage: Path) -> Path:
         """Bring GPT-2's vocabulary into `stage`, from a model on the hub.
@@ -183,8 +175,6 @@ class Hub:
         """
 
         def work(name: str, attempt: int) -> Path:
-            from huggingface_hub import hf_hub_download
-
             path = Path(hf_hub_download(self._repo, name, local_dir=stage, force_download=attempt > 0))
             if (digest := files.sha256(path)) != VOCABULARY_SHA256:
                 raise ValueError(f"it has sha256 {digest}, expected {VOCABULARY_SHA256}")
@@ -193,16 +183,10 @@ class Hub:
         return self._all([VOCABULARY_FILE], work)[VOCABULARY_FILE]
 
     def _fetch_one(self, shard: Shard, commit: str, folder: Path, stage: Path, again: bool) -> None:
-        from huggingface_hub import hf_hub_download
-
-        try:
+        repo, name = self._repo, shard.name
+        try:  # again without what the client keeps elsewhere on this machine, which may be damaged
             hf_hub_download(
-                self._repo,
-                shard.name,
-                repo_type="dataset",
-                revision=commit,
-                local_dir=stage,
-                force_download=again,  # what the client keeps elsewhere on this machine may be damaged
+                repo, name, repo_type="dataset", revision=commit, local_dir=stage, force_download=again
             )
         except OSError as error:
             if error.errno in FULL_DISK:
@@ -211,25 +195,14 @@ class Hub:
                     "NANOCHAT_BASE_DIR elsewhere; then run the same command again."
                 ) from None
             raise
-        arrived = stage / shard.name
-        if problem := parquet_shards.problem(arrived, shard):
-            arrived.unlink()
-            raise ValueError(problem.removeprefix(f"{arrived}: "))
-        files.fsync_file(arrived)
-        arrived.replace(folder / shard.name)
+        fetched = stage / name
+        if problem := parquet_shards.problem(fetched, shard):
+            fetched.unlink()
+            raise ValueError(problem.removeprefix(f"{fetched}: "))
+        files.fsync_file(fetched)
+        fetched.replace(folder / name)
         files.fsync_dir(folder)
-        print(f"{shard.name}: {shard.bytes / 1e6:.1f} MB", flush=True)
-
-    def _head(self, name: str, revision: str) -> tuple[str, int, str]:
-        """Commit, size and sha256 of a file."""
-        from huggingface_hub import get_hf_file_metadata, hf_hub_url  # half a second; only downloads pay
-
-        metadata = get_hf_file_metadata(hf_hub_url(self._repo, name, repo_type="dataset", revision=revision))
-        if metadata.commit_hash is None or metadata.size is None:
-            raise NotAHubError
-        if not SHA256.fullmatch(metadata.etag or ""):
-            raise ValueError(f"the hub has no sha256 of it, but the etag {metadata.etag!r}")
-        return metadata.commit_hash, metadata.size, str(metadata.etag)
+        print(f"{name}: {shard.bytes / 1e6:.1f} MB", flush=True)
 
     def _counts(self, name: str, commit: str, size: int) -> tuple[int, int]:
         """Documents and row groups: from the end of a parquet file, or the beginning of one of tokens."""
@@ -247,19 +220,10 @@ class Hub:
 
     def _range(self, name: str, commit: str, first: int, end: int) -> bytes:
         """Bytes `first` to `end` of a file."""
-        from huggingface_hub import constants, hf_hub_url
-        from huggingface_hub.utils import (  # type: ignore[attr-defined]
-            build_hf_headers,
-            hf_raise_for_status,
-            http_backoff,
-        )
-
-        response = http_backoff(
-            "GET",
+        response = get_session().get(
             hf_hub_url(self._repo, name, repo_type="dataset", revision=commit),
             headers={**build_hf_headers(), "Range": f"bytes={first}-{end - 1}"},
             timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT,
-            max_retries=0,
         )
         hf_raise_for_status(response)
         content = bytes(response.content)
@@ -269,13 +233,11 @@ class Hub:
         self,
         names: Sequence[str],
         work: Callable[[str, int], Result],
-        seen: Callable[[Sequence[str]], None] = lambda done: None,
+        report: Callable[[Sequence[str]], None] = lambda done: None,
     ) -> dict[str, Result]:
         """Do `work` (name, attempt) for every name in parallel; every failure is named in one error."""
-        futures: dict[Future[Result], str] = {
-            self._pool.submit(self._persist, work, name): name for name in names
-        }
-        waiting = set(futures)
+        futures = {self._pool.submit(self._persist, work, name): name for name in names}
+        waiting: set[Future[Result]] = set(futures)
         results: dict[str, Result] = {}
         failures: list[str] = []
         while waiting:
@@ -287,13 +249,16 @@ class Hub:
                     raise
                 except Exception as error:  # noqa: BLE001 - the client raises its transport's errors as they come
                     failures.append(f"{futures[future]} ({_reason(error)})")
-            seen(list(results))
+            report(list(results))
         if failures:
-            raise UserError(
-                f"{self._repo}: {len(failures)} missing: {'; '.join(sorted(failures))}. "
-                "What arrived is kept: run the same command again."
-            )
+            raise self._missing(failures)
         return {name: results[name] for name in names}
+
+    def _missing(self, failures: Sequence[str]) -> UserError:
+        return UserError(
+            f"{self._repo}: {len(failures)} missing: {'; '.join(sorted(failures))}. "
+            "What arrived is kept: run the same command again."
+        )
 
     def _persist(self, work: Callable[[str, int], Result], name: str) -> Result:
         """Do `work`, again after each delay unless another attempt cannot end otherwise.
@@ -324,9 +289,6 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 def _status(error: BaseException) -> int:
     """The HTTP status with which the hub itself refused; 0 where that is not what happened."""
-    from huggingface_hub import constants
-    from huggingface_hub.errors import HfHubHTTPError
-
     for cause in _causes(error):
         if isinstance(cause, HfHubHTTPError) and str(cause.response.url).startswith(constants.ENDPOINT):
             return int(cause.response.status_code)
@@ -335,14 +297,11 @@ def _status(error: BaseException) -> int:
 
 def _refusal(error: BaseException) -> str:
     """What no further attempt at any file would change, and its remedy; "" for all other errors."""
-    from huggingface_hub import get_token
-    from huggingface_hub.errors import FileMetadataError, OfflineModeIsEnabled
-
     for cause in _causes(error):
         if isinstance(cause, OfflineModeIsEnabled):
             return "HF_HUB_OFFLINE forbids every download: unset it"
         if isinstance(cause, NotAHubError | FileMetadataError):
-            return str(NotAHubError())
+            return NOT_A_HUB
     status = _status(error)
     if status == 401:
         given = "does not accept the token: correct or unset HF_TOKEN (or: hf auth logout)"
@@ -355,18 +314,23 @@ def _refusal(error: BaseException) -> str:
 def _reason(error: BaseException) -> str:
     """The first line of what an error says, or its kind where it says nothing."""
     if _status(error) in (404, 410):
-        return f"{_status(error)}: the hub has no such file"
+        return f"{_status(error)}: {NO_SUCH_FILE}"
     return (str(error).strip().splitlines() or [""])[0] or type(error).__name__
 
 
-def ensure_tokenizer(remote: HubCorpus, folder: Path, stage: Path) -> None:
+def ensure_tokenizer(model: str, folder: Path, stage: Path) -> None:
     """Make the tokenizer of a corpus of tokens in `folder`, unless it is there.
+
+    Args:
+        model: repository on the hub that has the vocabulary.
+        folder: of the tokenizer.
+        stage: where its vocabulary is fetched to.
 
     Raises:
         UserError: its vocabulary could not be had.
     """
-    if remote.vocabulary and not (folder / FILE_NAME).is_file():
-        with Hub(remote.vocabulary) as source:
+    if not (folder / FILE_NAME).is_file():
+        with Hub(model) as source:
             Tokenizer.from_gpt2_file(source.fetch_vocabulary(stage)).save(folder)
 
 

@@ -7,6 +7,7 @@ what unpacks to far more than text does is refused.
 from __future__ import annotations
 
 import codecs
+import gzip
 import io
 import json
 import os
@@ -64,17 +65,17 @@ def documents(path: Path, split: Callable[[Iterable[str]], Iterator[str]]) -> It
     Raises:
         UserError: the file is damaged, not UTF-8, or not of the kind that its name says; says where.
     """
-    kind, packed = kind_of(path)
+    kind, _ = kind_of(path)
     if kind == PARQUET_SUFFIX:
         yield from _parquet(path)
         return
     try:
-        with path.open("rb") as file, _unpacked(path, file, packed) as stream:
-            _refuse_utf16(path, packed, stream)
+        with path.open("rb") as file, _unpacked(path, file) as stream:
+            _refuse_utf16(path, stream)
             if kind in TEXT_SUFFIXES:
-                yield from split(text for _, text in _lines(path, packed, stream, PART_BYTES, whole=False))
+                yield from split(text for _, text in _lines(path, stream, PART_BYTES, whole=False))
             else:
-                yield from _json_texts(path, packed, stream)
+                yield from _json_texts(path, stream)
     except (EOFError, zlib.error, pa.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
@@ -109,29 +110,26 @@ class _Unpacking(io.RawIOBase):
         return len(data)
 
 
-def _unpacked(path: Path, file: BinaryIO, packed: str) -> io.BufferedReader:
-    source: Any
-    if packed == ".gz":
-        import gzip
-
-        source = gzip.GzipFile(fileobj=file)
-    elif packed == ".zst":
-        source = pa.CompressedInputStream(pa.PythonFile(file, mode="r"), "zstd")
-    else:
+def _unpacked(path: Path, file: BinaryIO) -> io.BufferedReader:
+    _, packed = kind_of(path)
+    if not packed:
         return cast(io.BufferedReader, file)
+    source: Any = gzip.GzipFile(fileobj=file)
+    if packed == ".zst":
+        source = pa.CompressedInputStream(pa.PythonFile(file, mode="r"), "zstd")
     return io.BufferedReader(_Unpacking(path, source, os.fstat(file.fileno()).st_size), PART_BYTES)
 
 
-def _read_command(path: Path, packed: str) -> str:
+def _read_command(path: Path) -> str:
     """A shell command that prints the unpacked file, to be followed by a pipe."""
-    return f"{COMPRESSED_SUFFIXES.get(packed, 'cat')} {shlex.quote(shown(path))}"
+    return f"{COMPRESSED_SUFFIXES.get(kind_of(path)[1], 'cat')} {shlex.quote(shown(path))}"
 
 
 def _new_name(path: Path) -> str:
     return f"new{kind_of(path)[0]}"
 
 
-def _refuse_utf16(path: Path, packed: str, stream: io.BufferedReader) -> None:
+def _refuse_utf16(path: Path, stream: io.BufferedReader) -> None:
     """Windows calls it "Unicode"; as UTF-8, every second character of it would be NUL."""
     head = stream.peek(4096)[:4096]
     name = ""
@@ -144,18 +142,15 @@ def _refuse_utf16(path: Path, packed: str, stream: io.BufferedReader) -> None:
     if name:
         raise UserError(
             f"{shown(path)}: is {name}, expected UTF-8. Convert it, and name the new file: "
-            f"{_read_command(path, packed)} | iconv -f {name} -t UTF-8 > {_new_name(path)}"
+            f"{_read_command(path)} | iconv -f {name} -t UTF-8 > {_new_name(path)}"
         )
 
 
-def _lines(
-    path: Path, packed: str, stream: BinaryIO, limit: int, *, whole: bool
-) -> Iterator[tuple[int, str]]:
+def _lines(path: Path, stream: BinaryIO, limit: int, *, whole: bool) -> Iterator[tuple[int, str]]:
     """Numbered lines, decoded, with their line end as a newline.
 
     Args:
         path: for messages.
-        packed: the suffix of its compression.
         stream: what to read.
         limit: bytes that are read at a time.
         whole: refuse a line of more bytes; otherwise it comes in parts.
@@ -165,13 +160,13 @@ def _lines(
     while line := stream.readline(limit):
         is_end = line.endswith(b"\n")
         if whole and not is_end and len(line) == limit:
-            raise _bad_line(path, packed, number, f" has more than {limit} bytes")
+            raise _bad_line(path, number, f" has more than {limit} bytes")
         undecoded = len(decoder.getstate()[0])
         try:
             text = decoder.decode(line)
         except UnicodeDecodeError as error:
             at = offset - undecoded + error.start
-            raise _not_utf8(path, packed, at, error.object[error.start], is_ascii) from None
+            raise _not_utf8(path, at, error.object[error.start], is_ascii) from None
         offset += len(line)
         is_ascii = is_ascii and text.isascii()
         if is_start:  # a byte order mark stands also where files were put together
@@ -185,20 +180,18 @@ def _lines(
     if ended_with_cr:
         yield number, "\r"
     if rest := decoder.getstate()[0]:
-        raise _not_utf8(path, packed, offset - len(rest), rest[0], is_ascii)
+        raise _not_utf8(path, offset - len(rest), rest[0], is_ascii)
 
 
-def _not_utf8(path: Path, packed: str, offset: int, byte: int, is_ascii: bool) -> UserError:
+def _not_utf8(path: Path, offset: int, byte: int, is_ascii: bool) -> UserError:
     """What helps depends on what comes before: UTF-8 that is damaged here, or an encoding of old."""
     if is_ascii:
         old = "CP1252" if byte in CP1252_BYTES else "LATIN1"
-        advice = (
-            f"Convert the file, and name the new one: {_read_command(path, packed)} | iconv -f {old} -t UTF-8"
-        )
+        advice = f"Convert the file, and name the new one: {_read_command(path)} | iconv -f {old} -t UTF-8"
     else:
         advice = (
             "There is UTF-8 before it, so the file is damaged. Leave such bytes out, and name the new file: "
-            f"{_read_command(path, packed)} | iconv -c -f UTF-8 -t UTF-8"
+            f"{_read_command(path)} | iconv -c -f UTF-8 -t UTF-8"
         )
     return UserError(f"{shown(path)}: byte {offset} is not UTF-8. {advice} > {_new_name(path)}")
 
@@ -207,9 +200,9 @@ def _not_utf8(path: Path, packed: str, offset: int, byte: int, is_ascii: bool) -
 # JSON
 
 
-def _json_texts(path: Path, packed: str, stream: BinaryIO) -> Iterator[str]:
+def _json_texts(path: Path, stream: BinaryIO) -> Iterator[str]:
     """Texts of a file of JSON: one value a line, or all of the file one value."""
-    lines = _lines(path, packed, stream, MAX_LINE_BYTES, whole=True)
+    lines = _lines(path, stream, MAX_LINE_BYTES, whole=True)
     is_first = True
     for number, line in lines:
         if not line.strip():
@@ -218,44 +211,38 @@ def _json_texts(path: Path, packed: str, stream: BinaryIO) -> Iterator[str]:
             values = list(_values(line))
         except (ValueError, RecursionError) as error:
             if is_first and isinstance(error, json.JSONDecodeError):
-                yield from _json_whole(path, packed, number, line, lines)
+                yield from _json_whole(path, number, line, lines)
                 return
-            raise _bad_line(path, packed, number, f" is not JSON ({error})") from None
+            raise _bad_line(path, number, f" is not JSON ({error})") from None
         is_first = False
         for value in values:
             try:
                 yield from _texts(value)
             except ValueError as error:
-                raise _bad_line(path, packed, number, f": {error}") from None
+                raise _bad_line(path, number, f": {error}") from None
 
 
-def _json_whole(
-    path: Path, packed: str, first: int, line: str, rest: Iterator[tuple[int, str]]
-) -> Iterator[str]:
+def _json_whole(path: Path, first: int, line: str, rest: Iterator[tuple[int, str]]) -> Iterator[str]:
     """Texts of a file that is one value over several lines, such as an array."""
     held, chars = [line], len(line)
     for _, line in rest:
         held.append(line)
         chars += len(line)
         if chars > MAX_LINE_BYTES:
-            raise _bad_line(
-                path, packed, first, " is not JSON by itself, and the file is too large for one value"
-            )
+            raise _bad_line(path, first, " is not JSON by itself, and the file is too large for one value")
     try:
         values = list(_values("".join(held)))
     except json.JSONDecodeError as error:
         number = first + error.lineno - 1
-        raise _bad_line(path, packed, number, f" is not JSON ({error.msg})") from None
+        raise _bad_line(path, number, f" is not JSON ({error.msg})") from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{shown(path)}: is not JSON ({error}). {_an_entry_a_line(path, packed)}") from None
+        raise UserError(f"{shown(path)}: is not JSON ({error}). {_an_entry_a_line(path)}") from None
     entries = [entry for value in values for entry in (value if isinstance(value, list) else [value])]
     for number, entry in enumerate(entries, 1):
         try:
             yield from _texts(entry)
         except ValueError as error:
-            raise UserError(
-                f"{shown(path)}: entry {number}: {error}. {_an_entry_a_line(path, packed)}"
-            ) from None
+            raise UserError(f"{shown(path)}: entry {number}: {error}. {_an_entry_a_line(path)}") from None
 
 
 def _values(text: str) -> Iterator[Any]:
@@ -305,17 +292,17 @@ def _keys(value: dict[str, Any]) -> str:
     return f"{names}; if the text is in {key}, rename that: sed 's/{key} *:/\"text\":/'"
 
 
-def _bad_line(path: Path, packed: str, number: int, what: str) -> UserError:
+def _bad_line(path: Path, number: int, what: str) -> UserError:
     """A line that cannot be taken, and the way on without it."""
     return UserError(
         f"{shown(path)}: line {number}{what}. Mend it; or leave it out, and name the new file: "
-        f"{_read_command(path, packed)} | sed {number}d > {_new_name(path)}"
+        f"{_read_command(path)} | sed {number}d > {_new_name(path)}"
     )
 
 
-def _an_entry_a_line(path: Path, packed: str) -> str:
+def _an_entry_a_line(path: Path) -> str:
     return (
-        f"Mend it; where there are many, write an entry a line: {_read_command(path, packed)} | "
+        f"Mend it; where there are many, write an entry a line: {_read_command(path)} | "
         "jq -c '.[]' > new.jsonl"
     )
 
