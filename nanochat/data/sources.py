@@ -49,15 +49,16 @@ def split_text(text: str, limit: int) -> Iterator[str]:
     """
     start = 0
     while len(text) - start > limit:
-        end = start + limit
-        for mark in BREAKS:
-            at = text.rfind(mark, start + limit // 4, end)
-            if at >= 0:
-                end = at + len(mark)
-                break
+        end = _best_break(text, start + limit // 4, start + limit)
         yield text[start:end]
         start = end
     yield text[start:]
+
+
+def _best_break(text: str, first: int, end: int) -> int:
+    """Where to cut a text between two positions: after the last of the best breaks, or at the end."""
+    places = ((text.rfind(mark, first, end), len(mark)) for mark in BREAKS)
+    return next((at + length for at, length in places if at >= 0), end)
 
 
 def _pieces(text: str) -> Iterator[str]:
@@ -306,19 +307,17 @@ def local_splits(paths: Sequence[Path], val_path: Path | None) -> tuple[Iterator
 
     def val() -> Iterator[str]:
         documents = list(held) if val_path is None else list(local_documents([val_path]))
-        repeated = is_repeated(documents, hashes)
-        stays = val_path is not None or all(repeated)
-        if count := sum(repeated):
+        repeated = np.isin([hash(document) for document in documents], np.frombuffer(hashes, np.int64))
+        stays = val_path is not None or repeated.all()
+        if count := repeated.sum():
             so = "validation will look too good" if stays else "they were left out"
             print(
                 f"{count} of {len(documents)} validation documents are also in the text to train on, word for"
                 f" word: {so}."
             )
-        for document, is_known in zip(documents, repeated, strict=True):
-            if stays or not is_known:
-                yield document
+        yield from (text for text, known in zip(documents, repeated, strict=True) if stays or not known)
 
-    return shuffled(noted(train, hashes), seed=0), val()
+    return shuffled(_noted(train, hashes), seed=0), val()
 
 
 def hold_out_end(documents: Iterable[str], held: deque[str]) -> Iterator[str]:
@@ -333,17 +332,18 @@ def hold_out_end(documents: Iterable[str], held: deque[str]) -> Iterator[str]:
         chars_seen += len(document)
         held_chars += len(document)
         least = min(max(1, seen // VAL_SHARE), MAX_VAL_DOCUMENTS)
-        while len(held) > least and held_chars - len(held[0]) >= val_chars(chars_seen):
-            held_chars -= len(held[0])
-            yield held.popleft()
-        while len(held) > 1 and held_chars > MAX_VAL_CHARS:
+        while (len(held) > least and held_chars - len(held[0]) >= val_chars(chars_seen)) or (
+            len(held) > 1 and held_chars > MAX_VAL_CHARS
+        ):
             held_chars -= len(held[0])
             yield held.popleft()
     wanted = val_chars(chars_seen) - sum(map(len, list(held)[1:]))  # of the first of them
     if held and wanted > 0 and len(held[0]) - wanted > val_chars(chars_seen):
-        before, after = _cut(held.popleft(), wanted)
-        held.appendleft(after)
-        yield before
+        first = held.popleft()
+        end = len(first) - wanted  # or up to as much again before it, for the sake of a break
+        at = _best_break(first, max(1, end - wanted), end)
+        held.appendleft(first[at:])
+        yield first[:at]
 
 
 def val_chars(chars: int) -> int:
@@ -355,29 +355,11 @@ def val_chars(chars: int) -> int:
     return max(1, min(VAL_CHARS, chars // MAX_SHORT_VAL_SHARE))
 
 
-def _cut(text: str, wanted: int) -> tuple[str, str]:
-    """Cut a text so that its end has `wanted` characters, or up to twice as many for the sake of a break."""
-    at = len(text) - wanted
-    for mark in BREAKS:
-        found = text.rfind(mark, max(1, at - wanted), at)
-        if found >= 0:
-            at = found + len(mark)
-            break
-    return text[:at], text[at:]
-
-
-def noted(documents: Iterable[str], hashes: array[int]) -> Iterator[str]:
-    """Pass documents on and append a hash of each, 8 bytes, for `is_repeated`."""
+def _noted(documents: Iterable[str], hashes: array[int]) -> Iterator[str]:
+    """Pass documents on and append a hash of each: 8 bytes, where a set of the texts would hold them all."""
     for document in documents:
         hashes.append(hash(document))
         yield document
-
-
-def is_repeated(documents: Sequence[str], hashes: array[int]) -> list[bool]:
-    """Which documents are among those that were noted."""
-    own = np.array([hash(document) for document in documents], np.int64)
-    repeated: list[bool] = np.isin(own, np.frombuffer(hashes, np.int64)).tolist()
-    return repeated
 
 
 def shuffled(documents: Iterable[str], seed: int) -> Iterator[str]:

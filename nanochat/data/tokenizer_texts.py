@@ -51,23 +51,20 @@ def bar(corpus: Corpus, max_chars: int, entries: int) -> Iterator[Report]:
     if not sys.stdout.isatty():
         yield lambda read, pieces, merges: None
         return
-    total, merges_asked = min(_text_bytes(corpus), max_chars), entries - 256 - len(SPECIALS)
     started = time.perf_counter()
     parts = (TextColumn("{task.description:8}"), BarColumn(), TextColumn("{task.fields[detail]}"))
     with Progress(*parts, transient=True) as progress:
+        total = min(_text_bytes(corpus), max_chars)
         counting = progress.add_task("counting", total=total, detail="")
-        merging = progress.add_task("merging", total=merges_asked, detail="")
+        merging = progress.add_task("merging", total=entries - 256 - len(SPECIALS), detail="")
 
         def report(read: int, pieces: int, merges: int) -> None:
+            progress.update(merging, completed=merges, detail=f"{merges:,} merges")
             if merges == 0:
                 speed = read / max(time.perf_counter() - started, 1e-9) / 1e6
                 detail = f"{read / 1e6:,.0f} MB, {pieces / 1e6:,.1f} M pieces, {speed:.0f} MB/s"
-                progress.update(
-                    counting, completed=read, detail=f"{detail}, {peak_memory_bytes() / 1e6:,.0f} MB held"
-                )
-            else:
-                progress.update(counting, completed=total)
-                progress.update(merging, completed=merges, detail=f"{merges:,} of {merges_asked:,}")
+                memory = f"{peak_memory_bytes() / 1e6:,.0f} MB held"
+                progress.update(counting, completed=read, detail=f"{detail}, {memory}")
 
         yield report
 
@@ -78,29 +75,27 @@ def _text_bytes(corpus: Corpus) -> int:
     corpus.verify(first)
     with pq.ParquetFile(corpus.path(first)) as file:
         groups = (file.metadata.row_group(i) for i in range(file.metadata.num_row_groups))
-        share = sum(group.total_byte_size for group in groups) / max(first.bytes, 1)
-    return int(share * sum(shard.bytes for shard in corpus.train_shards))
+        expansion = sum(group.total_byte_size for group in groups) / max(first.bytes, 1)
+    return int(expansion * sum(shard.bytes for shard in corpus.train_shards))
 
 
-def vocab_size(corpus: Corpus, asked: int | None) -> int:
-    """Entries of the vocabulary: those asked for, else what suits the text, which is said."""
-    if asked is not None:
-        return asked
+def _suitable_size(corpus: Corpus) -> int:
+    """Entries of a vocabulary that suits the text; says so where they are fewer than the usual ones."""
     if not text_size.is_measured(corpus):
         return text_size.MAX_VOCAB
     size = _text_bytes(corpus)
-    chosen = text_size.vocab_size_for(size)
-    if chosen < text_size.MAX_VOCAB:
+    entries = text_size.vocab_size_for(size)
+    if entries < text_size.MAX_VOCAB:
         print(
-            f"vocabulary: {chosen:,} entries suit {size / 1e6:,.2f} MB of text, about "
+            f"vocabulary: {entries:,} entries suit {size / 1e6:,.2f} MB of text, about "
             f"{text_size.VOCAB_BYTES:,} bytes an entry (--vocab-size)"
         )
-    return chosen
+    return entries
 
 
 def train(corpus: Corpus, args: TokTrainArgs) -> Tokenizer:
     """Train on a corpus and say how it went."""
-    asked = vocab_size(corpus, args.vocab_size)
+    asked = args.vocab_size or _suitable_size(corpus)
     texts = columns(corpus, max_chars=args.max_chars, doc_cap=args.doc_cap)
     started = time.perf_counter()
     with bar(corpus, args.max_chars, asked) as report:
