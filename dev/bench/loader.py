@@ -82,7 +82,7 @@ def our_cropped_share(corpus: Corpus, tokenizer: Tokenizer) -> float:
         for group in range(shard.row_groups):
             _, offsets = tokenizer.encode_batch(corpus.read_block(shard, group))
             offered += int(offsets[-1])
-            kept += sum(plan_rows(np.diff(offsets), T + 1, keep_tails=False).tokens)
+            kept += sum(segment.tokens for segment in plan_rows(np.diff(offsets), T + 1, keep_tails=False)[0])
     return 1 - kept / offered
 
 

@@ -192,7 +192,8 @@ class Corpus:
     @property
     def absent(self) -> list[Shard]:
         """Shards that are not there at their size."""
-        return [shard for shard in self.shards if not self._has_size(shard)]
+        paths = {shard: self.path(shard) for shard in self.shards}
+        return [s for s, path in paths.items() if not path.is_file() or path.stat().st_size != s.bytes]
 
     @property
     def comes_in_order(self) -> bool:
@@ -201,10 +202,6 @@ class Corpus:
         Those of the hub are: their documents have been shuffled over all shards.
         """
         return bool(name_of(self.source))
-
-    def _has_size(self, shard: Shard) -> bool:
-        path = self.path(shard)
-        return path.is_file() and path.stat().st_size == shard.bytes
 
     @property
     def repair(self) -> str:

@@ -8,7 +8,6 @@ is cropped to fill the row; its remainder is discarded, or with `keep_tails` goe
 from __future__ import annotations
 
 from bisect import bisect_right
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -28,68 +27,62 @@ class Packed(NamedTuple):
     filled: int
 
 
-@dataclass(frozen=True)
-class Segments:
-    """Where the tokens of the rows come from: segment i is BOS, then `tokens[i]` tokens of a document.
+class Segment(NamedTuple):
+    """A part of a row: BOS, then some tokens of a document.
 
     Attributes:
-        documents: (n,) index of the document.
-        starts: (n,) first token taken of it.
-        tokens: (n,) how many are taken; 0 is a lone BOS in the last slot of a row.
-        filled: slots missing from the last row.
+        document: its index.
+        start: first token taken of it.
+        tokens: how many are taken; 0 is a lone BOS in the last slot of a row.
     """
 
-    documents: list[int]
-    starts: list[int]
-    tokens: list[int]
-    filled: int
+    document: int
+    start: int
+    tokens: int
 
 
-def plan_rows(lengths: NDArray[np.int64], row_slots: int, *, keep_tails: bool) -> Segments:
+def plan_rows(lengths: NDArray[np.int64], row_slots: int, *, keep_tails: bool) -> tuple[list[Segment], int]:
     """Place documents best-fit; O(n log n) comparisons for n documents, whatever their number of tokens.
 
     Args:
         lengths: (n,) tokens of each document, without BOS.
         row_slots: T + 1.
-        keep_tails: put the rest of a cropped document back. Then the longest is cropped, as it has to be
+        keep_tails: put the remainder of a cropped document back. Then the longest is cropped, as it has to be
             split anyway; without, the shortest, as it loses least.
+
+    Returns:
+        The segments of the rows, one row after another, and how many slots of the last row are missing.
     """
     order = np.argsort(lengths, kind="stable")
     sizes: list[int] = (lengths[order] + 1).tolist()  # in slots, with BOS; ascending throughout
-    places: list[tuple[int, int]] = [(document, 0) for document in order.tolist()]
-    plan = Segments([], [], [], filled=0)
+    unplaced: list[tuple[int, int]] = [(document, 0) for document in order.tolist()]
+    plan: list[Segment] = []
     while sizes:
         space = row_slots
-        row_start = len(plan.tokens)
+        row_start = len(plan)
         while space and sizes:
             at = bisect_right(sizes, space) - 1
             if at < 0 and space == 1:
-                _append(plan, 0, 0, 0)  # a lone BOS consumes no document
+                plan.append(Segment(0, 0, 0))  # a lone BOS consumes no document
                 break
             if at < 0:
                 at = len(sizes) - 1 if keep_tails else 0
             size = sizes.pop(at)
-            document, start = places.pop(at)
+            document, start = unplaced.pop(at)
             taken = min(size, space)
-            _append(plan, document, start, taken - 1)
+            plan.append(Segment(document, start, taken - 1))
             space -= taken
             if size > taken and keep_tails:
-                rest = size - taken + 1  # its tokens, and a BOS of its own
-                at = bisect_right(sizes, rest)
-                sizes.insert(at, rest)
-                places.insert(at, (document, start + taken - 1))
+                remainder = size - taken + 1  # its tokens, and a BOS of its own
+                at = bisect_right(sizes, remainder)
+                sizes.insert(at, remainder)
+                unplaced.insert(at, (document, start + taken - 1))
         else:
             if space and keep_tails:
-                return Segments(plan.documents, plan.starts, plan.tokens, filled=space)
+                return plan, space
             if space:  # the last row cannot be filled
-                del plan.documents[row_start:], plan.starts[row_start:], plan.tokens[row_start:]
-    return plan
-
-
-def _append(plan: Segments, document: int, start: int, tokens: int) -> None:
-    plan.documents.append(document)
-    plan.starts.append(start)
-    plan.tokens.append(tokens)
+                del plan[row_start:]
+    return plan, 0
 
 
 def pack(
@@ -109,10 +102,10 @@ def pack(
         row_slots: T + 1.
         keep_tails: discard no token.
     """
-    plan = plan_rows(np.diff(offsets), row_slots, keep_tails=keep_tails)
-    if not plan.tokens:
+    plan, filled = plan_rows(np.diff(offsets), row_slots, keep_tails=keep_tails)
+    if not plan:
         return Packed(np.empty((0, row_slots), np.int32), filled=0)
-    documents, starts, tokens = (np.asarray(x, np.int64) for x in (plan.documents, plan.starts, plan.tokens))
+    documents, starts, tokens = np.array(plan, np.int64).T
     slots = tokens + 1
     ends = np.cumsum(slots)
     begins = ends - slots
@@ -124,7 +117,7 @@ def pack(
     stream[begins] = bos_id
     n_rows = -(-len(stream) // row_slots)
     rows = np.resize(stream, (n_rows, row_slots))  # repeats the beginning where the last row is short
-    return Packed(rows, plan.filled)
+    return Packed(rows, filled)
 
 
 def shuffled(n: int, *key: int) -> NDArray[np.int64]:

@@ -5,8 +5,8 @@ A shard may also hold tokens: see `token_shards`.
 
 from __future__ import annotations
 
-import dataclasses
 import re
+import typing
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,14 +117,14 @@ def describe(path: Path, split: str) -> Shard:
     return Shard(path.name, split, file.bytes, documents, row_groups, file.sha256)
 
 
-def counts(source: ChecksummedFile | Path | pa.NativeFile) -> tuple[int, int]:
+def counts(source: ChecksummedFile | pa.NativeFile) -> tuple[int, int]:
     """Documents and row groups of a shard, or of the end of a parquet file, which holds its footer.
 
     Raises:
         UserError: it has no column `text` of strings, or is no file of tokens.
         pyarrow.ArrowException, OSError: it is no parquet file.
     """
-    name: Path | str = source if isinstance(source, Path) else "the file"
+    name: Path | str = "the file"
     if isinstance(source, ChecksummedFile):
         if source.path.suffix == token_shards.SUFFIX:
             return 0, token_shards.blocks(token_shards.count_file(source))
@@ -178,8 +178,8 @@ def from_manifest(items: list[dict[str, Any]]) -> list[Shard]:
     Raises:
         KeyError, TypeError, ValueError: a field is missing or has a wrong value.
     """
-    members = [Shard(**{f.name: item[f.name] for f in dataclasses.fields(Shard)}) for item in items]
-    kinds = {"name": str, "split": str, "bytes": int, "documents": int, "row_groups": int, "sha256": str}
+    kinds = typing.get_type_hints(Shard)
+    members = [Shard(**{field: item[field] for field in kinds}) for item in items]
     for shard in members:
         for field, kind in kinds.items():
             value = getattr(shard, field)

@@ -187,7 +187,7 @@ def find_files(named: Iterable[str], val_file: str) -> tuple[list[Path], Path | 
         held_out = _files_of(val_file, flag="--val-file")
     if len(held_out) != 1:
         raise UserError(
-            f"--val-file {_shown(val_file)}: found {len(held_out)} such files, expected one. "
+            f"--val-file {text_files.shown(val_file)}: found {len(held_out)} such files, expected one. "
             "Name the one by its path."
         )
     return [path for path in found if path != held_out[0]], held_out[0]
@@ -200,7 +200,7 @@ def _files_of(item: str, flag: str = "--files") -> list[Path]:
         UserError: there is nothing to read.
     """
     path = Path(item)
-    where = f"{flag} {_shown(item)}"
+    where = f"{flag} {text_files.shown(item)}"
     if not item.strip():
         raise UserError(f"{flag}: one of the paths is empty. Is a variable of the shell not set?")
     if path.is_dir():
@@ -234,15 +234,11 @@ def left_out(named: Iterable[str]) -> str:
         return ""
     counts = Counter("".join(path.suffixes[-2:]).lower() or "no suffix" for path in others)
     kinds = ", ".join(f"{kind} ({count})" for kind, count in counts.most_common(8))
-    names = ", ".join(text_files.shown(Path(path.name)) for path in others[:5])
+    names = ", ".join(text_files.shown(path.name) for path in others[:5])
     return (
         f"{len(others)} files were left out: {kinds}; {names}{', ...' if len(others) > 5 else ''}. "
         f"What is read: {text_files.ACCEPTED}."
     )
-
-
-def _shown(item: str) -> str:
-    return text_files.shown(Path(item)) if item else item
 
 
 def content_digest(paths: Sequence[Path], val_path: Path | None) -> str:

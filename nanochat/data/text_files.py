@@ -54,7 +54,7 @@ def kind_of(path: Path) -> tuple[str, str]:
     return "", ""
 
 
-def shown(path: Path) -> str:
+def shown(path: Path | str) -> str:
     """A path as a message can hold it: bytes that are not UTF-8 are escaped."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 

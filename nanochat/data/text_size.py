@@ -25,8 +25,8 @@ class TextSize:
     Attributes:
         documents: documents to train on.
         bytes: of their text in UTF-8, about.
-        train: (n,) lengths of those in the first block, which is like the others.
-        val: (n,) lengths of those in the first block of validation.
+        train: (n,) lengths of those in the first row group, which is like the others.
+        val: (n,) lengths of those in the first row group of validation.
     """
 
     documents: int
@@ -40,7 +40,7 @@ class TextSize:
         return self.documents * (1 + float(self.train.mean())) if len(self.train) else 0.0
 
     def cropped_share(self, context: int) -> float:
-        """The share of the tokens that no row of a context holds, of the split that loses more."""
+        """The fraction of the tokens that no row of a context holds, of the split that loses more."""
         return max(_cropped_share(lengths, context + 1) for lengths in (self.train, self.val))
 
     def require_rows(self, plan: Plan) -> None:
@@ -67,7 +67,7 @@ class TextSize:
 
 def _cropped_share(lengths: NDArray[np.int64], row_slots: int) -> float:
     total = int(lengths.sum())
-    kept = sum(plan_rows(lengths, row_slots, keep_tails=False).tokens)
+    kept = sum(segment.tokens for segment in plan_rows(lengths, row_slots, keep_tails=False)[0])
     return 1 - kept / total if total else 0.0
 
 
@@ -77,15 +77,15 @@ def is_measured(corpus: Corpus) -> bool:
 
 
 def measure(corpus: Corpus, tokenizer: Tokenizer) -> TextSize:
-    """Tokenize the first block of each split."""
+    """Tokenize the first row group of each split."""
     train, val = (
         corpus.read_block(shard, 0) if shard.row_groups else []
         for shard in (corpus.train_shards[0], corpus.val_shards[0])
     )
     documents = sum(shard.documents for shard in corpus.train_shards)
-    in_block = sum(len(text.encode()) for text in train)
+    sampled_bytes = sum(len(text.encode()) for text in train)
     lengths = (np.diff(tokenizer.encode_batch(texts, num_threads=1)[1]) for texts in (train, val))
-    return TextSize(documents, in_block * documents / max(1, len(train)), *lengths)
+    return TextSize(documents, sampled_bytes * documents / max(1, len(train)), *lengths)
 
 
 def vocab_size_for(text_bytes: int) -> int:
