@@ -38,6 +38,7 @@ from nanochat.data import parquet_shards, pending_download, text_files, token_sh
 from nanochat.data import sources as data_sources
 from nanochat.data.hub_corpora import HUB_CORPORA, name_of
 from nanochat.data.parquet_shards import Shard
+from nanochat.tokenizer.tokenizer import FILE_NAME
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -54,6 +55,10 @@ class Corpus:
         source: where the text is from.
         folder: its path.
         shards: all shards, as the manifest lists them.
+        train_shards: those to train on.
+        val_shards: those that are held out.
+        comes_in_order: True if shards are fetched one after another and are read so in the first epoch. Those
+            of the hub are: their documents have been shuffled over all shards.
     """
 
     def __init__(self, folder: Path, name: str, source: str, members: Sequence[Shard]) -> None:
@@ -61,6 +66,10 @@ class Corpus:
         self.source = source
         self.folder = folder
         self.shards = tuple(members)
+        self.train_shards, self.val_shards = (
+            [shard for shard in members if shard.split == split] for split in parquet_shards.SPLITS
+        )
+        self.comes_in_order = bool(name_of(source))
         self._opened: dict[str, ChecksummedFile] = {}
         self._locks = {shard.name: threading.Lock() for shard in self.shards}
 
@@ -109,16 +118,6 @@ class Corpus:
         members = [dataclasses.asdict(shard) for shard in self.shards]
         value = {"format": FORMAT, "name": self.name, "source": self.source, "shards": members}
         files.write_json(folder / MANIFEST, value)
-
-    @property
-    def train_shards(self) -> list[Shard]:
-        """Shards to train on, in the manifest's order."""
-        return [shard for shard in self.shards if shard.split == "train"]
-
-    @property
-    def val_shards(self) -> list[Shard]:
-        """Held-out shards; at least one."""
-        return [shard for shard in self.shards if shard.split == "val"]
 
     @property
     def fingerprint(self) -> str:
@@ -170,19 +169,16 @@ class Corpus:
         self._use(shard, lambda file: None)
 
     def _use(self, shard: Shard, work: Callable[[ChecksummedFile], Result]) -> Result:
-        """Do something with the file of a shard; what breaks the file is said with what repairs it."""
+        """Do something with the file of a shard, hashed at the first use; an error says what repairs it."""
         try:
-            return work(self._open(shard))
+            with self._locks[shard.name]:
+                if shard.name not in self._opened:
+                    if self.comes_in_order and not self.path(shard).exists():
+                        pending_download.wait_for(self.path(shard))
+                    self._opened[shard.name] = parquet_shards.open_shard(self.path(shard), shard)
+            return work(self._opened[shard.name])
         except BrokenFileError as error:
             raise UserError(f"{error} {self.repair}") from None
-
-    def _open(self, shard: Shard) -> ChecksummedFile:
-        with self._locks[shard.name]:
-            if shard.name not in self._opened:
-                if self.comes_in_order and not self.path(shard).exists():
-                    pending_download.wait_for(self.path(shard))
-                self._opened[shard.name] = parquet_shards.open_shard(self.path(shard), shard)
-            return self._opened[shard.name]
 
     def problem(self, shard: Shard) -> str:
         """What is wrong with a shard, hashed now, and the command that repairs it; "" if nothing is."""
@@ -194,14 +190,6 @@ class Corpus:
         """Shards that are not there at their size."""
         paths = {shard: self.path(shard) for shard in self.shards}
         return [s for s, path in paths.items() if not path.is_file() or path.stat().st_size != s.bytes]
-
-    @property
-    def comes_in_order(self) -> bool:
-        """True if shards are fetched one after another and are read so in the first epoch.
-
-        Those of the hub are: their documents have been shuffled over all shards.
-        """
-        return bool(name_of(self.source))
 
     @property
     def repair(self) -> str:
@@ -347,8 +335,10 @@ def _prepare_hub(folder: Path, corpus: str, num_shards: int | None, first: int |
         wanted = [*planned.val_shards, *planned.train_shards[:first]]
         hub.require_space(folder, wanted)
         source.fetch(wanted, commit, folder, stage)
-        if remote.vocabulary:
-            hub.ensure_tokenizer(remote.vocabulary, files.tokenizer_dir(folder.name), stage)
+    tokenizer_dir = files.tokenizer_dir(folder.name)
+    if remote.vocabulary and not (tokenizer_dir / FILE_NAME).is_file():
+        with pending_download.staging(folder) as stage, hub.Hub(remote.vocabulary) as source:
+            source.fetch_tokenizer(stage).save(tokenizer_dir)
     return planned
 
 

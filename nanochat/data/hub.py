@@ -42,7 +42,7 @@ from nanochat.common.errors import UserError
 from nanochat.common.progress import bytes_bar
 from nanochat.data import parquet_shards, token_shards
 from nanochat.data.parquet_shards import Shard
-from nanochat.tokenizer.tokenizer import FILE_NAME, Tokenizer
+from nanochat.tokenizer.tokenizer import Tokenizer
 
 THREADS = 8
 RETRY_DELAYS_S = (1.0, 4.0, 15.0, 60.0)  # before each further attempt: over a minute of outage is survived
@@ -167,18 +167,18 @@ class Hub:
 
             self._all(list(by_name), work, report)
 
-    def fetch_vocabulary(self, stage: Path) -> Path:
-        """Bring GPT-2's vocabulary into `stage`, from a model on the hub.
+    def fetch_tokenizer(self, stage: Path) -> Tokenizer:
+        """GPT-2's tokenizer, from the vocabulary of a model on the hub, which is fetched into `stage`.
 
         Raises:
             UserError: it could not be had, or is another one.
         """
 
-        def work(name: str, attempt: int) -> Path:
+        def work(name: str, attempt: int) -> Tokenizer:
             path = Path(hf_hub_download(self._repo, name, local_dir=stage, force_download=attempt > 0))
             if (digest := files.sha256(path)) != VOCABULARY_SHA256:
                 raise ValueError(f"it has sha256 {digest}, expected {VOCABULARY_SHA256}")
-            return path
+            return Tokenizer.from_gpt2_file(path)
 
         return self._all([VOCABULARY_FILE], work)[VOCABULARY_FILE]
 
@@ -315,23 +315,7 @@ def _reason(error: BaseException) -> str:
     """The first line of what an error says, or its kind where it says nothing."""
     if _status(error) in (404, 410):
         return f"{_status(error)}: {NO_SUCH_FILE}"
-    return (str(error).strip().splitlines() or [""])[0] or type(error).__name__
-
-
-def ensure_tokenizer(model: str, folder: Path, stage: Path) -> None:
-    """Make the tokenizer of a corpus of tokens in `folder`, unless it is there.
-
-    Args:
-        model: repository on the hub that has the vocabulary.
-        folder: of the tokenizer.
-        stage: where its vocabulary is fetched to.
-
-    Raises:
-        UserError: its vocabulary could not be had.
-    """
-    if not (folder / FILE_NAME).is_file():
-        with Hub(model) as source:
-            Tokenizer.from_gpt2_file(source.fetch_vocabulary(stage)).save(folder)
+    return parquet_shards.first_line(error)
 
 
 def require_space(folder: Path, members: Sequence[Shard]) -> None:

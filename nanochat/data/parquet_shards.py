@@ -113,7 +113,7 @@ def describe(path: Path, split: str) -> Shard:
         file = ChecksummedFile(path)
         documents, row_groups = counts(file)
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path}: not a readable parquet file ({_first_line(error)}).") from None
+        raise UserError(f"{path}: not a readable parquet file ({first_line(error)}).") from None
     return Shard(path.name, split, file.bytes, documents, row_groups, file.sha256)
 
 
@@ -154,7 +154,7 @@ def open_shard(path: Path, shard: Shard) -> ChecksummedFile:
     try:
         found = counts(file)
     except (UserError, pa.ArrowException, OSError) as error:
-        raise BrokenFileError(f"{path}: not a shard ({_first_line(error)}).") from None
+        raise BrokenFileError(f"{path}: not a shard ({first_line(error)}).") from None
     if found != (shard.documents, shard.row_groups):
         raise BrokenFileError(
             f"{path}: {found[0]} documents in {found[1]} row groups, "
@@ -247,7 +247,7 @@ def read_column(source: ChecksummedFile, row_group: int) -> pa.Array:
             return column.filter(pc.greater(pc.binary_length(column), 0))
     except (pa.ArrowException, OSError, UnicodeDecodeError, OverflowError) as error:
         raise BrokenFileError(
-            f"{path}: row group {row_group} cannot be read ({_first_line(error)})."
+            f"{path}: row group {row_group} cannot be read ({first_line(error)})."
         ) from None
 
 
@@ -264,5 +264,6 @@ def _read_group(file: pq.ParquetFile, row_group: int) -> pa.Array:
     return pa.concat_arrays(parts) if parts else pa.array([], pa.string())
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, or its kind where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

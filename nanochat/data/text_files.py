@@ -335,7 +335,7 @@ def _parquet(path: Path) -> Iterator[str]:
     except (pa.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = parquet_shards.first_line(error)
         raise UserError(
             f"{shown(path)}: not a readable parquet file ({reason}). Fetch or write it again."
         ) from None
