@@ -23,7 +23,8 @@ from nanochat.data import parquet_shards, train_loader
 from nanochat.data.corpus import Corpus
 from nanochat.data.packing import pack, shuffled
 from nanochat.data.row_stream import fit_streams
-from nanochat.data.train_loader import Batch, TrainLoader, ValBatches, epochs_for
+from nanochat.data.text_size import epochs_for
+from nanochat.data.train_loader import Batch, TrainLoader, ValBatches
 from nanochat.distributed.world import World
 from tests.conftest import REPO
 from tests.shard_files import read_texts

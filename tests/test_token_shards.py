@@ -23,7 +23,8 @@ from nanochat.data import corpus as corpus_module
 from nanochat.data import parquet_shards, token_shards
 from nanochat.data.corpus import Corpus
 from nanochat.data.hub_corpora import HUB_CORPORA
-from nanochat.data.train_loader import ValBatches, epochs_for
+from nanochat.data.text_size import epochs_for
+from nanochat.data.train_loader import ValBatches
 from nanochat.distributed.world import World
 from nanochat.tokenizer.tokenizer import GPT2_PATTERN, Tokenizer
 from tests.hub_server import Hub, fetch
@@ -48,7 +49,7 @@ def naive_rows(tokens: list[int], step: int) -> list[list[int]]:
 
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(token_shards, "BLOCK_TOKENS", 500)
+    monkeypatch.setattr(token_shards, "CHUNK_TOKENS", 500)
 
 
 @pytest.fixture
@@ -70,8 +71,8 @@ def test_the_rows_of_all_blocks_are_the_stream(
     path = tmp_path_factory.getbasetemp() / "stream.bin"
     path.write_bytes(shard_bytes(tokens))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(token_shards, "BLOCK_TOKENS", block)
-        source, blocks = ChecksummedFile(path), range(token_shards.blocks(count))
+        patch.setattr(token_shards, "CHUNK_TOKENS", block)
+        source, blocks = ChecksummedFile(path), range(token_shards.chunks(count))
         parts = [token_shards.read_rows(source, i, step + 1, 65536) for i in blocks]
     assert [row for part in parts for row in part.tolist()] == naive_rows(tokens, step)
 

@@ -9,9 +9,9 @@ python -m scripts.dataset --list
 
 The manifest is a plan. For a corpus of the hub it is written before the first shard is fetched: sizes,
 digests and counts of all shards asked for (-n) are known from the hub. So the fingerprint, and with it the
-order of the data, is that of the full corpus from the beginning, whatever has arrived. Which shards are there
-is told by the disk alone: a shard has its name only when it is whole and verified. A reader that comes to one
-that is still on its way waits for it, if a download lives (pending_download.py). Another -n is another plan.
+order of the data, is that of the full corpus from the beginning, however few shards have been fetched. The
+disk alone says which are there: a shard has its name only when it is complete and verified. A reader that
+comes to a missing one waits for it, if a download lives (pending_download.py). Another -n is another plan.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import hashlib
 import json
 import platform
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -121,7 +121,7 @@ class Corpus:
 
     @property
     def fingerprint(self) -> str:
-        """sha256 that changes when any byte of any shard, its split or its place changes."""
+        """sha256 that changes when any byte of any shard, its split or the order of shards changes."""
         listed = [[shard.name, shard.split, shard.sha256] for shard in self.shards]
         return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
 
@@ -147,13 +147,13 @@ class Corpus:
             )
         return self._use(shard, lambda file: parquet_shards.read_column(file, row_group))
 
-    def read_rows(self, shard: Shard, block: int, row_slots: int, vocab_size: int) -> NDArray[np.int32]:
-        """The rows of a block of a shard of tokens; see `token_shards.read_rows`. Compared as text is.
+    def read_rows(self, shard: Shard, chunk: int, row_slots: int, vocab_size: int) -> NDArray[np.int32]:
+        """The rows of a chunk of a shard of tokens; see `token_shards.read_rows`. Compared as text is.
 
         Raises:
             UserError: the shard is absent, damaged, has changed, or is of another vocabulary.
         """
-        return self._use(shard, lambda file: token_shards.read_rows(file, block, row_slots, vocab_size))
+        return self._use(shard, lambda file: token_shards.read_rows(file, chunk, row_slots, vocab_size))
 
     @property
     def holds_tokens(self) -> bool:
@@ -182,8 +182,8 @@ class Corpus:
 
     def problem(self, shard: Shard) -> str:
         """What is wrong with a shard, hashed now, and the command that repairs it; "" if nothing is."""
-        found = parquet_shards.problem(self.path(shard), shard)
-        return f"{found} {self.repair}" if found else ""
+        text = parquet_shards.problem(self.path(shard), shard)
+        return f"{text} {self.repair}" if text else ""
 
     @property
     def absent(self) -> list[Shard]:
@@ -252,10 +252,11 @@ def prepare(
         return _prepare_hub(folder, corpus, num_shards, first)
     with locks.held(files.corpus_lock(folder.name), f"corpus {folder.name!r}", wait=True):
         files.sweep_temporaries(folder.parent, owned=folder.name)
-        if corpus == "stdlib":
-            _prepare_stdlib(folder)
-        else:
+        if corpus == "local":
             _prepare_local(folder, named_files, val_file)
+        elif not _existing(folder, "python "):
+            source = f"python {platform.python_version()} standard library"
+            write_corpus(folder, source, *data_sources.stdlib_documents())
     return Corpus.open(folder.name)
 
 
@@ -276,14 +277,6 @@ def _existing(folder: Path, *sources: str) -> Corpus | None:
     return None if corpus.absent else corpus
 
 
-def _prepare_stdlib(folder: Path) -> None:
-    if _existing(folder, "python "):
-        return
-    train, val = data_sources.stdlib_documents()
-    source = f"python {platform.python_version()} standard library"
-    write_corpus(folder, source, iter(train), val)
-
-
 def _prepare_local(folder: Path, named: Sequence[str], val_file: str) -> None:
     if not named:
         if _existing(folder, "local files"):
@@ -299,8 +292,8 @@ def _prepare_local(folder: Path, named: Sequence[str], val_file: str) -> None:
     write_corpus(folder, source, *data_sources.local_splits(paths, val_path))
 
 
-def write_corpus(folder: Path, source: str, train: Iterator[str], val: Iterable[str]) -> None:
-    """Write a whole corpus folder at once. `val` is begun when `train` has ended."""
+def write_corpus(folder: Path, source: str, train: Iterable[str], val: Iterable[str]) -> None:
+    """Write a corpus folder, all of it or nothing. `val` is begun when `train` has ended."""
     with files.atomic_dir(folder) as temporary:
         members = parquet_shards.write_shards(train, temporary, "train", 0)
         members += parquet_shards.write_shards(val, temporary, "val", len(members))

@@ -208,7 +208,7 @@ class Hub:
         """Documents and row groups: from the end of a parquet file, or the beginning of one of tokens."""
         if name.endswith(token_shards.SUFFIX):
             head = self._range(name, commit, 0, min(size, token_shards.HEADER_BYTES))
-            return 0, token_shards.blocks(token_shards.count_tokens(head, size))
+            return 0, token_shards.chunks(token_shards.count_tokens(head, size))
         tail = self._range(name, commit, max(0, size - FOOTER_BYTES), size)
         needed = int.from_bytes(tail[-8:-4], "little") + 8
         if len(tail) < needed <= min(size, MAX_FOOTER_BYTES):

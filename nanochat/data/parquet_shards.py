@@ -1,6 +1,7 @@
-"""Shards on the disk: parquet with one text column, written with page checksums and read within limits.
+"""Parquet shards: files with one text column, written with page checksums and read within limits.
 
-A shard may also hold tokens: see `token_shards`.
+A manifest lists the digest of each, so that damage is noticed before use; the limits are there because what a
+footer says of sizes can be a lie. A shard may also hold tokens: see `token_shards`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from nanochat.data import token_shards
 
 TEXT_COLUMN = "text"
 SPLITS = ("train", "val")
-GROUP_DOCUMENTS = 1000  # documents of a row group, which is the block that the loader packs
+GROUP_DOCUMENTS = 1000  # documents of a row group, of which the loader makes rows
 GROUP_CHARS = 16 << 20  # a row group ends early beyond this, so that long documents cannot fill the memory
 SHARD_CHARS = 64 << 20  # text of a shard, about 20 MB compressed
 MAX_GROUP_ROWS = 1 << 16  # limits on what is read, far above what any corpus here has (1,024 rows, 5 MB)
@@ -41,7 +42,7 @@ class Shard:
         split: "train" or "val".
         bytes: size of the file.
         documents: its rows; 0 for a shard of tokens, which does not count them.
-        row_groups: its blocks.
+        row_groups: its row groups; of a shard of tokens, the chunks that `token_shards` reads.
         sha256: hex digest of the file.
     """
 
@@ -127,7 +128,7 @@ def counts(source: ChecksummedFile | pa.NativeFile) -> tuple[int, int]:
     name: Path | str = "the file"
     if isinstance(source, ChecksummedFile):
         if source.path.suffix == token_shards.SUFFIX:
-            return 0, token_shards.blocks(token_shards.count_file(source))
+            return 0, token_shards.chunks(token_shards.count_file(source))
         name, source = source.path, source.open()
     with pq.ParquetFile(source) as file:
         _check_schema(name, file.schema_arrow)
@@ -152,12 +153,12 @@ def open_shard(path: Path, shard: Shard) -> ChecksummedFile:
             f"expected {shard.bytes} bytes with sha256 {shard.sha256}."
         )
     try:
-        found = counts(file)
+        documents, row_groups = counts(file)
     except (UserError, pa.ArrowException, OSError) as error:
         raise BrokenFileError(f"{path}: not a shard ({first_line(error)}).") from None
-    if found != (shard.documents, shard.row_groups):
+    if (documents, row_groups) != (shard.documents, shard.row_groups):
         raise BrokenFileError(
-            f"{path}: {found[0]} documents in {found[1]} row groups, "
+            f"{path}: {documents} documents in {row_groups} row groups, "
             f"expected {shard.documents} in {shard.row_groups}."
         )
     return file
@@ -202,15 +203,12 @@ def from_manifest(items: list[dict[str, Any]]) -> list[Shard]:
 
 
 def _check_schema(path: Path | str, schema: pa.Schema) -> None:
-    at = schema.get_all_field_indices(TEXT_COLUMN)
-    if len(at) != 1:
+    kinds = [str(schema.field(at).type) for at in schema.get_all_field_indices(TEXT_COLUMN)]
+    if kinds not in (["string"], ["large_string"]):
         raise UserError(
-            f"{path}: expected one column named {TEXT_COLUMN!r}, found {schema.names}. "
-            "Rename the column that holds the text."
+            f"{path}: expected one column {TEXT_COLUMN!r} of strings, found {schema.names}, of these "
+            f"{TEXT_COLUMN!r} as {kinds}. Rename or convert the column that holds the text."
         )
-    kind = schema.field(at[0]).type
-    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-        raise UserError(f"{path}: column {TEXT_COLUMN!r} holds {kind}, expected strings.")
 
 
 def read_column(source: ChecksummedFile, row_group: int) -> pa.Array:

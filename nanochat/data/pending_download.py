@@ -1,9 +1,10 @@
-"""A download under way, as other processes see it: its staging folder, kept fresh while it lives.
+"""Downloads in progress: a staging folder whose modification time shows other processes that they are alive.
 
-Shards are fetched into `.tmp-fetch@<machine>.<pid>` beside their place, verified there, and renamed: at its
-own name a shard is whole and right. The folder's time is renewed every few seconds, so that a reader who
-misses a shard can tell one that is on its way from one that nobody fetches; on the same machine or over a
-shared disk, whose clock is asked: ours may differ from it, or be set back.
+Shards are fetched into `.tmp-fetch@<machine>.<pid>` in the folder of the corpus, verified there and renamed,
+so a shard under its final name is complete. The time of the staging folder is renewed every few seconds, so
+that a reader who misses a shard can distinguish one that is being fetched from one that nobody fetches, on
+the same machine or over a shared disk. Ages are measured by the clock of the disk: ours may differ, or be
+set back.
 """
 
 from __future__ import annotations

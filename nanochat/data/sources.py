@@ -1,4 +1,7 @@
-"""Where documents come from without a network: Python's own sources and help, and the user's files."""
+"""Sources of documents on this machine: Python's standard library and its help, and the user's files.
+
+They need no network, so that a first run does not: a corpus is made from what every installation has.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,7 @@ PIECE_CHARS = 4_000  # texts of files are cut to pieces of this size: about 1,00
 MAX_DOCUMENT_CHARS = 1_000_000  # documents of parquet and jsonl are taken as they are up to here
 BREAKS = ("\n\n\n", "\n\n", "\n", " ")  # where a text is cut, best first: top level of code, paragraph, line
 
-STDLIB_VAL_SHARE = 25  # one source file in 25 is held out
+STDLIB_VAL_EVERY = 25  # one source file in 25 is held out
 STDLIB_SKIPPED = ("site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__")
 STDLIB_SUFFIXES = (".py", ".txt", ".rst")
 # Modules in C have no sources to read; the text of their docstrings is documentation all the same.
@@ -35,8 +38,8 @@ C_MODULES = ("_datetime", "_decimal", "array", "cmath", "math", "select", "unico
 
 # Unless the user names a file, validation is the end of the text: one document in 100, and of a text below
 # 5 MB more, since a bits per byte of a few pages says little: VAL_CHARS, but at most a tenth.
-VAL_SHARE = 100
-VAL_CHARS, MAX_SHORT_VAL_SHARE = 50_000, 10
+VAL_EVERY = 100
+VAL_CHARS, SHORT_VAL_EVERY = 50_000, 10
 MAX_VAL_DOCUMENTS, MAX_VAL_CHARS = 10_000, 1 << 28  # they are held in memory
 SAMPLED_BYTES = 1 << 16  # of each end of a file, to know it again
 SHUFFLE_CHARS = 512 << 20  # text held to shuffle; a corpus below it is shuffled perfectly
@@ -57,8 +60,8 @@ def split_text(text: str, limit: int) -> Iterator[str]:
 
 def _best_break(text: str, first: int, end: int) -> int:
     """Where to cut a text between two positions: after the last of the best breaks, or at the end."""
-    places = ((text.rfind(mark, first, end), len(mark)) for mark in BREAKS)
-    return next((at + length for at, length in places if at >= 0), end)
+    breaks = ((text.rfind(mark, first, end), len(mark)) for mark in BREAKS)
+    return next((at + length for at, length in breaks if at >= 0), end)
 
 
 def _pieces(text: str) -> Iterator[str]:
@@ -88,7 +91,7 @@ def stdlib_documents() -> tuple[list[str], list[str]]:
     train: list[str] = []
     val: list[str] = []
     for name, text in sorted(units):
-        held_out = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") % STDLIB_VAL_SHARE == 0
+        held_out = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") % STDLIB_VAL_EVERY == 0
         for piece in _pieces(text.replace("\r\n", "\n")):
             if piece and piece not in seen:
                 seen.add(piece)
@@ -176,13 +179,10 @@ def find_files(named: Iterable[str], val_file: str) -> tuple[list[Path], Path | 
     Raises:
         UserError: something is absent, of another kind, or there is nothing.
     """
-    found: list[Path] = []
-    for item in named:
-        found += _files_of(item)
-    found = list({path.resolve(): path for path in found}.values())
+    paths = list({path.resolve(): path for item in named for path in _files_of(item)}.values())
     if not val_file:
-        return found, None
-    held_out = [path for path in found if path.name == val_file or path.resolve() == Path(val_file).resolve()]
+        return paths, None
+    held_out = [path for path in paths if path.name == val_file or path.resolve() == Path(val_file).resolve()]
     if not held_out and Path(val_file).exists():
         held_out = _files_of(val_file, flag="--val-file")
     if len(held_out) != 1:
@@ -190,7 +190,7 @@ def find_files(named: Iterable[str], val_file: str) -> tuple[list[Path], Path | 
             f"--val-file {text_files.shown(val_file)}: found {len(held_out)} such files, expected one. "
             "Name the one by its path."
         )
-    return [path for path in found if path != held_out[0]], held_out[0]
+    return [path for path in paths if path != held_out[0]], held_out[0]
 
 
 def _files_of(item: str, flag: str = "--files") -> list[Path]:
@@ -222,14 +222,12 @@ def _files_of(item: str, flag: str = "--files") -> list[Path]:
 
 def left_out(named: Iterable[str]) -> str:
     """What folders hold beside the files that are read, counted by suffix; "" for nothing."""
-    others: list[Path] = []
-    for folder in map(Path, named):
-        if folder.is_dir():
-            others += (
-                path
-                for path in sorted(folder.rglob("*"))
-                if path.is_file() and not path.name.startswith(".") and not text_files.kind_of(path)[0]
-            )
+    inside = (path for folder in map(Path, named) if folder.is_dir() for path in sorted(folder.rglob("*")))
+    others = [
+        path
+        for path in inside
+        if path.is_file() and not path.name.startswith(".") and not text_files.kind_of(path)[0]
+    ]
     if not others:
         return ""
     counts = Counter("".join(path.suffixes[-2:]).lower() or "no suffix" for path in others)
@@ -327,7 +325,7 @@ def hold_out_end(documents: Iterable[str], held: deque[str]) -> Iterator[str]:
         held.append(document)
         chars_seen += len(document)
         held_chars += len(document)
-        least = min(max(1, seen // VAL_SHARE), MAX_VAL_DOCUMENTS)
+        least = min(max(1, seen // VAL_EVERY), MAX_VAL_DOCUMENTS)
         while (len(held) > least and held_chars - len(held[0]) >= val_chars(chars_seen)) or (
             len(held) > 1 and held_chars > MAX_VAL_CHARS
         ):
@@ -348,7 +346,7 @@ def val_chars(chars: int) -> int:
     >>> val_chars(10_000), val_chars(1_000_000), val_chars(10**9)
     (1000, 50000, 50000)
     """
-    return max(1, min(VAL_CHARS, chars // MAX_SHORT_VAL_SHARE))
+    return max(1, min(VAL_CHARS, chars // SHORT_VAL_EVERY))
 
 
 def _noted(documents: Iterable[str], hashes: array[int]) -> Iterator[str]:

@@ -1,7 +1,7 @@
-"""Documents from the files that people have: plain text, JSON of several kinds, parquet, compressed or not.
+"""Readers of the user's files: plain text, JSON of several kinds and parquet, compressed or not.
 
-One list says what is read. Everything is read in a bounded memory but a line of JSON, which is parsed whole;
-what unpacks to far more than text does is refused.
+`ACCEPTED` lists what is read; whatever cannot be is refused with a command that helps. Memory is bounded,
+except that a line of JSON is parsed at once; a file that unpacks to far more than text does is refused.
 """
 
 from __future__ import annotations
@@ -156,10 +156,12 @@ def _lines(path: Path, stream: BinaryIO, limit: int, *, whole: bool) -> Iterator
         whole: refuse a line of more bytes; otherwise it comes in parts.
     """
     decoder = codecs.getincrementaldecoder("utf-8")()
-    number, offset, is_start, is_ascii, ended_with_cr = 1, 0, True, True, False
+    number, offset, is_start, is_ascii = 1, 0, True, True
     while line := stream.readline(limit):
+        while line.endswith(b"\r") and (following := stream.read(1)):  # perhaps its newline
+            line += following
         is_end = line.endswith(b"\n")
-        if whole and not is_end and len(line) == limit:
+        if whole and not is_end and len(line) >= limit:
             raise _bad_line(path, number, f" has more than {limit} bytes")
         undecoded = len(decoder.getstate()[0])
         try:
@@ -172,13 +174,8 @@ def _lines(path: Path, stream: BinaryIO, limit: int, *, whole: bool) -> Iterator
         if is_start:  # a byte order mark stands also where files were put together
             text = text.lstrip(BOM)
         is_start = is_end or (is_start and not text)
-        text = "\r" * ended_with_cr + text
-        ended_with_cr = not is_end and text.endswith("\r")  # its newline may be in the next part
-        text = text[:-1] if ended_with_cr else text
         yield number, text[:-2] + "\n" if text.endswith("\r\n") else text
         number += is_end
-    if ended_with_cr:
-        yield number, "\r"
     if rest := decoder.getstate()[0]:
         raise _not_utf8(path, offset - len(rest), rest[0], is_ascii)
 
@@ -342,11 +339,11 @@ def _parquet(path: Path) -> Iterator[str]:
 
 
 def _require_text(path: Path, schema: pa.Schema) -> None:
-    found = schema.get_all_field_indices(parquet_shards.TEXT_COLUMN)
-    if len(found) == 1 and _is_text(schema.field(found[0]).type):
+    kinds = [schema.field(at).type for at in schema.get_all_field_indices(parquet_shards.TEXT_COLUMN)]
+    if len(kinds) == 1 and _is_text(kinds[0]):
         return
-    if len(found) == 1:
-        problem = f"column 'text' holds {schema.field(found[0]).type}, expected strings"
+    if len(kinds) == 1:
+        problem = f"column 'text' holds {kinds[0]}, expected strings"
     else:
         problem = f"expected one column named 'text', found {schema.names}"
     others = [field.name for field in schema if _is_text(field.type) and schema.names.count(field.name) == 1]

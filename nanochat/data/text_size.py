@@ -39,9 +39,9 @@ class TextSize:
         """Tokens of an epoch, BOS of each document included."""
         return self.documents * (1 + float(self.train.mean())) if len(self.train) else 0.0
 
-    def cropped_share(self, context: int) -> float:
+    def cropped_fraction(self, context: int) -> float:
         """The fraction of the tokens that no row of a context holds, of the split that loses more."""
-        return max(_cropped_share(lengths, context + 1) for lengths in (self.train, self.val))
+        return max(_cropped_fraction(lengths, context + 1) for lengths in (self.train, self.val))
 
     def require_rows(self, plan: Plan) -> None:
         """Refuse a plan that crops all there is, before anything is built.
@@ -50,7 +50,7 @@ class TextSize:
             UserError: no row of one of the splits is filled.
         """
         context = plan.model.sequence_len
-        if not plan.args.keep_tails and self.cropped_share(context) == 1:
+        if not plan.args.keep_tails and self.cropped_fraction(context) == 1:
             raise UserError(
                 f"--no-keep-tails: the documents of one of the splits fill no row of --max-seq-len={context} "
                 "tokens. Leave --no-keep-tails out, or give a shorter --max-seq-len."
@@ -65,7 +65,7 @@ class TextSize:
         )
 
 
-def _cropped_share(lengths: NDArray[np.int64], row_slots: int) -> float:
+def _cropped_fraction(lengths: NDArray[np.int64], row_slots: int) -> float:
     total = int(lengths.sum())
     kept = sum(segment.tokens for segment in plan_rows(lengths, row_slots, keep_tails=False)[0])
     return 1 - kept / total if total else 0.0
@@ -96,3 +96,10 @@ def vocab_size_for(text_bytes: int) -> int:
     """
     nearest = 1 << round(math.log2(max(1.0, text_bytes / VOCAB_BYTES)))
     return min(MAX_VOCAB, max(MIN_VOCAB, nearest))
+
+
+def epochs_for(corpus: Corpus, tokenizer: Tokenizer, tokens: int) -> float:
+    """How many times `tokens` training tokens go through a corpus; for text, an estimate."""
+    if corpus.holds_tokens:
+        return tokens / sum(shard.tokens for shard in corpus.train_shards)
+    return tokens / max(1.0, measure(corpus, tokenizer).tokens)

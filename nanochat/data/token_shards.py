@@ -1,7 +1,7 @@
 """Shards of token ids, as llm.c writes them: a header of 256 int32, then uint16 ids; all little-endian.
 
 The header begins with a magic number, the version and the count of tokens. Such a file has no row groups, so
-a block is what begins in so many of its tokens: rows begin every T tokens from the first of the shard, and
+a chunk of its tokens takes their place: rows begin every T tokens from the first of the shard, and
 the last target of a row is the first input of the next. So every token but the first and a rest of less than
 T is a target once, for any T, and the rows of a shard in their order are its stream.
 """
@@ -19,12 +19,12 @@ MAGIC = 20240520
 VERSION = 1
 HEADER_BYTES = 256 * 4
 TOKEN_BYTES = 2
-BLOCK_TOKENS = 1 << 20  # about as many as a row group of 1,000 documents has
+CHUNK_TOKENS = 1 << 20  # about as many as a row group of 1,000 documents has
 
 
-def blocks(tokens: int) -> int:
-    """Blocks of a shard of so many tokens."""
-    return -(-tokens // BLOCK_TOKENS)
+def chunks(tokens: int) -> int:
+    """Chunks of a shard of so many tokens."""
+    return -(-tokens // CHUNK_TOKENS)
 
 
 def count_tokens(header: bytes, size: int) -> int:
@@ -65,12 +65,12 @@ def count_file(source: ChecksummedFile) -> int:
         raise UserError(f"{source.path}: not a shard of tokens: {error}. Fetch or write it again.") from None
 
 
-def read_rows(source: ChecksummedFile, block: int, row_slots: int, vocab_size: int) -> NDArray[np.int32]:
-    """The rows that begin in a block, in their order.
+def read_rows(source: ChecksummedFile, chunk: int, row_slots: int, vocab_size: int) -> NDArray[np.int32]:
+    """The rows that begin in a chunk, in their order.
 
     Args:
-        source: the shard; only the bytes of the block are read, and compared with its checksums.
-        block: which, from 0.
+        source: the shard; only the bytes of the chunk are read, and compared with its checksums.
+        chunk: which, from 0.
         row_slots: T + 1.
         vocab_size: every id is below it.
 
@@ -83,9 +83,9 @@ def read_rows(source: ChecksummedFile, block: int, row_slots: int, vocab_size: i
     """
     path, step = source.path, row_slots - 1
     count = (source.bytes - HEADER_BYTES) // TOKEN_BYTES  # as the header says: see `count_file`
-    if not 0 <= block < blocks(count):
-        raise BrokenFileError(f"{path}: block {block} was asked for, it has {blocks(count)}.")
-    first, end = (-(-at * BLOCK_TOKENS // step) for at in (block, block + 1))
+    if not 0 <= chunk < chunks(count):
+        raise BrokenFileError(f"{path}: chunk {chunk} was asked for, it has {chunks(count)}.")
+    first, end = (-(-at * CHUNK_TOKENS // step) for at in (chunk, chunk + 1))
     end = min(end, max(0, count - 1) // step)
     if first >= end:
         return np.empty((0, row_slots), np.int32)

@@ -1,4 +1,7 @@
-"""Training a tokenizer on a corpus: columns of Arrow go in, a bar runs, one line of figures comes out."""
+"""Tokenizer training on a corpus: reads columns of Arrow, shows a progress bar, and prints the figures.
+
+It is here and not beside the tokenizer, which takes any iterator of texts and knows no corpus.
+"""
 
 from __future__ import annotations
 

@@ -43,11 +43,10 @@ from nanochat.tokenizer.tokenizer import Tokenizer
 Batch = tuple[Tensor, Tensor]
 
 FORMAT = 1
-SAMPLE_DOCUMENTS = 100  # tokenized to estimate the length of an epoch
 
 
 class TrainLoader:
-    """An endless sequence of global batches, of which each rank draws its own rows."""
+    """An endless sequence of global batches, of which each rank draws its rows."""
 
     def __init__(
         self,
@@ -81,9 +80,8 @@ class TrainLoader:
         self._groups = [(shard, group) for shard in corpus.train_shards for group in range(shard.row_groups)]
         counts = [shard.row_groups for shard in corpus.train_shards]
         self._shard_of = np.repeat(np.arange(len(counts)), counts)
-        assert (
-            rows_per_batch % streams == rows_per_batch % (world.size * device_batch_size) == 0
-        )  # by the plan
+        assert rows_per_batch % streams == 0
+        assert rows_per_batch % (world.size * device_batch_size) == 0, "the plan makes it so"
         self.n_streams = fit_streams(streams, rows_per_batch, len(self._groups))
         if self.n_streams < streams:
             world.print0(
@@ -192,12 +190,9 @@ class TrainLoader:
             UserError: it is not what `state_dict` gives.
         """
         cursors: Any = state.get("cursors")
-        is_state = state.get("format") == FORMAT and not typed_json.mismatch(cursors, list[list[int]])
-        if (
-            not is_state
-            or len(cursors) != self.n_streams
-            or not all(map(self._is_cursor, range(self.n_streams), cursors))
-        ):
+        good = state.get("format") == FORMAT and not typed_json.mismatch(cursors, list[list[int]])
+        good = good and len(cursors) == self.n_streams
+        if not good or not all(map(self._is_cursor, range(self.n_streams), cursors)):
             raise UserError(
                 f"the loader's state has no cursors for {self.n_streams} streams in format {FORMAT}; "
                 "the checkpoint is damaged."
@@ -236,24 +231,13 @@ def _pack_group(
     return pack(ids, offsets, bos_id=tokenizer.bos_id, row_slots=row_slots, keep_tails=keep_tails)
 
 
-def epochs_for(corpus: Corpus, tokenizer: Tokenizer, tokens: int) -> float:
-    """How many times `tokens` training tokens go through the corpus, estimated from a sample of its text."""
-    if corpus.holds_tokens:
-        return tokens / sum(shard.tokens for shard in corpus.train_shards)
-    texts = corpus.read_block(corpus.train_shards[0], 0)
-    sample = texts[:: -(-len(texts) // SAMPLE_DOCUMENTS)] if texts else []
-    ids, _ = tokenizer.encode_batch(sample, num_threads=1)
-    tokens_per_document = 1 + len(ids) / max(1, len(sample))
-    return tokens / (tokens_per_document * sum(shard.documents for shard in corpus.train_shards))
-
-
 class ValBatches:
     """A fixed list of rows of one split, of which each rank has every W-th, to iterate over again and again.
 
     Of shards of tokens they are the stream from its beginning, as the races on such shards take it. Rows of
-    text are packed like those of training, by default with the tails, so that every token of the split is in
-    one row and is a target once (BOS aside); targets in what is left of a block's last row are -1. The rows
-    are made in the first pass and kept (4 bytes a token).
+    text are packed like those of training, by default with the remainders of cropped documents, so that every
+    token of the split is in one row and is a target once (BOS aside); targets in the empty end of a row
+    group's last row are -1. The rows are made in the first pass and kept (4 bytes a token).
     """
 
     def __init__(
@@ -267,14 +251,14 @@ class ValBatches:
         split: str = "val",
         keep_tails: bool = True,
     ) -> None:
-        """Nothing is read yet.
+        """Read nothing yet.
 
         Args:
             corpus: what to read.
             tokenizer: how.
             sequence_len: T.
             rows: of a batch; the last may have fewer.
-            world: each rank gets its share; one may get a row more than another, or none.
+            world: each rank gets every W-th row; one may get a row more than another, or none.
             max_tokens: how many targets at least, over all ranks; None for the whole split.
             split: "val", or "train" to compare with it.
             keep_tails: as the run has it: without, figures compare with those of loaders that crop.
@@ -306,7 +290,7 @@ class ValBatches:
             )
             rows[len(rows) - 1 :, self._row_slots - filled :] = -1
             if not shard.holds_tokens:
-                # Best-fit puts long documents first; what max_tokens leaves should be like the whole.
+                # Best-fit puts long documents first; what max_tokens leaves should be like all of it.
                 rows = rows[shuffled(len(rows), 0, index)]
             rows = rows[: int(min(len(rows), self._max_rows - seen))]
             parts.append(rows[(self._world.rank - seen) % self._world.size :: self._world.size])

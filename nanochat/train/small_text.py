@@ -20,8 +20,7 @@ from nanochat.config.arguments import TrainArgs
 from nanochat.config.plan import DEFAULT_CONTEXT, Plan
 from nanochat.config.recipes import RECIPES
 from nanochat.data.corpus import MANIFEST, Corpus
-from nanochat.data.text_size import TextSize, is_measured, measure
-from nanochat.data.train_loader import epochs_for
+from nanochat.data.text_size import TextSize, epochs_for, is_measured, measure
 from nanochat.tokenizer.tokenizer import Tokenizer
 
 MIN_CONTEXT = 64
@@ -78,7 +77,7 @@ def fit(args: TrainArgs, vocab_size: int, text: TextSize) -> tuple[TrainArgs, tu
                 f"batches of {rows * context:,} tokens, so that there are steps to learn in "
                 "(--total-batch-size)"
             )
-    cropped = text.cropped_share(context)
+    cropped = text.cropped_fraction(context)
     if args.keep_tails is None and (cropped > MOST or "max_seq_len" in changes):
         changes["keep_tails"] = True
         told.append(

@@ -72,7 +72,7 @@ class Trainer:
 @pytest.fixture(params=KINDS)
 def trainer(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Trainer]:
     """A trainer on a corpus of each kind, of several blocks."""
-    monkeypatch.setattr(token_shards, "BLOCK_TOKENS", 100_000)
+    monkeypatch.setattr(token_shards, "CHUNK_TOKENS", 100_000)
     made = Trainer(foreign_corpus(request.param))
     yield made
     made.loader.close()
