@@ -5,6 +5,7 @@ They need no network, so that a first run does not: a corpus is made from what e
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib
 import io
@@ -121,21 +122,15 @@ def _source_texts(root: Path) -> Iterator[tuple[str, str]]:
 
 def _help_topics() -> Iterator[tuple[str, str]]:
     """The language reference, as `help("topic")` prints it; some distributions leave it out."""
-    try:
-        topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
-    except ImportError:
-        return
-    for name, text in topics.items():
-        yield f"topics/{name}", text
+    with contextlib.suppress(ImportError):
+        for name, text in importlib.import_module("pydoc_data.topics").topics.items():
+            yield f"topics/{name}", text
 
 
 def _c_documentation() -> Iterator[tuple[str, str]]:
     for name in sorted({*sys.builtin_module_names, *C_MODULES}):
-        try:
-            module = importlib.import_module(name)
-        except ImportError:
-            continue
-        yield f"help/{name}", "\n\n".join(_docstrings(module))
+        with contextlib.suppress(ImportError):
+            yield f"help/{name}", "\n\n".join(_docstrings(importlib.import_module(name)))
 
 
 def _docstrings(module: ModuleType) -> Iterator[str]:
@@ -143,11 +138,8 @@ def _docstrings(module: ModuleType) -> Iterator[str]:
     yield f"{module.__name__}: {module.__doc__}"
     for name, thing in sorted(vars(module).items()):
         # Hooks are replaced by debuggers and test runners: the corpus must not depend on who makes it.
-        if (
-            not isinstance(thing, (BuiltinFunctionType, type))
-            or name.startswith("_")
-            or name.endswith("hook")
-        ):
+        is_public = isinstance(thing, (BuiltinFunctionType, type)) and not name.startswith("_")
+        if not is_public or name.endswith("hook"):
             continue
         yield f"{module.__name__}.{name}{_signature(thing)}\n{thing.__doc__}"
         for inner, member in sorted(vars(thing).items()) if isinstance(thing, type) else ():
@@ -158,10 +150,9 @@ def _docstrings(module: ModuleType) -> Iterator[str]:
 
 def _signature(thing: object) -> str:
     """Arguments as C code declares them, without the `$self` or `$module` that only the parser needs."""
-    try:
+    text = ""
+    with contextlib.suppress(ValueError):
         text = getattr(thing, "__text_signature__", None) or ""
-    except ValueError:
-        return ""
     return re.sub(r"\$\w+(, /)?(, )?", "", text)
 
 
@@ -242,7 +233,7 @@ def left_out(named: Iterable[str]) -> str:
 def content_digest(paths: Sequence[Path], val_path: Path | None) -> str:
     """Tells whether the same texts are named again: the names and the bytes of all files."""
     digest = hashlib.sha256()
-    for path in [*paths, *([val_path] if val_path else [])]:
+    for path in filter(None, [*paths, val_path]):
         digest.update(b"%s %d %s\n" % (os.fsencode(path.name), path == val_path, files.sha256(path).encode()))
     return digest.hexdigest()[:16]
 
@@ -250,7 +241,7 @@ def content_digest(paths: Sequence[Path], val_path: Path | None) -> str:
 def listing_digest(paths: Sequence[Path], val_path: Path | None) -> str:
     """What corpora of earlier releases know their files by: names, sizes, first and last bytes."""
     digest = hashlib.sha256()
-    for path in [*paths, *([val_path] if val_path else [])]:
+    for path in filter(None, [*paths, val_path]):
         size = path.stat().st_size
         digest.update(b"%s %d %s\n" % (os.fsencode(path.name), size, str(path == val_path).encode()))
         with path.open("rb") as file:

@@ -20,6 +20,7 @@ from typing import Any, BinaryIO, cast
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from nanochat.common import files
 from nanochat.common.errors import UserError
 from nanochat.data import parquet_shards
 
@@ -270,10 +271,8 @@ def _texts(value: Any) -> Iterator[str]:
         for entry in value:
             yield from _texts(entry)
     elif isinstance(value, str):
-        try:
-            value.encode("utf-8")
-        except UnicodeEncodeError:
-            raise ValueError("the text holds half a surrogate pair") from None
+        if not files.is_utf8(value):
+            raise ValueError("the text holds half a surrogate pair")
         yield value
     elif value is not None:
         raise ValueError(f'expected {{"text": "..."}}, found {str(value)[:60]}')
