@@ -204,11 +204,13 @@ def from_manifest(items: list[dict[str, Any]]) -> list[Shard]:
 
 def _check_schema(path: Path | str, schema: pa.Schema) -> None:
     kinds = [str(schema.field(at).type) for at in schema.get_all_field_indices(TEXT_COLUMN)]
-    if kinds not in (["string"], ["large_string"]):
+    if len(kinds) != 1:
         raise UserError(
-            f"{path}: expected one column {TEXT_COLUMN!r} of strings, found {schema.names}, of these "
-            f"{TEXT_COLUMN!r} as {kinds}. Rename or convert the column that holds the text."
+            f"{path}: expected one column named {TEXT_COLUMN!r}, found {schema.names}. "
+            "Rename the column that holds the text."
         )
+    if kinds[0] not in ("string", "large_string"):
+        raise UserError(f"{path}: column {TEXT_COLUMN!r} holds {kinds[0]}, expected strings.")
 
 
 def read_column(source: ChecksummedFile, row_group: int) -> pa.Array:

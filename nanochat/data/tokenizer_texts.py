@@ -119,10 +119,8 @@ def train(corpus: Corpus, args: TokTrainArgs) -> Tokenizer:
 
 def validation_text(corpus: Corpus, max_chars: int) -> str:
     """The beginning of a corpus's validation split."""
+    groups = ((shard, group) for shard in corpus.val_shards for group in range(shard.row_groups))
     texts: list[str] = []
-    for shard in corpus.val_shards:
-        for group in range(shard.row_groups):
-            texts += corpus.read_block(shard, group)
-            if sum(map(len, texts)) >= max_chars:
-                break
+    while sum(map(len, texts)) < max_chars and (following := next(groups, None)):
+        texts += corpus.read_block(*following)
     return "\n\n".join(texts)[:max_chars]
