@@ -220,13 +220,13 @@ import sys
 from nanochat.common import errors
 from nanochat.config import arguments
 from nanochat.config import plan as planning
-from nanochat.data import hub
+from nanochat.data.hub_corpora import HUB_CORPORA
 
 
 @errors.cli
 def main() -> None:
     corpus, ranks, *flags = sys.argv[1:]
-    args, remote = arguments.parse(arguments.TrainArgs, flags), hub.HUB_CORPORA[corpus]
+    args, remote = arguments.parse(arguments.TrainArgs, flags), HUB_CORPORA[corpus]
     vocab_size = 50265 if remote.vocabulary else 32768
     tokens = planning.plan(args, vocab_size, world_size=int(ranks)).tokens
     kept = 1.0 if args.keep_tails else 0.65
