@@ -22,7 +22,8 @@ SPEC.loader.exec_module(educational)
 TEXTS = [
     "The cat sat on the mat. It's the cat's mat, isn't it? THEY'LL SEE.",
     "aaa aaaa aaaaa baaa\tabababab  ab ab\n\n\n    indented, by four spaces \r\n",
-    "na\u00efve caf\u00e9, \u4f60\u597d\u4e16\u754c, \u0645\u0631\u062d\u0628\u0627, \U0001f600\U0001f600 1234567",
+    "na\u00efve caf\u00e9, \u4f60\u597d\u4e16\u754c, \U0001f600\U0001f600 1234567",
+    "\u0645\u0631\u062d\u0628\u0627",
     "",
 ]
 
