@@ -369,7 +369,7 @@ def test_every_rank_reports_the_sum_of_what_the_ranks_found(model, tokenizer):
             return tensor
 
     for rank in range(3):
-        world = Rank(rank=rank, local_rank=rank, size=3, device=torch.device("cpu"), backend=None)
+        world = Rank(rank=rank, size=3, device=torch.device("cpu"), backend=None)
         evaluate.evaluate(scoring.GPTScorer(model), tokenizer, small_bundle(), world=world)
     for task in range(3):
         total = tables[task] + tables[3 + task] + tables[6 + task]

@@ -1,8 +1,8 @@
-"""The start-up test of links: rates in words, and the slow one by name; measured for real in tests/dist."""
+"""The bench of links: rates in words, and the slow one by name; measured for real in tests/dist."""
 
 from __future__ import annotations
 
-from nanochat.distributed.link_speed import Link, describe, report
+from dev.bench.links import Link, describe, report
 from nanochat.distributed.world import World
 
 

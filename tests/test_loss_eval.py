@@ -108,7 +108,7 @@ def test_ranks_add_nats_and_bytes_before_dividing(model):
             return value
 
     for rank, pairs in enumerate(shares):
-        world = Rank(rank=rank, local_rank=rank, size=2, device=torch.device("cpu"), backend="gloo")
+        world = Rank(rank=rank, size=2, device=torch.device("cpu"), backend="gloo")
         result = evaluate(model, pairs, TOKEN_BYTES, world).bpb
     assert result == pytest.approx(naive_bpb(model, shares[0] + shares[1]), rel=1e-6)
     assert given[0].dtype == torch.float64

@@ -214,7 +214,7 @@ def test_validation_is_the_stream_from_its_beginning(corpus: Corpus, size: int) 
     tokens, wanted = list(range(20_000, 24_000)), 50 * T
     found: dict[int, list[int]] = {}
     for rank in range(size):
-        world = World(rank, rank, size, World.single_process().device, None)
+        world = World(rank, size, World.single_process().device, None)
         batches = ValBatches(corpus, Letters(), T, 3, world, max_tokens=wanted)
         for place, row in enumerate(rows_of(list(batches)).tolist()):
             found[place * size + rank] = row

@@ -19,10 +19,11 @@ import socket
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
+from types import FrameType
 from typing import Any
 
 from nanochat.distributed.world import BACKSTOP_S, World
@@ -68,7 +69,7 @@ class Watchdog:
 
     def __enter__(self) -> Watchdog:
         """Start to watch; all ranks do."""
-        if self._world.size > 1 and self._world.store is not None:
+        if self._world.size > 1:
             self._leave_note()
             self._world.any_rank(False)  # from here on every rank has left a note
             self._read_notes()
@@ -79,9 +80,7 @@ class Watchdog:
             self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         """Stop watching. If a collective has failed, say which rank is the reason."""
         if self._thread is None:
             return
@@ -90,10 +89,10 @@ class Watchdog:
         faulthandler.cancel_dump_traceback_later()
         if error is None:
             self._world.any_rank(False)  # the store may go only when nobody leaves notes any more
-        elif isinstance(error, RuntimeError):
+        if isinstance(error, RuntimeError):
             self._say_who_is_gone()
-        with contextlib.suppress(RuntimeError):
-            if not isinstance(error, RuntimeError):
+        else:
+            with contextlib.suppress(RuntimeError):
                 self._leave_note(left=DONE if error is None else f"{type(error).__name__}: {error}"[:500])
         self._file.close()
         if error is None or not self._stack.stat().st_size:  # a sleep that was slept well leaves stacks too
@@ -118,8 +117,7 @@ class Watchdog:
             if waited := self._all_wait():
                 self._end(f"all ranks wait in one collective for {waited:.0f} s", self._world.is_main, True)
             if late := self._late():
-                healthy = [rank for rank in range(self._world.size) if rank not in late]
-                speaker = min(healthy, default=0)
+                speaker = min(self._seen.keys() - late.keys(), default=0)
                 self._end("\n".join(late.values()), self._world.rank == speaker, self._world.rank in late)
 
     def _slept(self, gap_s: float) -> bool:
@@ -142,14 +140,16 @@ class Watchdog:
 
     def _leave_note(self, left: str = "") -> None:
         self._beats += 1
+        main = sys._current_frames()[threading.main_thread().ident or 0]
+        file = main.f_code.co_filename
         note = {
             "beats": self._beats,
             "begun": self._world.collectives_begun(),
-            "where": f"{self._where()}{_place()}",
+            "where": f"{self._where()}{_line(main)}",
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "left": left,
-            "waits": _waits(),
+            "waits": file.endswith("collectives.py") or "distributed_c10d" in file,
         }
         self._world.store.set(f"watchdog/{self._world.rank}", json.dumps(note))
 
@@ -177,17 +177,15 @@ class Watchdog:
         now, most = time.monotonic(), max(seen.note["begun"] for seen in self._seen.values())
         late = {}
         for rank, seen in self._seen.items():
-            if left := seen.note["left"]:
-                if left != DONE and now - seen.beat_at > LEFT_S:
+            left, silent_s, still_s = seen.note["left"], now - seen.beat_at, now - seen.moved_at
+            if left:
+                if left != DONE and silent_s > LEFT_S:
                     late[rank] = _describe(rank, seen, f"has left: {left};")
-                continue
-            if now - seen.beat_at > self._timeout_s:
-                late[rank] = _describe(
-                    rank, seen, f"gives no sign of life for {now - seen.beat_at:.0f} s; last seen"
-                )
-            elif seen.note["begun"] < most and now - seen.moved_at > self._timeout_s:
-                waited = f"has kept the others waiting for {now - seen.moved_at:.0f} s,"
-                late[rank] = f"{_describe(rank, seen, waited)}; its stack is in stack_rank{rank}.txt"
+            elif silent_s > self._timeout_s:
+                late[rank] = _describe(rank, seen, f"gives no sign of life for {silent_s:.0f} s; last seen")
+            elif seen.note["begun"] < most and still_s > self._timeout_s:
+                waited = _describe(rank, seen, f"has kept the others waiting for {still_s:.0f} s,")
+                late[rank] = f"{waited}; its stack is in stack_rank{rank}.txt"
         return late
 
     def _say_who_is_gone(self) -> None:
@@ -225,18 +223,9 @@ def _describe(rank: int, seen: _Seen, what: str) -> str:
     return f"rank {rank} ({note['host']}, process {note['pid']}) {what} at {note['where']}"
 
 
-def _waits() -> bool:
-    """Whether the main thread is in a collective."""
-    frame = sys._current_frames().get(threading.main_thread().ident or 0)
-    name = frame.f_code.co_filename if frame is not None else ""
-    return name.endswith("collectives.py") or "distributed_c10d" in name
-
-
-def _place() -> str:
-    """The innermost line of this package that the main thread is at."""
-    frame = sys._current_frames().get(threading.main_thread().ident or 0)
-    while frame is not None and not frame.f_code.co_filename.startswith(PACKAGE):
-        frame = frame.f_back
-    if frame is None:
-        return ""
-    return f", in {frame.f_code.co_name} ({Path(frame.f_code.co_filename).name}, line {frame.f_lineno})"
+def _line(frame: FrameType) -> str:
+    """The innermost line of this package that a thread is at, given its innermost frame, or ""."""
+    for at, number in traceback.walk_stack(frame):
+        if at.f_code.co_filename.startswith(PACKAGE):
+            return f", in {at.f_code.co_name} ({Path(at.f_code.co_filename).name}, line {number})"
+    return ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 from collections import Counter
 from collections.abc import Mapping
 
@@ -40,12 +39,9 @@ def require_equal(tensors: Mapping[str, Tensor], world: World, step: int) -> Non
     Raises:
         UserError: on every rank; it names the ranks that differ from most, and the tensors.
     """
-    own = torch.stack([digest(tensor) for tensor in tensors.values()]).tolist()
-    packed = world.gather_bytes(struct.pack(f"{len(own)}q", *own))
-    by_rank = [struct.unpack(f"{len(own)}q", data) for data in packed]
+    by_rank = world.gather_ints(torch.stack([digest(tensor) for tensor in tensors.values()]).tolist())
     odd_ones: dict[int, list[str]] = {}
-    for index, name in enumerate(tensors):
-        digests = [values[index] for values in by_rank]
+    for name, digests in zip(tensors, zip(*by_rank, strict=True), strict=True):
         usual = Counter(digests).most_common(1)[0][0]  # of equal counts, that of the lowest rank
         for rank, value in enumerate(digests):
             if value != usual:

@@ -19,7 +19,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d
-from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous as torch_rendezvous
 
 from nanochat.common import files
@@ -35,32 +34,28 @@ class World:
 
     Attributes:
         rank: 0 .. size-1; rank 0 writes files and prints.
-        local_rank: rank among the processes of this machine.
         size: number of ranks.
         device: where this rank computes.
         backend: "nccl", "gloo", or None when alone.
         control: a gloo group of all ranks, for words that must not wait for a device.
         store: the torch.distributed.Store where ranks leave notes for each other, on a connection of its own.
-        node: number of this machine among those of the run.
         launch: what torchrun calls this start of it; the same after it has restarted its workers.
         restarts: how often it has restarted them because one failed.
     """
 
     rank: int
-    local_rank: int
     size: int
     device: torch.device
     backend: str | None
     control: dist.ProcessGroup | None = None
     store: Any = None
-    node: int = 0
     launch: str = ""
     restarts: int = 0
 
     @staticmethod
     def single_process(device: torch.device | str = "cpu") -> World:
         """A world of one rank, without any process group."""
-        return World(rank=0, local_rank=0, size=1, device=torch.device(device), backend=None)
+        return World(rank=0, size=1, device=torch.device(device), backend=None)
 
     @property
     def is_main(self) -> bool:
@@ -95,14 +90,14 @@ class World:
         dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=self.control)
         return int(votes.item())
 
-    def gather_bytes(self, data: bytes) -> list[bytes]:
-        """The equally long `data` of all ranks, in their order, on every rank. Waits for no device."""
+    def gather_ints(self, values: list[int]) -> list[list[int]]:
+        """The equally many 64-bit integers of each rank, by rank, on every rank. Waits for no device."""
         if self.backend is None:
-            return [data]
-        own = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+            return [values]
+        own = torch.tensor(values, dtype=torch.int64)
         parts = [torch.empty_like(own) for _ in range(self.size)]
         dist.all_gather(parts, own, group=self.control)
-        return [bytes(part.tolist()) for part in parts]
+        return [part.tolist() for part in parts]
 
     def be_patient(self, timeout_s: float) -> None:
         """From now on gloo waits so long for a rank, where somebody else finds those that hang."""
@@ -118,12 +113,8 @@ class World:
 
     def describe(self) -> dict[str, Any]:
         """What config.json records."""
-        return {
-            "world_size": self.size,
-            "backend": self.backend,
-            "device": str(self.device),
-            "launch": self.launch,
-        }
+        launch = {"world_size": self.size, "backend": self.backend, "launch": self.launch}
+        return launch | {"device": str(self.device)}
 
 
 def _rank_from_environment(name: str) -> int:
@@ -173,13 +164,13 @@ def rendezvous(store: Any, rank: int, size: int, timeout_s: float) -> Any:
                 if name := note(f"meet/greeting/{other}"):
                     store.set(f"meet/answer/{other}", f"{name} {own}")
             wait_for(*missing)
-        return PrefixStore(own, store)
+        return distributed_c10d.PrefixStore(own, store)
     store.set(f"meet/greeting/{rank}", own)
     while not (answer := note(f"meet/answer/{rank}")).startswith(own):
         wait_for(0)
     first = answer.split()[1]
     store.set(f"meet/confirmed/{rank}", first)
-    return PrefixStore(first, store)
+    return distributed_c10d.PrefixStore(first, store)
 
 
 @contextlib.contextmanager
@@ -200,34 +191,19 @@ def join(device_type: str = "auto", timeout_s: float = 600.0) -> Iterator[World]
         return
     rank, local_rank, size = (_rank_from_environment(name) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
     device = detect_device(device_type, local_rank)
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+    gpu = device if device.type == "cuda" else None
+    backend = "gloo" if gpu is None else "nccl"
+    if gpu is not None:
+        torch.cuda.set_device(gpu)
     timeout = datetime.timedelta(seconds=timeout_s + BACKSTOP_S)
     launched, _, _ = next(torch_rendezvous("env://", timeout=timeout))
     store = rendezvous(launched, rank, size, timeout_s)
-    dist.init_process_group(
-        backend,
-        store=store,
-        rank=rank,
-        world_size=size,
-        timeout=timeout,
-        device_id=device if device.type == "cuda" else None,
-    )
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout, device_id=gpu)
     control = dist.new_group(backend="gloo", timeout=timeout)
     assert isinstance(control, dist.ProcessGroup)
     try:
-        yield World(
-            rank=rank,
-            local_rank=local_rank,
-            size=size,
-            device=device,
-            backend=backend,
-            control=control,
-            store=store.clone(),
-            node=int(os.environ.get("GROUP_RANK", "0")),
-            launch=os.environ.get("TORCHELASTIC_RUN_ID", ""),
-            restarts=int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")),
-        )
+        launch = os.environ.get("TORCHELASTIC_RUN_ID", "")
+        restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+        yield World(rank, size, device, backend, control, store.clone(), launch, restarts)
     finally:
         dist.destroy_process_group()

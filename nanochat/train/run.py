@@ -30,7 +30,6 @@ from nanochat.config.plan import Plan
 from nanochat.config.schedule import lr_multiplier, muon_momentum, muon_weight_decay
 from nanochat.data.corpus import Corpus
 from nanochat.data.train_loader import TrainLoader
-from nanochat.distributed import link_speed
 from nanochat.distributed.watchdog import Watchdog
 from nanochat.distributed.world import World
 from nanochat.model.gpt import GPT
@@ -242,8 +241,6 @@ def _run(
         leave_other_branches(plan.args.run_name, state.step, world.print0)
         config["provenance"] = process.provenance()
         files.write_json(folder / "config.json", config)
-    for line in link_speed.report(world):
-        world.print0(line)
     with (
         contextlib.closing(state.loader),
         Watchdog(world, folder, plan.args.dist_timeout, lambda: f"step {state.step}"),

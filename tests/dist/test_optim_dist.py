@@ -56,7 +56,7 @@ def train(world, matrix, first, last, bad_at=None):
 def rank_main(rank, size, folder, matrix):
     torch.set_num_threads(1)  # first of all: a forked process must not enter the parent's OpenMP pool
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=size)
-    world = World(rank, rank, size, torch.device("cpu"), "gloo")
+    world = World(rank, size, torch.device("cpu"), "gloo")
     params, optimizer, results = train(world, matrix, 0, 5, bad_at=2)
     state = optimizer.state_tensors()
     # The state of all ranks, loaded into a fresh optimizer, gives the same state again.

@@ -42,7 +42,7 @@ def machines(tmp_path: Path) -> Iterator[None]:
         ip("netns", "del", SECOND)
 
 
-def start(machine: int, nodes: str, flags: list[str]) -> subprocess.Popen[str]:
+def start(machine: int, nodes: str, flags: list[str], program: tuple[str, ...] = TRAIN) -> subprocess.Popen[str]:
     """A torchrun of two ranks in one of the namespaces."""
     name, device = ((FIRST, "va"), (SECOND, "vb"))[machine]
     torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={nodes}", "--nproc_per_node=2"]
@@ -50,7 +50,7 @@ def start(machine: int, nodes: str, flags: list[str]) -> subprocess.Popen[str]:
     # torchrun looks for the machine of the endpoint by its name, which both namespaces share.
     local = [f"--local-addr=10.77.0.{machine + 1}", f"--rdzv-conf=is_host={machine == 0}".lower()]
     return subprocess.Popen(
-        ["ip", "netns", "exec", name, "env", f"GLOO_SOCKET_IFNAME={device}", *torchrun, *meet, *local, *TRAIN, *flags],
+        ["ip", "netns", "exec", name, "env", f"GLOO_SOCKET_IFNAME={device}", *torchrun, *meet, *local, *program, *flags],
         cwd=REPO,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -58,7 +58,7 @@ def start(machine: int, nodes: str, flags: list[str]) -> subprocess.Popen[str]:
     )
 
 
-def test_two_machines_train_the_run_of_one_and_measure_their_link(machines: None) -> None:
+def test_two_machines_train_the_run_of_one(machines: None) -> None:
     train_tiny(run="one", device_batch_size=2)
     both = [start(machine, "2", command_line(run="two", num_iterations=12, device_batch_size=2)) for machine in (0, 1)]
     try:
@@ -67,10 +67,20 @@ def test_two_machines_train_the_run_of_one_and_measure_their_link(machines: None
         for process in both:
             process.kill()
     assert [process.returncode for process in both] == [0, 0], told[0][1][-2000:] + told[1][1][-2000:]
+    gaps = [abs(a - b) for a, b in zip(losses("one"), losses("two"), strict=True)]
+    assert max(gaps) < 1e-5
+    assert files.read_json(files.run_dir("two") / "summary.json")["world_size"] == 4
+
+
+def test_the_bench_measures_the_link_between_two_machines(machines: None) -> None:
+    both = [start(machine, "2", [], ("-m", "dev.bench.links")) for machine in (0, 1)]
+    try:
+        told = [process.communicate(timeout=100) for process in both]
+    finally:
+        for process in both:
+            process.kill()
+    assert [process.returncode for process in both] == [0, 0], told[0][1][-2000:] + told[1][1][-2000:]
     said = told[0][0] + told[1][0]
     assert re.search(r"all-reduce over 4 ranks \(machines: 2\): [\d.]+ GB/s", said)
     assert "all-reduce within machines" in said
     assert re.search(r"links between machines: [\d.]+ GB/s \(median of 2\)", said)
-    gaps = [abs(a - b) for a, b in zip(losses("one"), losses("two"), strict=True)]
-    assert max(gaps) < 1e-5
-    assert files.read_json(files.run_dir("two") / "summary.json")["world_size"] == 4

@@ -40,7 +40,7 @@ def _rank(
     os.environ.update(environment)  # the server's is of the first test
     limit = datetime.timedelta(seconds=120)
     dist.init_process_group("gloo", init_method=f"file://{meet}", rank=rank, world_size=size, timeout=limit)
-    action(World(rank, rank, size, torch.device("cpu"), "gloo"), *args)
+    action(World(rank, size, torch.device("cpu"), "gloo"), *args)
     dist.destroy_process_group()
 
 

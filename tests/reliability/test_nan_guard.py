@@ -122,7 +122,7 @@ def outcomes(world: World, folder: Path) -> Iterator[dict[str, Any]]:
 def rank_main(rank: int, size: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=size)
-    world = World(rank, rank, size, torch.device("cpu"), "gloo")
+    world = World(rank, size, torch.device("cpu"), "gloo")
     found = list(outcomes(world, Path(folder)))
     Path(f"{folder}/rank{rank}.json").write_text(json.dumps(found))
     dist.destroy_process_group()

@@ -1,10 +1,15 @@
-"""How fast the ranks talk: measured in a moment at the start of a run, so that a slow link has a name."""
+"""Rates of the links between ranks: of all-reduce, and of each link of a ring, so that a slow one has a name.
+
+    torchrun --nproc_per_node=8 -m dev.bench.links
+
+On several machines, torchrun is started on each with the options of the run whose links are in doubt.
+"""
 
 from __future__ import annotations
 
 import functools
+import os
 import statistics
-import struct
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from nanochat.distributed import world as ranks
 from nanochat.distributed.world import World
 
 CPU_BYTES, CUDA_BYTES = 4 << 20, 64 << 20
@@ -46,7 +52,7 @@ def report(world: World) -> list[str]:
     if world.size == 1:
         return []
     buffer = torch.ones((CUDA_BYTES if world.device.type == "cuda" else CPU_BYTES) // 4, device=world.device)
-    nodes = [struct.unpack("q", data)[0] for data in world.gather_bytes(struct.pack("q", world.node))]
+    nodes = [number for (number,) in world.gather_ints([int(os.environ.get("GROUP_RANK", "0"))])]
     machines = sorted(set(nodes))
     whole = _rate(_all_reduce(buffer, None, world))
     lines = [f"all-reduce over {world.size} ranks (machines: {len(machines)}): {whole}"]
@@ -55,7 +61,7 @@ def report(world: World) -> list[str]:
         group, _ = dist.new_subgroups_by_enumeration(groups)
         assert isinstance(group, dist.ProcessGroup)
         own = _all_reduce(buffer, group, world)
-        rates = [struct.unpack("d", data)[0] for data in world.gather_bytes(struct.pack("d", own))]
+        rates = [rate for (rate,) in world.gather_ints([int(own)])]
         lines.append(f"all-reduce within machines: {_rate(min(rates))} to {_rate(max(rates))}")
     return lines + describe(_ring(buffer, nodes, world))
 
@@ -107,8 +113,7 @@ def _ring(buffer: Tensor, nodes: list[int], world: World) -> list[Link]:
     for source, target in pairs:
         seconds = _timed(functools.partial(_pass_on, buffer, source, target, world), world)
         rates.append(buffer.numel() * 4 / seconds)
-    layout = f"{len(rates)}d"
-    seen = [struct.unpack(layout, data) for data in world.gather_bytes(struct.pack(layout, *rates))]
+    seen = world.gather_ints([int(rate) for rate in rates])
     return [
         Link(source, target, nodes[source] != nodes[target], seen[target][index])
         for index, (source, target) in enumerate(pairs)
@@ -124,3 +129,14 @@ def _pass_on(buffer: Tensor, source: int, target: int, world: World) -> None:
         ops.append(dist.P2POp(dist.irecv, torch.empty_like(buffer), source))
     for work in dist.batch_isend_irecv(ops) if ops else []:
         work.wait()
+
+
+def main() -> None:
+    """Print the rates of the ranks that torchrun has started."""
+    with ranks.join() as world:
+        for line in report(world) or ["one rank: there is no link to measure"]:
+            world.print0(line)
+
+
+if __name__ == "__main__":
+    main()
