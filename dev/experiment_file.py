@@ -124,6 +124,11 @@ def _argument(name: str, value: str | int | float | bool) -> str:
     return f"--{name}={value}"
 
 
+def folder_of(name: str) -> Path:
+    """The folder of an experiment: consoles of its runs, their locks, checkouts of other revisions."""
+    return files.named("experiments", name)
+
+
 def read(path: Path, depth: int | None = None) -> Experiment:
     """Read and check an experiment.
 
@@ -185,7 +190,7 @@ def _flags(path: Path, table: str, given: Any) -> Flags:
 
 def _variant(path: Path, name: str, given: Any, common: Flags) -> Variant:
     own = _flags(path, f"variants.{name}", given)
-    files.experiment_dir(name)  # refuses what cannot be a part of a folder's name
+    folder_of(name)  # refuses what cannot be a part of a folder's name
     revision = own.pop("revision", None)
     if revision is not None and not isinstance(revision, str):
         raise UserError(

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+from dev import experiment_file
 from dev.experiment_file import Experiment, Run
 from dev.experiment_results import ENDED
 from nanochat.common import files
@@ -44,7 +45,7 @@ def checkouts(experiment: Experiment) -> dict[str, Path]:
 
     The compiled tokenizer is that of this environment for all of them.
     """
-    folder = files.experiment_dir(experiment.name)
+    folder = experiment_file.folder_of(experiment.name)
     found = {}
     for variant in experiment.variants:
         found[variant.name] = ROOT
@@ -137,7 +138,7 @@ class Training:
 
 def _start(run: Run, experiment: Experiment, place: Path, threads: int) -> Training | None:
     """Start a run; None where another process is at it."""
-    folder = files.experiment_dir(experiment.name)
+    folder = experiment_file.folder_of(experiment.name)
     lock = (folder / f"{run.name}.lock").open("w")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -216,7 +217,7 @@ def train_all(
     Returns:
         False where a signal asked to stop.
     """
-    files.experiment_dir(experiment.name).mkdir(parents=True, exist_ok=True)
+    experiment_file.folder_of(experiment.name).mkdir(parents=True, exist_ok=True)
     queue = Queue(experiment, plans, places, threads)
     total = len(experiment.seeds) * len(experiment.variants)
     print(f"{experiment.name}: {total} runs, {total - len(queue.waiting)} of them done", flush=True)

@@ -27,7 +27,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from nanochat.common import files
+from nanochat.common import files, locks
 from nanochat.common.errors import UserError, cli
 from nanochat.data import sources
 from nanochat.data.corpus import Corpus, summary, write_corpus
@@ -168,7 +168,7 @@ def repackage(
     if folder.exists():
         raise UserError(f"{folder} is there already. Use another --name, or delete it.")
     files.require_writable(folder.parent)
-    files.sweep_temporaries(folder.parent)
+    files.sweep_temporaries(folder.parent)  # what a killed one spilled is as large as the corpus
     what = source.dataset or f"{len(source.paths)} local files"
     scratch = files.temporary(folder.parent / f"spill-{name}")
     scratch.mkdir()
@@ -178,7 +178,8 @@ def repackage(
         print(f"{count:,} documents in {buckets} buckets; sorting and writing them", flush=True)
         documents = spill.read()
         val = _held_out(documents, min(val_documents, max(1, count // 100)))
-        write_corpus(folder, f"repackaged with seed {seed} from {what}", documents, val)
+        with locks.held(files.corpus_lock(name), f"corpus {name!r}"):
+            write_corpus(folder, f"repackaged with seed {seed} from {what}", documents, val)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     corpus = Corpus.open(name)

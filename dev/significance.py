@@ -174,7 +174,7 @@ class Declared(TypedDict):
 
 def _declaration_of(config: dict[str, Any]) -> Path:
     text = json.dumps(configuration(config), sort_keys=True)
-    return files.claim_file(hashlib.sha256(text.encode()).hexdigest()[:16])
+    return files.base_dir() / "claims" / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
 
 
 def declare(run: str, count: int, extend_to: int | None = None) -> Path:

@@ -211,7 +211,7 @@ def test_a_run_that_another_process_is_at_is_waited_for(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     experiment = experiment_file.read(write(tmp_path, MINIMAL.replace("[3, 5]", "[3]")))
-    folder = files.experiment_dir(experiment.name)
+    folder = experiment_file.folder_of(experiment.name)
     folder.mkdir(parents=True)
     plans: dict[str, dict[str, Any]] = {variant.name: {"args": {}} for variant in experiment.variants}
     queue = experiment_runs.Queue(experiment, plans, {v.name: REPO for v in experiment.variants}, threads=1)
@@ -279,7 +279,7 @@ def bench() -> Iterator[Bench]:
 
 def started(name: str) -> dict[str, int]:
     """How often each run of an experiment was started, from its console."""
-    folder = files.experiment_dir(name)
+    folder = experiment_file.folder_of(name)
     return {path.stem: path.read_text("utf-8").count("model: depth") for path in sorted(folder.glob("*.log"))}
 
 
@@ -332,7 +332,9 @@ def test_a_real_experiment_is_killed_and_stopped_and_goes_on_with_what_is_left(
         steps = [json.loads(line) for line in metrics.splitlines()]
         assert [entry["step"] for entry in steps if entry["kind"] == "step"] == list(range(60))
         assert not files.checkpoints_dir(name).exists()
-    assert "going on from" in (files.experiment_dir("real-d2") / "real-d2-high-s1.log").read_text("utf-8")
+    assert "going on from" in (experiment_file.folder_of("real-d2") / "real-d2-high-s1.log").read_text(
+        "utf-8"
+    )
     told = files.read_json(tmp_path / "out.json")
     assert [len(variant["runs"]) for variant in told["variants"]] == [2, 2]
     assert told["variants"][1]["comparison"]["verdict"] in ("better", "not told apart")
@@ -354,7 +356,7 @@ def test_a_revision_runs_by_its_own_code_and_its_worktree_goes_when_all_is_done(
     head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=REPO, capture_output=True, text=True).stdout
     config = files.read_json(files.run_dir("real-d2-head-s0") / "config.json")
     assert config["provenance"]["commit"] == head[:12]  # and no +: nothing is changed there
-    assert not list(files.experiment_dir("real-d2").glob("code-*"))
+    assert not list(experiment_file.folder_of("real-d2").glob("code-*"))
     listed = subprocess.run(["git", "worktree", "list"], cwd=REPO, capture_output=True, text=True).stdout
     assert str(tmp_path) not in listed
 

@@ -279,9 +279,12 @@ def test_an_error_of_a_descriptor_names_the_file(tmp_path: Path, monkeypatch: py
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(os, "fsync", fail)
-    for write in (files.fsync_file, files.fsync_dir, lambda path: files.write_json(path / "a.json", {})):
-        target = tmp_path if write is not files.fsync_file else tmp_path / "file"
-        (tmp_path / "file").touch()
+    (tmp_path / "file").touch()
+    for write in (
+        lambda: files.fsync(tmp_path / "file"),
+        lambda: files.fsync(tmp_path),
+        lambda: files.write_json(tmp_path / "a.json", {}),
+    ):
         with pytest.raises(OSError, match="Input/output error") as caught:
-            write(target)
+            write()
         assert str(tmp_path) in str(caught.value.filename)

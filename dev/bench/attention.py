@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanochat.common import files
-from nanochat.common.process import peak_memory_bytes
+from nanochat.common.machine import peak_memory_bytes
 from nanochat.model.attention import attention, band_mask
 
 T, WINDOW, HEADS, HEAD_DIM = 8192, 512, 4, 128

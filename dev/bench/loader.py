@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from nanochat.common import files
-from nanochat.common.process import peak_memory_bytes
+from nanochat.common.machine import peak_memory_bytes
 from nanochat.data import parquet_shards, sources, tokenizer_texts
 from nanochat.data.corpus import Corpus
 from nanochat.data.packing import plan_rows

@@ -22,8 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanochat.common import files
-from nanochat.common.machine import Precision
-from nanochat.common.process import peak_memory_bytes
+from nanochat.common.machine import Precision, peak_memory_bytes
 from nanochat.config.arguments import TrainArgs
 from nanochat.config.plan import model_config
 from nanochat.model.gpt import GPT

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import resource
 import subprocess
 import sys
 import tempfile
@@ -23,7 +24,6 @@ import pyarrow.parquet as pq
 
 from dev.repackage_data import Source, repackage
 from nanochat.common import files
-from nanochat.common.process import peak_memory_bytes
 
 FILE_BYTES = 1 << 28  # of text in a file
 MEAN_CHARS = 4000
@@ -57,7 +57,8 @@ def measure(folder: Path, name: str, backwards: bool) -> None:
     paths = sorted(folder.glob("*.parquet"), reverse=backwards)
     corpus = repackage(Source(tuple(paths)), name, seed=1)
     documents = sum(shard.documents for shard in corpus.shards)
-    print(corpus.fingerprint, documents, peak_memory_bytes(), round(time.perf_counter() - started, 1))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+    print(corpus.fingerprint, documents, peak, round(time.perf_counter() - started, 1))
 
 
 def main() -> None:

@@ -31,8 +31,7 @@ from torch import Tensor
 from dev.bench import attention
 from nanochat.checkpoint.state import TrainState
 from nanochat.common import files, machine
-from nanochat.common.machine import Precision
-from nanochat.common.process import peak_memory_bytes
+from nanochat.common.machine import Precision, peak_memory_bytes
 from nanochat.config import plan as planning
 from nanochat.config.arguments import TrainArgs
 from nanochat.config.plan import Plan

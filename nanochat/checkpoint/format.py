@@ -99,8 +99,7 @@ class Snapshot:
         """
         started = time.monotonic()
         self._require_space()
-        files.sweep_temporaries(self.folder.parent, owned="*")
-        with files.atomic_dir(self.folder) as temporary:
+        with files.atomic_dir(self.folder, owned="*") as temporary:
             save_tensors(temporary / MODEL, self.model)
             save_tensors(temporary / OPTIMIZER, self.optimizer)
             head = {"format": FORMAT, "made_by": f"nanochat {version('nanochat')}"}
@@ -157,8 +156,8 @@ def set_aside(run: str, step: int) -> list[Path]:
         folder.rename(place)
         moved.append(place)
     if moved:
-        files.fsync_dir(moved[0].parent)
-        files.fsync_dir(moved[0].parent.parent)
+        files.fsync(moved[0].parent)
+        files.fsync(moved[0].parent.parent)
     return moved
 
 

@@ -17,6 +17,7 @@ import os
 import re
 import shutil
 import socket
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -75,7 +76,12 @@ def is_name(folder: str, name: str) -> bool:
     return len(name.encode("utf-8")) < 256 and (base_dir() / folder / name).is_dir()
 
 
-def _named(folder: str, name: str) -> Path:
+def named(folder: str, name: str) -> Path:
+    """The folder of what a person has named, in the part of the base directory where its like are.
+
+    Raises:
+        UserError: the name is not usable.
+    """
     if not is_name(folder, name):
         raise UserError(f"{ascii(name)} is not a usable name. Use {NAME_RULE}.")
     return base_dir() / folder / name
@@ -83,7 +89,7 @@ def _named(folder: str, name: str) -> Path:
 
 def data_dir(corpus: str) -> Path:
     """Folder of a corpus: manifest.json and its shards."""
-    return _named("data", corpus)
+    return named("data", corpus)
 
 
 def corpus_lock(corpus: str) -> Path:
@@ -93,27 +99,17 @@ def corpus_lock(corpus: str) -> Path:
 
 def tokenizer_dir(name: str) -> Path:
     """Folder of a tokenizer: tokenizer.json."""
-    return _named("tokenizers", name)
+    return named("tokenizers", name)
 
 
 def run_dir(run: str) -> Path:
     """Folder of a training run: config.json, metrics.jsonl, checkpoints, scores, report."""
-    return _named("runs", run)
+    return named("runs", run)
 
 
 def checkpoints_dir(run: str) -> Path:
     """Folder that holds the step_NNNNNN folders of a run."""
     return run_dir(run) / "checkpoints"
-
-
-def experiment_dir(name: str) -> Path:
-    """Folder of an experiment of several runs: their consoles, their locks, checkouts of other revisions."""
-    return _named("experiments", name)
-
-
-def claim_file(name: str) -> Path:
-    """How many runs were declared for a configuration, before one of them had ended."""
-    return base_dir() / "claims" / f"{name}.json"
 
 
 def eval_bundle_dir() -> Path:
@@ -145,22 +141,16 @@ def keep_compiled() -> Path:
     return Path(os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(base_dir() / "compiled")))
 
 
-def fsync_dir(path: Path) -> None:
-    """Make the names in a folder durable, where the platform can open a folder at all."""
-    if os.name == "nt":
+def fsync(path: Path) -> None:
+    """Make the bytes of a file durable, or the names in a folder, where the platform can open a folder."""
+    if os.name == "nt" and path.is_dir():
         return
-    fd = os.open(path, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         with _naming(path):
-            os.fsync(fd)
+            os.fsync(descriptor)
     finally:
-        os.close(fd)
-
-
-def fsync_file(path: Path) -> None:
-    """Make a file's bytes durable."""
-    with _naming(path), path.open("rb") as file:
-        os.fsync(file.fileno())
+        os.close(descriptor)
 
 
 @contextlib.contextmanager
@@ -205,38 +195,34 @@ def atomic_path(path: Path) -> Iterator[Path]:
     written = temporary(path)
     try:
         yield written
-        fsync_file(written)
+        fsync(written)
         written.replace(path)
-        fsync_dir(path.parent)
+        fsync(path.parent)
     finally:
         written.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
-def atomic_dir(path: Path) -> Iterator[Path]:
+def atomic_dir(path: Path, owned: str = "") -> Iterator[Path]:
     """Yield a temporary sibling folder; on success its files are made durable and it replaces `path`.
 
     Where `path` is a link, as to a larger disk, the folder behind it is replaced and the link stays. What
-    killed writers have left beside it goes first: models are large.
+    killed writers have left beside it goes first, as `sweep_temporaries` has it: models are large.
     """
     if path.is_symlink():
         path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
-    sweep_temporaries(path.parent)
+    sweep_temporaries(path.parent, owned)
     written = temporary(path)
     shutil.rmtree(written, ignore_errors=True)
     try:
         written.mkdir()
         yield written
-        for file in sorted(written.rglob("*")):
-            if file.is_file():
-                fsync_file(file)
-            else:
-                fsync_dir(file)
-        fsync_dir(written)
+        for part in (*sorted(written.rglob("*")), written):
+            fsync(part)
         doomed = _move_aside(path) if path.exists() else None
         written.rename(path)
-        fsync_dir(path.parent)
+        fsync(path.parent)
         if doomed:  # last: between the two renames is the only moment without a folder of the name
             _delete(doomed)
     finally:
@@ -282,15 +268,13 @@ def sweep_temporaries(folder: Path, owned: str = "") -> None:
         made = MADE_BY.fullmatch(path.name)
         if made is None or made["name"] == FETCHED:
             continue
+        is_owned = fnmatch.fnmatchcase(made["name"], owned)
         if made["place"] == _place():
-            mine = int(made["pid"]) == os.getpid() and fnmatch.fnmatchcase(made["name"], owned)
-            gone = mine or is_abandoned(path)
+            gone = is_abandoned(path) or (is_owned and int(made["pid"]) == os.getpid())
         else:
-            old = disk_time(folder) - _last_change(path) > ABANDONED_S
-            gone = old or fnmatch.fnmatchcase(made["name"], owned)
-        if not gone:
-            continue
-        _delete(path)
+            gone = is_owned or disk_time(folder) - _last_change(path) > ABANDONED_S
+        if gone:
+            _delete(path)
 
 
 def _last_change(path: Path) -> float:
@@ -307,8 +291,8 @@ def is_alive(pid: int) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:
-        return True
+    except PermissionError:  # of another user
+        pass
     return True
 
 
@@ -378,16 +362,10 @@ def free_bytes(path: Path) -> int:
 
 def disk_time(folder: Path) -> float:
     """Now, by the clock that dates the files of `folder`: that of a file server may differ from ours."""
-    probe = temporary(folder / "clock")
-    try:
-        with probe.open("wb") as file:
-            os.utime(file.fileno())
-            return os.fstat(file.fileno()).st_mtime
-    except OSError:
-        return time.time()
-    finally:
-        with contextlib.suppress(OSError):
-            probe.unlink(missing_ok=True)
+    with contextlib.suppress(OSError), tempfile.TemporaryFile(dir=folder) as probe:
+        os.utime(probe.fileno())
+        return os.fstat(probe.fileno()).st_mtime
+    return time.time()
 
 
 def require_writable(folder: Path) -> None:
@@ -396,13 +374,12 @@ def require_writable(folder: Path) -> None:
     Raises:
         UserError: the folder is read-only, on a full disk, or its path is taken by a file.
     """
-    probe = temporary(folder / "probe")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with probe.open("wb") as file:
-            file.write(b"\0" * 4096)
-            file.flush()
-            os.fsync(file.fileno())
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(b"\0" * 4096)
+            probe.flush()
+            os.fsync(probe.fileno())
     except OSError as error:
         helps = "Free some space"
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -410,6 +387,3 @@ def require_writable(folder: Path) -> None:
         raise UserError(
             f"{folder}: cannot write there ({error.strerror}). {helps}, or set NANOCHAT_BASE_DIR to another."
         ) from None
-    finally:
-        with contextlib.suppress(OSError):
-            probe.unlink(missing_ok=True)

@@ -1,11 +1,18 @@
-"""What the machine can do: its device, its best dtype, its peak. Chosen once, then passed on."""
+"""Machine and process: device, dtype, peak rate, memory, command and commit.
+
+The device and the dtype are chosen once, from what is there, and passed on: no other module asks for them.
+"""
 
 from __future__ import annotations
 
+import datetime
 import importlib.util
 import os
 import platform
+import shlex
 import shutil
+import subprocess
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +20,6 @@ from typing import Any
 
 import torch
 
-from nanochat.common import process
 from nanochat.common.errors import UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -64,36 +70,21 @@ def detect_device(device_type: str = "auto", local_rank: int = 0) -> torch.devic
         UserError: the device asked for is not there.
     """
     present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if device_type == "auto":
-        device_type = next(kind for kind, there in present.items() if there)
-    if not present.get(device_type, False):
-        there = ", ".join(kind for kind, is_there in present.items() if is_there)
-        raise UserError(f"--device-type={device_type}: not available on this machine, which has: {there}.")
-    if device_type == "cuda":
-        return torch.device("cuda", local_rank)
-    return torch.device(device_type)
-
-
-def cpu_multiplies_bf16() -> bool:
-    """True where the CPU has bf16 matrix instructions (AVX512-BF16 or AMX); elsewhere fp32 is faster."""
-    if platform.system() != "Linux":
-        return False
-    info = Path("/proc/cpuinfo")
-    flags = set(info.read_text("utf-8", errors="replace").split()) if info.exists() else set()
-    return bool(flags & {"avx512_bf16", "amx_bf16"})
+    there = [kind for kind, is_there in present.items() if is_there]
+    chosen = there[0] if device_type == "auto" else device_type
+    if chosen not in there:
+        has = ", ".join(there)
+        raise UserError(f"--device-type={chosen}: not available on this machine, which has: {has}.")
+    return torch.device(chosen, local_rank) if chosen == "cuda" else torch.device(chosen)
 
 
 def choose_dtype(device: torch.device, requested: str = "auto") -> tuple[torch.dtype, str]:
     """The compute dtype and why: bf16 where the hardware multiplies it natively, else fp16 or fp32.
 
-    fp16 is for GPUs that have matrix units for it alone, Volta and Turing; training then scales the loss.
-
-    Raises:
-        UserError: a dtype that we do not know.
+    fp16 is for GPUs that have matrix units for it alone, Volta and Turing; training then scales the loss. A
+    CPU multiplies bf16 natively if it has AVX512-BF16 or AMX.
     """
     if requested != "auto":
-        if requested not in DTYPES:
-            raise UserError(f"--dtype={requested}: expected auto, {' or '.join(DTYPES)}.")
         return DTYPES[requested], "asked for"
     if device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)
@@ -101,7 +92,8 @@ def choose_dtype(device: torch.device, requested: str = "auto") -> tuple[torch.d
         if (7, 0) <= capability < (8, 0):
             return torch.float16, "this GPU multiplies fp16 natively, and not bf16"
     else:
-        native = device.type == "cpu" and cpu_multiplies_bf16()
+        flags = _proc("cpuinfo").get("flags", "").split()
+        native = device.type == "cpu" and not {"avx512_bf16", "amx_bf16"}.isdisjoint(flags)
     if native:
         return torch.bfloat16, f"this {device.type} multiplies bf16 natively"
     return torch.float32, f"this {device.type} does not multiply bf16 natively"
@@ -119,9 +111,9 @@ def choose_compile(device: torch.device, requested: str = "auto") -> tuple[bool,
     if requested == "off":
         return False, "as asked"
     missing = _missing_compiler(device)
+    if requested == "on" and missing:
+        raise UserError(f"--compile=on: {missing}. Install what is missing or use --compile=auto.")
     if requested == "on":
-        if missing:
-            raise UserError(f"--compile=on: {missing}. Install what is missing or use --compile=auto.")
         return True, "as asked"
     if device.type != "cuda":
         return False, f"a {device.type} reaches 100 steps sooner without"
@@ -152,14 +144,10 @@ def require_fp8(device: torch.device, compute_dtype: torch.dtype) -> None:
 
 
 def device_name(device: torch.device) -> str:
-    """What the maker calls it."""
+    """The maker's name of a device."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    if device.type == "cpu" and Path("/proc/cpuinfo").exists():
-        for line in Path("/proc/cpuinfo").read_text("utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or device.type
+    return _proc("cpuinfo").get("model name") or platform.processor() or device.type
 
 
 def measured_flops_per_s(
@@ -254,38 +242,51 @@ def available_memory_bytes(device: torch.device) -> int | None:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return _meminfo("MemAvailable") if device.type == "cpu" else None
+    return _bytes_in_proc("meminfo", "MemAvailable") if device.type == "cpu" else None
 
 
 def total_memory_bytes(device: torch.device) -> int | None:
     """All memory of the GPU where there is one, else of the machine; None if not told."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[1]
-    return _meminfo("MemTotal") if device.type == "cpu" else None
+    return _bytes_in_proc("meminfo", "MemTotal") if device.type == "cpu" else None
 
 
-def _meminfo(name: str) -> int | None:
-    info = Path("/proc/meminfo")
-    if not info.exists():
-        return None
-    lines = dict(line.split(":", 1) for line in info.read_text("utf-8").splitlines())
-    return int(lines[name].split()[0]) * 1024 if name in lines else None
+def peak_memory_bytes(device: torch.device | None = None) -> int:
+    """Most memory held so far: of the GPU where one is given, else of this process; 0 if not told.
 
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """Most memory held so far: of the GPU where there is one, else of this process."""
-    if device.type == "cuda":
+    Linux's VmHWM comes first: what getrusage calls the peak also counts the process that forked this one.
+    """
+    if device is not None and device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return process.peak_memory_bytes()
+    if peak := _bytes_in_proc("self/status", "VmHWM"):
+        return peak
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _proc(name: str) -> dict[str, str]:
+    """The fields of a file of /proc, such as cpuinfo: of several with one name, the last; none off Linux."""
+    path = Path("/proc") / name
+    lines = path.read_text("utf-8", errors="replace").splitlines() if path.exists() else []
+    return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+
+
+def _bytes_in_proc(name: str, field: str) -> int | None:
+    text = _proc(name).get(field)
+    return int(text.removesuffix("kB")) * 1024 if text else None
 
 
 def process_age_seconds() -> float | None:
     """Seconds since this process was started, imports included; None where the system does not tell."""
-    stat, uptime = Path("/proc/self/stat"), Path("/proc/uptime")
-    if not stat.exists() or not uptime.exists():
+    stat = Path("/proc/self/stat")
+    if not stat.exists():
         return None
     started_ticks = int(stat.read_text("utf-8").rpartition(")")[2].split()[19])
-    return float(uptime.read_text("utf-8").split()[0]) - started_ticks / os.sysconf("SC_CLK_TCK")
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - started_ticks / os.sysconf("SC_CLK_TCK")
 
 
 def describe(device: torch.device) -> dict[str, Any]:
@@ -299,3 +300,21 @@ def describe(device: torch.device) -> dict[str, Any]:
         "torch": torch.__version__,
         "cuda": torch.version.cuda if device.type == "cuda" else None,
     }
+
+
+def provenance() -> dict[str, str | None]:
+    """What ran, and when: the command, the commit of the code, the day.
+
+    The commit ends in + where a file differs from it, and is None outside a git checkout.
+    """
+    command = ["git", "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+"]
+    root = Path(__file__).resolve().parents[2]
+    commit = None
+    if (root / ".git").exists():  # an installed package may lie in somebody else's repository
+        try:
+            done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=10)
+            commit = done.stdout.strip() or None
+        except (OSError, subprocess.TimeoutExpired):  # no git here, or a disk that does not answer
+            pass
+    today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+    return {"command": shlex.join(sys.orig_argv[1:]), "commit": commit, "date": today}

@@ -248,10 +248,8 @@ def prepare(
         )
     files.require_writable(folder.parent)
     if corpus in HUB_CORPORA:
-        files.sweep_temporaries(folder.parent)
         return _prepare_hub(folder, corpus, num_shards, first)
     with locks.held(files.corpus_lock(folder.name), f"corpus {folder.name!r}", wait=True):
-        files.sweep_temporaries(folder.parent, owned=folder.name)
         if corpus == "local":
             _prepare_local(folder, named_files, val_file)
         elif not _existing(folder, "python "):
@@ -294,7 +292,7 @@ def _prepare_local(folder: Path, named: Sequence[str], val_file: str) -> None:
 
 def write_corpus(folder: Path, source: str, train: Iterable[str], val: Iterable[str]) -> None:
     """Write a corpus folder, all of it or nothing. `val` is begun when `train` has ended."""
-    with files.atomic_dir(folder) as temporary:
+    with files.atomic_dir(folder, owned=folder.name) as temporary:
         members = parquet_shards.write_shards(train, temporary, "train", 0)
         members += parquet_shards.write_shards(val, temporary, "val", len(members))
         for split in parquet_shards.SPLITS:

@@ -199,9 +199,9 @@ class Hub:
         if problem := parquet_shards.problem(fetched, shard):
             fetched.unlink()
             raise ValueError(problem.removeprefix(f"{fetched}: "))
-        files.fsync_file(fetched)
+        files.fsync(fetched)
         fetched.replace(folder / name)
-        files.fsync_dir(folder)
+        files.fsync(folder)
         print(f"{name}: {shard.bytes / 1e6:.1f} MB", flush=True)
 
     def _counts(self, name: str, commit: str, size: int) -> tuple[int, int]:

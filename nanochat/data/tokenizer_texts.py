@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from rich.progress import BarColumn, Progress, TextColumn
 
-from nanochat.common.process import peak_memory_bytes
+from nanochat.common.machine import peak_memory_bytes
 from nanochat.config.arguments import TokTrainArgs
 from nanochat.data import text_size
 from nanochat.data.corpus import Corpus

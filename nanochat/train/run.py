@@ -21,7 +21,7 @@ from nanochat.checkpoint.resume import (
     summary_of_finished,
 )
 from nanochat.checkpoint.state import TrainState
-from nanochat.common import files, locks, machine, process
+from nanochat.common import files, locks, machine
 from nanochat.common.errors import UserError, warn
 from nanochat.common.machine import Precision
 from nanochat.common.stop_signals import Stopped, keep_work, stop_signals
@@ -239,7 +239,7 @@ def _run(
     config = {**plan.to_dict(), "fingerprints": fingerprints, "machine": description}
     if world.is_main:
         leave_other_branches(plan.args.run_name, state.step, world.print0)
-        config["provenance"] = process.provenance()
+        config["provenance"] = machine.provenance()
         files.write_json(folder / "config.json", config)
     with (
         contextlib.closing(state.loader),
