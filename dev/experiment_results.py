@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from dev import stats
 from dev.experiment_file import Experiment
 from dev.stats import Comparison, Scatter
-from nanochat.common import files, jsonl
+from nanochat.common import files, run_files
 from nanochat.evaluation.core import statistics as core_statistics
 
 ENDED = ("finished", "target_reached")  # the latter with --target-loss
@@ -54,7 +54,7 @@ class Result:
         if summary["status"] not in ENDED:
             return None
         config = files.read_json(folder / "config.json")
-        metrics = jsonl.read_metrics(folder / "metrics.jsonl")
+        metrics = run_files.read_lines(folder / "metrics.jsonl", run_files.MetricsLine, [])
         evals = [entry for entry in metrics if entry["kind"] == "eval"]
         speeds = [entry["tokens_per_second"] for entry in metrics if entry["kind"] == "step"]
         return Result(

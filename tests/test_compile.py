@@ -14,11 +14,10 @@ import torch._dynamo.testing
 
 from nanochat.common import files, machine
 from nanochat.common.errors import UserError
-from nanochat.common.jsonl import read_metrics
 from nanochat.config.recipes import RECIPES
 from nanochat.train import run as train_run
 from nanochat.train import step_metrics
-from tests.tiny import tiny_corpus, train_tiny
+from tests.tiny import read_metrics, tiny_corpus, train_tiny
 
 CPU = torch.device("cpu")
 

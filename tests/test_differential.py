@@ -10,7 +10,6 @@ from nanochat.checkpoint import format as checkpoint_format
 from nanochat.checkpoint import state as checkpoint_state
 from nanochat.common import files
 from nanochat.common.errors import UserError
-from nanochat.common.jsonl import read_metrics
 from nanochat.common.machine import Precision
 from nanochat.config import plan as planning
 from nanochat.config.arguments import ExportArgs, TrainArgs
@@ -25,7 +24,7 @@ from tests.reference_model import reference_logits
 from tests.test_attention import several_documents
 from tests.test_engine import BOS, ByteTokenizer, greedy_by_full_forward
 from tests.test_gpt import FP32, batch, config_of, random_model
-from tests.tiny import tiny_corpus, train_tiny
+from tests.tiny import read_metrics, tiny_corpus, train_tiny
 
 KINDS = ["softmax", "diff1", "diff2"]
 DIFFERENTIAL = KINDS[1:]

@@ -12,7 +12,6 @@ import torch
 from nanochat.checkpoint import format as checkpoint_format
 from nanochat.common import files
 from nanochat.common.errors import UserError
-from nanochat.common.jsonl import read_metrics
 from nanochat.common.machine import Precision, choose_dtype
 from nanochat.config import plan as planning
 from nanochat.data.corpus import Corpus
@@ -22,7 +21,7 @@ from nanochat.optim.loss_scale import LossScale
 from nanochat.tokenizer.tokenizer import Tokenizer
 from nanochat.train import run as train_run
 from tests.test_train import stop_after, weights
-from tests.tiny import tiny_args, tiny_corpus
+from tests.tiny import read_metrics, tiny_args, tiny_corpus
 
 FP16, FP32 = Precision(torch.float16, "sdpa"), Precision(torch.float32, "sdpa")
 CPU = torch.device("cpu")

@@ -18,7 +18,6 @@ from nanochat.checkpoint import state as checkpoint_state
 from nanochat.checkpoint.compatibility import RECIPE_CONSTANTS, completed
 from nanochat.common import files
 from nanochat.common.errors import UserError
-from nanochat.common.jsonl import read_metrics
 from nanochat.common.machine import Precision
 from nanochat.config import arguments
 from nanochat.config import plan as planning
@@ -32,6 +31,7 @@ from nanochat.tokenizer.tokenizer import Tokenizer
 from nanochat.train import run as train_run
 from tests.conftest import REPO
 from tests.test_train import CLOCK
+from tests.tiny import read_metrics
 
 OLD = REPO / "tests" / "data" / "f4eb7ef"
 CPU, FP32 = torch.device("cpu"), Precision(torch.float32, "sdpa")

@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 
 from nanochat.common.errors import UserError
-from nanochat.common.jsonl import cut_back, read_lines, read_metrics
+from nanochat.common.run_files import MetricsLine, cut_back, read_lines
 from nanochat.train import run_log as run_log_module
 from nanochat.train.run_log import RunLog
+from tests.tiny import read_metrics
 
 
 def test_lines_are_objects_with_step_and_kind(tmp_path: Path) -> None:
@@ -59,13 +60,13 @@ def test_a_bad_line_of_other_files_is_named(tmp_path: Path) -> None:
     for bad in ("nonsense", "3", "[]", '{"a": 1, "a": 2}', "\0", "9" * 5000, "[" * 50_000):
         (tmp_path / "lines.jsonl").write_text(f'{{"id": 1}}\n{bad}\n')
         with pytest.raises(UserError, match=r"lines\.jsonl, line 2"):
-            read_lines(tmp_path / "lines.jsonl")
+            read_lines(tmp_path / "lines.jsonl", dict)
 
 
-def test_a_file_without_any_line_that_can_be_read_is_named(tmp_path: Path) -> None:
+def test_a_file_without_any_line_that_can_be_read_has_none(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_bytes(b"\0" * 4096)
-    with pytest.raises(UserError, match=r"metrics\.jsonl: no line of it can be read"):
-        read_metrics(tmp_path / "metrics.jsonl")
+    assert read_metrics(tmp_path / "metrics.jsonl") == []
+    assert read_metrics(tmp_path / "absent.jsonl") == []
 
 
 DAMAGE = {
@@ -83,19 +84,18 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
-def test_damaged_lines_are_left_out_and_the_rest_is_used(
-    tmp_path: Path, damage: bytes, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_damaged_lines_are_left_out_and_the_rest_is_used(tmp_path: Path, damage: bytes) -> None:
     """A crash leaves them; neither the report nor a resume may stop at them."""
     path = tmp_path / "metrics.jsonl"
     whole = [{"kind": "step", "step": step, "loss": 1.5} for step in range(3)]
     path.write_bytes("".join(json.dumps(entry) + "\n" for entry in whole).encode() + damage)
-    assert read_metrics(path) == whole
-    told = capsys.readouterr().err
-    assert told.count("1 of 4 lines are damaged") == (damage != b"\n")
+    notes: list[str] = []
+    assert read_lines(path, MetricsLine, notes) == whole
+    assert [note.count("Left out: 1 lines") for note in notes] == ([] if damage == b"\n" else [1])
     cut_back(path, 2)
-    assert read_metrics(path) == whole[:2]
-    assert capsys.readouterr().err == ""
+    notes.clear()
+    assert read_lines(path, MetricsLine, notes) == whole[:2]
+    assert notes == []
 
 
 def test_a_nan_in_the_metrics_is_read(tmp_path: Path) -> None:

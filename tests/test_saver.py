@@ -19,11 +19,10 @@ from nanochat.checkpoint import format as checkpoint_format
 from nanochat.checkpoint import state as checkpoint_state
 from nanochat.common import files
 from nanochat.common.errors import UserError
-from nanochat.common.jsonl import read_metrics
 from nanochat.train import hooks
 from nanochat.train import run as train_run
 from scripts import checkpoint as checkpoint_command
-from tests.tiny import tiny_corpus, train_tiny
+from tests.tiny import read_metrics, tiny_corpus, train_tiny
 
 
 @pytest.fixture(autouse=True)

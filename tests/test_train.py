@@ -19,14 +19,13 @@ import torch
 from nanochat.checkpoint import format as checkpoint_format
 from nanochat.common import files
 from nanochat.common.errors import UserError
-from nanochat.common.jsonl import read_metrics
 from nanochat.data.corpus import Corpus
 from nanochat.tokenizer.tokenizer import Tokenizer
 from nanochat.train import run as train_run
 from nanochat.train import small_text
 from nanochat.train.hooks import Hook
 from tests.conftest import REPO
-from tests.tiny import command_line, tiny_args, tiny_corpus, train_tiny
+from tests.tiny import command_line, read_metrics, tiny_args, tiny_corpus, train_tiny
 
 # What may differ between two runs of the same plan: the clock.
 CLOCK = ("tokens_per_second", "mfu", "mfu_measured", "train_seconds")

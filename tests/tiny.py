@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from nanochat.common import files
+from nanochat.common import files, run_files
 from nanochat.common.machine import Precision
 from nanochat.config import plan as planning
 from nanochat.config.arguments import TrainArgs
@@ -19,6 +19,12 @@ from nanochat.data.corpus import Corpus
 from nanochat.distributed.world import World
 from nanochat.tokenizer.tokenizer import Tokenizer
 from nanochat.train import run as train_run
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl, without those that a crash has damaged."""
+    return run_files.read_lines(path, run_files.MetricsLine, [])
+
 
 TEXT = "the cat sat on a mat and saw two dogs near their red house while rain fell over green hills"
 WORDS = TEXT.split()

@@ -9,7 +9,6 @@ from typing import Any
 from nanochat.checkpoint import format as checkpoint_format
 from nanochat.common import files, run_files
 from nanochat.common.errors import UserError
-from nanochat.common.jsonl import keep_aside
 from nanochat.config.arguments import TrainArgs
 from nanochat.config.plan import Plan
 from nanochat.distributed.world import World
@@ -92,7 +91,7 @@ def leave_other_branches(run: str, step: int, say: Callable[[str], None]) -> Non
     metrics = files.run_dir(run) / "metrics.jsonl"
     later = [at for at in checkpoint_format.steps_of(run) if at > step]
     if later or step == 0:
-        kept = keep_aside(metrics, step)
+        kept = run_files.keep_aside(metrics, step)
         if kept is not None:
             say(f"the metrics of the steps from {step} on are kept in {kept}")
     if moved := checkpoint_format.set_aside(run, step):

@@ -41,11 +41,9 @@ class _Bounded(io.FileIO):
     """A file that gives no large piece at once; zipfile reads the directory of members in one."""
 
     def read(self, size: int | None = -1, /) -> bytes:
-        """All that is asked, or an error where that is much."""
-        whole = size is None or size < 0
-        data: bytes = super().read(
-            MAX_DIRECTORY_BYTES + 1 if whole else min(size or 0, MAX_DIRECTORY_BYTES + 1)
-        )
+        """The bytes that are asked for, or an error where they are many."""
+        limit = MAX_DIRECTORY_BYTES + 1
+        data: bytes = super().read(limit if size is None or size < 0 else min(size, limit))
         if len(data) > MAX_DIRECTORY_BYTES:
             raise zipfile.BadZipFile(f"its directory has more than {MAX_DIRECTORY_BYTES:,} bytes")
         return data
@@ -97,22 +95,20 @@ def blocks(path: Path, member: str, max_bytes: int) -> Iterator[bytes]:
             pieces, larger than allowed or than its packed bytes can be, or damaged.
     """
     with _opened(path, member) as archive:
-        found = [info for info in archive.infolist() if info.filename == member]
-        if not found:
-            raise UserError(
-                f"{path}/{member}: the file is missing. Fetch the bundle again, or give another one."
-            )
-        if problem := _refusal(found, max_bytes, path.stat().st_size):
+        entries = [info for info in archive.infolist() if info.filename == member]
+        if not entries:
+            raise UserError(f"{path}/{member}: the file is missing. Fetch the bundle again, or give another.")
+        if problem := _refusal(entries, max_bytes, path.stat().st_size):
             raise UserError(f"{path}/{member}: {problem}. Do not use this file.")
-        with archive.open(found[0]) as source:
+        with archive.open(entries[0]) as source:
             while block := source.read(BLOCK_BYTES):
                 yield block
 
 
-def _refusal(found: list[zipfile.ZipInfo], max_bytes: int, packed_bytes: int) -> str:
+def _refusal(entries: list[zipfile.ZipInfo], max_bytes: int, packed_bytes: int) -> str:
     """What is wrong with a member before its first byte is read; empty where nothing is."""
-    info = found[0]
-    if len(found) > 1:
+    info = entries[0]
+    if len(entries) > 1:
         return "the name stands there twice"
     if info.is_dir() or stat.S_ISLNK(info.external_attr >> 16):
         return "it is a link or a folder, expected a file"

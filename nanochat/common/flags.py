@@ -58,9 +58,7 @@ def free(default: Any, help: str, *domain: float, **metadata: Any) -> Any:
 
 def type_of(hint: Any) -> Any:
     """The type of a flag's value, without the None of a flag that may be left out."""
-    if isinstance(hint, types.UnionType):
-        return next(kind for kind in typing.get_args(hint) if kind is not types.NoneType)
-    return hint
+    return typing.get_args(hint)[0] if isinstance(hint, types.UnionType) else hint
 
 
 def is_number(hint: Any) -> bool:
@@ -87,8 +85,8 @@ def require_domain(args: Any) -> None:
     """
     hints = typing.get_type_hints(type(args))
     for item in dataclasses.fields(args):
-        values = getattr(args, item.name)
-        for value in values if isinstance(values, tuple) else (values,):
+        given = getattr(args, item.name)
+        for value in given if isinstance(given, tuple) else (given,):
             if value is not None and (expected := _expected(item, hints[item.name], value)):
                 name = item.name if item.metadata.get("positional") else f"--{item.name.replace('_', '-')}"
                 raise UserError(f"{name}={typed_json.shown(value).strip(QUOTES)}: expected {expected}.")
@@ -144,10 +142,13 @@ def parse(cls: type[Args], argv: list[str] | None = None) -> Args:
     given = sys.argv[1:] if argv is None else argv
     if given[:1] == ["--"]:  # what separates torchrun's options from ours
         given = given[1:]
-    values = parser.parse_mixed(given)
-    args = cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+    args = _filled(cls, parser.parse_mixed(given))
     require_domain(args)
     return args
+
+
+def _filled(cls: type[Args], values: dict[str, Any]) -> Args:
+    return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
 
 class _Parser(argparse.ArgumentParser):
@@ -179,8 +180,7 @@ def _add_flag(parser: argparse.ArgumentParser, item: dataclasses.Field[Any], hin
     if is_number(hint) and "choices" not in item.metadata:
         options["help"] += f"; {domain(item, hint)}"
     hint = type_of(hint)
-    if "choices" in item.metadata:
-        options["choices"] = item.metadata["choices"]
+    options["choices"] = item.metadata.get("choices")
     if typing.get_origin(hint) is tuple:
         options.update(nargs="*", type=str)
     elif hint is bool:
@@ -191,10 +191,8 @@ def _add_flag(parser: argparse.ArgumentParser, item: dataclasses.Field[Any], hin
     if item.metadata.get("positional"):
         parser.add_argument(item.name, **options)
         return
-    names = [f"--{item.name.replace('_', '-')}"]
-    if "short" in item.metadata:
-        names.insert(0, item.metadata["short"])
-    parser.add_argument(*names, dest=item.name, **options)
+    short = [item.metadata["short"]] if "short" in item.metadata else []
+    parser.add_argument(*short, f"--{item.name.replace('_', '-')}", dest=item.name, **options)
 
 
 def from_dict(cls: type[Args], values: dict[str, Any], path: Path) -> Args:
@@ -218,4 +216,4 @@ def from_dict(cls: type[Args], values: dict[str, Any], path: Path) -> Args:
             raise UserError(f"{path}: {wrong}. It is damaged: use another checkpoint.")
     known = {item.name: item.metadata.get("aliases", {}) for item in dataclasses.fields(cls)}  # type: ignore[arg-type]
     plain = {name: known[name].get(value, value) if known[name] else value for name, value in values.items()}
-    return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in plain.items()})
+    return _filled(cls, plain)

@@ -62,12 +62,11 @@ class Owner:
 
     def is_of_here(self) -> bool:
         """Whether its process is one of this machine, where flock tells the truth wherever it is."""
-        return self.machine == Owner.this_process().machine
+        return self.machine == files.machine()[0]
 
     def is_gone(self) -> bool:
         """Whether its process has certainly ended: only where its process id is one of ours."""
-        same = self.is_of_here() and self.namespace == Owner.this_process().namespace
-        return same and not files.is_alive(self.pid)
+        return (self.machine, self.namespace) == files.machine() and not files.is_alive(self.pid)
 
     def __str__(self) -> str:
         """For a message."""
@@ -98,24 +97,33 @@ def held(path: Path, what: str, remedy: str = "", *, wait: bool = False) -> Iter
             print(f"{what} is in use by {taken}: waiting for its end", flush=True)
             told = True
         time.sleep(POLL_S)
+    try:
+        with renewed(taken, BEAT_S):
+            yield
+    finally:
+        with contextlib.suppress(OSError):
+            if _is_at(path, taken):
+                path.unlink()  # while it is locked: whoever has it open finds another file at the name
+        os.close(taken)
+
+
+@contextlib.contextmanager
+def renewed(target: Path | int, every_s: float) -> Iterator[None]:
+    """Within, a thread renews the time of a file or folder: who looks at it sees that its owner lives."""
     ended = threading.Event()
 
-    def beat() -> None:
-        while not ended.wait(BEAT_S):
+    def renew() -> None:
+        while not ended.wait(every_s):
             with contextlib.suppress(OSError):
-                os.utime(taken)
+                os.utime(target)
 
-    thread = threading.Thread(target=beat, name="lock", daemon=True)
+    thread = threading.Thread(target=renew, name="renewal", daemon=True)
     thread.start()
     try:
         yield
     finally:
         ended.set()
         thread.join()
-        with contextlib.suppress(OSError):
-            if _is_at(path, taken):
-                path.unlink()  # while it is locked: whoever has it open finds another file at the name
-        os.close(taken)
 
 
 def _take(path: Path) -> int | str:
@@ -123,20 +131,17 @@ def _take(path: Path) -> int | str:
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
         try:
-            locked = _flock(descriptor)
-            owner = _read(descriptor)
+            locked, owner = _flock(descriptor), _read(descriptor)
             if locked is False:
-                taken: int | str = str(owner or "another process")
-            elif not _is_at(path, descriptor):
+                return str(owner or "another process")
+            if not _is_at(path, descriptor):
                 continue  # the owner before has ended and has taken the file with it
-            elif owner is not None and not (locked and owner.is_of_here()) and _is_renewed(path, owner):
-                taken = str(owner)
-            elif locked:
-                _sign(descriptor)
-                taken = os.dup(descriptor)
-            else:
-                taken = _claim(path)
-            return taken
+            if owner is not None and not (locked and owner.is_of_here()) and _is_renewed(path, owner):
+                return str(owner)
+            if not locked:
+                return _claim(path)
+            _sign(descriptor)
+            return os.dup(descriptor)
         finally:
             os.close(descriptor)
 

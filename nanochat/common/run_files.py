@@ -1,6 +1,7 @@
-"""The files that a run leaves, as their readers need them: shapes, and what helps where one is damaged.
+"""Files of a run, as their readers need them: shapes, readers, and what helps where one is damaged.
 
-Only what some reader relies on is named; everything else in a file is let through, also what is newer.
+Only what some reader relies on is named; everything else in a file is let through, also what is newer. In a
+file of JSON lines, a kill may have torn a line of metrics, while of the answers none may be missing.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, TypedDict
 
-from nanochat.common import files, jsonl, typed_json
+from nanochat.common import files, typed_json
 from nanochat.common.errors import UserError
 
 
@@ -116,10 +117,8 @@ def read_config(run: str) -> dict[str, Any]:
     Raises:
         UserError: it is absent or damaged.
     """
-    path = files.run_dir(run) / "config.json"
     advice = "Delete it and summary.json, then go on with the run by --resume=auto, which makes both again."
-    config: dict[str, Any] = files.read_json(path, Config, advice=advice)
-    return config
+    return _read(run, "config.json", Config, advice)
 
 
 def read_summary(run: str) -> dict[str, Any]:
@@ -129,8 +128,7 @@ def read_summary(run: str) -> dict[str, Any]:
         UserError: it is absent or damaged.
     """
     advice = "Delete it, then go on with the run by --resume=auto, which makes it again."
-    summary: dict[str, Any] = files.read_json(files.run_dir(run) / "summary.json", Summary, advice=advice)
-    return summary
+    return _read(run, "summary.json", Summary, advice)
 
 
 def read_scores(run: str) -> dict[str, Any]:
@@ -139,23 +137,76 @@ def read_scores(run: str) -> dict[str, Any]:
     Raises:
         UserError: it is absent or damaged.
     """
-    path = files.run_dir(run) / "base_eval.json"
     advice = f"Delete it, then score the run again: python -m scripts.base_eval --run {run}"
-    scores: dict[str, Any] = files.read_json(path, Scores, advice=advice)
+    scores = _read(run, "base_eval.json", Scores, advice)
     for label, task in (scores.get("tasks") or {}).items():
-        if not 0 <= task.get("baseline", 0) < 1:
-            raise UserError(
-                f"{path}: task {label}: baseline {task['baseline']}, expected a share below 1. {advice}"
-            )
+        if not 0 <= (baseline := task.get("baseline", 0)) < 1:
+            where = files.run_dir(run) / "base_eval.json"
+            raise UserError(f"{where}: task {label}: baseline {baseline}, expected a share below 1. {advice}")
     return scores
 
 
-def read_lines(path: Path, shape: Any, notes: list[str]) -> list[dict[str, Any]]:
-    """The lines of a file that have a shape; how many have not is noted. An absent file has none."""
+def _read(run: str, name: str, shape: Any, advice: str) -> dict[str, Any]:
+    values: dict[str, Any] = files.read_json(files.run_dir(run) / name, shape, advice=advice)
+    return values
+
+
+def read_lines(path: Path, shape: Any, notes: list[str] | None = None) -> list[dict[str, Any]]:
+    """The objects of a file of JSON lines, in order; an absent file has none.
+
+    Args:
+        path: the file.
+        shape: of each object.
+        notes: gets how many lines do not have the shape and are left out; without it, none may be missing.
+
+    Raises:
+        UserError: the file cannot be read, or there is a line that may not be left out.
+    """
     if not path.is_file():
         return []
-    entries, damaged = jsonl.read_objects(path)
-    good = [entry for entry in entries if not typed_json.mismatch(entry, shape)]
-    if left_out := damaged + len(entries) - len(good):
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}).") from None
+    entries = [_entry(line, shape) for line in lines]
+    if notes is None and None in entries:
+        number = entries.index(None) + 1
+        raise UserError(f"{path}, line {number}: not a JSON object. The file is damaged; make it again.")
+    good = [entry for entry in entries if entry is not None]
+    left_out = sum(1 for line in lines if line.strip()) - len(good)
+    if notes is not None and left_out:
         notes.append(f"Left out: {left_out:,} lines of {path}, which are damaged or not of its kind.")
     return good
+
+
+def _entry(line: bytes, shape: Any) -> dict[str, Any] | None:
+    """The object that a line holds; None for a line that is torn, or holds something else."""
+    try:
+        entry = typed_json.parse(line, allow_nan=True)
+    except ValueError:
+        return None
+    return entry if isinstance(entry, dict) and not typed_json.mismatch(entry, shape) else None
+
+
+def cut_back(path: Path, step: int) -> None:
+    """Drop the lines of metrics.jsonl from `step` on, and what a kill or a crash left of others."""
+    if not path.exists():
+        return
+    lines = ((line, _entry(line, MetricsLine)) for line in path.read_bytes().splitlines())
+    kept = [line + b"\n" for line, entry in lines if entry and entry["step"] < step]
+    files.atomic_write(path, b"".join(kept))
+
+
+def keep_aside(path: Path, step: int) -> Path | None:
+    """Copy metrics.jsonl to metrics.<n>.jsonl beside it, if it tells of steps from `step` on.
+
+    For a run that will not go over these steps as it did: they stay as the only trace of work that was done.
+    """
+    entries = read_lines(path, MetricsLine, [])
+    if not any(entry["kind"] == "step" and entry["step"] >= step for entry in entries):
+        return None
+    number = 1
+    while (copy := path.with_name(f"metrics.{number}.jsonl")).exists():
+        number += 1
+    files.atomic_write(copy, path.read_bytes())
+    return copy

@@ -23,9 +23,8 @@ from nanochat.common.errors import warn
 # send them. SIGQUIT (Ctrl-\) is left to end the process at once.
 NAMES = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
 SIGNALS = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name))
-ECHO_S = (
-    2.0  # Ctrl-C comes from the terminal and again from torchrun; schedulers repeat themselves: one request
-)
+# Ctrl-C comes from the terminal and again from torchrun; schedulers repeat themselves: one request.
+ECHO_S = 2.0
 HEED_S = 5.0  # before there is anything to save: for Python to come out of what it does
 STOPPED = 75  # exit code of a run that was stopped and saved: EX_TEMPFAIL, "try again"
 
@@ -66,7 +65,8 @@ def stop_signals(*, has_work: bool = True) -> Iterator[Callable[[], bool]]:
         has_work: without, a signal raises StoppedEarly wherever the program is, until `keep_work` is called;
             within an import, which others may catch and try again, it ends the process.
     """
-    if threading.current_thread() is not threading.main_thread() or _is_listening():
+    is_listening = signal.getsignal(signal.SIGTERM) is _note
+    if threading.current_thread() is not threading.main_thread() or is_listening:
         yield requested
         return
     _requested.clear()
@@ -75,9 +75,9 @@ def stop_signals(*, has_work: bool = True) -> Iterator[Callable[[], bool]]:
     ours.setblocking(False)
     listener = threading.Thread(target=_listen, args=(theirs,), name="signals", daemon=True)
     listener.start()
-    ignored = {number for number in SIGNALS if signal.getsignal(number) == signal.SIG_IGN}
-    heard = [number for number in SIGNALS if number not in ignored or number != _hangup()]
-    handlers = {number: signal.signal(number, _note) for number in heard}
+    hangup = getattr(signal, "SIGHUP", None)
+    noted = [number for number in SIGNALS if number != hangup or signal.getsignal(number) != signal.SIG_IGN]
+    handlers = {number: signal.signal(number, _note) for number in noted}
     wakeup = signal.set_wakeup_fd(ours.fileno(), warn_on_full_buffer=False)
     try:
         yield requested
@@ -99,14 +99,6 @@ def leave(code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
-
-
-def _hangup() -> int | None:
-    return getattr(signal, "SIGHUP", None)
-
-
-def _is_listening() -> bool:
-    return signal.getsignal(signal.SIGTERM) is _note
 
 
 def leave_early() -> NoReturn:

@@ -13,6 +13,7 @@ import math
 import re
 import types
 import typing
+from collections.abc import Iterable
 from typing import Any
 
 MAX_DIGITS = 300  # of a whole number: it still fits a float
@@ -40,13 +41,10 @@ def parse(text: str | bytes, *, allow_nan: bool = False) -> Any:
         ValueError: it is not JSON, or no value that a file of ours can hold; the message says what.
     """
     text = text.decode("utf-8") if isinstance(text, bytes) else text
+    real = float if allow_nan else _finite
     try:
         value = json.loads(
-            text,
-            object_pairs_hook=_without_twins,
-            parse_int=_whole,
-            parse_float=float if allow_nan else _finite,
-            parse_constant=float if allow_nan else _finite,
+            text, object_pairs_hook=_without_twins, parse_int=_whole, parse_float=real, parse_constant=real
         )
         if re.search(r"\\u[dD][89a-fA-F]", text):
             json.dumps(value, ensure_ascii=False).encode("utf-8")  # refuses half of a surrogate pair
@@ -114,31 +112,31 @@ def mismatch(value: Any, shape: Any, name: str = "") -> str:
         return "" if "" in found else (further or [_wrong(value, shape, name)])[0]
     if not _is_kind(value, kind):
         return _wrong(value, shape, name)
-    if kind is dict and inner:
-        places = ((f"{name}.{key}" if name else str(key), item) for key, item in value.items())
-        return next(filter(None, (mismatch(item, inner[1], place) for place, item in places)), "")
-    if kind in (list, tuple) and inner:
-        places = ((f"{name}[{place}]", item) for place, item in enumerate(value))
-        return next(filter(None, (mismatch(item, inner[0], place) for place, item in places)), "")
-    return ""
+    if not inner:
+        return ""
+    if kind is dict:
+        return _first((item, inner[1], _inside(name, key)) for key, item in value.items())
+    return _first((item, inner[0], f"{name}[{number}]") for number, item in enumerate(value))
 
 
 def _mismatch_fields(value: Any, shape: Any, name: str) -> str:
     if not isinstance(value, dict):
         return _wrong(value, shape, name)
-    for key, hint in _hints(shape).items():
-        place = f"{name}.{key}" if name else key
-        if key not in value:
-            if key in shape.__required_keys__:
-                return f"{place} is missing"
-        elif found := mismatch(value[key], hint, place):
-            return found
-    return ""
+    hints = _hints(shape)
+    if missing := [key for key in hints if key in shape.__required_keys__ - value.keys()]:
+        return f"{_inside(name, missing[0])} is missing"
+    return _first((value[key], hint, _inside(name, key)) for key, hint in hints.items() if key in value)
 
 
-@functools.cache
-def _hints(shape: Any) -> dict[str, Any]:
-    return typing.get_type_hints(shape)
+def _first(parts: Iterable[tuple[Any, Any, str]]) -> str:
+    return next(filter(None, (mismatch(*part) for part in parts)), "")
+
+
+def _inside(name: str, key: object) -> str:
+    return f"{name}.{key}" if name else str(key)
+
+
+_hints = functools.cache(typing.get_type_hints)
 
 
 def _is_kind(value: Any, kind: Any) -> bool:

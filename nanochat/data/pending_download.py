@@ -10,14 +10,12 @@ set back.
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from nanochat.common import files, stop_signals
+from nanochat.common import files, locks, stop_signals
 from nanochat.common.checksums import BrokenFileError
 
 PATTERN = f".tmp-{files.FETCHED}*"  # earlier releases put no machine into the name
@@ -38,20 +36,10 @@ def staging(folder: Path) -> Iterator[Path]:
         if left == stage or not _lives(left):
             shutil.rmtree(left, ignore_errors=True)
     stage.mkdir()
-    ended = threading.Event()
-
-    def beat() -> None:
-        while not ended.wait(BEAT_S):
-            with contextlib.suppress(OSError):
-                os.utime(stage)
-
-    thread = threading.Thread(target=beat, daemon=True)
-    thread.start()
     try:
-        yield stage
+        with locks.renewed(stage, BEAT_S):
+            yield stage
     finally:
-        ended.set()
-        thread.join()
         shutil.rmtree(stage, ignore_errors=True)
 
 

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 
 from nanochat.common import console
 from nanochat.common.errors import warn
-from nanochat.common.jsonl import cut_back
+from nanochat.common.run_files import cut_back
 from nanochat.train.wandb_log import Tracker
 
 KEPT_BYTES = 1 << 24  # of lines that could not be written: some 20,000 steps

@@ -9,7 +9,7 @@ from typing import Any
 
 from nanochat.checkpoint import format as checkpoint_format
 from nanochat.common import files
-from nanochat.common.jsonl import read_metrics
+from tests.tiny import read_metrics
 from tests.conftest import REPO
 from tests.test_train import CLOCK
 

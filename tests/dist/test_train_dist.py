@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from nanochat.common import files
-from nanochat.common.jsonl import read_metrics
+from tests.tiny import read_metrics
 from tests.conftest import REPO
 from tests.tiny import command_line, tiny_corpus, train_tiny
 

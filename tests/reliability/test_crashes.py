@@ -195,5 +195,5 @@ def test_everything_is_on_the_disk_before_what_relies_on_it(
     flush = files.fsync
     for of_folders in (False, True):
         with monkeypatch.context() as patch:
-            patch.setattr(files, "fsync", lambda path: None if path.is_dir() == of_folders else flush(path))
+            patch.setattr(files, "fsync", lambda path, of=of_folders: path.is_dir() == of or flush(path))
             assert violations(operations(lambda: save(8)), 8)

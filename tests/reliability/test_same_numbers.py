@@ -17,7 +17,7 @@ import torch
 from nanochat.checkpoint import format as checkpoint_format
 from nanochat.checkpoint import state as checkpoint_state
 from nanochat.checkpoint.same_run import require_same_run
-from nanochat.common import files, jsonl
+from nanochat.common import files
 from nanochat.common.errors import UserError
 from nanochat.common.machine import Precision
 from nanochat.config import plan as planning
@@ -28,7 +28,7 @@ from tests.conftest import REPO
 from tests.dist.launch import digest, lines, losses
 from tests.dist.world import run_ranks, train_rank
 from tests.reliability.figures import MakeFigure
-from tests.tiny import tiny_args, tiny_corpus, tokenizer_named, train_tiny, write_text
+from tests.tiny import read_metrics, tiny_args, tiny_corpus, tokenizer_named, train_tiny, write_text
 
 GOLDEN = REPO / "dev" / "golden" / "d2-cpu-seed0.json"
 OLD = REPO / "tests" / "data" / "checkpoints"
@@ -127,7 +127,7 @@ def test_a_tracker_that_fails_costs_no_step(
     train_tiny(run="without")
     assert lines("with", "") == lines("without", "")
     assert digest("with", 12) == digest("without", 12)
-    assert jsonl.read_metrics(files.run_dir("with") / "metrics.jsonl")
+    assert read_metrics(files.run_dir("with") / "metrics.jsonl")
 
 
 # ----------------------------------------------------------------------------------------------------

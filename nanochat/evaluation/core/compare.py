@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nanochat.common import files, jsonl, run_files
+from nanochat.common import files, run_files
 from nanochat.common.errors import UserError
 from nanochat.evaluation.core import statistics as core_statistics
 from nanochat.evaluation.core.results import GPT2_CORE, GPT2_CORE_STDERR, describe_probability, is_core
@@ -88,7 +88,7 @@ class Scored:
 
 def _read_answers(path: Path, scores: dict[str, Any], again: str) -> list[dict[str, Any]]:
     """The answers that the scores are made of."""
-    lines = jsonl.read_lines(path) if path.is_file() else []
+    lines = run_files.read_lines(path, dict)
     if not lines or any(
         type(line.get(name)) is not kind for line in lines for name, kind in OF_AN_ANSWER.items()
     ):
