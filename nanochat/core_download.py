@@ -1,7 +1,5 @@
 """`python -m nanochat.core_download` as before 0.2: the command is `python -m scripts.core_download`."""
 
-from __future__ import annotations
-
 if __name__ == "__main__":
     from scripts.core_download import main
 

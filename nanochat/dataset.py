@@ -1,7 +1,5 @@
 """`python -m nanochat.dataset` as before 0.2: the command is `python -m scripts.dataset`."""
 
-from __future__ import annotations
-
 if __name__ == "__main__":
     from scripts.dataset import main
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from nanochat.checkpoint import same_run
+from nanochat.checkpoint import resume
 from nanochat.checkpoint.compatibility import EARLY_FLAGS
 from nanochat.common.errors import UserError
 from nanochat.config import plan as planning
@@ -55,7 +55,7 @@ HASHES = {"corpus": "c", "tokenizer": "t"}
 def compare(then: Plan, now: Plan, **changes: Any) -> list[str]:
     """The differences that a resume lets through; `changes` are those of the plan on the disk."""
     meta = {"plan": json.loads(json.dumps(then.to_dict())) | changes, "fingerprints": HASHES}
-    return same_run.require_same_run(meta, now, HASHES, Path("step_000001"))
+    return resume.require_same_run(meta, now, HASHES, Path("step_000001"))
 
 
 def plan(**changes: Any) -> Plan:

@@ -13,12 +13,13 @@ import os
 import re
 import stat
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypedDict, TypeVar
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -30,12 +31,8 @@ T = TypeVar("T")
 
 FORMAT = 1
 ABANDONED = "abandoned"  # checkpoints of a branch that the run has left
-MODEL, OPTIMIZER, STATE, MANIFEST = (
-    "model.safetensors",
-    "optimizer.safetensors",
-    "state.json",
-    "MANIFEST.json",
-)
+MODEL, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
+STATE, MANIFEST = "state.json", "MANIFEST.json"
 SPARE_BYTES = 64 << 20  # left free on the disk beside a checkpoint
 MAX_JSON_BYTES = 16 << 20  # of state.json, whose cursors are some bytes a lane; nothing larger is parsed
 ADVICE = "Use another checkpoint."
@@ -167,16 +164,14 @@ def _abandoned(folder: Path) -> Path:
 
 def retained(run: str, newest: int) -> list[int]:
     """Steps up to `newest` whose files are all there in their length: what retention counts as whole."""
-    return [step for step in steps_of(run) if step <= newest and _has_its_lengths(folder_of(run, step))]
-
-
-def _has_its_lengths(folder: Path) -> bool:
-    try:
-        for name, entry in _read_manifest(folder).items():
-            _require_length(folder / name, entry)
-    except UserError:
-        return False
-    return True
+    complete = []
+    for step in (step for step in steps_of(run) if step <= newest):
+        folder = folder_of(run, step)
+        with contextlib.suppress(UserError):
+            for name, entry in _read_manifest(folder).items():
+                _require_length(folder / name, entry)
+            complete.append(step)
+    return complete
 
 
 def prune(
@@ -215,6 +210,30 @@ def prune(
 # reading: a checkpoint may come from anywhere, so nothing in it is believed
 
 
+class _Plan(TypedDict):
+    """The parts of a plan that every version has written down."""
+
+    args: dict[str, Any]
+    model: dict[str, Any]
+
+
+class _State(TypedDict):
+    """The fields of state.json that a run or a model is made from."""
+
+    step: int
+    skipped_steps: float
+    smoothed_loss: float
+    train_seconds: float
+    val_bpb: float | None
+    min_val_bpb: float | None
+    val_loss: float | None
+    device_batch_size: int
+    loss_scale: list[float]
+    loader: dict[str, Any]
+    fingerprints: dict[str, Any]
+    plan: _Plan
+
+
 @contextlib.contextmanager
 def _damage_of(path: Path) -> Iterator[None]:
     """Turn an error of reading, as of a bad sector or of permissions, into damage of that file."""
@@ -232,14 +251,11 @@ def verify(folder: Path) -> None:
     """
     for name, entry in _read_manifest(folder).items():
         path = folder / name
+        _require_length(path, entry)
         with _damage_of(path):
-            _require_length(path, entry)
-            found = files.sha256(path)
-        if found != entry["sha256"]:
-            raise UserError(
-                f"{path}: sha256 {found[:12]} is not the manifest's {str(entry['sha256'])[:12]}. "
-                "Use another checkpoint."
-            )
+            digest = files.sha256(path)
+        if digest != (listed := str(entry["sha256"])):
+            raise UserError(f"{path}: sha256 {digest[:12]} is not the manifest's {listed[:12]}. {ADVICE}")
 
 
 def _read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
@@ -262,10 +278,8 @@ def _require_length(path: Path, entry: dict[str, Any]) -> None:
             kind = "a link" if path.is_symlink() else "missing"
             raise UserError(f"{path}: {kind}, although the manifest lists it. {ADVICE}")
         if path.stat().st_size != entry["bytes"]:
-            raise UserError(
-                f"{path}: {path.stat().st_size:,} bytes where the manifest says {entry['bytes']!r}. "
-                "Use another checkpoint."
-            )
+            claimed = f"where the manifest says {entry['bytes']!r}"
+            raise UserError(f"{path}: {path.stat().st_size:,} bytes {claimed}. {ADVICE}")
 
 
 def find(run: str, step: int | None, say: Callable[[str], None] = print) -> Path | None:
@@ -319,10 +333,8 @@ def _find_step(run: str, step: int, present: list[int]) -> Path:
 def _is_gone(folder: Path) -> bool:
     try:
         folder.lstat()
-    except FileNotFoundError:
-        return True
-    except OSError:
-        return False
+    except OSError as error:
+        return isinstance(error, FileNotFoundError)
     return False
 
 
@@ -353,7 +365,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a file, in host memory.
 
     Raises:
-        UserError: not a safetensors file, or one whose header is absurd.
+        UserError: not a safetensors file, one whose header is absurd, or one that holds a number that is not
+            finite: the texts and scores of such a model look like any other's.
     """
     with _damage_of(path), path.open("rb") as file:
         header_bytes = int.from_bytes(file.read(8), "little")
@@ -361,32 +374,52 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             raise UserError(f"{path}: its header would have {header_bytes:,} bytes. {ADVICE}")
         try:
             typed_json.parse(file.read(header_bytes))  # of two entries of a name, the library takes the last
-            return load_file(path)
+            tensors: dict[str, Tensor] = load_file(path)
         except (SafetensorError, ValueError, KeyError, RuntimeError, OverflowError) as error:
             raise UserError(f"{path}: not a safetensors file ({error}). {ADVICE}") from None
+    if (broken := first_not_finite(tensors)) is not None:
+        raise UserError(f"{path}: {broken} is not finite. {ADVICE}")
+    return tensors
+
+
+def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """The name of the first tensor that holds a NaN or an infinity; None if all are finite."""
+    for name, tensor in tensors.items():
+        # One pass, and no second tensor of that size: a NaN is its own minimum. No other dtype is ever used.
+        is_ours = tensor.dtype == torch.float32 and tensor.numel() > 0
+        if is_ours and not torch.stack(tensor.aminmax()).isfinite().all():
+            return name
+    return None
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """What state.json holds, of this version's format.
+    """The contents of state.json, of this version's format, in which every number is one.
 
     Raises:
-        UserError: it is not what this version writes; the version that wrote it is named.
+        UserError: it is not what this version writes; the version that wrote it is named, or the first wrong
+            field.
     """
     meta = _read_small_json(folder / STATE)
-    if not isinstance(meta, dict) or meta.get("format") != FORMAT:
-        found = meta if isinstance(meta, dict) else {}
+    head: dict[str, Any] = meta if isinstance(meta, dict) else {}
+    if head.get("format") != FORMAT:
         raise UserError(
-            f"{folder / STATE}: format {found.get('format')!r}, made by {found.get('made_by')!r}; this "
+            f"{folder / STATE}: format {head.get('format')!r}, made by {head.get('made_by')!r}; this "
             f"version reads format {FORMAT}. Go on with the version that made it."
         )
-    plan = meta.get("plan")
-    if (
-        not isinstance(meta.get("fingerprints"), dict)
-        or not isinstance(plan, dict)
-        or not all(isinstance(plan.get(name), dict) for name in ("args", "model"))
-    ):
-        raise UserError(f"{folder / STATE}: no fingerprints, or no plan. {ADVICE}")
-    return meta
+    early: dict[str, Any] = {"val_loss": None, "loss_scale": []}  # the first checkpoints do not say it
+    if isinstance(head.get("plan"), dict):
+        early["device_batch_size"] = head["plan"].get("device_batch_size")
+    head = early | head
+    if not (wrong := typed_json.mismatch(head, _State)):
+        right = {
+            "step": folder.name == f"step_{head['step']:06d}",
+            "device_batch_size": head["device_batch_size"] >= 1,
+            "loss_scale": len(head["loss_scale"]) in (0, 2),
+        }
+        wrong = next((f"{name} is {typed_json.shown(head[name])}" for name in right if not right[name]), "")
+    if wrong:
+        raise UserError(f"{folder / STATE}: {wrong}. {ADVICE}")
+    return head
 
 
 def _read_small_json(path: Path) -> Any:

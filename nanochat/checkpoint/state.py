@@ -8,11 +8,8 @@ name, so that any number of ranks can go on from them.
 
 from __future__ import annotations
 
-import dataclasses
 import math
-import sys
 import typing
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +20,8 @@ from torch import Tensor
 from nanochat.checkpoint import format as checkpoint_format
 from nanochat.checkpoint.compatibility import completed
 from nanochat.checkpoint.format import MODEL, OPTIMIZER, STATE, Snapshot
-from nanochat.checkpoint.same_run import require_same_run
-from nanochat.common import files
+from nanochat.checkpoint.resume import require_same_run
+from nanochat.common import files, typed_json
 from nanochat.common.errors import UserError
 from nanochat.common.machine import Precision
 from nanochat.config import arguments
@@ -115,7 +112,7 @@ def snapshot(state: TrainState, plan: Plan, fingerprints: dict[str, str], world:
     model = {}
     if world.is_main:
         model = {name: p.detach().to("cpu", copy=True) for name, p in state.model.named_parameters()}
-    broken = first_not_finite({**model, **optimizer})
+    broken = checkpoint_format.first_not_finite({**model, **optimizer})
     if world.any_rank(broken is not None):
         raise UserError(
             f"after step {state.step}, {broken or 'a tensor of the main rank'} is not finite, so nothing is "
@@ -139,17 +136,6 @@ def snapshot(state: TrainState, plan: Plan, fingerprints: dict[str, str], world:
     )
 
 
-def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
-    """The name of the first tensor that holds a NaN or an infinity; None if all are finite."""
-    for name, tensor in tensors.items():
-        # One pass, and no second tensor of that size: a NaN is its own minimum.
-        if tensor.numel() and not all(
-            math.isfinite(bound) for bound in torch.stack(tensor.aminmax()).tolist()
-        ):
-            return name
-    return None
-
-
 def load(state: TrainState, folder: Path, plan: Plan, fingerprints: dict[str, str]) -> list[str]:
     """Put a verified checkpoint into `state`, which is then the run as it was.
 
@@ -162,53 +148,20 @@ def load(state: TrainState, folder: Path, plan: Plan, fingerprints: dict[str, st
     """
     meta = checkpoint_format.read_state(folder)
     extended = require_same_run(meta, plan, fingerprints, folder)
-    _require_counters(meta, folder)
-    state.resumed = MicroBatch(_rows(meta), meta["plan"]["args"].get("device_batch_size"))
+    state.resumed = MicroBatch(meta["device_batch_size"], meta["plan"]["args"].get("device_batch_size"))
     weights = checkpoint_format.read_tensors(folder / MODEL)
     _require_fit(weights, state.model, folder / MODEL)
-    _copy_weights(state.model, weights)
+    state.model.load_state_dict(weights)
     moments = checkpoint_format.read_tensors(folder / OPTIMIZER)
     try:
         state.optimizer.load_state_tensors(moments)
     except UserError as error:
         raise UserError(f"{folder / OPTIMIZER}: {error}") from None
-    if (broken := first_not_finite({**weights, **moments})) is not None:
-        raise UserError(f"{folder}: {broken} is not finite. Use another checkpoint, with --resume=STEP.")
     state.loader.load_state_dict(meta["loader"])
-    state.loss_scale.load(meta.get("loss_scale", []))
+    state.loss_scale.load(meta["loss_scale"])
     for name in COUNTERS:
-        setattr(state, name, meta.get(name))  # val_loss is newer than the first checkpoints
+        setattr(state, name, meta[name])
     return extended
-
-
-def _rows(meta: dict[str, Any]) -> Any:
-    """Rows of a micro-batch; early checkpoints have them in the plan alone."""
-    return meta.get("device_batch_size", meta["plan"].get("device_batch_size"))
-
-
-def _require_counters(meta: dict[str, Any], folder: Path) -> None:
-    """Every number that a run goes on with is one; the first that is not is named."""
-
-    def numbers(values: Any) -> bool:
-        return isinstance(values, list) and all(type(value) in (int, float) for value in values)
-
-    given: dict[str, Any] = {name: meta.get(name) for name in COUNTERS}  # the last three may be null
-    right = {name: value is None or numbers([value]) for name, value in given.items()}
-    right |= {name: numbers([given[name]]) for name in COUNTERS[:4]}
-    right["step"] = type(meta.get("step")) is int and folder.name == f"step_{meta['step']:06d}"
-    given |= {
-        "loss_scale": meta.get("loss_scale", []),
-        "loader": meta.get("loader"),
-        "device_batch_size": _rows(meta),
-    }
-    right["loss_scale"] = numbers(given["loss_scale"]) and len(given["loss_scale"]) in (0, 2)
-    right["loader"] = isinstance(given["loader"], dict)
-    rows = given["device_batch_size"]
-    right["device_batch_size"] = type(rows) is int and rows >= 1
-    for name, good in right.items():
-        if not good:
-            value = repr(given[name])[:80]
-            raise UserError(f"{folder / STATE}: {name} is {value}. Use another checkpoint.")
 
 
 def _require_fit(tensors: dict[str, Tensor], model: GPT, path: Path) -> None:
@@ -218,31 +171,12 @@ def _require_fit(tensors: dict[str, Tensor], model: GPT, path: Path) -> None:
         where = "the model" if name in parameters else "the checkpoint"
         raise UserError(f"{path}: only {where} has {name!r}. It is of another depth or version.")
     for name, parameter in parameters.items():
-        found = tensors[name]
-        if found.shape != parameter.shape:
+        saved = tensors[name]
+        if saved.dtype != torch.float32 or saved.shape != parameter.shape:
             raise UserError(
-                f"{path}: {name} has shape {tuple(found.shape)} where the model has "
-                f"{tuple(parameter.shape)}. The checkpoint is of another depth or vocabulary."
+                f"{path}: {name} is {saved.dtype} of shape {tuple(saved.shape)}, expected torch.float32 of "
+                f"shape {tuple(parameter.shape)}. The checkpoint is of another depth, vocabulary or version."
             )
-        if found.dtype != torch.float32:
-            raise UserError(
-                f"{path}: {name} is {found.dtype}, expected torch.float32. Use another checkpoint."
-            )
-
-
-def _require_finite(tensors: dict[str, Tensor], path: Path) -> None:
-    """A model with NaN in it gives texts and scores that look like any other's."""
-    for name, tensor in tensors.items():
-        if not bool(tensor.isfinite().all()):
-            raise UserError(
-                f"{path}: {name} holds values that are not finite. Use another checkpoint (--step)."
-            )
-
-
-def _copy_weights(model: GPT, tensors: dict[str, Tensor]) -> None:
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(tensors[name])
 
 
 def load_model(
@@ -266,19 +200,15 @@ def load_model(
         UserError: unknown run, no usable checkpoint, or a tokenizer that is not the one it was trained with.
     """
     require_run(run)
-    loaded = checkpoint_format.read_newest(
-        run, step, lambda folder: _load_model(run, folder, device, precision)
-    )
-    if loaded is None:
-        raise UserError(f"run {run!r} has no checkpoint yet. Train it first.")
-    return loaded
+    if loaded := checkpoint_format.read_newest(run, step, lambda at: _load_model(run, at, device, precision)):
+        return loaded
+    raise UserError(f"run {run!r} has no checkpoint yet. Train it first.")
 
 
 def _load_model(
     run: str, folder: Path, device: torch.device, precision: Precision
 ) -> tuple[GPT, Tokenizer, dict[str, Any]]:
     meta = checkpoint_format.read_state(folder)
-    _require_counters(meta, folder)
     args = arguments.from_dict(arguments.TrainArgs, meta["plan"]["args"], folder / STATE)
     tokenizer = Tokenizer.load(files.tokenizer_dir(args.tokenizer_name))
     if tokenizer.fingerprint != meta["fingerprints"].get("tokenizer"):
@@ -291,10 +221,9 @@ def _load_model(
     with torch.device("meta"):
         model = GPT(shape, precision, tokenizer.bos_id if shape.document_mask else None)
     _require_fit(weights, model, folder / MODEL)
-    _require_finite(weights, folder / MODEL)
     model.to_empty(device=device)
     model.reserve_positions(shape.sequence_len)  # the rotary tables are not in the file
-    _copy_weights(model, weights)
+    model.load_state_dict(weights)
     for parameter in model.parameters():
         if parameter.dim() > 1:
             parameter.data = parameter.data.to(precision.compute_dtype)
@@ -307,27 +236,20 @@ def _model_config(values: dict[str, Any], weights: dict[str, Tensor], path: Path
     Raises:
         UserError: they are not.
     """
-    if unknown := sorted(values.keys() - {item.name for item in dataclasses.fields(GPTConfig)}):
+    kinds = typing.get_type_hints(GPTConfig)
+    if unknown := sorted(values.keys() - kinds.keys()):
         raise UserError(
             f"{path}: the model has {unknown}, which this version does not know. Use a later one."
         )
     elements = sum(tensor.numel() for tensor in weights.values())
-    if _has_types(values) and _is_plausible(values, len(weights), elements):
+    is_typed = values.keys() == kinds.keys() and not any(
+        typed_json.mismatch(value, kinds[name]) for name, value in values.items()
+    )
+    if is_typed and _is_plausible(values, len(weights), elements):
         shape = GPTConfig(**values)
         if count_params(shape).total == elements:
             return shape
     raise UserError(f"{path}: the model it describes is not that of its {elements:,} weights. Use another.")
-
-
-def _has_types(values: dict[str, Any]) -> bool:
-    """Whether every field is there, of its type and finite."""
-    kinds = typing.get_type_hints(GPTConfig)
-    return values.keys() == kinds.keys() and all(
-        abs(value) <= sys.float_info.max  # NaN is not
-        if kinds[name] is float and type(value) in (int, float)
-        else type(value) is kinds[name]
-        for name, value in values.items()
-    )
 
 
 def _is_plausible(values: dict[str, Any], tensors: int, elements: int) -> bool:
@@ -335,6 +257,7 @@ def _is_plausible(values: dict[str, Any], tensors: int, elements: int) -> bool:
     sizes = [value for value in values.values() if type(value) is int]
     return (
         all(0 < size <= max(elements, MAX_POSITIONS) for size in sizes)
+        and all(math.isfinite(value) for value in values.values() if type(value) is float)
         and values["n_layer"] <= tensors
         and values["n_head"] % values["n_kv_head"] == 0
         and values["attention_kind"] in ATTENTION_KINDS

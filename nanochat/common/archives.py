@@ -25,16 +25,7 @@ METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # Python unpacks no other 
 ENCRYPTED = 0x1
 
 # What zipfile raises over a damaged zip; ValueError and OSError are of seeks to where no file goes.
-DAMAGE = (
-    zipfile.BadZipFile,
-    zipfile.LargeZipFile,
-    zlib.error,
-    struct.error,
-    EOFError,
-    RuntimeError,
-    OverflowError,
-    ValueError,
-)
+DAMAGE = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, RuntimeError, ArithmeticError, ValueError)
 
 
 class _Bounded(io.FileIO):

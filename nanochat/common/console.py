@@ -46,12 +46,10 @@ class Sink(io.FileIO):
         return self.error is not None and self.error.errno in READER_IS_GONE
 
     def _lose(self, error: OSError) -> None:
-        if self.error is not None:
-            return
-        self.error = error
-        if self.called != "standard output" or self.reader_is_gone():
-            return
-        print(f"warning: {self.called}: {error.strerror}; going on without it", file=sys.stderr, flush=True)
+        is_first, self.error = self.error is None, self.error or error
+        if is_first and self.called == "standard output" and not self.reader_is_gone():
+            text = f"warning: {self.called}: {error.strerror}; going on without it"
+            print(text, file=sys.stderr, flush=True)
 
 
 def install() -> None:
@@ -90,9 +88,9 @@ def _replaced(old: TextIO | None, descriptor: int, name: str, errors: str) -> Te
 
 
 def trouble() -> OSError | None:
-    """Why standard output could not be written, if it could not."""
+    """Why standard output could not be written, if it could not; a reader who has left has enough."""
     sink = _sink_of(sys.stdout)
-    return None if sink is None else sink.error
+    return None if sink is None or sink.reader_is_gone() else sink.error
 
 
 def reader_is_gone() -> bool:

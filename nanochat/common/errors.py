@@ -38,8 +38,7 @@ def cli(main: Callable[[], None]) -> Callable[[], None]:
         except MemoryError:
             _leave("memory ran out. Take a smaller --device-batch-size, or end other programs.")
         sys.stdout.flush()
-        lost = console.trouble()
-        if lost is not None and not console.reader_is_gone():
+        if lost := console.trouble():
             _leave(
                 f"standard output could not be written ({lost.strerror}); everything else is done. "
                 "Free some space, or send the output elsewhere."

@@ -328,18 +328,16 @@ def read_json(path: Path, shape: Any = Any, *, advice: str = MAKE_AGAIN) -> Any:
         UserError: the file is absent or cannot be read, is not JSON, or has another shape.
     """
     try:
-        if path.exists() and not path.is_file():  # to open a pipe would wait for ever
-            raise UserError(f"{path}: not a plain file. {advice}")
-        value = typed_json.parse(path.read_bytes())
+        is_plain = path.is_file() or not path.exists()  # to open a pipe would wait for ever
+        value = typed_json.parse(path.read_bytes()) if is_plain else None
+        wrong = typed_json.mismatch(value, shape) if is_plain else "not a plain file"
     except FileNotFoundError:
         raise UserError(f"{path}: no such file.") from None
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error}). {advice}") from None
-    except UserError:
-        raise
+        wrong = f"cannot be read ({error.strerror or error})"
     except ValueError as error:
-        raise UserError(f"{path}: not a JSON file ({error}). {advice}") from None
-    if wrong := typed_json.mismatch(value, shape):
+        wrong = f"not a JSON file ({error})"
+    if wrong:
         raise UserError(f"{path}: {wrong}. {advice}")
     return value
 

@@ -24,8 +24,8 @@ Args = TypeVar("Args")
 
 LARGEST = 2**63 - 1  # of a whole number: what tensors, files and generators of random numbers hold
 QUOTES = "'\""
-MESSAGE_LETTERS = 300  # of what the parser says: a wrong value may be long
 BOUNDS = ("above", "at_least", "at_most")
+MESSAGE_LETTERS = 300  # of what the parser says: a wrong value may be long
 
 
 def flag(
@@ -110,15 +110,10 @@ def _expected(item: dataclasses.Field[Any], hint: Any, value: Any) -> str:
 
 
 def _is_within(item: dataclasses.Field[Any], hint: Any, value: Any) -> bool:
-    above, at_least, at_most = (item.metadata.get(name) for name in BOUNDS)
-    if type_of(hint) is int and not -LARGEST <= value <= LARGEST:
-        return False
-    return (
-        math.isfinite(value)
-        and (above is None or value > above)
-        and (at_least is None or value >= at_least)
-        and (at_most is None or value <= at_most)
-    )
+    facts, largest = item.metadata, LARGEST if type_of(hint) is int else sys.float_info.max
+    is_above = value > facts.get("above", -math.inf)
+    is_within = facts.get("at_least", -math.inf) <= value <= facts.get("at_most", math.inf)
+    return abs(value) <= largest and bool(is_above and is_within)  # NaN is neither
 
 
 def parse(cls: type[Args], argv: list[str] | None = None) -> Args:

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanochat.checkpoint.state import TrainState, first_not_finite
+from nanochat.checkpoint.format import first_not_finite
+from nanochat.checkpoint.state import TrainState
 from nanochat.common import machine
 from nanochat.common.errors import UserError
 from nanochat.config.plan import Plan

@@ -16,7 +16,7 @@ import torch
 
 from nanochat.checkpoint import format as checkpoint_format
 from nanochat.checkpoint import state as checkpoint_state
-from nanochat.checkpoint.same_run import require_same_run
+from nanochat.checkpoint.resume import require_same_run
 from nanochat.common import files
 from nanochat.common.errors import UserError
 from nanochat.common.machine import Precision
