@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import sys
-import unicodedata
 from collections.abc import Callable, Iterator
 
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
@@ -33,7 +33,4 @@ def printable(text: str) -> str:
     """
     if sys.stdout is None or not sys.stdout.isatty():
         return text
-    return "".join(
-        "\ufffd" if unicodedata.category(character) == "Cc" and character not in "\n\t" else character
-        for character in text
-    )
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text)
