@@ -1,4 +1,4 @@
-"""Saving while training goes on: a thread writes what was copied between two steps."""
+"""Asynchronous saving: a thread writes the snapshot that was copied between two steps."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ class Saver:
         late = " That is long: a preempted machine gives about 30 s." if seconds > SLOW_S else ""
         self._say(f"saved {folder} in {seconds:.1f} s.{late}")
         try:  # the checkpoint is there: what goes wrong from here on has not lost it
-            whole = checkpoint_format.retained(args.run_name, snapshot.meta["step"])
-            checkpoint_format.prune(args.run_name, whole, args.keep_last, args.keep_every, self._say)
+            kept = checkpoint_format.retained(args.run_name, snapshot.meta["step"])
+            checkpoint_format.prune(args.run_name, kept, args.keep_last, args.keep_every, self._say)
         except (UserError, OSError) as error:
             self._say(f"warning: no old checkpoint was deleted: {error}")

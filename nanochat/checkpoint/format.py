@@ -1,4 +1,4 @@
-"""The folders of a run's checkpoints: written whole, hashed, listed, verified, pruned, read with distrust.
+"""Checkpoint folders: their files, written atomically with a manifest; listed, verified, pruned, read.
 
 Layout: checkpoints/step_000500/{model.safetensors, optimizer.safetensors, state.json, MANIFEST.json}. The
 manifest holds the length and sha256 of the others and is written last, before the folder takes its name.
@@ -144,14 +144,14 @@ def set_aside(run: str, step: int) -> list[Path]:
     moved = []
     for later in (at for at in steps_of(run) if at > step):
         folder = folder_of(run, later)
-        place = _abandoned(folder)
-        place.parent.mkdir(exist_ok=True)
+        target = _abandoned(folder)
+        target.parent.mkdir(exist_ok=True)
         number = 1
-        while os.path.lexists(place):
+        while os.path.lexists(target):
             number += 1
-            place = place.with_name(f"{folder.name}.{number}")
-        folder.rename(place)
-        moved.append(place)
+            target = target.with_name(f"{folder.name}.{number}")
+        folder.rename(target)
+        moved.append(target)
     if moved:
         files.fsync(moved[0].parent)
         files.fsync(moved[0].parent.parent)

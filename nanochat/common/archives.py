@@ -1,4 +1,4 @@
-"""Zip files that came from elsewhere: listed, and read member by member in blocks that are counted.
+"""Zip files from elsewhere: the list of their members, and each member in chunks that are counted.
 
 A zip says of itself how large it is, and may lie. So what is asked of it is bounded before it is read, by
 what the file on the disk can hold, and nothing is ever unpacked as a whole.
@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 
 from nanochat.common.errors import UserError
 
-BLOCK_BYTES = 1 << 16
+CHUNK_BYTES = 1 << 16
 MAX_DIRECTORY_BYTES = 1 << 18  # that of the CORE tasks has 4 kB
 # The text of the CORE tasks that repeats itself most is 27 times its size in the zip; zeros are 1,000 times.
 MAX_RATIO = 100
@@ -73,8 +73,8 @@ def is_inside(member: str) -> bool:
     return bool(parts) and ".." not in parts and parts[0] != "/" and ":" not in parts[0]
 
 
-def blocks(path: Path, member: str, max_bytes: int) -> Iterator[bytes]:
-    """The bytes of one member, a block at a time, so that a caller holds no more than it keeps.
+def chunks(path: Path, member: str, max_bytes: int) -> Iterator[bytes]:
+    """The bytes of one member, a chunk at a time, so that a caller holds no more than it keeps.
 
     Args:
         path: of the zip.
@@ -92,8 +92,8 @@ def blocks(path: Path, member: str, max_bytes: int) -> Iterator[bytes]:
         if problem := _refusal(entries, max_bytes, path.stat().st_size):
             raise UserError(f"{path}/{member}: {problem}. Do not use this file.")
         with archive.open(entries[0]) as source:
-            while block := source.read(BLOCK_BYTES):
-                yield block
+            while chunk := source.read(CHUNK_BYTES):
+                yield chunk
 
 
 def _refusal(entries: list[zipfile.ZipInfo], max_bytes: int, packed_bytes: int) -> str:
@@ -111,6 +111,6 @@ def _refusal(entries: list[zipfile.ZipInfo], max_bytes: int, packed_bytes: int) 
     if info.file_size > max_bytes:
         return f"it claims {info.file_size:,} bytes, at most {max_bytes:,} are expected"
     packed = min(info.compress_size, packed_bytes)
-    if info.file_size > MAX_RATIO * packed + BLOCK_BYTES:
+    if info.file_size > MAX_RATIO * packed + CHUNK_BYTES:
         return f"it claims {info.file_size:,} bytes in {packed:,} packed ones, which no text does"
     return ""

@@ -1,4 +1,4 @@
-"""Checksums of the pieces of a file, taken while the whole is hashed and compared whenever bytes are read.
+"""Checksums of the pieces of a file: taken while the file is hashed, compared whenever bytes are read.
 
 A file that is read for days is hashed once; afterwards its disk may flip a bit, or its name may come to mean
 another file. So a read returns what the checksums have seen, or fails: the very bytes that are decoded are
@@ -19,7 +19,7 @@ from zlib_ng import zlib_ng
 
 from nanochat.common.errors import UserError
 
-PIECE_BYTES = 1 << 16  # small beside a block of the loader, so that little is read which nobody asked for
+PIECE_BYTES = 1 << 16  # small beside a row group, so that little is read which nobody asked for
 READ_BYTES = 16 * PIECE_BYTES
 
 
@@ -70,15 +70,15 @@ class ChecksummedFile:
         except OSError as error:
             raise BrokenFileError(f"{self.path}: cannot be read any more ({error.strerror}).") from None
         wanted = self._checksums[first : last + 1]
-        for place, (found, expected) in enumerate(zip(_checksums(data), wanted, strict=False), first):
-            if found != expected:
-                self._refuse(place)
+        for piece, (checksum, expected) in enumerate(zip(_checksums(data), wanted, strict=False), first):
+            if checksum != expected:
+                self._refuse(piece)
         if len(data) < whole_end - first * PIECE_BYTES:
             self._refuse(first + len(data) // PIECE_BYTES)
         return data[start - first * PIECE_BYTES : end - first * PIECE_BYTES]
 
-    def _refuse(self, place: int) -> None:
-        start = place * PIECE_BYTES
+    def _refuse(self, piece: int) -> None:
+        start = piece * PIECE_BYTES
         end = min(start + PIECE_BYTES, self.bytes)
         raise BrokenFileError(
             f"{self.path}: bytes {start} to {end - 1} have changed since the file was hashed "
@@ -95,7 +95,7 @@ def _checksums(data: memoryview) -> list[int]:
 
 
 class _Reader(io.RawIOBase):
-    """A place in a `ChecksummedFile`. Not a buffered reader: one read of its user is one of the file."""
+    """A position in a `ChecksummedFile`. Not a buffered reader: one read of its user is one of the file."""
 
     def __init__(self, source: ChecksummedFile) -> None:
         self._source, self._at = source, 0

@@ -1,4 +1,4 @@
-"""Standard output and error as sinks that may fail: a terminal that is gone ends no work.
+"""Standard output and error: streams whose writes cannot fail, so that a terminal that is gone ends no work.
 
 A log file on a full disk, a reader that has left the pipe, a terminal that was closed, an encoding without
 the letters that are printed: each would raise into whatever computes and happens to print. So the streams of

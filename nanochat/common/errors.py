@@ -1,4 +1,4 @@
-"""What a person sees when something they gave us is wrong: one line, and exit code 2."""
+"""Errors of users: one line on standard error, and exit code 2."""
 
 from __future__ import annotations
 

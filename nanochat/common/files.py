@@ -1,4 +1,4 @@
-"""Every byte that meets the disk: where things live, and how they are written so that a kill leaves no half.
+"""Files: the paths of everything that is kept, and writing that a kill cannot leave half done.
 
 A file or folder is written under a temporary name beside its place, flushed to the disk, and renamed: at its
 own name it is whole or it is not there.
@@ -28,7 +28,7 @@ from nanochat.common.errors import UserError
 
 COPY_BYTES = 1 << 20
 MADE_BY = re.compile(r"\.(?:tmp|old)-(?P<name>.+?)(?:@(?P<place>[0-9a-f]{8}))?\.(?P<pid>[0-9]+)")
-FETCHED = "fetch"  # the name of what `arrival` judges by a rule of its own
+FETCHED = "fetch"  # the name of downloads, which `pending_download` judges by a rule of its own
 ABANDONED_S = 86_400.0
 MAKE_AGAIN = "It is damaged; make it again."
 NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
@@ -311,8 +311,8 @@ def write_json(path: Path, value: Any) -> None:
     atomic_write(path, SURROGATES.sub(_escaped_byte, text))
 
 
-def _escaped_byte(found: re.Match[str]) -> str:
-    code = ord(found.group())
+def _escaped_byte(match: re.Match[str]) -> str:
+    code = ord(match.group())
     return f"\\\\x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else f"\\\\u{code:04x}"
 
 
@@ -346,8 +346,8 @@ def sha256(path: Path) -> str:
     """Hex digest of a file's bytes."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
-        while block := file.read(COPY_BYTES):
-            digest.update(block)
+        while data := file.read(COPY_BYTES):
+            digest.update(data)
     return digest.hexdigest()
 
 

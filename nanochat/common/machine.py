@@ -199,10 +199,10 @@ def speed(device: torch.device, dtype: torch.dtype) -> Speed:
     return Speed(measured, "measured", measured)
 
 
-def cpu_quota(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> float | None:
+def cpu_quota(root: Path = Path("/sys/fs/cgroup"), listing: Path = Path("/proc/self/cgroup")) -> float | None:
     """Cores' worth of time that a container may use, by the tightest control group; None for all."""
     quotas = []
-    for line in own.read_text("utf-8").splitlines() if own.exists() else []:
+    for line in listing.read_text("utf-8").splitlines() if listing.exists() else []:
         _, controllers, path = line.split(":", 2)
         if controllers and "cpu" not in controllers.split(","):
             continue

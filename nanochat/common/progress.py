@@ -1,4 +1,4 @@
-"""What a terminal shows: a bar for work that takes long, and text that cannot command it."""
+"""Terminal output: a progress bar for work that takes long, and text without control characters."""
 
 from __future__ import annotations
 

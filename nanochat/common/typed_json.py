@@ -1,4 +1,4 @@
-"""JSON that is read with distrust: one set of rules for every file of ours, and its shape checked.
+"""JSON from files: parsed by one set of rules, and compared with the shape that its reader needs.
 
 A file may be torn, from another version, edited by hand or made by somebody else. What Python's reader lets
 through and no program can use (NaN, a number of 5,000 digits, one key twice, half of a surrogate pair) is a
@@ -106,10 +106,10 @@ def mismatch(value: Any, shape: Any, name: str = "") -> str:
         return _mismatch_fields(value, shape, name)
     kind, inner = typing.get_origin(shape) or shape, typing.get_args(shape)
     if kind in (types.UnionType, typing.Union):
-        found = [mismatch(value, one, name) for one in inner]
+        reasons = [mismatch(value, one, name) for one in inner]
         # Of a union such as dict | None, the reason is that of the branch which came further.
-        further = [text for text in found if not text.startswith(f"{name or 'it'} is ")]
-        return "" if "" in found else (further or [_wrong(value, shape, name)])[0]
+        further = [text for text in reasons if not text.startswith(f"{name or 'it'} is ")]
+        return "" if "" in reasons else (further or [_wrong(value, shape, name)])[0]
     if not _is_kind(value, kind):
         return _wrong(value, shape, name)
     if not inner:

@@ -1,4 +1,4 @@
-"""Collectives left under way: every handle is kept, with the tensors it reads, until it is waited for."""
+"""Asynchronous collectives: `Pending` keeps the work handle and the tensor that it reads until `wait()`."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def mean_scatter(full: Tensor, world: World) -> Pending:
     """This rank's 1/W of the first dimension of `full`, averaged over the ranks."""
     if world.backend is None:
         return Pending(full, full, None)
-    own = full.new_empty(full.size(0) // world.size, *full.shape[1:])
-    return Pending(own, full, dist.reduce_scatter_tensor(own, full, async_op=True), world.size)
+    part = full.new_empty(full.size(0) // world.size, *full.shape[1:])
+    return Pending(part, full, dist.reduce_scatter_tensor(part, full, async_op=True), world.size)
 
 
 def mean(tensor: Tensor, world: World) -> Pending:

@@ -1,4 +1,4 @@
-"""A rank that hangs or dies ends the run with its name, its place in the code and the stacks of all.
+"""Watchdog: a rank that hangs or dies ends the run, with its number, its line of code and all stacks.
 
 Collectives cannot tell: the ranks that wait report a time-out, and torchrun blames the first to leave. So a
 thread of each rank leaves a note in the store every second: how many collectives its rank has begun, and

@@ -1,4 +1,4 @@
-"""Whether all ranks hold the same weights: a digest of every parameter, compared over the ranks."""
+"""Weights compared over the ranks: a digest of every parameter, which is equal only if all bits are."""
 
 from __future__ import annotations
 

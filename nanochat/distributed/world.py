@@ -1,7 +1,6 @@
-"""The ranks of a run: who we are, what we agree on, and the only door to torch.distributed.
+"""The ranks of a run: rank and device of this process, small collectives, the start by torchrun.
 
-World size 1 is the ordinary case: every collective degrades to the identity, and callers never ask how many
-we are.
+World size 1 is the ordinary case: there, every collective is the identity, and no caller has a branch for it.
 """
 
 from __future__ import annotations
@@ -86,18 +85,18 @@ class World:
         """The highest of the ranks' values, on every rank. Waits for no device."""
         if self.backend is None:
             return value
-        votes = torch.tensor([value])
-        dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=self.control)
-        return int(votes.item())
+        highest = torch.tensor([value])
+        dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=self.control)
+        return int(highest.item())
 
     def gather_ints(self, values: list[int]) -> list[list[int]]:
         """The equally many 64-bit integers of each rank, by rank, on every rank. Waits for no device."""
         if self.backend is None:
             return [values]
-        own = torch.tensor(values, dtype=torch.int64)
-        parts = [torch.empty_like(own) for _ in range(self.size)]
-        dist.all_gather(parts, own, group=self.control)
-        return [part.tolist() for part in parts]
+        sent = torch.tensor(values, dtype=torch.int64)
+        received = [torch.empty_like(sent) for _ in range(self.size)]
+        dist.all_gather(received, sent, group=self.control)
+        return [tensor.tolist() for tensor in received]
 
     def be_patient(self, timeout_s: float) -> None:
         """From now on gloo waits so long for a rank, where somebody else finds those that hang."""

@@ -181,7 +181,7 @@ def _folder_bundle(folder: Path) -> Bundle:
         if not path.is_file():
             raise _missing(folder.name, member)
         with path.open("rb") as file:
-            while block := file.read(archives.BLOCK_BYTES):
+            while block := file.read(archives.CHUNK_BYTES):
                 left -= len(block)
                 if left < 0:
                     raise UserError(
@@ -193,7 +193,7 @@ def _folder_bundle(folder: Path) -> Bundle:
 
 
 def _zip_bundle(path: Path, root: str) -> Bundle:
-    return Bundle(path.name, lambda member: archives.blocks(path, root + member, _most_bytes(member)))
+    return Bundle(path.name, lambda member: archives.chunks(path, root + member, _most_bytes(member)))
 
 
 def load_tasks(bundle: Bundle) -> list[Task]:
