@@ -94,7 +94,7 @@ class Ranks:
                 assert ranks.total is not None
                 return tensor.copy_(ranks.total)
 
-        return Together(rank, rank, size, torch.device("cpu"), "threads" if size > 1 else None)
+        return Together(rank, size, torch.device("cpu"), "threads" if size > 1 else None)
 
 
 def loaders(corpus: Corpus, size: int, **changes: Any) -> list[TrainLoader]:
