@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanochat.evaluation.core import batching
-from nanochat.evaluation.core.batching import Inputs, PrefixGroup, Span
+from nanochat.evaluation.core.batching import PrefixGroup, Span
 
 # Few token ids, so that prefixes, repeats and ties are common.
 ROWS = st.lists(
@@ -14,62 +14,64 @@ ROWS = st.lists(
 
 
 def spans_of(rows):
-    return [Span(np.array(ids, np.int32), 1 + pick % (len(ids) - 1), len(ids)) for ids, pick in rows]
+    return [Span(np.array(ids, np.int32), 1 + pick % (len(ids) - 1)) for ids, pick in rows]
 
 
 @given(ROWS)
 def test_every_span_finds_its_inputs_and_none_begins_another(rows):
     spans = spans_of(rows)
-    inputs = Inputs.of(spans)
-    for span, number in zip(spans, inputs.of_span, strict=True):
-        wanted = span.ids[: span.end - 1]
-        np.testing.assert_array_equal(inputs.ids[number][: len(wanted)], wanted)
-        assert inputs.first_scored[number] <= span.start - 1
-    texts = [tuple(ids) for ids in inputs.ids]
+    rows = batching.rows_of(spans)
+    assert {id(span) for row in rows for span in row.spans} == set(map(id, spans))
+    assert sum(len(row.spans) for row in rows) == len(spans)
+    for row in rows:
+        assert row.first_scored == min(span.start for span in row.spans) - 1
+        for span in row.spans:
+            np.testing.assert_array_equal(row.ids[: len(span.ids) - 1], span.ids[:-1])
+    texts = [tuple(row.ids) for row in rows]
     assert texts == sorted(texts)
     assert not any(a != b and b[: len(a)] == a for a in texts for b in texts)
 
 
 @given(ROWS, st.integers(0, 40), st.integers(1, 400))
-def test_families_and_batches_hold_everything_once_share_truly_and_keep_the_bound(rows, overhead, bound):
+def test_groups_and_batches_hold_everything_once_share_truly_and_keep_the_bound(rows, overhead, bound):
     batching.MIN_SHARED, before = 2, batching.MIN_SHARED
     try:
-        inputs = Inputs.of(spans_of(rows))
+        inputs = batching.rows_of(spans_of(rows))
         found = batching.prefix_groups(inputs, overhead, bound)
         plan = batching.batches(found, overhead, bound)
     finally:
         batching.MIN_SHARED = before
-    seen = sorted(number for batch in plan for group in batch for number in group.inputs)
-    assert seen == list(range(len(inputs.ids)))
+    seen = sorted(id(row) for batch in plan for group in batch for row in group.rows)
+    assert seen == sorted(map(id, inputs))
     for batch in plan:
         shared = min(group.shared for group in batch)
         longest = max(group.longest for group in batch)
         for group in batch:
             assert bool(group.shared) == bool(shared)
-            assert group.longest == max(len(inputs.ids[number]) for number in group.inputs)
-            first = inputs.ids[group.inputs[0]]
-            for number in group.inputs:
-                np.testing.assert_array_equal(inputs.ids[number][: group.shared], first[: group.shared])
+            assert group.longest == max(len(row.ids) for row in group.rows)
+            first = group.rows[0].ids
+            for row in group.rows:
+                np.testing.assert_array_equal(row.ids[: group.shared], first[: group.shared])
                 # What is scored lies in the part that each row reads for itself.
-                assert not group.shared or group.shared <= inputs.first_scored[number]
-                assert len(inputs.ids[number]) > shared
+                assert not group.shared or group.shared <= row.first_scored
+                assert len(row.ids) > shared
         if len(batch) > 1:
-            assert sum(len(group.inputs) for group in batch) * longest <= bound
+            assert sum(len(group.rows) for group in batch) * longest <= bound
 
 
 def test_options_that_differ_in_their_last_token_are_one_input():
     prompt = list(range(100))
-    inputs = Inputs.of([Span(np.array([*prompt, option], np.int32), 100, 101) for option in (7, 8, 9)])
-    assert len(inputs.ids) == 1
-    assert inputs.of_span == (0, 0, 0)
+    spans = [Span(np.array([*prompt, option], np.int32), 100) for option in (7, 8, 9)]
+    [row] = batching.rows_of(spans)
+    assert row.spans == spans
 
 
 def test_a_long_common_beginning_is_shared_and_a_short_one_is_not():
     story = list(range(200))
-    spans = [Span(np.array([*story, 500 + n, 600, 700], np.int32), 201, 203) for n in range(4)]
-    spans += [Span(np.array([900, 901, 902 + n, 903], np.int32), 3, 4) for n in range(2)]
-    found = batching.prefix_groups(Inputs.of(spans), 10, 10_000)
-    assert sorted((group.shared, len(group.inputs)) for group in found) == [(0, 1), (0, 1), (200, 4)]
+    spans = [Span(np.array([*story, 500 + n, 600, 700], np.int32), 201) for n in range(4)]
+    spans += [Span(np.array([900, 901, 902 + n, 903], np.int32), 3) for n in range(2)]
+    found = batching.prefix_groups(batching.rows_of(spans), 10, 10_000)
+    assert sorted((group.shared, len(group.rows)) for group in found) == [(0, 1), (0, 1), (200, 4)]
 
 
 def test_the_cut_into_batches_is_the_cheapest_of_all():
@@ -96,8 +98,8 @@ def test_work_is_dealt_evenly_and_units_stay_whole():
     rng = np.random.default_rng(0)
     costs = rng.integers(10, 1000, 500).tolist()
     units = rng.integers(0, 120, 500).tolist()
-    homes = batching.share_out(costs, units, 3)
+    homes = batching.assign_ranks(costs, units, 3)
     assert len(set(zip(units, homes, strict=True))) == len(set(units))
     loads = [sum(cost for cost, home in zip(costs, homes, strict=True) if home == rank) for rank in range(3)]
     assert max(loads) - min(loads) < 0.02 * sum(loads)
-    assert batching.share_out(costs, units, 1) == [0] * 500
+    assert batching.assign_ranks(costs, units, 1) == [0] * 500

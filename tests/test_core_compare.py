@@ -55,8 +55,8 @@ def test_two_runs_are_compared_example_by_example():
     write_run("two", {"a": [1, 1, 1, 1, 1, 0], "b": [1, 1, 0, 1, 0, 0]}, 0.5)
     whole, a, b = compare.compare("one", "two")
     assert (a.first, a.second, a.pairs) == (pytest.approx(2 / 6), pytest.approx(5 / 6), 6)
-    assert (a.only_first, a.only_second) == (0, 3)
-    assert (b.only_first, b.only_second) == (1, 0)
+    assert a.only == (0, 3)
+    assert b.only == (1, 0)
     # Passage sums of the differences: a has 1, 1, 1 and mean 1/2 a example; b has 0, -1, 0 and mean -1/6.
     assert a.stderr == pytest.approx(0, abs=1e-12)
     expected = math.sqrt(3 / 2 * ((1 / 3) ** 2 + (2 / 3) ** 2 + (1 / 3) ** 2) / 36)
@@ -104,13 +104,15 @@ def test_seeds_are_combined_with_the_verdict_of_few(capsys):
     answers = {label: [1, 0] for label in GPT2_ACCURACY}
     for name, core in zip(("s0", "s1", "s2"), (0.2525, 0.2625, 0.2725), strict=True):
         write_run(name, answers, core)
-    found = compare.combine(["s0", "s1", "s2"])
-    assert (found.mean, found.stderr) == (pytest.approx(0.2625), pytest.approx(0.01 / math.sqrt(3)))
+    values, claims = compare.combine(["s0", "s1", "s2"])
+    assert values == {"s0": 0.2525, "s1": 0.2625, "s2": 0.2725}
     # The variance of the seeds' mean has two degrees of freedom, the bar's is known: Welch's sum of both.
     seeds, bar = 0.0001 / 3, 0.0029**2
     degrees = int(2 * ((seeds + bar) / seeds) ** 2)
     expected = scipy_stats.t.cdf((0.2625 - 0.256525) / math.sqrt(seeds + bar), degrees)
-    [claim] = found.claims  # these scores do not say the error of their questions
+    [claim] = claims  # these scores do not say the error of their questions
+    assert claim.mean == pytest.approx(0.2625)
+    assert claim.stderr == pytest.approx(0.01 / math.sqrt(3))
     assert f"above the 0.256525 +- 0.0029 of GPT-2 1558M with probability {expected:.3f}" in claim.verdict
     base_eval.main(EvalArgs(combine=("s0", "s1", "s2")), World.single_process())
     assert "0.2625 +- 0.0058" in capsys.readouterr().out
@@ -133,7 +135,7 @@ def test_a_recipe_is_judged_on_these_questions_and_at_such_questions(capsys):
     answers = {label: [1, 0] for label in GPT2_ACCURACY}
     for name, core in zip(("s0", "s1", "s2"), (0.2575, 0.2625, 0.2675), strict=True):
         write_run(name, answers, core, core_stderr=0.0063)
-    these, such = compare.combine(["s0", "s1", "s2"]).claims
+    these, such = compare.combine(["s0", "s1", "s2"])[1]
     assert these.stderr == pytest.approx(0.005 / math.sqrt(3))
     assert such.stderr == pytest.approx(math.hypot(0.005 / math.sqrt(3), 0.0063))
     known = 0.0063**2 + 0.0029**2
@@ -152,7 +154,7 @@ def test_few_pairs_that_differ_are_tested_exactly(only_a, only_b):
     write_run("one", {"a": [1] * only_a + [0] * only_b + [1] * same}, 0.2, passage=1)
     write_run("two", {"a": [0] * only_a + [1] * only_b + [1] * same}, 0.3, passage=1)
     [_, row] = compare.compare("one", "two")
-    assert (row.only_first, row.only_second) == (only_a, only_b)
+    assert row.only == (only_a, only_b)
     expected = scipy_stats.binomtest(only_a, only_a + only_b, 0.5).pvalue
     assert row.p_value == pytest.approx(expected, rel=1e-9)
 

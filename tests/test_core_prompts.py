@@ -15,12 +15,11 @@ LM = Task("lm", "language_modeling", 1, " ", "eval_data/lm.jsonl", 0.0)
 
 
 def texts_of(task, item, shots, variant="nanochat"):
-    """The whole texts of an example: the stem, if any, and the rows."""
-    separator = prompts.SEPARATORS[variant]
-    prefix = "".join(prompts.write(task, shot, variant).shot + separator for shot in shots)
-    question = prompts.write(task, item, variant)
-    stem = [] if question.stem is None else [(prefix + question.stem).strip()]
-    return stem + [prefix + "".join(blocks) for blocks in question.blocks]
+    """The whole texts of an example: the context, if any, and the rows."""
+    prefix = "".join(prompts.render(task, shot, variant).shot for shot in shots)
+    question = prompts.render(task, item, variant)
+    context = [] if question.context is None else [(prefix + question.context).strip()]
+    return context + [prefix + "".join(texts) for texts in question.rows]
 
 
 def test_multiple_choice_prompts_keep_the_query_as_it_is():
@@ -41,9 +40,9 @@ def test_schema_prompts_vary_the_context_and_share_the_continuation():
 
 def test_language_modeling_prompts_strip_contexts_but_not_continuations():
     shot, item = Example(("\none two ",), (" three ",), 0, 1), Example(("four ",), ("five ",), 0, 2)
-    stem, row = texts_of(LM, item, [shot])
+    context, row = texts_of(LM, item, [shot])
     assert row == "one two  three \n\nfour five "
-    assert stem == "one two  three \n\nfour"
+    assert context == "one two  three \n\nfour"
 
 
 def test_shots_are_those_of_sampling_the_list_without_the_example():
@@ -81,7 +80,7 @@ def test_prompts_of_the_real_bundle_equal_nanochats(shared_data):
     for label, first, second in blocks:
         task = tasks[label]
         lines = bundle.text(task.member).split("\n", 2)[:2]
-        item, shot = (core_bundle._parse_example("f", task.kind, json.loads(line), 1) for line in lines)
+        item, shot = (core_bundle._parse_example("f", task, json.loads(line), 1) for line in lines)
         texts = texts_of(task, item, [shot] if task.shots else [])
         # A Python literal each; the second is the end of the text only, and " ... " may stand for a middle.
         first, second = ast.literal_eval(first), ast.literal_eval(second)
@@ -130,9 +129,9 @@ def test_prompts_of_the_real_bundle_equal_dclms(shared_data):
     for label, is_schema, context, answers in blocks:
         task = tasks[label]
         lines = bundle.text(task.member).split("\n", 2)[:2]
-        item, shot = (core_bundle._parse_example("f", task.kind, json.loads(line), 1) for line in lines)
-        rows = prompts.write(task, item, "dclm").blocks
-        before = prompts.write(task, shot, "dclm").shot + "\n" if task.shots else ""
+        item, shot = (core_bundle._parse_example("f", task, json.loads(line), 1) for line in lines)
+        rows = prompts.render(task, item, "dclm").rows
+        before = prompts.render(task, shot, "dclm").last_shot if task.shots else ""
         answers = ast.literal_eval(answers)
         expected = [answers] if isinstance(answers, str) else answers
         if is_schema:

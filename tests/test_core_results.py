@@ -7,7 +7,7 @@ import pytest
 
 from nanochat.evaluation.core import bundle as core_bundle
 from nanochat.evaluation.core import results as core_results
-from nanochat.evaluation.core.bundle import Task
+from nanochat.evaluation.core.bundle import Example, Task
 from nanochat.evaluation.core.results import CoreResult, Prediction, TaskScore, centre, choose
 from nanochat.evaluation.core.statistics import Stratum
 
@@ -19,9 +19,7 @@ def score(label, baseline, correct, examples, cropped=0, passages=None):
 
 
 def result_of(*tasks, variant="nanochat", predictions=(), faults=None):
-    return CoreResult(
-        "b", variant, tuple(tasks), tuple(predictions), 512, 512, 1.0, {}, 0, 0, 0, faults or {}
-    )
+    return CoreResult("b", variant, tuple(tasks), tuple(predictions), 512, 512, 1.0, {}, 0, 0, faults or {})
 
 
 def gpt2_row(bundle, name, cap):
@@ -30,7 +28,7 @@ def gpt2_row(bundle, name, cap):
     accuracies = {label.strip(): float(accuracy) for label, accuracy, _ in rows if accuracy.strip()}
     scores = []
     for task in core_bundle.load_tasks(bundle):
-        total = b"".join(bundle.blocks(task.member)).count(b"\n")
+        total = b"".join(bundle.pieces(task.member)).count(b"\n")
         n = min(total, cap) if cap else total
         correct = round(accuracies[task.label] * n)
         assert correct / n == pytest.approx(accuracies[task.label], abs=6e-7)
@@ -54,7 +52,7 @@ def test_core_of_gpt2_is_reproduced_from_its_accuracies(shared_data, name, cap, 
     assert result.core_metric == pytest.approx(v1, abs=1e-6)
     assert (result.core(1), result.core(2)) == (result.core_metric, pytest.approx(v2, abs=1e-6))
     assert result.core_stderr == pytest.approx(stderr, abs=5e-5)
-    boot = result.bootstrapped()
+    boot = result.core_bootstrap
     assert boot["stderr"] == pytest.approx(result.core_stderr, rel=0.04)
     assert boot["low"] == pytest.approx(v1 - 1.96 * stderr, abs=1e-3)
     assert boot["high"] == pytest.approx(v1 + 1.96 * stderr, abs=1e-3)
@@ -91,8 +89,9 @@ def test_without_a_task_there_is_no_core():
 
 def test_categories_count_alike():
     answers = [Prediction("t", n, n, (1.0,), int(n < 2), 1, 0, n, "ab"[n > 3]) for n in range(5)]
+    examples = [Example(("q",), ("a",), 0, n) for n in range(5)]
     asked = Task("t", "language_modeling", 0, " ", "eval_data/t", 0.0)
-    task = core_results.score_task(asked, "", answers, {})
+    task = core_results.score_task(asked, "", examples, answers)
     # Category a: 2 of 4; b: 0 of 1. Errors: 0.25 / 4 and 0.
     assert task.accuracy == pytest.approx(0.25)
     assert task.stderr == pytest.approx(math.sqrt(0.25 / 4) / 2)
@@ -114,7 +113,7 @@ def test_core_and_its_error_by_hand():
     assert (fields["a"]["examples"], fields["b"]["cropped_prompts"]) == (100, 3)
 
 
-def test_guessing_is_zero_and_worse_is_negative():
+def test_the_random_baseline_is_zero_and_worse_is_negative():
     assert centre(0.25, 25) == pytest.approx(0)
     assert centre(0.62, 62) == pytest.approx(0)
     assert centre(0.5, 62) == pytest.approx(-0.12 / 0.38)

@@ -119,12 +119,12 @@ GOOD_LINE = TEXTS["eval_data/mc.jsonl"]
     ("line", "message"),
     [
         ('{"query": "q", "choices": ["a"', "not valid JSON"),
-        ("[1]", "expected an object, found list"),
-        ('{"choices": ["a"], "gold": 0}', "'query' is None"),
-        ('{"query": "q", "choices": [], "gold": 0}', "'choices' is .*not empty"),
-        ('{"query": "q", "choices": ["a", ""], "gold": 0}', "entry 1 of 'choices'"),
-        ('{"query": "q", "choices": ["a", "b"], "gold": 2}', "'gold' is 2, expected a number from 0 to 1"),
-        ('{"query": "q", "choices": ["a", "b"], "gold": true}', "'gold' is True"),
+        ("[1]", "it is a list, expected an object"),
+        ('{"choices": ["a"], "gold": 0}', "query is null, expected a text"),
+        ('{"query": "q", "choices": [], "gold": 0}', "choices is empty"),
+        ('{"query": "q", "choices": ["a", ""], "gold": 0}', "choices is empty, or a text in it is"),
+        ('{"query": "q", "choices": ["a", "b"], "gold": 2}', "gold is 2, expected a number from 0 to 1"),
+        ('{"query": "q", "choices": ["a", "b"], "gold": true}', "gold is True"),
     ],
 )
 def test_a_faulty_example_is_named_by_file_and_line(line, message):
@@ -139,7 +139,7 @@ def test_other_faults_of_task_files_are_named():
     with pytest.raises(UserError, match=r"b/eval_data/mc.jsonl: holds no examples"):
         core_bundle.load_examples(bundle_of(mc="\n"), MC)
     with pytest.raises(UserError, match="continuation is empty"):
-        core_bundle._parse_example("f:1", "schema", {"continuation": " ", "context_options": ["a"]}, 1)
+        core_bundle._parse_example("f:1", LM, {"context": "a", "continuation": " "}, 1)
     with pytest.raises(UserError, match="byte 1 is not UTF-8"):
         Bundle("b", lambda _: [b"a\xff"]).text("eval_data/mc.jsonl")
 

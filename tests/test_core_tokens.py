@@ -1,18 +1,16 @@
-"""Joined ids against the whole text tokenized; the cache on disk."""
+"""Joined ids against the whole text tokenized."""
 
 import random
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanochat.common import files
 from nanochat.evaluation.core import bundle as core_bundle
-from nanochat.evaluation.core import prompt_tokens
 from nanochat.evaluation.core import prompts as core_prompts
 from nanochat.evaluation.core.bundle import Example, Task
 from nanochat.evaluation.core.prompt_tokens import Prompts
+from nanochat.evaluation.core.scoring import Clock
 from nanochat.tokenizer.tokenizer import Tokenizer
 
 PROSE = ["The cat sat; on the mat's 12 edges.\n\nAnswer: yes  no\n", "naïve   café\t\n\n x", "1, 2, 3...\n"]
@@ -28,11 +26,12 @@ def whole_rows(tokenizer, task, examples, index):
     shots = [
         examples[place] for place in core_prompts.draw_shots(len(examples), task.shots, "nanochat")[index]
     ]
-    prefix = "".join(core_prompts.write(task, shot, "nanochat").shot + "\n\n" for shot in shots)
-    question = core_prompts.write(task, examples[index], "nanochat")
-    rows = [tokenizer.encode(prefix + text, bos=True) for (text,) in question.blocks]
-    stem = None if question.stem is None else tokenizer.encode((prefix + question.stem).strip(), bos=True)
-    return rows, stem
+    prefix = "".join(core_prompts.render(task, shot, "nanochat").shot for shot in shots)
+    question = core_prompts.render(task, examples[index], "nanochat")
+    rows = [tokenizer.encode(prefix + text, bos=True) for (text,) in question.rows]
+    if question.context is None:
+        return rows, None
+    return rows, tokenizer.encode((prefix + question.context).strip(), bos=True)
 
 
 # Much white space: that is where joining could go wrong.
@@ -50,13 +49,13 @@ def test_joined_ids_are_those_of_the_whole_text(tokenizer, pairs, kind):
     else:
         examples = [Example((context,), (tail + "b",), 0, n) for n, (context, tail) in enumerate(pairs)]
         task = Task("t", "language_modeling", 2, " ", "f", 0)
-    prompts = Prompts(tokenizer, task, examples, "nanochat", keep=False)
+    prompts = Prompts(tokenizer, task, examples, "nanochat", Clock())
     for index in range(3):
-        expected, stem = whole_rows(tokenizer, task, examples, index)
-        rows = prompts.rows(index, 10**6)
+        expected, context_ids = whole_rows(tokenizer, task, examples, index)
+        rows = prompts.spans(index, 10**6)
         assert [row.ids.tolist() for row in rows] == expected
-        if stem is not None and expected[0][: len(stem)] == stem:
-            assert rows[0].start == len(stem)
+        if context_ids is not None and expected[0][: len(context_ids)] == context_ids:
+            assert rows[0].start == len(context_ids)
 
 
 def test_shots_of_ordinary_text_are_joined_and_not_tokenized_again(tokenizer, monkeypatch):
@@ -64,44 +63,13 @@ def test_shots_of_ordinary_text_are_joined_and_not_tokenized_again(tokenizer, mo
     examples = [
         Example((text,), ("yes", "no"), 0, n) for n, text in enumerate(["What", "Who", "Why", " When"])
     ]
-    prompts = Prompts(tokenizer, task, examples, "nanochat", keep=False)
+    prompts = Prompts(tokenizer, task, examples, "nanochat", Clock())
 
     def refuse(*_):
         raise AssertionError("tokenized again")
 
     monkeypatch.setattr(Tokenizer, "encode_batch", refuse)
-    assert all(len(prompts.rows(index, 99)) == 2 for index in range(4))
-
-
-def test_tokens_are_read_from_the_disk_the_second_time(tokenizer, monkeypatch):
-    texts = ["a cat", "", "sat on\n"]
-    first = prompt_tokens.encode_kept(tokenizer, texts, keep=True)
-    [path] = list(files.token_cache_file("x").parent.iterdir())
-
-    def refuse(*_):
-        raise AssertionError("tokenized again")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Tokenizer, "encode_batch", refuse)
-        again = prompt_tokens.encode_kept(tokenizer, texts, keep=True)
-        for one, two in zip(first[:2], again[:2], strict=True):
-            np.testing.assert_array_equal(one, two)
-        with pytest.raises(AssertionError, match="tokenized again"):  # other boundaries, other texts
-            prompt_tokens.encode_kept(tokenizer, ["a catsat", "", " on\n"], keep=True)
-        other = Tokenizer.train(["other words altogether " * 9], 300)
-        with pytest.raises(AssertionError, match="tokenized again"):
-            prompt_tokens.encode_kept(other, texts, keep=True)
-    good = path.read_bytes()
-    for damaged in (good[:-3], good[:-1] + bytes([good[-1] ^ 1]), b"", b"{}"):
-        path.write_bytes(damaged)
-        ids, _, _ = prompt_tokens.encode_kept(tokenizer, texts, keep=True)
-        np.testing.assert_array_equal(ids, first[0])
-        assert path.read_bytes() == good
-
-
-def test_another_rank_writes_nothing(tokenizer):
-    prompt_tokens.encode_kept(tokenizer, ["a cat"], keep=False)
-    assert not files.token_cache_file("x").parent.exists()
+    assert all(len(prompts.spans(index, 99)) == 2 for index in range(4))
 
 
 @pytest.mark.slow
@@ -113,9 +81,9 @@ def test_prompts_of_the_real_bundle_are_joined_exactly(shared_data):
     rng = random.Random(0)
     for task in core_bundle.load_tasks(bundle):
         [group] = core_prompts.arrange(task, core_bundle.load_examples(bundle, task), 300, "nanochat")
-        prompts = Prompts(tokenizer, task, group, "nanochat", keep=False)
+        prompts = Prompts(tokenizer, task, group, "nanochat", Clock())
         for index in rng.sample(range(len(group)), min(60, len(group))):
-            expected, stem = whole_rows(tokenizer, task, group, index)
-            rows = prompts.rows(index, 10**6)
+            expected, context_ids = whole_rows(tokenizer, task, group, index)
+            rows = prompts.spans(index, 10**6)
             assert [row.ids.tolist() for row in rows] == expected, task.label
-            assert stem is None or rows[0].start == len(stem)
+            assert context_ids is None or rows[0].start == len(context_ids)

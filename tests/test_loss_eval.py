@@ -143,7 +143,7 @@ def test_a_profile_takes_bits_per_byte_apart_by_position_and_by_document(model):
     assert profile.bpb == pytest.approx(
         evaluate(model, pairs, TOKEN_BYTES, World.single_process()).bpb, rel=1e-6
     )
-    assert [part[:2] for part in profile.positions] == [(1, 1), (2, 3), (4, 7), (8, 12)]
+    assert [part[:2] for part in profile.positions] == [[1, 1], [2, 3], [4, 7], [8, 12]]
     for first, last, bpb in profile.positions:
         expected = bpb_of([entry for entry in entries if first <= entry[0] <= last])
         assert bpb == pytest.approx(expected, rel=1e-6)

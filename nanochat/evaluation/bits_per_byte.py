@@ -1,4 +1,7 @@
-"""Bits per byte: the loss of a model in a unit that does not depend on its tokenizer."""
+"""Bits per byte: the loss of a model in a unit that does not depend on its tokenizer.
+
+Models of other vocabularies can be compared by it, where nats per token cannot.
+"""
 
 from __future__ import annotations
 
@@ -46,30 +49,20 @@ class Validation:
 
 
 @dataclass(frozen=True)
-class BpbProfile:
-    """Bits per byte, taken apart.
+class BpbProfile(Validation):
+    """The same taken apart.
 
     Attributes:
-        bpb: of all bytes.
-        loss: nats per token, as in `Validation`.
         positions: (first, last, bits per byte) of the targets at these places of a row, from 1; the places
             double from one to the next, so they show what a longer context is worth.
         documents: how many documents, or pieces that a row cuts of one, have bits per byte from
-            i * HISTOGRAM_STEP on, by i; without the empty bins at the end.
+            i * documents_step on, by i; without the empty bins at the end.
+        documents_step: width of a bin.
     """
 
-    bpb: float
-    loss: float
-    positions: tuple[tuple[int, int, float], ...]
-    documents: tuple[int, ...]
-
-    def as_dict(self) -> dict[str, object]:
-        """The fields of base_eval.json."""
-        return {
-            "positions": [list(part) for part in self.positions],
-            "documents": list(self.documents),
-            "documents_step": HISTOGRAM_STEP,
-        }
+    positions: list[list[float]]
+    documents: list[int]
+    documents_step: float = HISTOGRAM_STEP
 
 
 def evaluate(
@@ -88,7 +81,7 @@ def evaluate(
         batches: (inputs, targets), each (B, T) int64; a target of -1 is ignored.
         token_bytes: (V,) bytes of each token, 0 for the special ones.
         world: losses and bytes are summed over its ranks, so that the result is the same on all of them.
-        stop_requested: asked between batches; if it says so on any rank, all of them stop.
+        stop_requested: called between batches; if it is True on any rank, all of them stop.
 
     Raises:
         Stopped: by `stop_requested`.
@@ -100,8 +93,9 @@ def evaluate(
         ((nats * (spelled > 0)).sum(), spelled.sum(), nats.sum(), counted.sum())
         for _, nats, spelled, counted in _losses(model, wanted, token_bytes, world)
     ]
-    mine = [float(torch.stack(part).to("cpu", torch.float64).sum()) for part in zip(*sums, strict=True)]
-    spelled_nats, total_bytes, all_nats, tokens = _summed(mine or [0.0] * 4, world)
+    parts = [torch.stack(part).to("cpu", torch.float64).sum() for part in zip(*sums, strict=True)]
+    mine = torch.stack(parts) if parts else torch.zeros(4, dtype=torch.float64)
+    spelled_nats, total_bytes, all_nats, tokens = _summed(mine, world)
     if world.any_rank(stop_requested()):
         raise Stopped
     _require_bytes(total_bytes)
@@ -116,38 +110,35 @@ def profile_bpb(
     A document begins with `bos_id`. What a row holds of it counts as one document.
     """
     length = model.config.sequence_len
-    by_place = torch.zeros(2, length, dtype=torch.float64)
+    by_position = torch.zeros(2, length, dtype=torch.float64)
     histogram = torch.zeros(HISTOGRAM_BINS, dtype=torch.float64)
-    whole = torch.zeros(2, dtype=torch.float64)  # nats and tokens
+    totals = torch.zeros(2, dtype=torch.float64)  # nats and tokens
     for inputs, losses, spelled, counted in _losses(model, batches, token_bytes, world):
-        whole += torch.stack((losses.sum().cpu().double(), counted.sum().cpu().double()))
+        totals += torch.stack((losses.sum().cpu().double(), counted.sum().cpu().double()))
         nats = losses * (spelled > 0)
-        places = torch.stack((nats.sum(0).cpu(), spelled.sum(0).cpu())).double()
-        by_place[:, : places.size(1)] += places
+        by_position[:, : nats.size(1)] += torch.stack((nats.sum(0).cpu(), spelled.sum(0).cpu())).double()
         starts = inputs == bos_id
         starts[:, 0] = True
-        owner = (starts.flatten().cumsum(0) - 1).cpu()
-        own = torch.zeros(2, int(owner[-1]) + 1, dtype=torch.float64)
-        own[0].index_add_(0, owner, nats.flatten().double().cpu())
-        own[1].index_add_(0, owner, spelled.flatten().double().cpu())
-        bits = own[0, own[1] > 0] / (math.log(2) * own[1, own[1] > 0])
+        document = (starts.flatten().cumsum(0) - 1).cpu()
+        by_document = torch.zeros(2, int(document[-1]) + 1, dtype=torch.float64)
+        by_document[0].index_add_(0, document, nats.flatten().double().cpu())
+        by_document[1].index_add_(0, document, spelled.flatten().double().cpu())
+        document_nats, document_bytes = by_document[:, by_document[1] > 0]
+        bits = document_nats / (math.log(2) * document_bytes)
         bins = (bits / HISTOGRAM_STEP).nan_to_num(HISTOGRAM_BINS).floor().clamp(0, HISTOGRAM_BINS - 1)
         histogram += torch.bincount(bins.long(), minlength=HISTOGRAM_BINS)
-    flat = _summed([*whole.tolist(), *by_place.flatten().tolist(), *histogram.tolist()], world)
-    (all_nats, tokens), flat = flat[:2], flat[2:]
-    nats_at, bytes_at, counts = flat[:length], flat[length : 2 * length], flat[2 * length :]
+    all_nats, tokens = _summed(totals, world)
+    summed = _summed(by_position.flatten(), world)
+    nats_at, bytes_at = summed[:length], summed[length:]
     _require_bytes(sum(bytes_at))
     positions = []
-    first = 1
-    while first <= length:
+    for first in (1 << power for power in range(length.bit_length())):
         last = min(2 * first - 1, length)
         if total := sum(bytes_at[first - 1 : last]):
-            positions.append((first, last, bits_per_byte(sum(nats_at[first - 1 : last]), int(total))))
-        first = last + 1
-    while counts and not counts[-1]:
-        counts.pop()
+            positions.append([first, last, bits_per_byte(sum(nats_at[first - 1 : last]), int(total))])
+    documents = np.trim_zeros(_summed(histogram, world), "b")
     bpb = bits_per_byte(sum(nats_at), int(sum(bytes_at)))
-    return BpbProfile(bpb, all_nats / tokens, tuple(positions), tuple(map(int, counts)))
+    return BpbProfile(bpb, all_nats / tokens, positions, [int(count) for count in documents])
 
 
 @torch.no_grad()
@@ -164,12 +155,11 @@ def _losses(
         yield inputs, losses.float() * counted, spelled, counted
 
 
-def _summed(values: list[float], world: World) -> list[float]:
-    """Each value added up over the ranks."""
+def _summed(values: Tensor, world: World) -> list[float]:
+    """(N,) float64, each value added up over the ranks."""
     # The device of a lone rank may lack float64 (mps); the CPU has it.
     where = "cpu" if world.backend is None else world.device
-    total = world.all_reduce_sum(torch.tensor(values, dtype=torch.float64, device=where))
-    return [float(value) for value in total.tolist()]
+    return [float(value) for value in world.all_reduce_sum(values.to(where)).tolist()]
 
 
 def _require_bytes(count: float) -> None:

@@ -1,4 +1,4 @@
-"""The scores of a run on the disk: base_eval.json, and the answers behind CORE in core_predictions.jsonl.
+"""Score files of a run: base_eval.json, and the answers behind CORE in core_predictions.jsonl.
 
 A score may have taken hours. So each part is written as soon as it is known, beside what is there of the same
 checkpoint; scores of another checkpoint are set aside under its step, and come back when it is scored again.
@@ -7,6 +7,7 @@ checkpoint; scores of another checkpoint are set aside under its step, and come 
 from __future__ import annotations
 
 import hashlib
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,17 +16,10 @@ from nanochat.common import files
 from nanochat.common.errors import UserError
 
 SCORES, ANSWERS = "base_eval.json", "core_predictions.jsonl"
-OF_BPB, OF_SAMPLE = ("bpb", "loss", "bpb_profile"), ("samples",)
+OF_BPB = ("bpb", "loss", "bpb_profile")
 OF_ALL = ("run", "step", "model", "weights", "dtype", "attention", "world_size", "seconds", "parts")
-EMPTY: dict[str, Any] = {
-    "core_metric": None,
-    "core_stderr": None,
-    "tasks": {},
-    "bpb": {},
-    "loss": {},
-    "samples": [],
-    "examples_per_second": None,
-}
+EMPTY: dict[str, Any] = {"core_metric": None, "core_stderr": None, "tasks": {}, "examples_per_second": None}
+EMPTY |= {"bpb": {}, "loss": {}, "samples": []}
 
 
 def digest_of(answers: bytes) -> str:
@@ -35,7 +29,7 @@ def digest_of(answers: bytes) -> str:
 
 def _part_of(name: str) -> str:
     """Which part of a scoring a field of base_eval.json is of; most are of CORE."""
-    parts = {"": OF_ALL, "bpb": OF_BPB, "sample": OF_SAMPLE}
+    parts = {"": OF_ALL, "bpb": OF_BPB, "sample": ("samples",)}
     return next((part for part, names in parts.items() if name in names), "core")
 
 
@@ -46,6 +40,7 @@ class ScoreFiles:
     Attributes:
         folder: of the run; None on the ranks that write nothing.
         about: which checkpoint or other model it is (run, step, model, weights), and how it computes.
+        started: when the scoring began, by time.perf_counter.
         found: what this scoring has found, by part.
         unwritten: the text of core_predictions.jsonl, until the disk has it.
         trouble: why it could not be written; empty where it could.
@@ -53,6 +48,7 @@ class ScoreFiles:
 
     folder: Path | None
     about: dict[str, Any]
+    started: float
     found: dict[str, dict[str, Any]] = field(default_factory=dict)
     unwritten: str | None = None
     trouble: str = ""
@@ -68,29 +64,26 @@ class ScoreFiles:
         Returns:
             What base_eval.json holds, or would hold where `trouble` says that it could not be written.
         """
-        self.found[part] = found | (
-            {} if answers is None else {"answers_sha256": digest_of(answers.encode())}
-        )
+        self.found[part] = found | {"seconds": time.perf_counter() - self.started}
+        if answers is not None:
+            self.found[part]["answers_sha256"] = digest_of(answers.encode())
+            self.unwritten = answers
         scores = EMPTY | self._kept()
-        scores["parts"] = scores.get("parts", {}) | dict.fromkeys(self.found, self._how())
+        how = {name: self.about.get(name) for name in ("dtype", "attention", "world_size")}
+        scores["parts"] = scores.get("parts", {}) | dict.fromkeys(self.found, how)
         for fields in self.found.values():
             scores |= fields
         scores |= self.about
         if self.folder is not None:
-            self.unwritten = self.unwritten if answers is None else answers
             self._write(self.folder, scores)
         return scores
 
     def _kept(self) -> dict[str, Any]:
         """What the disk has of this checkpoint by earlier scorings, but for parts that were done again."""
-        places = (
-            [] if self.folder is None else [self.folder / SCORES, _aside(self.folder / SCORES, self.about)]
-        )
-        old = next((scores for path in places if self._is_ours(scores := _read(path))), {})
+        path = None if self.folder is None else self.folder / SCORES
+        paths = [] if path is None else [path, _aside(path, self.about)]
+        old = next((scores for path in paths if self._is_ours(scores := _read(path))), {})
         return {name: value for name, value in old.items() if _part_of(name) not in self.found}
-
-    def _how(self) -> dict[str, Any]:
-        return {name: self.about.get(name) for name in ("dtype", "attention", "world_size")}
 
     def _is_ours(self, scores: dict[str, Any]) -> bool:
         """Whether scores are of the same checkpoint; those of older versions do not say its weights."""
@@ -136,7 +129,6 @@ def _aside(path: Path, scores: dict[str, Any]) -> Path:
 def _read(path: Path) -> dict[str, Any]:
     """Scores as they lie on the disk; empty where there are none, or damaged ones."""
     try:
-        scores: dict[str, Any] = files.read_json(path, dict[str, Any])
+        return dict(files.read_json(path, dict[str, Any]))
     except UserError:
         return {}
-    return scores

@@ -1,13 +1,15 @@
-"""Which tokens CORE computes, and together with which others. Pure arithmetic on token ids.
+"""Batches of CORE: which tokens are computed, and together with which others. Pure arithmetic on token ids.
 
-Rows that begin alike are a group: their common beginning is computed once, and each goes on from there.
-Options of one example are such rows, and so are the questions about one story. Groups of about the same
-size make a batch. Both choices minimize the tokens computed, padding included, where a forward pass counts
-as `overhead` tokens more and a shared token that is copied for a row as 1 / `COPIES_PER_TOKEN`.
+Rows that begin with the same tokens form a prefix group: the shared prefix is computed once, and each row
+goes on from it. Options of one example are such rows, and so are the questions about one story. Groups of
+about the same size form a batch. Both choices minimize the tokens computed, padding included, where a forward
+pass counts as `overhead` tokens more and a shared token that is copied for a row as 1 / `COPIES_PER_TOKEN`.
 """
 
 from __future__ import annotations
 
+import itertools
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,161 +24,149 @@ MIN_SHARED = 24  # tokens; less is not worth a second forward pass
 MAX_GROUP_ROWS = 64  # rows
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Span:
-    """Tokens of one row whose loss is asked.
+    """A token sequence whose end is scored; equal only to itself, so that it can be the key of its score.
 
     Attributes:
-        ids: the row, (T,) int32.
-        start: first scored token, at least 1.
-        end: one after the last.
+        ids: (T,) int32; BOS first, unless it was cropped with the beginning.
+        start: first scored token, at least 1; T where nothing is scored.
+        cropped: whether tokens were cut off at the left.
     """
 
     ids: Ids
     start: int
-    end: int
+    cropped: bool = False
+
+
+@dataclass
+class Row:
+    """The inputs of one row of a forward pass.
+
+    Attributes:
+        ids: its tokens, with which no other row begins.
+        spans: what is scored from it: these tokens or a beginning of them, and one target more.
+        first_scored: the first position whose output is needed.
+    """
+
+    ids: Ids
+    spans: list[Span]
+    first_scored: int
 
 
 @dataclass(frozen=True)
 class PrefixGroup:
-    """Inputs that begin with the same tokens.
+    """Rows that begin with the same tokens.
 
     Attributes:
-        shared: how many tokens they share and compute once; 0 for one input.
-        inputs: indices into Inputs.ids.
+        shared: length of the prefix that is computed once; 0 for one row.
+        rows: the rows.
         longest: tokens of the longest of them.
     """
 
     shared: int
-    inputs: tuple[int, ...]
+    rows: tuple[Row, ...]
     longest: int
 
 
-@dataclass(frozen=True)
-class Inputs:
-    """What must be read to score some spans.
-
-    Attributes:
-        ids: distinct token sequences in lexicographic order, none the beginning of another.
-        of_span: for each span, the index of the sequence that contains its inputs.
-        first_scored: for each sequence, the first position whose output is wanted.
-    """
-
-    ids: tuple[Ids, ...]
-    of_span: tuple[int, ...]
-    first_scored: tuple[int, ...]
-
-    @staticmethod
-    def of(spans: Sequence[Span]) -> Inputs:
-        """Find them. The last token of a row is only ever a target, so it is no input."""
-        # Big-endian bytes sort like the numbers.
-        keys = [span.ids[: span.end - 1].astype(">i4").tobytes() for span in spans]
-        order = sorted(range(len(spans)), key=lambda place: keys[place])
-        of_span = [0] * len(spans)
-        kept: list[int] = []  # spans whose inputs are kept, last sequence first
-        first: list[int] = []
-        for place in reversed(order):
-            # What begins another sequence sorts directly before those that it begins.
-            if not kept or not keys[kept[-1]].startswith(keys[place]):
-                kept.append(place)
-                first.append(spans[place].start - 1)
-            of_span[place] = len(kept) - 1
-            first[-1] = min(first[-1], spans[place].start - 1)
-        last = len(kept) - 1
-        ids = tuple(spans[place].ids[: spans[place].end - 1] for place in reversed(kept))
-        return Inputs(ids, tuple(last - number for number in of_span), tuple(reversed(first)))
+def rows_of(spans: Sequence[Span]) -> list[Row]:
+    """The distinct rows that must be read to score spans, in lexicographic order."""
+    # The last token of a span is only ever a target. Big-endian bytes sort like the numbers.
+    keys = {span: span.ids[:-1].astype(">i4").tobytes() for span in spans}
+    rows: list[Row] = []
+    for span in sorted(spans, key=keys.__getitem__, reverse=True):
+        # What begins another row sorts directly before those that it begins.
+        if not rows or not keys[rows[-1].spans[0]].startswith(keys[span]):
+            rows.append(Row(span.ids[:-1], [], span.start - 1))
+        rows[-1].spans.append(span)
+        rows[-1].first_scored = min(rows[-1].first_scored, span.start - 1)
+    return rows[::-1]
 
 
-def prefix_groups(inputs: Inputs, overhead: int, batch_tokens: int) -> list[PrefixGroup]:
-    """Cut the sorted inputs into groups at the least cost."""
-    lengths = [len(ids) for ids in inputs.ids]
-    common = [0] + [_common(a, b) for a, b in zip(inputs.ids, inputs.ids[1:], strict=False)]
-    # best[j]: least cost of the first j inputs; cut[j]: where the last group of that solution begins.
-    best, cut, depth = [0.0], [0], [0]
-    for j in range(1, len(lengths) + 1):
-        i = j - 1
-        cost, begin, shared = best[i] + lengths[i] + overhead, i, 0
-        longest, limit = lengths[i], inputs.first_scored[i]
-        while i > 0 and j - i < MAX_GROUP_ROWS:
-            limit = min(limit, common[i], inputs.first_scored[i - 1])
-            i -= 1
-            longest, size = max(longest, lengths[i]), j - i
+def prefix_groups(rows: Sequence[Row], overhead: int, batch_tokens: int) -> list[PrefixGroup]:
+    """Cut sorted rows into groups at the least cost."""
+    lengths = [len(row.ids) for row in rows]
+    common = [0] + [common_prefix([one.ids, two.ids]) for one, two in itertools.pairwise(rows)]
+    # Of the first so many rows: the least cost; where the last group begins, and how much it shares.
+    best, cuts = [0.0], [(0, 0)]
+    for end in range(1, len(rows) + 1):
+        begin = end - 1
+        cost, cut = best[begin] + lengths[begin] + overhead, (begin, 0)
+        longest, limit = lengths[begin], rows[begin].first_scored
+        while begin > 0 and end - begin < MAX_GROUP_ROWS:
+            limit = min(limit, common[begin], rows[begin - 1].first_scored)
+            begin -= 1
+            longest, size = max(longest, lengths[begin]), end - begin
             if limit < MIN_SHARED or size * longest > batch_tokens:
                 break
             computed = limit + size * (longest - limit) + size * limit / COPIES_PER_TOKEN
-            if best[i] + computed + 2 * overhead < cost:
-                cost, begin, shared = best[i] + computed + 2 * overhead, i, limit
+            if best[begin] + computed + 2 * overhead < cost:
+                cost, cut = best[begin] + computed + 2 * overhead, (begin, limit)
         best.append(cost)
-        cut.append(begin)
-        depth.append(shared)
-    found = []
-    end = len(lengths)
+        cuts.append(cut)
+    groups = []
+    end = len(rows)
     while end:
-        begin = cut[end]
-        found.append(PrefixGroup(depth[end], tuple(range(begin, end)), max(lengths[begin:end])))
+        begin, shared = cuts[end]
+        groups.append(PrefixGroup(shared, tuple(rows[begin:end]), max(lengths[begin:end])))
         end = begin
-    return found
+    return groups
 
 
-def _common(a: Ids, b: Ids) -> int:
-    shortest = min(len(a), len(b))
-    differs = a[:shortest] != b[:shortest]
+def common_prefix(rows: Sequence[NDArray[np.int32]]) -> int:
+    """Number of tokens that all rows begin with."""
+    shortest = min(map(len, rows))
+    differs = np.zeros(shortest, dtype=bool)
+    for row in rows[1:]:
+        differs |= row[:shortest] != rows[0][:shortest]
     return int(differs.argmax()) if differs.any() else shortest
 
 
-def batches(found: Sequence[PrefixGroup], overhead: int, batch_tokens: int) -> list[list[PrefixGroup]]:
+def batches(groups: Sequence[PrefixGroup], overhead: int, batch_tokens: int) -> list[list[PrefixGroup]]:
     """Put groups that share something, and single rows, into batches at the least cost.
 
     Args:
-        found: from `prefix_groups`.
+        groups: from `prefix_groups`.
         overhead: of a forward pass, in tokens.
         batch_tokens: most positions a batch holds, padding and shared ones of every row included, unless it
             is of one group.
     """
-    alone = sorted((group for group in found if not group.shared), key=lambda group: -group.longest)
-    sharing = sorted(
-        (group for group in found if group.shared), key=lambda group: (-group.shared, -group.longest)
-    )
-    return [
-        group for part in (alone, sharing) if part for group in _cheapest_cuts(part, overhead, batch_tokens)
-    ]
+    ordered = sorted(groups, key=lambda group: (group.shared > 0, -group.shared, -group.longest))
+    kinds = itertools.groupby(ordered, key=lambda group: group.shared > 0)
+    return [batch for _, kind in kinds for batch in _cheapest_cuts(list(kind), overhead, batch_tokens)]
 
 
 def _cheapest_cuts(
     ordered: Sequence[PrefixGroup], overhead: int, batch_tokens: int
 ) -> list[list[PrefixGroup]]:
     """Consecutive groups of least cost; a group shares as much as the last of it, which shares least."""
-    count = len(ordered)
     longest = np.array([group.longest for group in ordered])
-    rows = np.array([len(group.inputs) for group in ordered])
+    rows = np.array([len(group.rows) for group in ordered])
     passes = 2 if ordered[0].shared else 1
-    best = np.zeros(count + 1)
-    cut = np.zeros(count + 1, dtype=np.int64)
+    best = np.zeros(len(ordered) + 1)
+    cuts = [0] * (len(ordered) + 1)
     low = 0  # groups that end here begin here at the earliest
-    for j in range(1, count + 1):
-        shared = ordered[j - 1].shared
-        widest = np.maximum.accumulate(longest[low:j][::-1])[::-1]
-        size = np.cumsum(rows[low:j][::-1])[::-1]
+    for end, group in enumerate(ordered, 1):
+        widest = np.maximum.accumulate(longest[low:end][::-1])[::-1]
+        size = np.cumsum(rows[low:end][::-1])[::-1]
         fits = size * widest <= batch_tokens
         fits[-1] = True
-        if not fits[0]:
-            skip = int(fits.argmax())
-            low, widest, size = low + skip, widest[skip:], size[skip:]
-        once = np.arange(j - low, 0, -1) * shared
-        computed = once + size * (widest - shared) + size * shared / COPIES_PER_TOKEN
-        cost = best[low:j] + computed + passes * overhead
-        place = int(cost.argmin())
-        best[j], cut[j] = cost[place], low + place
-    groups = []
-    end = count
+        skip = int(fits.argmax())
+        low, widest, size = low + skip, widest[skip:], size[skip:]
+        once = np.arange(end - low, 0, -1) * group.shared
+        computed = once + size * (widest - group.shared) + size * group.shared / COPIES_PER_TOKEN
+        cost = best[low:end] + computed + passes * overhead
+        cheapest = int(cost.argmin())
+        best[end], cuts[end] = cost[cheapest], low + cheapest
+    found = []
+    end = len(ordered)
     while end:
-        begin = int(cut[end])
-        groups.append(list(ordered[begin:end]))
-        end = begin
-    return groups
+        found.append(list(ordered[cuts[end] : end]))
+        end = cuts[end]
+    return found
 
 
-def share_out(costs: Sequence[int], units: Sequence[int], ranks: int) -> list[int]:
+def assign_ranks(costs: Sequence[int], units: Sequence[int], ranks: int) -> list[int]:
     """The rank of each example: units (examples that share work) go whole, longest first, to the freest rank.
 
     Args:
@@ -184,13 +174,12 @@ def share_out(costs: Sequence[int], units: Sequence[int], ranks: int) -> list[in
         units: the number of the unit of each example.
         ranks: how many there are.
     """
-    total: dict[int, int] = {}
+    total: Counter[int] = Counter()
     for cost, unit in zip(costs, units, strict=True):
-        total[unit] = total.get(unit, 0) + cost
+        total[unit] += cost
     load = [0] * ranks
-    home: dict[int, int] = {}
+    rank_of: dict[int, int] = {}
     for unit in sorted(total, key=lambda unit: (-total[unit], unit)):
-        rank = min(range(ranks), key=lambda rank: load[rank])
+        rank_of[unit] = rank = load.index(min(load))
         load[rank] += total[unit]
-        home[unit] = rank
-    return [home[unit] for unit in units]
+    return [rank_of[unit] for unit in units]

@@ -1,4 +1,4 @@
-"""CORE's tasks: reading and checking a bundle. Pure text, no model.
+"""Bundles of CORE tasks: read and checked. Pure text, no model.
 
 A bundle is a folder or a zip file with `core.yaml` (the tasks), `eval_meta_data.csv` (the random baselines)
 and `eval_data/*.jsonl` (the examples).
@@ -7,10 +7,9 @@ and `eval_data/*.jsonl` (the examples).
 from __future__ import annotations
 
 import csv
-import dataclasses
 import hashlib
 import io
-import reprlib
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,11 +20,11 @@ import yaml
 
 from nanochat.common import archives, typed_json
 from nanochat.common.errors import UserError
+from nanochat.common.typed_json import shown
 
 MULTIPLE_CHOICE = "multiple_choice"
 SCHEMA = "schema"
 LANGUAGE_MODELING = "language_modeling"
-KINDS = (MULTIPLE_CHOICE, SCHEMA, LANGUAGE_MODELING)
 
 LIST, BASELINES = "core.yaml", "eval_meta_data.csv"
 MAX_LIST_BYTES = 1 << 15  # of each of these; the public ones have 4 kB and 7 kB
@@ -34,9 +33,15 @@ MAX_LINE_BYTES = 1 << 21  # an example; those of the public bundle have up to 30
 MAX_SHOTS = 1000  # CORE's most are 10; every shot stands in every prompt
 FETCH_AGAIN = "Fetch the bundle again."
 
-# Values are shown short in errors: a few lines of YAML can name a list of a billion entries.
-_SHORT = reprlib.Repr()
-_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 2, 60, 60
+# The fields of an entry of core.yaml besides its label, and of a line of a task's file: the contexts, the
+# continuations, and which of the options is right.
+ENTRY: dict[str, Any] = {"icl_task_type": str, "dataset_uri": str, "num_fewshot": int | list[int]}
+ENTRY |= {"continuation_delimiter": str, "has_categories": bool}
+LINE: dict[str, dict[str, Any]] = {
+    MULTIPLE_CHOICE: {"query": str, "choices": list[str], "gold": int},
+    SCHEMA: {"context_options": list[str], "continuation": str, "gold": int},
+    LANGUAGE_MODELING: {"context": str, "continuation": str},
+}
 
 
 @dataclass(frozen=True)
@@ -45,28 +50,28 @@ class Bundle:
 
     Attributes:
         name: what errors and result files call it.
-        blocks: the bytes of a file by its path inside the bundle, in pieces; `UserError` where there is none.
+        pieces: the bytes of a file by its path inside the bundle; a `UserError` where there is none.
     """
 
     name: str
-    blocks: Callable[[str], Iterable[bytes]]
+    pieces: Callable[[str], Iterable[bytes]]
 
     @staticmethod
     def from_texts(name: str, texts: Mapping[str, str]) -> Bundle:
         """A bundle held in memory."""
 
-        def blocks(member: str) -> list[bytes]:
+        def pieces(member: str) -> list[bytes]:
             if member not in texts:
                 raise _missing(name, member)
             return [texts[member].encode("utf-8")]
 
-        return Bundle(name, blocks)
+        return Bundle(name, pieces)
 
     def sha256(self, member: str) -> str:
         """Hex digest of a file: two bundles ask the same where those of their files are the same."""
         digest = hashlib.sha256()
-        for block in self.blocks(member):
-            digest.update(block)
+        for piece in self.pieces(member):
+            digest.update(piece)
         return digest.hexdigest()
 
     def text(self, member: str) -> str:
@@ -76,7 +81,7 @@ class Bundle:
             UserError: the file is missing or is not UTF-8.
         """
         try:
-            return b"".join(self.blocks(member)).decode("utf-8-sig")
+            return b"".join(self.pieces(member)).decode("utf-8-sig")
         except UnicodeDecodeError as error:
             raise UserError(
                 f"{self.name}/{member}: byte {error.start} is not UTF-8. {FETCH_AGAIN}"
@@ -91,8 +96,8 @@ class Bundle:
             UserError: the file is missing, or a line is longer than any example.
         """
         number, pending = 1, b""
-        for block in self.blocks(member):
-            ended = (pending + block).split(b"\n")
+        for piece in self.pieces(member):
+            ended = (pending + piece).split(b"\n")
             pending = ended.pop()
             yield from enumerate(ended, number)
             number += len(ended)
@@ -107,11 +112,11 @@ class Task:
 
     Attributes:
         label: its name, unique in the suite.
-        kind: one of `KINDS`.
+        kind: a key of `LINE`.
         shots: solved examples shown before the question.
         delimiter: what stands between a context and its continuation.
         member: path of the examples inside the bundle.
-        baseline_percent: accuracy of guessing, as `eval_meta_data.csv` has it.
+        baseline_percent: the random baseline, as `eval_meta_data.csv` has it.
         has_categories: whether its examples name the category they are of.
     """
 
@@ -157,43 +162,33 @@ def open_bundle(path: Path) -> Bundle:
     if path.is_dir():
         if not (path / LIST).is_file():
             raise UserError(f"{path}: no core.yaml in this folder. Give the folder of an eval bundle.")
-        return _folder_bundle(path)
+        return Bundle(path.name, lambda member: _file_pieces(path, member))
     if not path.is_file():
         raise UserError(f"{path}: no such eval bundle. Give a folder or a zip file with --eval-bundle.")
-    names = archives.members(path)
-    roots = [name[: -len(LIST)] for name in names if PurePosixPath(name).name == LIST]
+    roots = [name[: -len(LIST)] for name in archives.members(path) if PurePosixPath(name).name == LIST]
     if len(roots) != 1:
         raise UserError(f"{path}: expected one core.yaml in it, found {len(roots)}. Is it an eval bundle?")
-    return _zip_bundle(path, roots[0])
-
-
-def _missing(bundle: str, member: str) -> UserError:
-    return UserError(f"{bundle}/{member}: the file is missing. {FETCH_AGAIN[:-1]}, or give another one.")
+    return Bundle(path.name, lambda member: archives.chunks(path, roots[0] + member, _most_bytes(member)))
 
 
 def _most_bytes(member: str) -> int:
     return MAX_LIST_BYTES if member in (LIST, BASELINES) else MAX_TASK_BYTES
 
 
-def _folder_bundle(folder: Path) -> Bundle:
-    def blocks(member: str) -> Iterator[bytes]:
-        path, left = folder / member, _most_bytes(member)
-        if not path.is_file():
-            raise _missing(folder.name, member)
-        with path.open("rb") as file:
-            while block := file.read(archives.CHUNK_BYTES):
-                left -= len(block)
-                if left < 0:
-                    raise UserError(
-                        f"{path}: over {_most_bytes(member):,} bytes, more than any eval bundle's."
-                    )
-                yield block
-
-    return Bundle(folder.name, blocks)
+def _missing(bundle: str, member: str) -> UserError:
+    return UserError(f"{bundle}/{member}: the file is missing. {FETCH_AGAIN[:-1]}, or give another one.")
 
 
-def _zip_bundle(path: Path, root: str) -> Bundle:
-    return Bundle(path.name, lambda member: archives.chunks(path, root + member, _most_bytes(member)))
+def _file_pieces(folder: Path, member: str) -> Iterator[bytes]:
+    path, left = folder / member, _most_bytes(member)
+    if not path.is_file():
+        raise _missing(folder.name, member)
+    with path.open("rb") as file:
+        while piece := file.read(archives.CHUNK_BYTES):
+            left -= len(piece)
+            if left < 0:
+                raise UserError(f"{path}: over {_most_bytes(member):,} bytes, more than any eval bundle's.")
+            yield piece
 
 
 def load_tasks(bundle: Bundle) -> list[Task]:
@@ -214,42 +209,44 @@ def load_tasks(bundle: Bundle) -> list[Task]:
     if not isinstance(entries, list) or not entries:
         raise UserError(f"{where}: expected a list of tasks under icl_tasks.")
     baselines = _load_baselines(bundle)
-    tasks = [_parse_task(where, number, entry, baselines) for number, entry in enumerate(entries, 1)]
-    seen: set[str] = set()
-    for task in tasks:
-        if task.label in seen:
-            raise UserError(
-                f"{where}: the label {_SHORT.repr(task.label)} stands there twice. Labels must be unique."
-            )
-        seen.add(task.label)
-    return tasks
+    tasks: dict[str, Task] = {}
+    for number, entry in enumerate(entries, 1):
+        if not isinstance(entry, dict) or not isinstance(entry.get("label"), str):
+            raise UserError(f"{where}: task {number} has no label.")
+        label = shown(entry["label"])
+        if entry["label"] in tasks:
+            raise UserError(f"{where}: the label {label} stands there twice. Labels must be unique.")
+        tasks[entry["label"]] = _parse_task(f"{where}: task {label}", entry, baselines)
+    return list(tasks.values())
 
 
-def _parse_task(where: str, number: int, entry: Any, baselines: Mapping[str, float]) -> Task:
-    if not isinstance(entry, dict) or not isinstance(entry.get("label"), str):
-        raise UserError(f"{where}: task {number} has no label.")
-    label = entry["label"]
-    here = f"{where}: task {_SHORT.repr(label)}"
-    kind, uri = entry.get("icl_task_type"), entry.get("dataset_uri")
-    if not isinstance(kind, str) or kind not in KINDS:
-        raise UserError(f"{here}: icl_task_type is {_SHORT.repr(kind)}, expected one of {', '.join(KINDS)}.")
-    if not isinstance(uri, str) or not archives.is_inside(uri):
-        raise UserError(f"{here}: dataset_uri is {_SHORT.repr(uri)}, expected a path inside eval_data.")
-    shots = entry.get("num_fewshot")
+def _parse_task(where: str, entry: dict[str, Any], baselines: Mapping[str, float]) -> Task:
+    entry = {"continuation_delimiter": " ", "has_categories": False, **entry}
+    if problem := _mismatch(entry, ENTRY):
+        raise UserError(f"{where}: {problem}.")
+    kind, uri, shots, delimiter, has_categories = (entry[name] for name in ENTRY)
     shots = shots[0] if isinstance(shots, list) and len(shots) == 1 else shots
-    if type(shots) is not int or not 0 <= shots <= MAX_SHOTS:
-        raise UserError(
-            f"{here}: num_fewshot is {_SHORT.repr(shots)}, expected a list of one number, 0 to {MAX_SHOTS}."
-        )
-    delimiter = entry.get("continuation_delimiter", " ")
-    if not isinstance(delimiter, str):
-        raise UserError(f"{here}: continuation_delimiter is {_SHORT.repr(delimiter)}, expected a text.")
-    if label not in baselines:
-        raise UserError(f"{here}: eval_meta_data.csv has no random baseline for it.")
-    categories = entry.get("has_categories", False)
-    if type(categories) is not bool:
-        raise UserError(f"{here}: has_categories is {_SHORT.repr(categories)}, expected true or false.")
-    return Task(label, kind, shots, delimiter, f"eval_data/{uri}", baselines[label], categories)
+    if kind not in LINE:
+        problem = f"icl_task_type is {shown(kind)}, expected one of {', '.join(LINE)}"
+    elif not archives.is_inside(uri):
+        problem = f"dataset_uri is {shown(uri)}, expected a path inside eval_data"
+    elif isinstance(shots, list) or not 0 <= shots <= MAX_SHOTS:
+        problem = f"num_fewshot is {shown(shots)}, expected a list of one number, 0 to {MAX_SHOTS}"
+    elif entry["label"] not in baselines:
+        problem = "eval_meta_data.csv has no random baseline for it"
+    else:
+        baseline = baselines[entry["label"]]
+        return Task(entry["label"], kind, shots, delimiter, f"eval_data/{uri}", baseline, has_categories)
+    raise UserError(f"{where}: {problem}.")
+
+
+def _mismatch(record: Any, fields: Mapping[str, Any]) -> str:
+    """The first field that is not what it should be, in words, or "" where all are."""
+    if problem := typed_json.mismatch(record, dict):
+        return problem
+    return next(
+        filter(None, (typed_json.mismatch(record.get(name), fields[name], name) for name in fields)), ""
+    )
 
 
 def _load_baselines(bundle: Bundle) -> dict[str, float]:
@@ -259,8 +256,11 @@ def _load_baselines(bundle: Bundle) -> dict[str, float]:
     try:
         for row in reader:
             label, text = row.get("Eval Task"), row.get("Random baseline")
-            value = _percentage(text)
-            if not label or value is None:
+            try:
+                value = float(text or "")
+            except ValueError:
+                value = math.nan
+            if not label or not 0 <= value < 100:
                 raise UserError(
                     f"{where}:{reader.line_num}: the random baseline of {label!r:.60} is {text!r:.60}, "
                     "expected a percentage, 0 or more and under 100."
@@ -269,14 +269,6 @@ def _load_baselines(bundle: Bundle) -> dict[str, float]:
     except csv.Error as error:
         raise UserError(f"{where}:{reader.line_num}: not a table ({error}). {FETCH_AGAIN}") from error
     return baselines
-
-
-def _percentage(text: str | None) -> float | None:
-    try:
-        value = float(text or "")
-    except ValueError:
-        return None
-    return value if 0 <= value < 100 else None
 
 
 def load_examples(bundle: Bundle, task: Task) -> list[Example]:
@@ -294,52 +286,27 @@ def load_examples(bundle: Bundle, task: Task) -> list[Example]:
             record = typed_json.parse(line.decode("utf-8-sig" if number == 1 else "utf-8"))
         except ValueError as error:
             raise UserError(f"{where}: not valid JSON ({error}). Is the file cut?") from error
-        if not isinstance(record, dict):
-            raise UserError(f"{where}: expected an object, found {type(record).__name__}.")
-        example = _parse_example(where, task.kind, record, number)
-        if task.has_categories:
-            example = dataclasses.replace(example, category=_field_text(where, record, "category"))
-        examples.append(example)
+        examples.append(_parse_example(where, task, record, number))
     if not examples:
         raise UserError(f"{bundle.name}/{task.member}: holds no examples.")
     return examples
 
 
-def _parse_example(where: str, kind: str, record: dict[str, Any], line: int) -> Example:
-    if kind == MULTIPLE_CHOICE:
-        query, choices = _field_text(where, record, "query"), _field_texts(where, record, "choices")
-        return Example((query,), choices, _gold(where, record, len(choices)), line)
-    continuation = _field_text(where, record, "continuation")
-    if not continuation.strip():
-        raise UserError(f"{where}: the continuation is empty; there is nothing to score.")
-    if kind == SCHEMA:
-        options = _field_texts(where, record, "context_options")
-        return Example(options, (continuation,), _gold(where, record, len(options)), line)
-    return Example((_field_text(where, record, "context"),), (continuation,), 0, line)
-
-
-def _field_text(where: str, record: dict[str, Any], key: str) -> str:
-    value = record.get(key)
-    if not isinstance(value, str):
-        raise UserError(f"{where}: {key!r} is {_SHORT.repr(value)}, expected a text.")
-    return value
-
-
-def _field_texts(where: str, record: dict[str, Any], key: str) -> tuple[str, ...]:
-    value = record.get(key)
-    if not isinstance(value, list) or not value:
-        raise UserError(f"{where}: {key!r} is {_SHORT.repr(value)}, expected a list of texts, not empty.")
-    for number, text in enumerate(value):
-        if not isinstance(text, str) or not text.strip():
-            raise UserError(f"{where}: entry {number} of {key!r} is {_SHORT.repr(text)}, expected some text.")
-    return tuple(value)
-
-
-def _gold(where: str, record: dict[str, Any], options: int) -> int:
-    gold = record.get("gold")
-    if type(gold) is not int or not 0 <= gold < options:
-        raise UserError(f"{where}: 'gold' is {_SHORT.repr(gold)}, expected a number from 0 to {options - 1}.")
-    return gold
+def _parse_example(where: str, task: Task, record: Any, line: int) -> Example:
+    fields = LINE[task.kind] | ({"category": str} if task.has_categories else {})
+    if problem := _mismatch(record, fields):
+        raise UserError(f"{where}: {problem}.")
+    values = [record[name] for name in fields]
+    contexts, continuations = (tuple(text if isinstance(text, list) else [text]) for text in values[:2])
+    for name, texts in zip(fields, (contexts, continuations), strict=False):
+        # What comes before all options alike may be empty.
+        if name not in ("query", "context") and not (texts and all(text.strip() for text in texts)):
+            raise UserError(f"{where}: {name} is empty, or a text in it is; there is nothing to score.")
+    gold = record["gold"] if "gold" in fields else 0
+    example = Example(contexts, continuations, gold, line, record["category"] if task.has_categories else "")
+    if not 0 <= gold < example.options:
+        raise UserError(f"{where}: gold is {gold}, expected a number from 0 to {example.options - 1}.")
+    return example
 
 
 def trivial_baselines(examples: Sequence[Example]) -> dict[str, float]:
@@ -347,16 +314,16 @@ def trivial_baselines(examples: Sequence[Example]) -> dict[str, float]:
 
     Of language modeling the commonest continuation, and no more.
     """
-    options = [
-        example.continuations if len(example.contexts) == 1 else example.contexts for example in examples
-    ]
+    options = [max(example.contexts, example.continuations, key=len) for example in examples]
     if max(map(len, options)) == 1:
-        [(_, count)] = Counter(texts[0].strip() for texts in options).most_common(1)
+        [(_, count)] = Counter(example.continuations[0].strip() for example in examples).most_common(1)
         return {"majority": count / len(examples)}
     golds = [example.gold for example in examples]
-    right = {"majority": Counter(golds).most_common(1)[0][1], "longest": 0, "shortest": 0}
-    for texts, gold in zip(options, golds, strict=True):
-        sizes = [len(text) for text in texts]
-        right["longest"] += sizes.index(max(sizes)) == gold
-        right["shortest"] += sizes.index(min(sizes)) == gold
+    sizes = [[len(text) for text in texts] for texts in options]
+    pairs = list(zip(sizes, golds, strict=True))
+    right = {
+        "majority": Counter(golds).most_common(1)[0][1],
+        "longest": sum(size.index(max(size)) == gold for size, gold in pairs),
+        "shortest": sum(size.index(min(size)) == gold for size, gold in pairs),
+    }
     return {name: count / len(examples) for name, count in right.items()}

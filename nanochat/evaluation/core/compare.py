@@ -1,12 +1,17 @@
-"""Runs against each other: the paired difference of two by example, and the mean of several seeds."""
+"""Comparison of scored runs: the paired difference of two, example by example, and the mean of several seeds.
+
+Two runs answer the same questions, so their difference is much surer than each of their scores.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 from nanochat.common import files, run_files
@@ -34,8 +39,7 @@ class Difference:
         second: B's.
         stderr: of second - first.
         pairs: examples that both answered.
-        only_first: examples that only A answered rightly.
-        only_second: examples that only B answered rightly.
+        only: examples that only A answered rightly, and those that only B did.
         exact: whether the examples are independent draws of one task, so that these two say all.
         p_holm: the p-value of a task, adjusted for the number of tasks.
     """
@@ -45,19 +49,18 @@ class Difference:
     second: float
     stderr: float
     pairs: int
-    only_first: int
-    only_second: int
+    only: tuple[int, int]
     exact: bool = False
     p_holm: float = math.nan
 
     @property
     def p_value(self) -> float:
-        """How often so large a difference, of either sign, would come of equals: exact where it is of few."""
-        if self.exact and self.only_first + self.only_second < FEW:
-            return core_statistics.exact_mcnemar(self.only_first, self.only_second)
+        """Two-sided p-value of the difference: exact where few pairs differ, else of the normal one."""
+        if self.exact and sum(self.only) < FEW:
+            return core_statistics.exact_mcnemar(*self.only)
         if self.stderr == 0:
             return 1.0 if self.first == self.second else 0.0
-        return 2 * core_statistics.normal_cdf(-abs(self.second - self.first) / self.stderr)
+        return 2 * NormalDist().cdf(-abs(self.second - self.first) / self.stderr)
 
 
 @dataclass(frozen=True)
@@ -85,13 +88,24 @@ class Scored:
         lines = _read_answers(folder / ANSWERS, scores, again) if with_answers else []
         return Scored(run, scores, {(line["task"], line["line"]): line for line in lines})
 
+    def conditions(self) -> dict[str, object]:
+        """What must be the same in two runs that were asked the same, by its name in a message."""
+        tasks = self.scores["tasks"]
+        cropped = any(fields.get("cropped_prompts", 1) for fields in tasks.values())
+        same = {name: self.scores.get(name) for name in SAME}
+        # How far prompts were cropped says nothing where none was.
+        same["crop_tokens"] = self.scores.get("crop_tokens") if cropped else None
+        for label, fields in tasks.items():
+            known = [name for name in SAME_OF_TASK if fields.get(name) is not None]
+            same |= {f"{name} of {label}": fields[name] for name in known}
+        return same
+
 
 def _read_answers(path: Path, scores: dict[str, Any], again: str) -> list[dict[str, Any]]:
     """The answers that the scores are made of."""
     lines = run_files.read_lines(path, dict)
-    if not lines or any(
-        type(line.get(name)) is not kind for line in lines for name, kind in OF_AN_ANSWER.items()
-    ):
+    answers = [all(type(line.get(name)) is kind for name, kind in OF_AN_ANSWER.items()) for line in lines]
+    if not lines or not all(answers):
         raise UserError(f"{path}: holds no answers of this version. {again}")
     # Two files cannot be renamed as one: a kill between them leaves answers of another scoring.
     digest = scores.get("answers_sha256")
@@ -110,73 +124,48 @@ def compare(run_a: str, run_b: str) -> list[Difference]:
     _require_same([a, b])
     if a.answers.keys() != b.answers.keys():
         raise UserError(f"runs {run_a!r} and {run_b!r} answered different examples. Score both again alike.")
-    tasks = []
-    variance = 0.0
+    tasks, variance = [], 0.0
     for label, fields in a.scores["tasks"].items():
         keys = [key for key in a.answers if key[0] == label]
-        difference = _task_difference(label, [(a.answers[key], b.answers[key]) for key in keys])
-        tasks.append(difference)
-        variance += (difference.stderr / (1 - fields["baseline"])) ** 2
+        tasks.append(_task_difference(label, [(a.answers[key], b.answers[key]) for key in keys]))
+        variance += (tasks[-1].stderr / (1 - fields["baseline"])) ** 2
     adjusted = core_statistics.holm([task.p_value for task in tasks])
     tasks = [dataclasses.replace(task, p_holm=p) for task, p in zip(tasks, adjusted, strict=True)]
-    whole = Difference(
-        "CORE",
-        a.scores["core_metric"],
-        b.scores["core_metric"],
-        math.sqrt(variance) / len(tasks),
-        len(a.answers),
-        sum(task.only_first for task in tasks),
-        sum(task.only_second for task in tasks),
-    )
-    return [whole, *tasks]
+    first, second = (run.scores["core_metric"] for run in (a, b))
+    only_first, only_second = (sum(task.only[side] for task in tasks) for side in (0, 1))
+    stderr = math.sqrt(variance) / len(tasks)
+    return [Difference("CORE", first, second, stderr, len(a.answers), (only_first, only_second)), *tasks]
 
 
 def _require_same(runs: Sequence[Scored]) -> None:
-    first = runs[0]
-    for other in runs[1:]:
-        for name in SAME:
-            _require_equal(name, first, other, first.scores.get(name), other.scores.get(name))
-        _require_equal("crop_tokens", first, other, _crop_of(first), _crop_of(other))
+    first, *others = runs
+    for other in others:
         if first.scores["tasks"].keys() != other.scores["tasks"].keys():
             raise UserError(f"runs {first.run!r} and {other.run!r} were scored on different tasks.")
-        for label, fields in first.scores["tasks"].items():
-            for name in SAME_OF_TASK:
-                one, two = fields.get(name), other.scores["tasks"][label].get(name)
-                if one is not None and two is not None:
-                    _require_equal(f"{name} of {label}", first, other, one, two)
-        if not all("sha256" in fields for one in (first, other) for fields in one.scores["tasks"].values()):
-            _require_equal("bundle", first, other, first.scores.get("bundle"), other.scores.get("bundle"))
-
-
-def _require_equal(name: str, first: Scored, other: Scored, one: object, two: object) -> None:
-    if one != two:
-        raise UserError(
-            f"run {other.run!r} was scored with {name}={two}, run {first.run!r} with {one}. Score both alike."
-        )
-
-
-def _crop_of(scored: Scored) -> object:
-    """How far prompts were cropped; None where none was, whatever the limit."""
-    cropped = any(fields.get("cropped_prompts", 1) for fields in scored.scores["tasks"].values())
-    return scored.scores.get("crop_tokens") if cropped else None
+        one, two = first.conditions(), other.conditions()
+        # Scores of older versions lack the hashes of their questions, and are known by the bundle's name.
+        if not all(f"sha256 of {label}" in both for both in (one, two) for label in first.scores["tasks"]):
+            one["bundle"], two["bundle"] = first.scores.get("bundle"), other.scores.get("bundle")
+        for name, value in one.items():
+            if name in two and two[name] != value:
+                raise UserError(
+                    f"run {other.run!r} was scored with {name}={two[name]}, run {first.run!r} with "
+                    f"{value}. Score both alike."
+                )
 
 
 def _task_difference(label: str, pairs: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> Difference:
-    right = [(one["answer"] == one["gold"], two["answer"] == two["gold"]) for one, two in pairs]
-    groups: dict[str, list[int]] = {}
-    for place, (one, _) in enumerate(pairs):
-        groups.setdefault(one.get("category", ""), []).append(place)
-    strata, means = [], []
-    exact = len(groups) == 1 and len({one["passage"] for one, _ in pairs}) == len(pairs)
-    for places in groups.values():
-        passages = [pairs[place][0]["passage"] for place in places]
-        strata.append(Stratum.of([float(right[place][1]) - right[place][0] for place in places], passages))
-        means.append([sum(right[place][side] for place in places) / len(places) for side in (0, 1)])
-    first, second = (sum(mean[side] for mean in means) / len(means) for side in (0, 1))
-    only = [sum(pair == sign for pair in right) for sign in ((True, False), (False, True))]
-    return Difference(
-        label, first, second, core_statistics.stderr_of_mean(strata), len(pairs), only[0], only[1], exact
+    right = [[float(line["answer"] == line["gold"]) for line in lines] for lines in zip(*pairs, strict=True)]
+    gains = [two - one for one, two in zip(*right, strict=True)]
+    passages = [line["passage"] for line, _ in pairs]
+    categories = [line.get("category", "") for line, _ in pairs]
+    first, second, gained = (
+        Stratum.by_category(zip(values, passages, categories, strict=True)) for values in (*right, gains)
     )
+    means = core_statistics.mean_of(first), core_statistics.mean_of(second)
+    exact = len(gained) == 1 and len(set(passages)) == len(passages)
+    only = gains.count(-1), gains.count(1)
+    return Difference(label, *means, core_statistics.stderr_of_mean(gained), len(gains), only, exact)
 
 
 @dataclass(frozen=True)
@@ -185,68 +174,48 @@ class Claim:
 
     Attributes:
         what: the error that is meant.
-        stderr: of the mean of the seeds.
+        mean: of the seeds.
+        stderr: of that mean.
         verdict: on GPT-2's figure; empty where it is not comparable.
     """
 
     what: str
+    mean: float
     stderr: float
     verdict: str
 
 
-@dataclass(frozen=True)
-class Combined:
-    """Several seeds of one recipe.
+def combine(runs: Sequence[str]) -> tuple[dict[str, float], list[Claim]]:
+    """Combine seeds of one recipe.
 
-    Attributes:
-        runs: their names.
-        values: their CORE.
-        mean: of these.
-        stderr: of the mean, from the spread between the runs.
-        questions: standard error that the questions give one run; None where the scores do not say.
-        comparable: whether GPT-2's figure is about the same questions.
-    """
-
-    runs: tuple[str, ...]
-    values: tuple[float, ...]
-    mean: float
-    stderr: float
-    questions: float | None
-    comparable: bool
-
-    @property
-    def claims(self) -> tuple[Claim, ...]:
-        """Of the recipe on these questions: all seeds answered the same ones. And at such questions."""
-        seeds = self._claim("mean and standard error on these questions, by the spread", 0.0)
-        if self.questions is None:
-            return (seeds,)
-        return seeds, self._claim("with the error of the questions, mean", self.questions)
-
-    def _claim(self, what: str, questions: float) -> Claim:
-        if not self.comparable:
-            return Claim(what, math.hypot(self.stderr, questions), "")
-        known = questions**2 + GPT2_CORE_STDERR**2
-        degrees = core_statistics.degrees_of_sum(self.stderr**2, known, len(self.values) - 1)
-        error = math.sqrt(self.stderr**2 + known)
-        above = core_statistics.probability_above(self.mean, error, GPT2_CORE, degrees)
-        return Claim(what, math.hypot(self.stderr, questions), describe_probability(above))
-
-
-def combine(runs: Sequence[str]) -> Combined:
-    """Mean and standard error of the CORE of several runs.
+    Returns:
+        The CORE of each run. Claims on the recipe: on these questions, which all seeds answered, and on such
+        questions, where the scores say the error that the questions give one run.
 
     Raises:
         UserError: fewer than two, one twice, one not scored, or scored on different questions.
     """
     if len(runs) < 2 or len(set(runs)) < len(runs):
         raise UserError(f"--combine {' '.join(runs)}: expected two or more different runs.")
-    found = [Scored.read(run, with_answers=False) for run in runs]
-    _require_same(found)
-    values = tuple(float(one.scores["core_metric"]) for one in found)
-    mean, stderr = core_statistics.mean_and_stderr(values)
-    scores = found[0].scores
+    scored = [Scored.read(run, with_answers=False) for run in runs]
+    _require_same(scored)
+    values = {one.run: float(one.scores["core_metric"]) for one in scored}
+    scores = scored[0].scores
     comparable = scores["core_variant"] == "nanochat" and is_core(scores["tasks"])
-    errors = [one.scores.get("core_stderr") for one in found]
-    known = [float(error) for error in errors if isinstance(error, int | float)]
-    questions = sum(known) / len(known) if len(known) == len(errors) else None
-    return Combined(tuple(runs), values, mean, stderr, questions, comparable)
+    claims = [_claim("mean and standard error on these questions, by the spread", values, 0.0, comparable)]
+    errors = [one.scores["core_stderr"] for one in scored if one.scores.get("core_stderr") is not None]
+    if len(errors) == len(scored):
+        questions = statistics.fmean(errors)
+        claims.append(_claim("with the error of the questions, mean", values, questions, comparable))
+    return values, claims
+
+
+def _claim(what: str, values: Mapping[str, float], questions: float, comparable: bool) -> Claim:
+    """The error of the mean from the spread of the values, and the standard error that the questions give."""
+    mean = statistics.fmean(values.values())
+    spread = statistics.variance(values.values()) / len(values)
+    known = questions**2 + GPT2_CORE_STDERR**2
+    degrees = core_statistics.degrees_of_sum(spread, known, len(values) - 1)
+    above = core_statistics.probability_above(mean, math.sqrt(spread + known), GPT2_CORE, degrees)
+    verdict = describe_probability(above) if comparable else ""
+    return Claim(what, mean, math.sqrt(spread + questions**2), verdict)

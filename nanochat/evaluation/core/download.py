@@ -1,14 +1,13 @@
-"""The CORE tasks from the network: resumed after a break, every file checked by its hash, whole or absent.
+"""Download of the CORE tasks: resumed after a break, every file checked by its hash, whole or absent.
 
     python -m scripts.core_download
 
-Of the zip the files below are read and nothing else, and only if all have the bytes that GPT-2 was asked
+Of the zip the files below are read and nothing else, and only if all have the bytes that GPT-2 was scored on
 (CORE.md part 1). A zip of which that is not true is thrown away.
 """
 
 from __future__ import annotations
 
-import hashlib
 import http.client
 import os
 import re
@@ -33,47 +32,9 @@ MAX_ZIP_BYTES = 1 << 30  # the public one has about 160 MB
 UNPACKED_BYTES = 50_000_000  # of the files below
 LENGTH = re.compile(r"[0-9]{1,18}")
 
-TASK_SHA256 = {
-    "commonsense_reasoning": {
-        "commonsense_qa": "2771f63f8127c0725b1f6b0ef2cd2ef6469168ae5875fc8d276b25b4f32c8c1a",
-        "copa": "595dca44dec54c849490bd403a3e24a29e3b944065783222ebb0eb1a55298846",
-        "openbook_qa": "adb2e5c7f8db810ddad4d6b2bf53dcc86dcc545499f7aafcaf42a8e179476c09",
-        "piqa": "d2870e73aec5154df3faf259b7700876e11608eebdf69e9d6667435673dbe4e0",
-    },
-    "language_understanding": {
-        "bigbench_language_identification": "80c98d8e7ab8213513d1643886229c05c40a6837353b07c19ac7bd860668954e",  # noqa: E501 - a hash stays whole
-        "hellaswag": "52a31d32b14dff7713a705be664cbeff77eb66edcf7f8b0a5e9408633929b448",
-        "lambada_openai": "411bfbe5b9054346b6a19299c0242670adbefb9162efd958593cbc0290b8c9dc",
-        "winograd_wsc": "746336c27cd2e39a554cb1b8b4869d0f1ae2577ac5bfe799842d26bca5a5bf5e",
-        "winogrande": "ea1592526f3bfdd0948ed3acb1b4dfa3f83d23698917118688ee1df7f8d4b8d7",
-    },
-    "reading_comprehension": {
-        "boolq": "454ff101e614370bb1807fe7ebbda6fdb57e794b9662cc1ccae211bf1ff626c8",
-        "coqa": "0c2b8029776a138f755d065b9506eb8e91bbd38c44dce321a75f9987bb7875aa",
-        "squad": "41fe6c43e725c0dc9161465066932c46edc390bf4019c361c500bbc4b766a350",
-    },
-    "symbolic_problem_solving": {
-        "agi_eval_lsat_ar": "9ffd73480b51746c11627e56239f8b87035eb255cb92c3a58fd64e2e4b65fb56",
-        "bigbench_cs_algorithms": "8485683a8c7e7e6c9fc6ca3cc81140fd85edb27f34406a6736d1539cf7ebcb3a",
-        "bigbench_dyck_languages": "106ba9ac7507c7ab385c5e59c49cd57aa83025abf080d9b2a2661c0d6c6dbcc5",
-        "bigbench_operators": "41e2964ad619c49edd97c22b2c50f922a0241255d906a754bf81a20f4f66b85f",
-        "bigbench_repeat_copy_logic": "8febd2c0080a15680cd17f92bfa30d87abcfac021e646e55d0b8ad69f0cfa767",
-    },
-    "world_knowledge": {
-        "arc_challenge": "1ae3aeedf1951d881cbd5c2e3a31e78a1993d251479afbe4cb413b6707244636",
-        "arc_easy": "d2d12e59543acf9a5ef6079634a72b30215e36c2fd4236fff3bc855d287b87f5",
-        "bigbench_qa_wikidata": "bb0d22727cb25beffb022c8e8c0c3e1159c8b3c7bd7284603c0d6491f8616265",
-        "jeopardy_all": "187e7f270a440c63d6cf11a57459fdc7e0bce889338225e42cc88e24ee13d52e",
-    },
-}
-SHA256 = {
-    "core.yaml": "463f6ae0aa127fbd41fa655f8919e136858f4849eef176922a3be96e102ce7e7",
-    "eval_meta_data.csv": "84e279cdc0d836c9ea3a6e55a99102f8ee18f72809fe7aa6ac5a1fe630aa492f",
-} | {
-    f"eval_data/{folder}/{task}.jsonl": digest
-    for folder, tasks in TASK_SHA256.items()
-    for task, digest in tasks.items()
-}
+# In the format of sha256sum, which can check a bundle too.
+HASHES = Path(__file__).with_name("public_bundle.sha256").read_text("utf-8")
+SHA256 = {member: digest for digest, member in map(str.split, HASHES.splitlines())}
 
 
 def fetch(url: str = BUNDLE_URL, retry_delays_s: Sequence[float] = RETRY_DELAYS_S) -> Path:
@@ -92,26 +53,18 @@ def fetch(url: str = BUNDLE_URL, retry_delays_s: Sequence[float] = RETRY_DELAYS_
     """
     if not url.startswith(("https://", "http://")):
         raise UserError(f"--url={url}: expected http:// or https://. A zip on a disk goes to --eval-bundle.")
-    folder = files.eval_bundle_dir()
-    if folder.exists():
-        return _checked(folder)
-    files.require_writable(folder.parent)
-    with locks.held(files.eval_bundle_lock(), "the download of the CORE tasks", wait=True):
-        if folder.exists():  # whoever held the lock before has brought them
-            return _checked(folder)
-        part = files.eval_bundle_part()
-        _download(url, part, retry_delays_s)
-        try:
-            _unpack(part, folder)
-        except UserError as error:
-            part.unlink()
-            raise UserError(f"{url}: {error}") from error
-        part.unlink()
-    return folder
-
-
-def _checked(folder: Path) -> Path:
-    """The folder that is there, if it holds the public bundle."""
+    folder, part = files.eval_bundle_dir(), files.eval_bundle_part()
+    if not folder.exists():
+        files.require_writable(folder.parent)
+        with locks.held(files.eval_bundle_lock(), "the download of the CORE tasks", wait=True):
+            if not folder.exists():  # else whoever held the lock before has brought them
+                _download(url, part, retry_delays_s)
+                try:
+                    _unpack(part, folder)
+                except UserError as error:
+                    part.unlink()
+                    raise UserError(f"{url}: {error}") from error
+                part.unlink()
     if wrong := differences(folder):
         raise UserError(
             f"{folder}: {len(wrong)} of {len(SHA256)} files are missing or not the public bundle's, the "
@@ -219,13 +172,10 @@ def _unpack(archive: Path, folder: Path) -> None:
     """Write the files that are known, and only those, if all of them are right; all or none."""
     bundle = core_bundle.open_bundle(archive)
     with files.atomic_dir(folder) as temporary:
-        for member, digest in SHA256.items():
+        for member in SHA256:
             target = temporary / member
             target.parent.mkdir(parents=True, exist_ok=True)
-            found = hashlib.sha256()
             with target.open("xb") as sink:
-                for block in bundle.blocks(member):
-                    found.update(block)
-                    sink.write(block)
-            if found.hexdigest() != digest:
-                raise UserError(f"{member} has other bytes than the public bundle's. Fetch it again.")
+                sink.writelines(bundle.pieces(member))
+        if wrong := differences(temporary):
+            raise UserError(f"{wrong[0]} has other bytes than the public bundle's. Fetch it again.")

@@ -1,16 +1,15 @@
-"""CORE: find the bundle, score every option, and say what was found.
+"""CORE evaluation: finds the bundle, scores every option of every example, and gathers the ranks' answers.
 
 An option's loss is the mean negative log-likelihood (nats per token) of its span. Multiple choice and schema
 tasks take the option of least loss; a language modeling task counts only if every token of the continuation
-is the likeliest. What options share is computed once (core_batches), and the output head sees only the scored
-positions. Spans, ties and corner cases are those of the variant (core_prompts).
+is the likeliest. Spans, ties and corner cases are those of the variant (prompts).
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -19,10 +18,8 @@ from nanochat.common import files
 from nanochat.common.errors import UserError
 from nanochat.common.stop_signals import Stopped
 from nanochat.distributed.world import World
-from nanochat.evaluation.core import batching, mini_bundle
+from nanochat.evaluation.core import batching, mini_bundle, prompts
 from nanochat.evaluation.core import bundle as core_bundle
-from nanochat.evaluation.core import prompts as core_prompts
-from nanochat.evaluation.core.batching import Span
 from nanochat.evaluation.core.bundle import Bundle, Example, Task
 from nanochat.evaluation.core.prompt_tokens import Encoder, Prompts
 from nanochat.evaluation.core.prompts import DCLM, NANOCHAT
@@ -34,7 +31,7 @@ WINDOW_EXAMPLES = 1024
 
 
 def find_bundle(where: str) -> Bundle:
-    """The bundle a person asked for: a path, "mini" for the small suite, "" for the base directory's.
+    """The bundle that --eval-bundle names: a path, "mini" for the small suite, "" for the base directory's.
 
     Raises:
         UserError: there is none.
@@ -74,28 +71,29 @@ def evaluate(
         bundle: from `find_bundle`.
         max_per_task: examples of each task, drawn with the fixed seed; 0 means all.
         world: the examples are split over its ranks; all ranks return the same result.
-        variant: one of core_prompts.VARIANTS.
+        variant: one of prompts.VARIANTS.
         batch_tokens: most positions in a forward pass of several rows, padding included.
         crop_tokens: longer prompts lose their beginning; by default those that the model cannot read.
         keep_going: leave out tasks whose file is faulty; then there is no CORE.
         on_task: called on every rank with each task's score as soon as it is known.
-        stop_requested: asked now and then; if it says so on any rank, all of them raise `Stopped`.
+        stop_requested: called now and then; if it is True on any rank, all of them raise `Stopped`.
 
     Raises:
         UserError: a faulty bundle, all of which is checked first.
     """
-    clock, started, limit = Clock(), time.perf_counter(), _crop_of(model, variant, crop_tokens)
-    unkept: list[str] = []
+    started = time.perf_counter()
+    crop = _crop_of(model, variant, crop_tokens)
+    run = _Evaluation(model, tokenizer, variant, batch_tokens, crop, world, stop_requested)
     suite, faults = _load_suite(bundle, keep_going)
-    clock.add("reading", started)
+    run.clock.add("reading", started)
     scores, predictions = list[TaskScore](), list[Prediction]()
     for task, examples, digest in suite:
-        job = _Job(model, tokenizer, task, variant, batch_tokens, limit, clock, stop_requested, unkept)
-        answers = job.run(examples, max_per_task, world)
-        scores.append(_score_of(task, digest, examples, answers))
+        answers = run.answers(task, examples, max_per_task)
+        scores.append(score_task(task, digest, examples, answers))
         predictions.extend(answers)
         on_task(scores[-1])
-    computed, finished, scored = _sums(clock, world)
+    counts = torch.tensor([run.clock.tokens, run.clock.outputs], device=world.device)
+    computed, scored = world.all_reduce_sum(counts).tolist()
     cropped = crop_tokens is not None or any(score.cropped_prompts for score in scores)
     return CoreResult(
         bundle=bundle.name,
@@ -103,47 +101,29 @@ def evaluate(
         tasks=tuple(scores),
         predictions=tuple(predictions),
         context_tokens=model.context_tokens,
-        crop_tokens=limit if cropped else None,
+        crop_tokens=crop if cropped else None,
         seconds=time.perf_counter() - started,
-        seconds_of=dict(clock.seconds),
+        seconds_of=run.clock.seconds,
         computed_tokens=computed,
-        finished_tokens=finished,
         scored_tokens=scored,
         faults=faults,
-        unkept=next(iter(unkept), ""),
     )
 
 
-def _crop_of(model: Scorer, variant: str, asked: int | None) -> int:
+def _crop_of(model: Scorer, variant: str, requested: int | None) -> int:
     """How many tokens are left of longer prompts.
 
     By default karpathy/nanochat's prompts to our own models are whole, as there, as far as rotary tables go:
     to end on one longer prompt would lose the scores of all the others. Other prompts have the context.
     """
-    if asked is None:
+    if requested is None:
         return model.longest_tokens if variant == NANOCHAT else model.context_tokens
-    if not 2 <= asked <= model.longest_tokens:
+    if not 2 <= requested <= model.longest_tokens:
         raise UserError(
-            f"--core-crop-tokens={asked}: expected 2 (a token and what follows it) to "
+            f"--core-crop-tokens={requested}: expected 2 (a token and what follows it) to "
             f"{model.longest_tokens}, which this model can read. Or leave it out."
         )
-    return asked
-
-
-def _score_of(
-    task: Task, digest: str, examples: Sequence[Example], answers: Sequence[Prediction]
-) -> TaskScore:
-    """The score, and the controls on the examples that were asked."""
-    asked = {answer.line for answer in answers}
-    controls = core_bundle.trivial_baselines([example for example in examples if example.line in asked])
-    return score_task(task, digest, answers, controls)
-
-
-def _sums(clock: Clock, world: World) -> list[int]:
-    """Positions computed, finished and scored, over all ranks."""
-    counts = torch.tensor([clock.tokens, clock.finished, clock.outputs], device=world.device)
-    sums: list[int] = world.all_reduce_sum(counts).tolist()
-    return sums
+    return requested
 
 
 def _load_suite(
@@ -164,100 +144,85 @@ def _load_suite(
     return suite, faults
 
 
-@dataclass(frozen=True)
-class _Job:
-    """One task being scored."""
+@dataclass
+class _Evaluation:
+    """One evaluation on one rank: how it scores, and what it counts."""
 
     model: Scorer
     tokenizer: Encoder
-    task: Task
     variant: str
     batch_tokens: int
     crop_tokens: int
-    clock: Clock
+    world: World
     stop_requested: Callable[[], bool]
-    unkept: list[str]
+    clock: Clock = field(default_factory=Clock)
 
-    def run(self, examples: Sequence[Example], max_examples: int, world: World) -> list[Prediction]:
-        """Answers to all examples, the same on every rank."""
+    def answers(self, task: Task, examples: Sequence[Example], max_examples: int) -> list[Prediction]:
+        """Answers to all examples of a task, the same on every rank."""
         started = time.perf_counter()
-        passage_of = dict(
-            zip((example.line for example in examples), core_prompts.passages(examples), strict=True)
-        )
-        groups = core_prompts.arrange(self.task, examples, max_examples, self.variant)
+        lines = [example.line for example in examples]
+        passage_of = dict(zip(lines, prompts.passages(examples), strict=True))
+        groups = prompts.arrange(task, examples, max_examples, self.variant)
         self.clock.add("rendering", started)
         answers: list[Prediction] = []
         with self.model.room(self.crop_tokens):
             for group in groups:
                 passages = [passage_of[example.line] for example in group]
-                answers.extend(self._run_group(group, passages, len(answers), world))
+                table = self._table(task, group, passages)
+                for example, passage, line in zip(group, passages, table, strict=True):
+                    answer, cropped, beyond, *losses = line
+                    prediction = Prediction(
+                        task=task.label,
+                        index=len(answers),
+                        line=example.line,
+                        losses=tuple(losses[: example.options]),
+                        answer=int(answer),
+                        gold=example.gold,
+                        cropped=int(cropped),
+                        passage=passage,
+                        category=example.category if self.variant == DCLM else "",
+                        beyond=int(beyond),
+                    )
+                    answers.append(prediction)
         return answers
 
-    def _run_group(
-        self, group: Sequence[Example], passages: Sequence[int], first_index: int, world: World
-    ) -> list[Prediction]:
-        prompts = Prompts(self.tokenizer, self.task, group, self.variant, keep=world.is_main)
-        self.clock.seconds["rendering"] += prompts.rendering_s
-        self.clock.seconds["tokenizing"] += prompts.tokenizing_s
-        self.unkept.extend(filter(None, [prompts.unkept]))
-        # A line an example: answer, rows cropped, rows beyond the context, losses. Each rank fills its lines;
-        # their sum is the table.
+    def _table(self, task: Task, group: Sequence[Example], passages: Sequence[int]) -> list[list[float]]:
+        """A line an example: answer, rows cropped, rows beyond the context, losses.
+
+        Each rank fills the lines of its examples; their sum is the table.
+        """
+        tokens = Prompts(self.tokenizer, task, group, self.variant, self.clock)
         table = torch.zeros(len(group), 3 + max(example.options for example in group), dtype=torch.float32)
-        for window in self._windows(prompts, passages, world):
+        is_lm, context = task.kind == core_bundle.LANGUAGE_MODELING, self.model.context_tokens
+        for window in self._windows(tokens, passages if task.shots == 0 else range(len(group))):
             if self.stop_requested():
                 break
             started = time.perf_counter()
-            rows = [prompts.rows(index, self.crop_tokens) for index in window]
+            spans_of = {index: tokens.spans(index, self.crop_tokens) for index in window}
             self.clock.add("tokenizing", started)
-            spans = [Span(row.ids, row.start, row.end) for own in rows for row in own]
-            found = iter(
-                score_spans(
-                    self.model,
-                    spans,
-                    self.batch_tokens,
-                    with_argmax=self.task.kind == core_bundle.LANGUAGE_MODELING,
-                    clock=self.clock,
-                )
+            spans = [span for options in spans_of.values() for span in options]
+            scores = iter(
+                score_spans(self.model, spans, self.batch_tokens, with_argmax=is_lm, clock=self.clock)
             )
-            for index, own in zip(window, rows, strict=True):
-                losses, greedy = zip(*(next(found) for _ in own), strict=True)
-                is_choice = self.task.kind != core_bundle.LANGUAGE_MODELING
-                answer = choose(losses) if is_choice else (0 if greedy[0] else -1)
-                beyond = sum(len(row.ids) > self.model.context_tokens and not row.cropped for row in own)
-                line = [answer, sum(row.cropped for row in own), beyond, *losses]
-                table[index, : len(line)] = torch.tensor(line)
-        filled = world.all_reduce_sum(table.to(world.device)).tolist()
-        if world.any_rank(self.stop_requested()):
+            for index, options in spans_of.items():
+                losses, likeliest = zip(*(next(scores) for _ in options), strict=True)
+                answer = (0 if likeliest[0] else -1) if is_lm else choose(losses)
+                cropped = sum(span.cropped for span in options)
+                beyond = sum(len(span.ids) > context and not span.cropped for span in options)
+                table[index, : 3 + len(losses)] = torch.tensor([answer, cropped, beyond, *losses])
+        lines: list[list[float]] = self.world.all_reduce_sum(table.to(self.world.device)).tolist()
+        if self.world.any_rank(self.stop_requested()):
             raise Stopped
-        return [
-            self._prediction(first_index + index, example, passage, line)
-            for index, (example, passage, line) in enumerate(zip(group, passages, filled, strict=True))
-        ]
+        return lines
 
-    def _prediction(self, index: int, example: Example, passage: int, line: list[float]) -> Prediction:
-        """The answer to an example, from its line of the table."""
-        return Prediction(
-            task=self.task.label,
-            index=index,
-            line=example.line,
-            losses=tuple(line[3 : 3 + example.options]),
-            answer=int(line[0]),
-            gold=example.gold,
-            cropped=int(line[1]),
-            beyond=int(line[2]),
-            passage=passage,
-            category=example.category if self.variant == DCLM else "",
-        )
-
-    def _windows(self, prompts: Prompts, passages: Sequence[int], world: World) -> Iterator[list[int]]:
-        """This rank's examples, some at a time: those of one passage together, where they can share it."""
-        costs = [prompts.tokens(index) for index in range(len(passages))]
-        units = range(len(passages)) if self.task.shots else passages
-        homes = batching.share_out(costs, units, world.size)
+    def _windows(self, tokens: Prompts, units: Sequence[int]) -> Iterator[list[int]]:
+        """This rank's examples, some at a time: those of one unit, which share a passage, together."""
+        costs = [tokens.tokens(index) for index in range(len(units))]
+        ranks = batching.assign_ranks(costs, units, self.world.size)
         longest = dict.fromkeys(units, 0)
         for unit, cost in zip(units, costs, strict=True):
             longest[unit] = max(longest[unit], cost)
-        mine = [index for index, home in enumerate(homes) if home == world.rank]
+        mine = [index for index, rank in enumerate(ranks) if rank == self.world.rank]
         mine.sort(key=lambda index: (-longest[units[index]], units[index], index))
         for first in range(0, len(mine), WINDOW_EXAMPLES):
             yield mine[first : first + WINDOW_EXAMPLES]

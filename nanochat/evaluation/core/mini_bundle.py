@@ -1,4 +1,4 @@
-"""core_mini: a small suite in CORE's bundle format, made from the Python standard library's own sources.
+"""core_mini: a small suite in the format of CORE's bundle, made from the sources of the standard library.
 
 It exists so that a machine without the network can exercise all of CORE's code on a model trained for minutes
 on the `stdlib` corpus. Its answers stand in that corpus: it tells whether the pipeline works, and is no
@@ -8,17 +8,17 @@ benchmark. The same Python installation always gives the same suite; sources are
 from __future__ import annotations
 
 import ast
-import csv
-import io
+import contextlib
 import json
 import random
 import sysconfig
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from nanochat.common.errors import UserError
+from nanochat.evaluation.core import bundle
 
 EXAMPLES_PER_TASK = 120
 SEED = 0
@@ -65,8 +65,7 @@ def build() -> dict[str, str]:
         UserError: this Python installation has too few library sources.
     """
     material = gather(_library_texts(Path(sysconfig.get_paths()["stdlib"])))
-    texts: dict[str, str] = {}
-    counts: dict[str, int] = {}
+    texts, entries, baselines = dict[str, str](), [], ["Eval Task,Random baseline\n"]
     for task in TASKS:
         records = task.make(material, random.Random(f"{SEED}/{task.label}"))  # noqa: S311
         if len(records) < EXAMPLES_PER_TASK:
@@ -76,41 +75,19 @@ def build() -> dict[str, str]:
             )
         lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records[:EXAMPLES_PER_TASK])
         texts[f"eval_data/{task.label}.jsonl"] = "".join(lines)
-        counts[task.label] = EXAMPLES_PER_TASK
-    return {"core.yaml": _core_yaml(), "eval_meta_data.csv": _meta_data(counts), **texts}
-
-
-def _core_yaml() -> str:
-    # A JSON text in double quotes is a YAML text too.
-    entries = [
-        f"-\n  label: {task.label}\n  dataset_uri: {task.label}.jsonl\n  num_fewshot: [{task.shots}]\n"
-        f"  icl_task_type: {task.kind}\n  continuation_delimiter: {json.dumps(task.delimiter)}\n"
-        for task in TASKS
-    ]
-    return "icl_tasks:\n" + "".join(entries)
-
-
-def _meta_data(counts: Mapping[str, int]) -> str:
-    out = io.StringIO(newline="")
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["Eval Task", "Task Category", "Task Type", "#shots", "#datapoints", "Random baseline"])
-    for task in TASKS:
-        kind = task.kind.replace("_", " ")
-        writer.writerow(
-            [task.label, "standard library", kind, task.shots, counts[task.label], task.baseline_percent]
-        )
-    return out.getvalue()
+        baselines.append(f"{task.label},{task.baseline_percent}\n")
+        entry = {"label": task.label, "dataset_uri": f"{task.label}.jsonl", "num_fewshot": [task.shots]}
+        entries.append(entry | {"icl_task_type": task.kind, "continuation_delimiter": task.delimiter})
+    core_yaml = json.dumps({"icl_tasks": entries})  # a JSON text is a YAML text too
+    return {bundle.LIST: core_yaml, bundle.BASELINES: "".join(baselines), **texts}
 
 
 def _library_texts(root: Path) -> Iterable[str]:
     """Sources of the library, in the order of their paths."""
-    paths = sorted(root.rglob("*.py"), key=lambda path: path.relative_to(root).as_posix())
-    for path in paths:
+    for path in sorted(root.rglob("*.py"), key=lambda path: path.relative_to(root).as_posix()):
         if SKIPPED_FOLDERS.isdisjoint(path.relative_to(root).parts):
-            try:
+            with contextlib.suppress(UnicodeDecodeError):
                 yield path.read_bytes().decode("utf-8")
-            except UnicodeDecodeError:
-                continue
 
 
 def gather(sources: Iterable[str]) -> Material:
@@ -158,67 +135,62 @@ def _import_name(material: Material, rng: random.Random) -> list[Record]:
     for module, name in pairs:
         modules[name].add(module)
     records = []
-    for place, (module, name) in enumerate(pairs):
-        near = pairs[max(0, place - 20) : place + 21]  # names about as frequent
+    for index, (module, name) in enumerate(pairs):
+        near = pairs[max(0, index - 20) : index + 21]  # names about as frequent
         others = sorted({other for _, other in near if module not in modules[other]})
         if len(others) >= 3:
-            records.append(_multiple_choice(f"from {module} import", name, rng.sample(others, 3), rng))
+            choices, gold = _shuffled(name, rng.sample(others, 3), rng)
+            records.append({"query": f"from {module} import", "choices": choices, "gold": gold})
     return records
 
 
 def _docstring_ending(material: Material, rng: random.Random) -> list[Record]:
     """Which of four endings belongs to this beginning of a docstring?"""
-    sentences = sorted({sentence for _, sentence in material.docs})
     halves = []
-    for sentence in sentences:
+    for sentence in {sentence for _, sentence in material.docs}:
         words = sentence.split()
         middle = len(words) // 2
         halves.append((" ".join(words[:middle]), " ".join(words[middle:])))
-    by_length = sorted(halves, key=lambda half: (len(half[1]), half))
+    halves.sort(key=lambda half: (len(half[1]), half))
     records = []
-    for place in rng.sample(range(len(by_length)), min(len(by_length), EXAMPLES_PER_TASK)):
-        beginning, ending = by_length[place]
-        near = by_length[max(0, place - 10) : place + 11]  # endings about as long
+    for index in rng.sample(range(len(halves)), min(len(halves), EXAMPLES_PER_TASK)):
+        beginning, ending = halves[index]
+        near = halves[max(0, index - 10) : index + 11]  # endings about as long
         others = sorted({other for _, other in near if other != ending})
-        records.append(_multiple_choice(beginning, ending, rng.sample(others, 3), rng))
+        choices, gold = _shuffled(ending, rng.sample(others, 3), rng)
+        records.append({"query": beginning, "choices": choices, "gold": gold})
     return records
 
 
-def _multiple_choice(query: str, right: str, wrong: Sequence[str], rng: random.Random) -> Record:
-    choices = [right, *wrong]
-    rng.shuffle(choices)
-    return {"query": query, "choices": choices, "gold": choices.index(right)}
+def _shuffled(right: str, wrong: Sequence[str], rng: random.Random) -> tuple[list[str], int]:
+    """The options of a question in any order, and the index of the right one."""
+    options = [right, *wrong]
+    rng.shuffle(options)
+    return options, options.index(right)
 
 
 def _import_module(material: Material, rng: random.Random) -> list[Record]:
     """From which of two modules is this name imported?"""
     pairs = _frequent_imports(material)
-    known = set(material.imports)
     modules = sorted({module for module, _ in pairs})
     records = []
     for module, name in pairs:
-        other = rng.choice([module_ for module_ in modules if (module_, name) not in known])
-        records.append(_schema(f"from {module}", f"from {other}", f"import {name}", rng))
+        other = rng.choice([one for one in modules if (one, name) not in material.imports])
+        options, gold = _shuffled(f"from {module}", [f"from {other}"], rng)
+        records.append({"context_options": options, "continuation": f"import {name}", "gold": gold})
     return records
 
 
 def _docstring_owner(material: Material, rng: random.Random) -> list[Record]:
     """Which of two definitions has this docstring?"""
     docs = sorted(set(material.docs))
-    sentences: dict[str, set[str]] = defaultdict(set)
-    for head, sentence in docs:
-        sentences[head].add(sentence)
+    known = set(docs)
     records = []
     for head, sentence in rng.sample(docs, min(len(docs), EXAMPLES_PER_TASK)):
-        other = rng.choice([head_ for head_, _ in docs if sentence not in sentences[head_]])
-        records.append(_schema(head, other, sentence, rng))
+        other = rng.choice([one for one, _ in docs if (one, sentence) not in known])
+        options, gold = _shuffled(head, [other], rng)
+        records.append({"context_options": options, "continuation": sentence, "gold": gold})
     return records
-
-
-def _schema(right: str, wrong: str, continuation: str, rng: random.Random) -> Record:
-    options = [right, wrong]
-    rng.shuffle(options)
-    return {"context_options": options, "continuation": continuation, "gold": options.index(right)}
 
 
 def _repeated_line(material: Material, rng: random.Random) -> list[Record]:
@@ -235,10 +207,10 @@ def _endings(material: Material, rng: random.Random, wanted: Callable[[str], boo
     """Pairs of lines that stand in the most files, without their last word."""
     found = []
     for (before, line), count in material.pairs.items():
-        stem, _, last = line.rpartition(" ")
+        context, _, last = line.rpartition(" ")
         # Two words before the last one: enough to know the line by.
-        if count > 1 and wanted(line) and wanted(before) and len(stem.split()) > 1 and last:
-            found.append((-count, f"{before.strip()}\n{stem}", last))
+        if count > 1 and wanted(line) and wanted(before) and len(context.split()) > 1 and last:
+            found.append((-count, f"{before.strip()}\n{context}", last))
     chosen = sorted(found)[:EXAMPLES_PER_TASK]
     rng.shuffle(chosen)
     return [{"context": context, "continuation": last} for _, context, last in chosen]

@@ -1,10 +1,10 @@
-"""CORE's prompts: the order of the examples, their shots, their texts. Pure text, in two variants.
+"""Prompts of CORE: the order of the examples, their shots, their texts. Pure text, in two variants.
 
 "nanochat" is karpathy/nanochat 92d63d4, whose figures the bar 0.256525 is of. "dclm" is llm-foundry 0.9.0 as
 DCLM calls it: other separators, order, draw, stripping and spans, and categories where a task has them.
 
-A row is what is scored for one option. It is written as blocks, each tokenized as one text, and a block as
-segments, so that a shot that stands in hundreds of prompts can be tokenized once.
+A row is what is scored for one option. It is rendered as several texts, so that a shot that stands in
+hundreds of prompts can be tokenized once.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from nanochat.evaluation.core.bundle import LANGUAGE_MODELING, MULTIPLE_CHOICE, SCHEMA, Example, Task
+from nanochat.evaluation.core.bundle import LANGUAGE_MODELING, SCHEMA, Example, Task
 
 NANOCHAT = "nanochat"
 DCLM = "dclm"
@@ -33,18 +33,20 @@ COMMON_LINE_COUNT, COMMON_LINE_FRAC = 20, 0.05
 
 @dataclass(frozen=True)
 class Question:
-    """The texts of one example, before any shots stand in front of it.
+    """The texts of one example, each tokenized by itself.
 
     Attributes:
-        shot: what it looks like as a shot, solved, without a separator.
-        blocks: of each option's row, the texts that are tokenized separately; the first follows the shots in
-            one block with them (nanochat), or starts a block of its own (dclm).
-        stem: nanochat's language modeling only: the row's text before the continuation; else None.
+        shot: what it looks like as a shot, solved, with the separator after it.
+        last_shot: the same directly before a question, to which DCLM's separator belongs there.
+        rows: of each option, the texts after the shots; the first of them continues the text of the
+            shots (nanochat), or not (dclm).
+        context: nanochat's language modeling only: the row's text before the continuation; else None.
     """
 
     shot: str
-    blocks: tuple[tuple[str, ...], ...]
-    stem: str | None
+    last_shot: str
+    rows: tuple[tuple[str, ...], ...]
+    context: str | None
 
 
 def arrange(task: Task, examples: Sequence[Example], max_examples: int, variant: str) -> list[list[Example]]:
@@ -66,8 +68,8 @@ def arrange(task: Task, examples: Sequence[Example], max_examples: int, variant:
         groups.setdefault(example.category, []).append(example)
     if max_examples <= 0:
         return list(groups.values())
-    share, extra = divmod(max_examples, len(groups))
-    cut = [group[: share + (place < extra)] for place, group in enumerate(groups.values())]
+    each, extra = divmod(max_examples, len(groups))
+    cut = [group[: each + (number < extra)] for number, group in enumerate(groups.values())]
     return [group for group in cut if group]
 
 
@@ -79,16 +81,11 @@ def draw_shots(total: int, shots: int, variant: str) -> list[list[int]]:
     """
     count = min(shots, total - 1)
     if variant == NANOCHAT:
-        return [_draw_nanochat(index, total, count) for index in range(total)]
+        # `sample` draws places: from this range it draws what it would from the list without the example.
+        drawn = [random.Random(SHOT_SEED + n).sample(range(total - 1), count) for n in range(total)]  # noqa: S311
+        return [[place + (place >= index) for place in places] for index, places in enumerate(drawn)]
     rng = random.Random(SHOT_SEED)  # noqa: S311
     return [_draw_dclm(index, total, count, rng) for index in range(total)]
-
-
-def _draw_nanochat(index: int, total: int, count: int) -> list[int]:
-    # `sample` chooses places, so drawing from a range gives what drawing from the list without `index` gives.
-    rng = random.Random(SHOT_SEED + index)  # noqa: S311
-    places = rng.sample(range(total - 1), count)
-    return [place + (place >= index) for place in places]
 
 
 def _draw_dclm(index: int, total: int, count: int, rng: random.Random) -> list[int]:
@@ -102,33 +99,27 @@ def _draw_dclm(index: int, total: int, count: int, rng: random.Random) -> list[i
     return list(drawn)
 
 
-def write(task: Task, example: Example, variant: str) -> Question:
+def render(task: Task, example: Example, variant: str) -> Question:
     """The texts of an example."""
-    return _write_nanochat(task, example) if variant == NANOCHAT else _write_dclm(task, example)
-
-
-def _write_nanochat(task: Task, example: Example) -> Question:
-    contexts = example.contexts
-    if task.kind == LANGUAGE_MODELING:  # the only kind whose context is stripped
+    is_lm, is_schema, dclm = task.kind == LANGUAGE_MODELING, task.kind == SCHEMA, variant == DCLM
+    contexts, continuations = example.contexts, example.continuations
+    if is_lm or (dclm and not is_schema):  # nanochat strips no other context, DCLM texts and no list of texts
         contexts = (contexts[0].strip(),)
-    rows = [context + task.delimiter + tail for context in contexts for tail in example.continuations]
-    stem = (contexts[0] + task.delimiter).rstrip() if task.kind == LANGUAGE_MODELING else None
-    return Question(rows[example.gold], tuple((row,) for row in rows), stem)
-
-
-def _write_dclm(task: Task, example: Example) -> Question:
-    contexts, tails = example.contexts, example.continuations
-    if task.kind != SCHEMA:  # texts are stripped, lists of texts are not
-        contexts = (contexts[0].strip(),)
-    if task.kind != MULTIPLE_CHOICE:
-        tails = (tails[0].strip(),)
-    shot = [context + task.delimiter + tail for context in contexts for tail in tails][example.gold]
-    if task.kind != SCHEMA:
+    if dclm and (is_lm or is_schema):
+        continuations = (continuations[0].strip(),)
+    texts = [context + task.delimiter + end for context in contexts for end in continuations]
+    shot, separator = texts[example.gold], SEPARATORS[variant]
+    if not dclm:
+        context = (contexts[0] + task.delimiter).rstrip() if is_lm else None
+        return Question(shot + separator, shot + separator, tuple((text,) for text in texts), context)
+    if not is_schema:
         contexts = ((contexts[0] + task.delimiter).rstrip(),)
     elif task.shots:
         contexts = tuple(context + task.delimiter.rstrip() for context in contexts)
-    spaced = [tail if tail.startswith(" ") else f" {tail}" for tail in tails]
-    return Question(shot, tuple((context, tail) for context in contexts for tail in spaced), None)
+    lead = separator if task.shots else ""
+    ends = [end if end.startswith(" ") else f" {end}" for end in continuations]
+    rows = tuple((lead + context, end) for context in contexts for end in ends)
+    return Question(shot + separator, shot, rows, None)
 
 
 def passages(examples: Sequence[Example]) -> list[int]:
@@ -137,12 +128,12 @@ def passages(examples: Sequence[Example]) -> list[int]:
     Args:
         examples: all of a task: what is common to its prompts shows only there.
     """
-    lines = [example.contexts[0].strip().split("\n") for example in examples]
-    counts = Counter(line for own in lines for line in set(own))
+    prompts = [example.contexts[0].strip().split("\n") for example in examples]
+    counts = Counter(line for lines in prompts for line in set(lines))
     limit = max(COMMON_LINE_COUNT, COMMON_LINE_FRAC * len(examples))
+    rare = ["\n".join(line for line in lines if counts[line] <= limit) for lines in prompts]
     numbers: dict[str, int] = {}
-    found = []
-    for own in lines:
-        rare = "\n".join(line for line in own if counts[line] <= limit) or "\n".join(own)
-        found.append(numbers.setdefault(rare[:PASSAGE_CHARS], len(numbers)))
-    return found
+    return [
+        numbers.setdefault((text or "\n".join(lines))[:PASSAGE_CHARS], len(numbers))
+        for text, lines in zip(rare, prompts, strict=True)
+    ]

@@ -1,7 +1,11 @@
-"""What an evaluation of CORE found: answers, accuracies, their mean on a common scale, errors. Pure."""
+"""Results of CORE: answers, accuracies, their centered mean, its error. Pure.
+
+What each score is made of is kept with it, so that two runs can be compared example by example.
+"""
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Iterable, Sequence
@@ -10,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from nanochat.evaluation.core import statistics as core_statistics
-from nanochat.evaluation.core.bundle import Task
+from nanochat.evaluation.core.bundle import Example, Task, trivial_baselines
 from nanochat.evaluation.core.statistics import Stratum
 
 # CORE of GPT-2, 1558 M parameters (CORE.md part 7: at most 1000 examples a task): the bar of the speedrun.
@@ -45,6 +49,13 @@ GPT2_ACCURACY = {
     "boolq": (0.552294, 0.619),
     "bigbench_language_identification": (0.2566, 0.25),
 }
+
+# Fields of base_eval.json that bear the name of an attribute here, and fields of an answer that may be empty.
+CORE_FIELDS = ("core_metric", "core_stderr", "core_bootstrap", "bundle", "faults", "context_tokens")
+SIZE_FIELDS = ("crop_tokens", "examples_per_second", "computed_tokens", "scored_tokens")
+TASK_FIELDS = ("accuracy", "stderr", "interval", "examples", "passages", "sha256", "controls")
+LENGTH_FIELDS = ("cropped_prompts", "beyond_prompts")
+OPTIONAL = ("category", "beyond")
 
 # What DCLM corrected in September 2025; the bundle's own table is the first version.
 BASELINES_V2 = {"commonsense_qa": 40.3, "agi_eval_lsat_ar": 25.0, "bigbench_language_identification": 25.0}
@@ -83,25 +94,13 @@ class Prediction:
     category: str = ""
     beyond: int = 0
 
-    @property
-    def correct(self) -> bool:
-        """Whether the answer is the right one."""
-        return self.answer == self.gold
-
     def as_json(self, step: int | None = None) -> str:
         """One line of core_predictions.jsonl, with the step of the checkpoint, if it is of one."""
-        fields = ({} if step is None else {"step": step}) | {
-            "task": self.task,
-            "index": self.index,
-            "line": self.line,
-            "losses": [None if math.isnan(nats) else round(nats, 6) for nats in self.losses],
-            "answer": self.answer,
-            "gold": self.gold,
-            "cropped": self.cropped,
-            "passage": self.passage,
+        fields = vars(self) | {
+            "losses": [None if math.isnan(nats) else round(nats, 6) for nats in self.losses]
         }
-        more = {"category": self.category, "beyond": self.beyond}
-        return json.dumps(fields | {name: value for name, value in more.items() if value})
+        written = {name: value for name, value in fields.items() if value or name not in OPTIONAL}
+        return json.dumps(({} if step is None else {"step": step}) | written)
 
 
 @dataclass(frozen=True)
@@ -109,19 +108,19 @@ class TaskScore:
     """The score of one task.
 
     Attributes:
-        task: what was asked.
+        task: the task.
         sha256: of the task's file, which says which questions they were.
-        examples: how many were asked.
+        examples: how many were scored.
         strata: right answers by category, or of all examples.
         cropped_prompts: how many rows lost their beginning.
         beyond_prompts: how many rows were longer than the context, and read whole.
-        controls: accuracies of answers that need no model, by name.
+        controls: accuracies of trivial baselines, by name.
     """
 
     task: Task
     sha256: str
     examples: int
-    strata: tuple[Stratum, ...]
+    strata: Sequence[Stratum]
     cropped_prompts: int
     beyond_prompts: int
     controls: dict[str, float]
@@ -133,8 +132,8 @@ class TaskScore:
 
     @property
     def accuracy(self) -> float:
-        """Share of examples answered rightly; with categories, the plain mean of theirs."""
-        return sum(stratum.mean for stratum in self.strata) / len(self.strata)
+        """Fraction of examples answered rightly; with categories, the plain mean of theirs."""
+        return core_statistics.mean_of(self.strata)
 
     @property
     def stderr(self) -> float:
@@ -142,13 +141,14 @@ class TaskScore:
         return core_statistics.stderr_of_mean(self.strata)
 
     @property
-    def interval(self) -> tuple[float, float]:
+    def interval(self) -> list[float]:
         """95 % interval of the accuracy, by Wilson: 0 of 32 right is no proof of 0.
 
         Draws are counted as many as independent ones would give the standard error, or as passages.
         """
         p = self.accuracy
-        return core_statistics.wilson(p, p * (1 - p) / self.stderr**2 if self.stderr > 0 else self.passages)
+        draws = p * (1 - p) / self.stderr**2 if self.stderr > 0 else self.passages
+        return list(core_statistics.wilson(p, draws))
 
     @property
     def passages(self) -> int:
@@ -156,32 +156,45 @@ class TaskScore:
         return sum(len(stratum.sizes) for stratum in self.strata)
 
     def baseline(self, version: int) -> float:
-        """Accuracy of guessing in percent, by DCLM's first table or its second."""
+        """The random baseline in percent, by DCLM's first table or its second."""
         first = self.task.baseline_percent
         return BASELINES_V2.get(self.label, first) if version == 2 else first
 
     def centered(self, version: int = 1) -> float:
-        """Accuracy on a scale where guessing is 0 and perfection 1."""
+        """Accuracy on a scale where the random baseline is 0 and perfection 1."""
         return centre(self.accuracy, self.baseline(version))
 
     def scale(self, version: int = 1) -> float:
         """What an accuracy is multiplied by on that scale."""
         return 1 / (1 - self.baseline(version) / 100)
 
+    def as_dict(self, version: int) -> dict[str, object]:
+        """The fields of a task in base_eval.json."""
+        return {name: getattr(self, name) for name in TASK_FIELDS + LENGTH_FIELDS} | {
+            "type": self.task.kind,
+            "shots": self.task.shots,
+            "delimiter": self.task.delimiter,
+            "centered": self.centered(version),
+            "baseline": self.baseline(version) / 100,
+            "baseline_v1": self.baseline(1) / 100,
+            "baseline_v2": self.baseline(2) / 100,
+        }
+
 
 def score_task(
-    task: Task, sha256: str, answers: Sequence[Prediction], controls: dict[str, float]
+    task: Task, sha256: str, examples: Sequence[Example], answers: Sequence[Prediction]
 ) -> TaskScore:
-    """Count the right answers of one task, by category where it has them."""
-    by_category: dict[str, list[Prediction]] = {}
-    for answer in answers:
-        by_category.setdefault(answer.category, []).append(answer)
-    strata = tuple(
-        Stratum.of([float(answer.correct) for answer in own], [answer.passage for answer in own])
-        for own in by_category.values()
+    """The right answers of one task, by category where it has them, and those of trivial baselines."""
+    scored = {answer.line for answer in answers}
+    return TaskScore(
+        task,
+        sha256,
+        len(answers),
+        Stratum.by_category((float(one.answer == one.gold), one.passage, one.category) for one in answers),
+        sum(answer.cropped for answer in answers),
+        sum(answer.beyond for answer in answers),
+        trivial_baselines([example for example in examples if example.line in scored]),
     )
-    cropped, beyond = (sum(counts) for counts in zip(*((a.cropped, a.beyond) for a in answers), strict=True))
-    return TaskScore(task, sha256, len(answers), strata, cropped, beyond, controls)
 
 
 @dataclass(frozen=True)
@@ -198,10 +211,8 @@ class CoreResult:
         seconds: of all of it.
         seconds_of: of its parts, on the first rank.
         computed_tokens: positions that went through the model, over all ranks.
-        finished_tokens: those that the last layer was computed for.
         scored_tokens: those that went through the head.
         faults: by label, what was wrong with the tasks left out.
-        unkept: why the tokens of a task were not kept on the disk; empty where they were.
     """
 
     bundle: str
@@ -213,10 +224,8 @@ class CoreResult:
     seconds: float
     seconds_of: dict[str, float]
     computed_tokens: int
-    finished_tokens: int
     scored_tokens: int
     faults: dict[str, str]
-    unkept: str = ""
 
     @property
     def version(self) -> int:
@@ -242,17 +251,15 @@ class CoreResult:
         variances = ((task.stderr * task.scale(self.version)) ** 2 for task in self.tasks)
         return math.sqrt(sum(variances)) / len(self.tasks)
 
-    def bootstrapped(self) -> dict[str, float] | None:
+    @functools.cached_property
+    def core_bootstrap(self) -> dict[str, float] | None:
         """Standard error and 95 % interval of CORE from resampled examples."""
-        metric = self.core_metric
-        if metric is None:
+        if self.faults:
             return None
         scales = [task.scale(self.version) for task in self.tasks]
         values = core_statistics.bootstrap([task.strata for task in self.tasks], scales)
         low, high = np.percentile(values, [2.5, 97.5])
-        offset = metric - sum(
-            task.accuracy * scale for task, scale in zip(self.tasks, scales, strict=True)
-        ) / len(scales)
+        offset = sum(1 - scale for scale in scales) / len(scales)  # of a scale where chance is 0
         return {
             "stderr": float(values.std(ddof=1)),
             "low": float(low + offset),
@@ -267,44 +274,12 @@ class CoreResult:
 
     def as_dict(self) -> dict[str, object]:
         """The fields of base_eval.json."""
-        return {
-            "core_metric": self.core_metric,
-            "core_stderr": self.core_stderr,
-            "core_bootstrap": self.bootstrapped(),
+        return {name: getattr(self, name) for name in CORE_FIELDS + SIZE_FIELDS} | {
             "core_v1": self.core(1),
             "core_v2": self.core(2),
             "core_variant": self.variant,
-            "tasks": {task.label: self._task_fields(task) for task in self.tasks},
-            "faults": self.faults,
-            "bundle": self.bundle,
-            "context_tokens": self.context_tokens,
-            "crop_tokens": self.crop_tokens,
-            "seconds": self.seconds,
+            "tasks": {task.label: task.as_dict(self.version) for task in self.tasks},
             "core_seconds": {"all": self.seconds, **self.seconds_of},
-            "examples_per_second": self.examples_per_second,
-            "computed_tokens": self.computed_tokens,
-            "finished_tokens": self.finished_tokens,
-            "scored_tokens": self.scored_tokens,
-        }
-
-    def _task_fields(self, task: TaskScore) -> dict[str, object]:
-        return {
-            "accuracy": task.accuracy,
-            "centered": task.centered(self.version),
-            "stderr": task.stderr,
-            "interval": list(task.interval),
-            "examples": task.examples,
-            "passages": task.passages,
-            "baseline": task.baseline(self.version) / 100,
-            "baseline_v1": task.baseline(1) / 100,
-            "baseline_v2": task.baseline(2) / 100,
-            "shots": task.task.shots,
-            "type": task.task.kind,
-            "delimiter": task.task.delimiter,
-            "sha256": task.sha256,
-            "cropped_prompts": task.cropped_prompts,
-            "beyond_prompts": task.beyond_prompts,
-            "controls": task.controls,
         }
 
     def predictions_jsonl(self, step: int | None = None) -> str:
@@ -315,18 +290,13 @@ class CoreResult:
         """What became of prompts longer than the context, in a sentence; empty where there were none."""
         cropped = sum(task.cropped_prompts for task in self.tasks)
         beyond = sum(task.beyond_prompts for task in self.tasks)
-        said = []
-        if cropped:
-            said.append(
-                f"{cropped} prompts were cropped to their last {self.crop_tokens} tokens, without BOS; "
-                "karpathy/nanochat crops none of its own models' prompts"
-            )
-        if beyond:
-            said.append(
-                f"{beyond} prompts were longer than the context of {self.context_tokens} tokens and read "
-                "whole, as karpathy/nanochat reads them"
-            )
-        return "; ".join(said)
+        notes = {
+            f"{cropped} prompts were cropped to their last {self.crop_tokens} tokens, without BOS; "
+            "karpathy/nanochat crops none of its own models' prompts": cropped,
+            f"{beyond} prompts were longer than the context of {self.context_tokens} tokens and read "
+            "whole, as karpathy/nanochat reads them": beyond,
+        }
+        return "; ".join(note for note, count in notes.items() if count)
 
 
 def verdict(labels: Iterable[str], variant: str, value: float | None, stderr: float | None) -> str:
@@ -351,7 +321,7 @@ def describe_probability(above: float) -> str:
 
 
 def centre(accuracy: float, baseline_percent: float) -> float:
-    """Accuracy with guessing moved to 0: (a - b) / (1 - b).
+    """Accuracy with the random baseline moved to 0: (a - b) / (1 - b).
 
     >>> round(centre(0.62, 62), 12), centre(1.0, 25), centre(0.0, 50)
     (0.0, 1.0, -1.0)

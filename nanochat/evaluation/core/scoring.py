@@ -1,7 +1,11 @@
-"""Losses of spans of tokens: what rows share computed once, the output head only where it is asked."""
+"""Scores continuations: shared prefixes are read once (KV cache), the LM head sees scored positions only.
+
+Of a prompt of CORE a few tokens are scored and hundreds are read, most of them the same for several options.
+"""
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -11,10 +15,11 @@ from typing import Protocol
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from nanochat.engine import KVCache
 from nanochat.evaluation.core import batching
-from nanochat.evaluation.core.batching import Inputs, PrefixGroup, Span
+from nanochat.evaluation.core.batching import Ids, PrefixGroup, Span
 from nanochat.model import loss
 from nanochat.model.gpt import GPT
 
@@ -27,137 +32,104 @@ CACHE_TOKENS = {"cpu": 4096}
 # karpathy/nanochat makes rotary tables of so many contexts, and crops no prompt of CORE to fewer positions.
 ROTARY_CONTEXTS = 10
 
+PARTS = ("reading", "rendering", "tokenizing", "batching", "forward", "scoring")
+
 
 class Scorer(Protocol):
-    """A causal language model, as CORE uses it."""
+    """A causal language model, as CORE uses it.
 
-    @property
-    def device(self) -> torch.device:
-        """Where it computes."""
-        ...
+    Attributes:
+        device: where it computes.
+        context_tokens: length it was trained for.
+        longest_tokens: longest row it can read.
+    """
 
-    @property
-    def context_tokens(self) -> int:
-        """Length it was trained for."""
-        ...
-
-    @property
-    def longest_tokens(self) -> int:
-        """Longest row it can read."""
-        ...
+    device: torch.device
+    context_tokens: int
+    longest_tokens: int
 
     def room(self, tokens: int) -> AbstractContextManager[None]:
         """Within, rows of so many tokens can be read."""
         ...
 
-    def read(self, ids: Tensor, first: int) -> Tensor:
-        """(B, T) int64 -> (B, T - first, C): what `losses` takes, from position `first` on."""
-        ...
-
-    def read_on(self, shared: Tensor, rows: Tensor, ids: Tensor, first: int) -> Tensor:
-        """Outputs of ids[:, first:], (R, T) that follow shared (F, L): row i goes on from shared[rows[i]]."""
-        ...
-
-    def losses(self, hidden: Tensor, targets: Tensor, with_argmax: bool) -> tuple[Tensor, Tensor]:
-        """(N, C), (N,) -> losses in nats and, if asked, whether the target is the likeliest token."""
-        ...
-
-    def flops(self, tokens: int, finished: int, outputs: int) -> float:
-        """Operations of the products with weights.
+    def read(self, ids: Tensor, prefix: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """(B, T) int64 -> (B, T, C): what `losses` takes.
 
         Args:
-            tokens: positions read.
-            finished: those of them that the last layer was computed for.
-            outputs: those of them that went through the head.
+            ids: the rows.
+            prefix: (F, L) tokens that are read once, and (B,) which of them each row goes on from.
         """
         ...
 
+    def losses(self, hidden: Tensor, targets: Tensor, with_argmax: bool) -> tuple[Tensor, Tensor]:
+        """(N, C), (N,) -> losses in nats and, with_argmax, whether the target is the likeliest token."""
+        ...
 
-@dataclass(frozen=True)
+    def flops(self, tokens: int, outputs: int) -> float:
+        """Operations of the matrix products: of so many positions read, and so many through the head."""
+        ...
+
+
 class GPTScorer:
-    """Our own model as a Scorer."""
+    """Our own model. Rotary positions go on beyond its context; attention windows are those of training."""
 
-    model: GPT
-
-    @property
-    def device(self) -> torch.device:
-        """Where it computes."""
-        return self.model.head.weight.device
-
-    @property
-    def context_tokens(self) -> int:
-        """Length it was trained for."""
-        return self.model.config.sequence_len
-
-    @property
-    def longest_tokens(self) -> int:
-        """Rotary positions go on beyond the context, and attention windows stay as they were trained."""
-        return ROTARY_CONTEXTS * self.context_tokens
+    def __init__(self, model: GPT) -> None:
+        self.model, self.device = model, model.head.weight.device
+        self.context_tokens = model.config.sequence_len
+        self.longest_tokens = ROTARY_CONTEXTS * self.context_tokens
 
     @contextmanager
     def room(self, tokens: int) -> Iterator[None]:
         """Longer rotary tables; a model in training gets its own back, as its compiled step knows them."""
         model = self.model
-        own = model.cos, model.sin, model.block_masks
+        kept = model.cos, model.sin, model.block_masks
         if tokens > model.cos.size(0):
             model.reserve_positions(tokens)
         try:
             yield
         finally:
-            model.cos, model.sin, model.block_masks = own
+            model.cos, model.sin, model.block_masks = kept
 
-    def read(self, ids: Tensor, first: int) -> Tensor:
+    def read(self, ids: Tensor, prefix: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """Hidden states after the final norm."""
-        hidden: Tensor = self.model(ids, first=first)
-        return hidden
-
-    def read_on(self, shared: Tensor, rows: Tensor, ids: Tensor, first: int) -> Tensor:
-        """Hidden states of rows behind a cache."""
-        groups, length = shared.shape
-        cache = KVCache(
-            self.model.config, groups, length + ids.size(1), dtype=self.model.dtype, device=self.device
-        )
-        self.model(shared, cache, first=length - 1)  # nothing is asked of what is shared
-        cache.take_rows(rows)
-        hidden: Tensor = self.model(ids, cache, first=first)
+        model, cache = self.model, None
+        if prefix is not None:
+            shared, rows = prefix
+            capacity = shared.size(1) + ids.size(1)
+            cache = KVCache(model.config, len(shared), capacity, dtype=model.dtype, device=self.device)
+            model(shared, cache)
+            cache.take_rows(rows)
+        hidden: Tensor = model(ids, cache)
         return hidden
 
     def losses(self, hidden: Tensor, targets: Tensor, with_argmax: bool) -> tuple[Tensor, Tensor]:
         """Losses of the softcapped head."""
-        config = self.model.config
+        config, head = self.model.config, self.model.head.weight
         return loss.token_losses(
-            hidden,
-            self.model.head.weight,
-            targets,
-            config.softcap,
-            vocab_size=config.vocab_size,
-            with_argmax=with_argmax,
+            hidden, head, targets, config.softcap, vocab_size=config.vocab_size, with_argmax=with_argmax
         )
 
-    def flops(self, tokens: int, finished: int, outputs: int) -> float:
+    def flops(self, tokens: int, outputs: int) -> float:
         """Two operations a weight."""
         config = self.model.config
         matrices = [*self.model.blocks.parameters(), self.model.smear_gate.weight]
         weights = sum(parameter.numel() for parameter in matrices)
-        last = f"blocks.{config.n_layer - 1}"
-        names = (f"{last}.{name}.weight" for name in ("attn.q", "attn.out", "mlp.up", "mlp.down"))
-        late = sum(self.model.get_parameter(name).numel() for name in names)
-        head = config.n_embd * config.vocab_size
-        return 2.0 * (tokens * (weights - late) + finished * late + outputs * head)
+        return 2.0 * (tokens * weights + outputs * config.n_embd * config.vocab_size)
 
 
 @dataclass
 class Clock:
-    """Where the seconds of an evaluation went, on this rank."""
+    """Where the seconds of an evaluation went, on this rank.
 
-    seconds: dict[str, float] = field(
-        default_factory=lambda: dict.fromkeys(
-            ("reading", "rendering", "tokenizing", "batching", "forward", "scoring"), 0.0
-        )
-    )
-    tokens: int = 0  # positions computed, padding included
-    finished: int = 0  # those of them that the last layer was computed for
-    outputs: int = 0  # those that went through the head
+    Attributes:
+        seconds: by part.
+        tokens: positions computed, padding included.
+        outputs: those of them that went through the head.
+    """
+
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
+    tokens: int = 0
+    outputs: int = 0
 
     def add(self, part: str, since: float) -> float:
         """Count the time since `since` for a part; returns now."""
@@ -175,89 +147,64 @@ def score_spans(
         model: the model.
         spans: what to score; the loss of an empty one is NaN.
         batch_tokens: most positions in a forward pass of several rows, padding included.
-        with_argmax: whether the second of each pair is asked; without it, it is False.
-        clock: told where the time goes.
+        with_argmax: whether the second of each pair is needed; without it, it is False.
+        clock: counts the seconds.
     """
     started = time.perf_counter()
     # Options with the same tokens are scored once, so that they tie exactly whatever batch they fall in.
     keys = [(span.ids.tobytes(), span.start) for span in spans]
-    distinct = {key: span for key, span in zip(keys, spans, strict=True) if span.end > span.start}
-    inputs = Inputs.of(list(distinct.values()))
-    wanted: list[list[int]] = [[] for _ in inputs.ids]
-    for place, number in enumerate(inputs.of_span):
-        wanted[number].append(place)
+    distinct = {key: span for key, span in zip(keys, spans, strict=True) if span.start < len(span.ids)}
     overhead = OVERHEAD_TOKENS.get(model.device.type, LAUNCH_TOKENS)
     batch_tokens = min(batch_tokens, CACHE_TOKENS.get(model.device.type, batch_tokens))
-    found = batching.prefix_groups(inputs, overhead, batch_tokens)
-    plan = batching.batches(found, overhead, batch_tokens)
+    groups = batching.prefix_groups(batching.rows_of([*distinct.values()]), overhead, batch_tokens)
+    plan = batching.batches(groups, overhead, batch_tokens)
     clock.add("batching", started)
-    asked = list(distinct.values())
-    scored: list[tuple[float, bool]] = [(0.0, False)] * len(asked)
+    scored: dict[Span, tuple[float, bool]] = {}
     for batch in plan:
-        places = [place for group in batch for number in group.inputs for place in wanted[number]]
-        rows = [number for group in batch for number in group.inputs for _ in wanted[number]]
-        results = _score_batch(
-            model, inputs, batch, rows, [asked[place] for place in places], with_argmax, clock
-        )
-        for place, result in zip(places, results, strict=True):
-            scored[place] = result
-    by_key = dict(zip(distinct, scored, strict=True))
-    return [by_key.get(key, (float("nan"), True)) for key in keys]
+        scored |= _score_batch(model, batch, with_argmax, clock)
+    return [scored[distinct[key]] if key in distinct else (math.nan, True) for key in keys]
 
 
 @torch.no_grad()
 def _score_batch(
-    model: Scorer,
-    inputs: Inputs,
-    batch: Sequence[PrefixGroup],
-    numbers: Sequence[int],
-    spans: Sequence[Span],
-    with_argmax: bool,
-    clock: Clock,
-) -> list[tuple[float, bool]]:
-    """Score spans; numbers[i] is the sequence of inputs that span i is read from."""
+    model: Scorer, batch: Sequence[PrefixGroup], with_argmax: bool, clock: Clock
+) -> dict[Span, tuple[float, bool]]:
     started = time.perf_counter()
-    device = model.device
     shared = min(group.shared for group in batch)
-    order = [number for group in batch for number in group.inputs]
-    tails = _padded([inputs.ids[number][shared:] for number in order])
-    first = min(span.start for span in spans) - 1 - shared  # the output at a token predicts the next one
-    clock.tokens += tails.numel() + shared * len(batch)
-    clock.finished += len(tails) * (tails.size(1) - first) + bool(shared) * len(batch)
+    rows = [row for group in batch for row in group.rows]
+    ids = _padded([row.ids[shared:] for row in rows]).to(model.device)
+    prefix = None
     if shared:
-        heads = torch.from_numpy(
-            np.stack([inputs.ids[group.inputs[0]][:shared] for group in batch]).astype(np.int64)
-        )
-        owners = torch.tensor([place for place, group in enumerate(batch) for _ in group.inputs])
-        hidden = model.read_on(heads.to(device), owners.to(device), tails.to(device), first)
-    else:
-        hidden = model.read(tails.to(device), first)
-    row_of = {number: row for row, number in enumerate(order)}
-    sizes = [span.end - span.start for span in spans]
-    row = np.repeat([row_of[number] for number in numbers], sizes)
-    position = np.concatenate([np.arange(span.start - 1, span.end - 1) for span in spans])
-    position -= shared + first
-    targets = np.concatenate([span.ids[span.start : span.end] for span in spans]).astype(np.int64)
-    clock.outputs += len(targets)
-    picked = hidden[torch.from_numpy(row).to(device), torch.from_numpy(position).to(device)]
-    started = clock.add("forward", started)
-    losses, hits = model.losses(
-        picked,
-        torch.from_numpy(targets).to(device),
-        with_argmax=with_argmax,
+        group_of_row = [number for number, group in enumerate(batch) for _ in group.rows]
+        heads = _padded([group.rows[0].ids[:shared] for group in batch])
+        prefix = heads.to(model.device), torch.tensor(group_of_row, device=model.device)
+    hidden = model.read(ids, prefix)
+    spans = [span for row in rows for span in row.spans]
+    sizes = [len(span.ids) - span.start for span in spans]
+    row_of_span = [number for number, row in enumerate(rows) for _ in row.spans]
+    # The output at a token predicts the next one.
+    positions = np.concatenate([np.arange(span.start - 1, len(span.ids) - 1) for span in spans]) - shared
+    targets = np.concatenate([span.ids[span.start :] for span in spans]).astype(np.int64)
+    row, position, target = (
+        torch.from_numpy(array).to(model.device)
+        for array in (np.repeat(row_of_span, sizes), positions, targets)
     )
+    picked = hidden[row, position]
+    clock.tokens += ids.numel() + shared * len(batch)
+    clock.outputs += len(targets)
+    started = clock.add("forward", started)
+    losses, hits = model.losses(picked, target, with_argmax=with_argmax)
     nats, likeliest = losses.float().cpu(), hits.cpu()
-    results = [
-        (part.mean().item(), bool(hit.all()))
-        for part, hit in zip(torch.split(nats, sizes), torch.split(likeliest, sizes), strict=True)
-    ]
+    results = {
+        span: (part.mean().item(), bool(hit.all()))
+        for span, part, hit in zip(
+            spans, torch.split(nats, sizes), torch.split(likeliest, sizes), strict=True
+        )
+    }
     clock.add("scoring", started)
     return results
 
 
-def _padded(rows: Sequence[np.ndarray]) -> Tensor:
+def _padded(rows: Sequence[Ids]) -> Tensor:
     """Rows of different lengths as (B, T) int64, zeros at the right, where a causal model cannot see them."""
-    ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.int64)
-    for place, row in enumerate(rows):
-        ids[place, : len(row)] = torch.from_numpy(row)
-    return ids
+    return pad_sequence([torch.from_numpy(row.astype(np.int64)) for row in rows], batch_first=True)

@@ -1,4 +1,4 @@
-"""How sure a score is: errors of accuracies and of CORE, paired differences, probabilities. Pure.
+"""Statistics of CORE: errors of accuracies and of their mean, paired differences, probabilities. Pure.
 
 Examples of one passage (coqa's turns, squad's questions) are answered alike, so passages, not examples, are
 the independent draws. A stratum is what is averaged with equal weight: a task, or a category of it.
@@ -7,8 +7,9 @@ the independent draws. A stratum is what is averaged with equal weight: a task, 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,10 +37,18 @@ class Stratum:
     @staticmethod
     def of(values: Sequence[float], passages: Sequence[int]) -> Stratum:
         """Add up values by the number of their passage."""
-        _, place = np.unique(np.asarray(passages), return_inverse=True)
+        _, group = np.unique(np.asarray(passages), return_inverse=True)
         numbers = np.asarray(values, np.float64)
-        sizes = np.bincount(place).astype(np.float64)
-        return Stratum(np.bincount(place, numbers).astype(np.float64), sizes, float((numbers**2).sum()))
+        sums, sizes = np.bincount(group, numbers), np.bincount(group)
+        return Stratum(sums.astype(float), sizes.astype(float), float((numbers**2).sum()))
+
+    @staticmethod
+    def by_category(rows: Iterable[tuple[float, int, str]]) -> list[Stratum]:
+        """One of each category, in the order of their first examples; rows are (value, passage, category)."""
+        members: dict[str, list[tuple[float, int]]] = {}
+        for value, passage, category in rows:
+            members.setdefault(category, []).append((value, passage))
+        return [Stratum.of(*zip(*pairs, strict=True)) for pairs in members.values()]
 
     @property
     def mean(self) -> float:
@@ -72,8 +81,13 @@ class Stratum:
         return means
 
 
+def mean_of(strata: Sequence[Stratum]) -> float:
+    """Plain mean of the strata's means."""
+    return sum(stratum.mean for stratum in strata) / len(strata)
+
+
 def stderr_of_mean(strata: Sequence[Stratum]) -> float:
-    """Standard error of the plain mean of the strata's means."""
+    """Standard error of that mean."""
     return math.sqrt(sum(stratum.variance for stratum in strata)) / len(strata)
 
 
@@ -107,16 +121,11 @@ def probability_above(value: float, stderr: float, bar: float, degrees: int | No
     if stderr == 0:
         return 0.5 if value == bar else float(value > bar)
     distance = (value - bar) / stderr
-    return normal_cdf(distance) if degrees is None else student_cdf(distance, degrees)
-
-
-def normal_cdf(z: float) -> float:
-    """Share of a normal distribution below z standard deviations."""
-    return 0.5 * math.erfc(-z / math.sqrt(2))
+    return NormalDist().cdf(distance) if degrees is None else student_cdf(distance, degrees)
 
 
 def student_cdf(t: float, degrees: int) -> float:
-    """Share of Student's distribution below t (Abramowitz and Stegun 26.7.3 and 26.7.4).
+    """Probability that Student's t lies below t (Abramowitz and Stegun 26.7.3 and 26.7.4).
 
     >>> round(student_cdf(2.920, 2), 4), round(student_cdf(-3.182, 3), 4), student_cdf(0.0, 5)
     (0.95, 0.025, 0.5)
@@ -131,13 +140,6 @@ def student_cdf(t: float, degrees: int) -> float:
         total += term
     inside = 2 / math.pi * (angle + sine * total) if odd else sine * total
     return 0.5 + inside / 2
-
-
-def mean_and_stderr(values: Sequence[float]) -> tuple[float, float]:
-    """Mean of independent values, two or more, and the standard error that their spread gives it."""
-    mean = sum(values) / len(values)
-    spread = sum((value - mean) ** 2 for value in values) / (len(values) - 1)
-    return mean, math.sqrt(spread / len(values))
 
 
 def exact_mcnemar(only_first: int, only_second: int) -> float:
@@ -165,14 +167,14 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def wilson(share: float, n: float, z: float = 1.959964) -> tuple[float, float]:
-    """The 95 % interval of a share found in n draws (Wilson 1927), which is not a point where it is 0 or 1.
+def wilson(fraction: float, n: float, z: float = 1.959964) -> tuple[float, float]:
+    """The 95 % interval of a fraction of n draws (Wilson 1927), which is not a point where it is 0 or 1.
 
     >>> [round(end, 3) for end in wilson(0.0, 32)], [round(end, 3) for end in wilson(0.5, 100)]
     ([0.0, 0.107], [0.404, 0.596])
     """
-    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    middle = (fraction + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(fraction * (1 - fraction) / n + z * z / (4 * n * n))
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
