@@ -173,9 +173,10 @@ def test_scores_of_an_older_version_are_kept_too(state, pets):
     whole = score("core,bpb")
     path = files.run_dir("tiny") / "base_eval.json"
     old = {name: value for name, value in whole.items() if name not in ("weights", "parts", "answers_sha256")}
-    files.write_json(path, old | {"crop_tokens": 32})
+    files.write_json(path, old | {"crop_tokens": 32, "finished_tokens": 7})
     found = score("sample")
     assert (found["core_metric"], found["crop_tokens"]) == (whole["core_metric"], 32)
+    assert found["finished_tokens"] == 7  # of versions whose last layer skipped positions
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"step": ' + "9" * 5000 + "}"])

@@ -187,7 +187,7 @@ def test_tasks_are_starred_after_holm_and_core_by_itself(capsys):
     write_run("two", better, 0.3, passage=1)
     whole, *rows = compare.compare("one", "two")
     first, second = rows[:2]
-    assert first.p_value == pytest.approx(scipy_stats.binomtest(0, first.only_second, 0.5).pvalue)
+    assert first.p_value == pytest.approx(scipy_stats.binomtest(0, first.only[1], 0.5).pvalue)
     assert second.p_value < 0.05 / 22
     assert (second.p_holm, first.p_holm) == pytest.approx((second.p_value * 22, first.p_value * 21))
     assert math.isnan(whole.p_holm)

@@ -53,7 +53,7 @@ def test_shots_are_those_of_sampling_the_list_without_the_example():
 
 
 def test_shots_are_clamped_to_the_other_examples():
-    for variant in prompts.VARIANTS:
+    for variant in prompts.SEPARATORS:
         assert sorted(prompts.draw_shots(4, 10, variant)[1]) == [0, 2, 3]
         assert prompts.draw_shots(1, 10, variant) == [[]]
 
@@ -63,7 +63,7 @@ def test_a_cut_list_is_the_beginning_of_the_shuffled_one():
     expected = list(range(50))
     random.Random(1337).shuffle(expected)
     for count, kept in ((0, expected), (8, expected[:8])):
-        [group] = prompts.arrange(LM, examples, count, "nanochat")
+        [group] = prompts.arrange(examples, count, "nanochat")
         assert [example.line for example in group] == kept
     assert [example.line for example in examples] == list(range(50))
 
@@ -93,11 +93,10 @@ def test_prompts_of_the_real_bundle_equal_nanochats(shared_data):
 
 
 def test_dclm_keeps_the_order_and_draws_within_categories():
-    task = Task("j", "language_modeling", 2, " ", "f", 0.0, has_categories=True)
     examples = [Example((str(n),), ("x",), 0, n, "ab"[n % 2]) for n in range(11)]
-    groups = prompts.arrange(task, examples, 0, "dclm")
+    groups = prompts.arrange(examples, 0, "dclm")
     assert [[example.line for example in group] for group in groups] == [[0, 2, 4, 6, 8, 10], [1, 3, 5, 7, 9]]
-    cut = prompts.arrange(task, examples, 5, "dclm")
+    cut = prompts.arrange(examples, 5, "dclm")
     assert [[example.line for example in group] for group in cut] == [[0, 2, 4], [1, 3]]
 
 

@@ -80,7 +80,7 @@ def test_prompts_of_the_real_bundle_are_joined_exactly(shared_data):
     tokenizer = Tokenizer.train([text], 2000)
     rng = random.Random(0)
     for task in core_bundle.load_tasks(bundle):
-        [group] = core_prompts.arrange(task, core_bundle.load_examples(bundle, task), 300, "nanochat")
+        [group] = core_prompts.arrange(core_bundle.load_examples(bundle, task), 300, "nanochat")
         prompts = Prompts(tokenizer, task, group, "nanochat", Clock())
         for index in rng.sample(range(len(group)), min(60, len(group))):
             expected, context_ids = whole_rows(tokenizer, task, group, index)

@@ -271,28 +271,23 @@ def _show(*parts: Table | str) -> None:
         console.print(part, highlight=False, markup=False, emoji=False)
 
 
-def _table(title: str, columns: Sequence[tuple[str, str]], rows: Iterable[Mapping[str, Any]]) -> Table:
-    """A table of formatted fields; a column is its heading and the format of its cells."""
+def _table(
+    title: str, headings: Sequence[str], cells: Sequence[str], rows: Iterable[Mapping[str, Any]]
+) -> Table:
+    """A table of formatted fields; cells gives the format of each column."""
     table = Table(title=title, box=SIMPLE)
-    for number, (heading, _) in enumerate(columns):
+    for number, heading in enumerate(headings):
         table.add_column(heading, justify="right" if number else "left")
     for row in rows:
-        table.add_row(*(form.format_map(row) for _, form in columns))
+        table.add_row(*(cell.format_map(row) for cell in cells))
     return table
 
 
 def show_core(core: CoreResult, fields: Mapping[str, Any]) -> None:
     """Print CORE as a table, what follows from it, and how fast it was."""
-    columns = (
-        ("task", "{task}"),
-        ("shots", "{shots}"),
-        ("examples", "{examples}"),
-        ("accuracy", "{accuracy:.4f}"),
-        ("+-", "{stderr:.4f}"),
-        ("95 %", "{interval[0]:.3f}-{interval[1]:.3f}"),
-        ("random baseline", "{baseline:.3f}"),
-        ("centered", "{centered:+.4f}"),
-    )
+    headings = ("task", "shots", "examples", "accuracy", "+-", "95 %", "random baseline", "centered")
+    cells = ["{task}", "{shots}", "{examples}", "{accuracy:.4f}", "{stderr:.4f}"]
+    cells += ["{interval[0]:.3f}-{interval[1]:.3f}", "{baseline:.3f}", "{centered:+.4f}"]
     rows = ({"task": label, **task} for label, task in fields["tasks"].items())
     lines = [f"left out: {message}" for message in core.faults.values()]
     if core.faults:
@@ -313,35 +308,26 @@ def show_core(core: CoreResult, fields: Mapping[str, Any]) -> None:
         "matrix products: {flops:.2e} FLOP, at the rate of a large one, {measured_flops_per_s:.2e} FLOP/s, "
         "{share:.0%} of the time of forward and scoring".format_map(fields["core_matmul"]),
     ]
-    _show(_table(f"CORE, {core.bundle}", columns, rows), *lines)
+    _show(_table(f"CORE, {core.bundle}", headings, cells, rows), *lines)
 
 
 def show_difference(runs: Sequence[str], differences: Sequence[compare.Difference]) -> None:
     """Print what run B has more than run A; a star marks a difference that is hardly chance."""
-    columns = (
-        ("task", "{name}"),
-        ("examples", "{pairs}"),
-        (runs[0], "{first:.4f}"),
-        (runs[1], "{second:.4f}"),
-        ("difference", "{gain:+.4f}"),
-        ("+-", "{stderr:.4f}"),
-        (f"only {runs[0]}", "{only[0]}"),
-        (f"only {runs[1]}", "{only[1]}"),
-        ("p", "{p_value:.3f}{star}"),
-        ("p (Holm)", "{holm}"),
-    )
-    core, *tasks = differences
+    headings = ("task", "examples", *runs, "difference", "+-", f"only {runs[0]}", f"only {runs[1]}")
+    cells = ["{name}", "{pairs}", "{first:.4f}", "{second:.4f}", "{gain:+.4f}", "{stderr:.4f}"]
+    cells += ["{only[0]}", "{only[1]}", "{p_value:.3f}{star}", "{holm}"]
 
     def star(p: float) -> str:
         return " *" if p < SIGNIFICANT else ""
 
+    core, *tasks = differences
     rows = [vars(row) | {"gain": row.second - row.first, "p_value": row.p_value} for row in differences]
     rows[0] |= {"star": star(core.p_value), "holm": ""}
     for row, task in zip(rows[1:], tasks, strict=True):
         row |= {"star": "", "holm": f"{task.p_holm:.3f}{star(task.p_holm)}"}
     gain = core.second - core.first
     _show(
-        _table(f"{runs[1]} against {runs[0]}, by example", columns, rows),
+        _table(f"{runs[1]} against {runs[0]}, by example", (*headings, "p", "p (Holm)"), cells, rows),
         f"* p below {SIGNIFICANT}: of CORE by itself; of a task after Holm's correction for {len(tasks)}",
         f"CORE of {runs[1]} is {gain:+.4f} +- {core.stderr:.4f} from that of {runs[0]}: higher with "
         f"probability {probability_above(gain, core.stderr, 0.0):.3f}, before the spread between seeds.",

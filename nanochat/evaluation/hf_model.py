@@ -105,7 +105,7 @@ class HFScorer:
 
 
 class HFEncoder:
-    """A tokenizer of transformers as a core_tokens.Encoder; texts are tokenized whole."""
+    """A tokenizer of transformers as a prompt_tokens.Encoder; texts are tokenized whole."""
 
     pattern = ""
 

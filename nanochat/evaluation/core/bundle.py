@@ -68,7 +68,7 @@ class Bundle:
         return Bundle(name, pieces)
 
     def sha256(self, member: str) -> str:
-        """Hex digest of a file: two bundles ask the same where those of their files are the same."""
+        """Hex digest of a file: two bundles have the same questions where those of their files are equal."""
         digest = hashlib.sha256()
         for piece in self.pieces(member):
             digest.update(piece)

@@ -89,7 +89,7 @@ class Scored:
         return Scored(run, scores, {(line["task"], line["line"]): line for line in lines})
 
     def conditions(self) -> dict[str, object]:
-        """What must be the same in two runs that were asked the same, by its name in a message."""
+        """What must be the same in two scores on the same questions, by its name in a message."""
         tasks = self.scores["tasks"]
         cropped = any(fields.get("cropped_prompts", 1) for fields in tasks.values())
         same = {name: self.scores.get(name) for name in SAME}

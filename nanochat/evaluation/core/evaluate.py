@@ -71,7 +71,7 @@ def evaluate(
         bundle: from `find_bundle`.
         max_per_task: examples of each task, drawn with the fixed seed; 0 means all.
         world: the examples are split over its ranks; all ranks return the same result.
-        variant: one of prompts.VARIANTS.
+        variant: a key of prompts.SEPARATORS.
         batch_tokens: most positions in a forward pass of several rows, padding included.
         crop_tokens: longer prompts lose their beginning; by default those that the model cannot read.
         keep_going: leave out tasks whose file is faulty; then there is no CORE.
@@ -162,7 +162,7 @@ class _Evaluation:
         started = time.perf_counter()
         lines = [example.line for example in examples]
         passage_of = dict(zip(lines, prompts.passages(examples), strict=True))
-        groups = prompts.arrange(task, examples, max_examples, self.variant)
+        groups = prompts.arrange(examples, max_examples, self.variant)
         self.clock.add("rendering", started)
         answers: list[Prediction] = []
         with self.model.room(self.crop_tokens):

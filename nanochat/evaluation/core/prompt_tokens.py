@@ -35,18 +35,15 @@ class Encoder(Protocol):
     @property
     def bos_id(self) -> int:
         """Id that stands before every text."""
-        ...
 
     @property
     def pattern(self) -> str:
         """The regex that splits text into pieces."""
-        ...
 
     def encode_batch(
         self, texts: Sequence[str], num_threads: int | None = None
     ) -> tuple[NDArray[Any], NDArray[np.int64]]:
         """Ids of all texts end to end, and (texts + 1,) offsets."""
-        ...
 
 
 class Prompts:
@@ -61,7 +58,7 @@ class Prompts:
             tokenizer: the model's.
             task: theirs.
             examples: a group of prompts.arrange.
-            variant: one of prompts.VARIANTS.
+            variant: a key of prompts.SEPARATORS.
             clock: counts the seconds.
         """
         started = time.perf_counter()

@@ -18,14 +18,13 @@ from nanochat.evaluation.core.bundle import LANGUAGE_MODELING, SCHEMA, Example, 
 
 NANOCHAT = "nanochat"
 DCLM = "dclm"
-VARIANTS = (NANOCHAT, DCLM)
 
 SHUFFLE_SEED = 1337
 SHOT_SEED = 1234  # in nanochat plus the index of the example, in DCLM for all examples of a file
 SEPARATORS = {NANOCHAT: "\n\n", DCLM: "\n"}
 
 # Two prompts are of one passage where this many characters are the same, after the lines that more than so
-# many, or that share, of the task's prompts have (instructions, "Answer:"; no story has over 40 of coqa's
+# many, or that fraction, of the task's prompts have (instructions, "Answer:"; no story has over 40 of coqa's
 # 7,983 turns). By it these are of 499 stories.
 PASSAGE_CHARS = 100
 COMMON_LINE_COUNT, COMMON_LINE_FRAC = 20, 0.05
@@ -49,11 +48,10 @@ class Question:
     context: str | None
 
 
-def arrange(task: Task, examples: Sequence[Example], max_examples: int, variant: str) -> list[list[Example]]:
-    """The examples that are asked, in groups that draw their shots from themselves.
+def arrange(examples: Sequence[Example], max_examples: int, variant: str) -> list[list[Example]]:
+    """The examples that are scored, in groups that draw their shots from themselves.
 
     Args:
-        task: theirs.
         examples: all of the task, in the order of the file.
         max_examples: how many to keep; 0 or less keeps all. DCLM's categories are cut evenly.
         variant: nanochat shuffles with a fixed seed and has one group; dclm keeps the order of the file and

@@ -72,7 +72,7 @@ class Prediction:
 
     Attributes:
         task: label of the task.
-        index: place of the example in the order it was asked.
+        index: place of the example in the order of scoring.
         line: line of the example in the task's file, from 1.
         losses: mean nats per token of each option; NaN where the span is empty.
         answer: the option taken; -1 where a continuation was not the likeliest.

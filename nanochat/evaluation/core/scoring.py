@@ -50,7 +50,6 @@ class Scorer(Protocol):
 
     def room(self, tokens: int) -> AbstractContextManager[None]:
         """Within, rows of so many tokens can be read."""
-        ...
 
     def read(self, ids: Tensor, prefix: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """(B, T) int64 -> (B, T, C): what `losses` takes.
@@ -59,15 +58,12 @@ class Scorer(Protocol):
             ids: the rows.
             prefix: (F, L) tokens that are read once, and (B,) which of them each row goes on from.
         """
-        ...
 
     def losses(self, hidden: Tensor, targets: Tensor, with_argmax: bool) -> tuple[Tensor, Tensor]:
         """(N, C), (N,) -> losses in nats and, with_argmax, whether the target is the likeliest token."""
-        ...
 
     def flops(self, tokens: int, outputs: int) -> float:
         """Operations of the matrix products: of so many positions read, and so many through the head."""
-        ...
 
 
 class GPTScorer:
