@@ -28,22 +28,19 @@ BOUNDS = ("above", "at_least", "at_most")
 MESSAGE_LETTERS = 300  # of what the parser says: a wrong value may be long
 
 
-def flag(
-    default: Any, help: str, at_least: float | None = None, at_most: float | None = None, **metadata: Any
-) -> Any:
+def flag(default: Any, help: str, *domain: float, **metadata: Any) -> Any:
     """A field with a default, a line of help, and what else is known of it in `metadata`.
 
-    A number has a lower bound, `above` or `at_least`, and may have an upper one, `at_most`. `choices` are
-    all that is taken, and `aliases` are older names of some. `pattern` matches what is taken, which
-    `expected` says in words. `names` says in which part of the base directory a text names something, `path`
+    A number has a lower bound, `above` or `at_least`, and may have an upper one, `at_most`; `domain` is the
+    last two in order. `choices` are all that is taken, and `aliases` are older names of some. `pattern`
+    matches what is taken, which `expected` says in words. `names` says in which part of the base directory a text names something, `path`
     that it is a path and may have any bytes. `short` is a one-letter form, `positional` a value without a
     flag.
 
     A resumed run has to be given the value that the run began with, unless the flag is `planned` or `free`.
     """
-    return field(
-        default=default, metadata={"help": help, "at_least": at_least, "at_most": at_most, **metadata}
-    )
+    bounds = dict(zip(("at_least", "at_most"), domain, strict=False))
+    return field(default=default, metadata={"help": help, **bounds, **metadata})
 
 
 def planned(default: Any, help: str, *domain: float, **metadata: Any) -> Any:
