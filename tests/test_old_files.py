@@ -15,7 +15,7 @@ import torch
 from nanochat import export, report
 from nanochat.checkpoint import format as checkpoint_format
 from nanochat.checkpoint import state as checkpoint_state
-from nanochat.checkpoint.compatibility import RECIPE_CONSTANTS, completed
+from nanochat.checkpoint.compatibility import RECIPE_CONSTANTS, RETIRED_FLAGS, completed
 from nanochat.common import files
 from nanochat.common.errors import UserError
 from nanochat.common.machine import Precision
@@ -49,11 +49,17 @@ def old(base_dir: Path) -> None:
     shutil.copytree(OLD, base_dir)
 
 
+def asked_then() -> TrainArgs:
+    """The arguments that the old run's config.json holds."""
+    path = files.run_dir("old") / "config.json"
+    given = files.read_json(path, dict)["args"]
+    kept = {name: value for name, value in given.items() if name not in RETIRED_FLAGS}
+    return arguments.from_dict(TrainArgs, kept, path)
+
+
 def go_on(**changes: Any) -> dict[str, Any]:
     """Resume the old run with the arguments that its config.json holds."""
-    path = files.run_dir("old") / "config.json"
-    asked = files.read_json(path, dict)["args"] | {"resume": "auto"} | changes
-    args = arguments.from_dict(TrainArgs, asked, path)
+    args = dataclasses.replace(asked_then(), resume="auto", **changes)
     tokenizer = Tokenizer.load(files.tokenizer_dir(args.tokenizer_name))
     plan = planning.plan(args, tokenizer.vocab_size)
     return train_run.run(plan, Corpus.open(args.corpus), tokenizer, FP32, World.single_process())
@@ -109,10 +115,25 @@ def test_the_run_goes_on_as_that_commit_would_have() -> None:
         assert [e.get("loss") for e in metrics()] == pytest.approx([e.get("loss") for e in before], abs=1e-5)
 
 
+def test_with_a_retired_flag_it_is_scored_and_not_resumed() -> None:
+    """The old run as it would be under a technique that this version has no more."""
+    folder = checkpoint_format.folder_of("old", 4)
+    for path in (folder / checkpoint_format.STATE, files.run_dir("old") / "config.json"):
+        path.write_text(path.read_text("utf-8").replace('"z_loss": 0.0', '"z_loss": 0.001'))
+    manifest = folder / checkpoint_format.MANIFEST
+    listed = files.read_json(manifest, dict)
+    state = folder / checkpoint_format.STATE
+    listed["files"]["state.json"] = {"bytes": state.stat().st_size, "sha256": files.sha256(state)}
+    manifest.write_text(json.dumps(listed))
+    with pytest.raises(UserError, match=r"step_000004: cannot be resumed.*--z-loss: 0\.001 then"):
+        go_on()
+    args = EvalArgs(run="old", step=4, eval="bpb", eval_tokens=512, device_type="cpu", dtype="float32")
+    assert base_eval.run(args, World.single_process())["bpb"]["val"] > 1
+
+
 def test_its_rows_of_a_micro_batch_are_kept() -> None:
     """They are in the plan of that version alone."""
-    path = files.run_dir("old") / "config.json"
-    args = arguments.from_dict(TrainArgs, files.read_json(path, dict)["args"], path)
+    args = asked_then()
     tokenizer = Tokenizer.load(files.tokenizer_dir("texts"))
     plan = planning.plan(args, tokenizer.vocab_size)
     state = train_run.create_state(plan, Corpus.open("texts"), tokenizer, FP32, World.single_process())
@@ -133,7 +154,7 @@ def test_its_rows_of_a_micro_batch_are_kept() -> None:
 )
 def test_another_run_is_refused(changes: dict[str, Any], named: str) -> None:
     if "dtype" in changes:
-        asked = TrainArgs(**{**completed_args(), **changes})
+        asked = dataclasses.replace(asked_then(), resume="auto", **changes)
         half = Precision(torch.bfloat16, "sdpa")
         tokenizer = Tokenizer.load(files.tokenizer_dir("texts"))
         with pytest.raises(UserError, match=f"{named}: .* then, .* now"):
@@ -147,11 +168,6 @@ def test_another_run_is_refused(changes: dict[str, Any], named: str) -> None:
         return
     with pytest.raises(UserError, match=f"{named}: .* then, .* now"):
         go_on(**changes)
-
-
-def completed_args() -> dict[str, Any]:
-    asked: dict[str, Any] = files.read_json(files.run_dir("old") / "config.json", dict)["args"]
-    return {**asked, "recipe": OLD_NAMES[asked["recipe"]], "resume": "auto"}
 
 
 def test_it_is_scored_exported_and_reported() -> None:

@@ -14,7 +14,6 @@ import pytest
 
 from nanochat.common.errors import UserError
 from nanochat.common.run_files import MetricsLine, cut_back, read_lines
-from nanochat.train import run_log as run_log_module
 from nanochat.train.run_log import RunLog
 from tests.tiny import read_metrics
 
@@ -148,7 +147,7 @@ def test_lines_that_cannot_be_written_are_kept_and_come_later(
 def test_lines_that_never_could_be_written_are_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(run_log_module, "KEPT_BYTES", 100)
+    monkeypatch.setattr("nanochat.train.run_log.KEPT_BYTES", 100)
     failing(monkeypatch, lambda: True)
     with RunLog(tmp_path, enabled=True, total_steps=10) as log:
         for step in range(10):

@@ -16,7 +16,7 @@ from nanochat.config import plan as planning
 from nanochat.config.arguments import TrainArgs
 from nanochat.config.plan import Plan
 
-FIXED = {"corpus", "keep_tails", "seed", "soap_every", "soap_sides", "z_loss", "dtype", "fp8"}
+FIXED = {"corpus", "keep_tails", "seed", "soap_every", "soap_sides", "dtype", "fp8"}
 FREE = (
     {"run", "tokenizer", "target_loss", "device_batch_size", "on_nonfinite", "device_type", "attention"}
     | {"compile", "profile", "recompute", "dist_timeout", "eval_every", "eval_tokens", "core_metric_every"}
@@ -78,7 +78,7 @@ def test_a_flag_that_acts_through_the_plan_is_refused_there(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [("corpus", "x"), ("keep_tails", True), ("seed", 1), ("soap_every", 5), ("soap_sides", 1)]
-    + [("z_loss", 1e-4), ("dtype", "bfloat16"), ("fp8", True)],
+    + [("dtype", "bfloat16"), ("fp8", True)],
 )
 def test_a_fixed_flag_is_refused_by_its_name(name: str, value: Any) -> None:
     flag = f"--{name.replace('_', '-')}"
@@ -135,6 +135,14 @@ def test_a_checkpoint_that_lacks_a_flag_had_what_its_version_did() -> None:
     assert compare(plan(), plan(), args=args) == []
     with pytest.raises(UserError, match="--soap-every: 10 then, 5 now"):
         compare(plan(), plan(soap_every=5), args=args)
+
+
+def test_a_retired_flag_that_did_nothing_is_passed_over_and_another_value_refused() -> None:
+    args = dataclasses.asdict(plan().args)
+    assert compare(plan(), plan(), args=args | {"z_loss": 0.0}) == []
+    refused = r"--z-loss: 0\.0001 then, 'nothing' now.*no --z-loss: finish the run with the one that began it"
+    with pytest.raises(UserError, match=refused):
+        compare(plan(), plan(), args=args | {"z_loss": 1e-4})
 
 
 def test_an_early_checkpoint_does_not_say_what_auto_was() -> None:

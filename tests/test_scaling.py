@@ -106,7 +106,7 @@ def test_matrices_under_another_optimizer_by_hand(optimizer: str, betas: tuple[f
     assert asked.groups["matrix"].weight_decay == 0
 
 
-@pytest.mark.parametrize("flags", [{"z_loss": -1e-4}, {"soap_every": 0}])
+@pytest.mark.parametrize("flags", [{"scalar_lr": -1e-4}, {"soap_every": 0}])
 def test_techniques_out_of_range_are_refused_by_their_flag(flags: dict[str, float]) -> None:
     with pytest.raises(UserError, match="--" + next(iter(flags)).replace("_", "-")):
         plan(dataclasses.replace(TrainArgs(), **flags), 32768)  # type: ignore[arg-type]

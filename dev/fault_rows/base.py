@@ -227,7 +227,7 @@ NONSENSE = [
     *("--matrix-lr=nan", "--matrix-lr=inf", "--matrix-lr=1e38", "--weight-decay=nan", "--weight-decay=1e38"),
     *("--final-lr-frac=nan", "--save-minutes=nan", "--dist-timeout=nan", "--dist-timeout=inf"),
     *("--target-flops=inf", "--target-param-data-ratio=inf", "--depth=100000000", "--resume=\u00b2"),
-    *("--resume=\u0663", "--warmdown-ratio=nan", "--z-loss=inf", f"--seed={2**64}", "--max-seq-len=1e3"),
+    *("--resume=\u0663", "--warmdown-ratio=nan", "--scalar-lr=inf", f"--seed={2**64}", "--max-seq-len=1e3"),
 ]
 
 

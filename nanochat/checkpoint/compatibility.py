@@ -53,25 +53,30 @@ POLAR_NORM_FACTOR = {"july": 1.01, "january": 1.02, "speedrun-124m": 1.01}
 
 # Flags and fields that came after the first checkpoints, with what was done before there was a choice.
 EARLY_MODEL = {"window_pattern": "SSSL", "recipe": "july", "attention_kind": "softmax", "bigram": False}
-EARLY_FLAGS = {"keep_tails": False, "fp8": False, "soap_every": 10, "soap_sides": 2, "z_loss": 0.0}
 EARLY_SCHEDULE: dict[str, Any] = {"batch_stages": [], "window_stages": []}
+EARLY_FLAGS = {"keep_tails": False, "fp8": False, "soap_every": 10, "soap_sides": 2}
+
+# Flags that this version has no more, with the value at which they did nothing: a run that had another is
+# scored as any, and finished with the version that began it.
+RETIRED_FLAGS = {"z_loss": 0.0}
 
 
 def completed(plan: dict[str, Any]) -> dict[str, Any]:
     """The plan of a checkpoint, as state.json holds it, with every field that its version left unsaid.
 
-    Only absent fields are filled: whatever a checkpoint says of itself stands. A plan that is not of the
-    right shape comes back as it is, for those who read it to refuse.
+    Only absent fields are filled: whatever a checkpoint says of itself stands, but for retired flags that did
+    nothing. A plan that is not of the right shape comes back as it is, for those who read it to refuse.
     """
     model, args, schedule = plan.get("model"), plan.get("args"), plan.get("schedule")
     if not isinstance(model, dict) or not isinstance(args, dict):
         return plan
     model = EARLY_MODEL | model
+    args = EARLY_FLAGS | {k: v for k, v in args.items() if k not in RETIRED_FLAGS or v != RETIRED_FLAGS[k]}
     recipe = model["recipe"] if isinstance(model["recipe"], str) else ""
     constants = RECIPE_CONSTANTS.get(recipe, {})
     if constants and args.get("document_mask") is True:  # a flag of the run, then
         constants = constants | {"document_mask": True}
-    out = plan | {"model": constants | model | _renamed(model), "args": EARLY_FLAGS | args | _renamed(args)}
+    out = plan | {"model": constants | model | _renamed(model), "args": args | _renamed(args)}
     if isinstance(schedule, dict):
         out["schedule"] = EARLY_SCHEDULE | schedule
     if recipe in POLAR_NORM_FACTOR:

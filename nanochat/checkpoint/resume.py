@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from nanochat.checkpoint import format as checkpoint_format
-from nanochat.checkpoint.compatibility import completed
+from nanochat.checkpoint.compatibility import RETIRED_FLAGS, completed
 from nanochat.common import files, run_files
 from nanochat.common.errors import UserError
 from nanochat.config.arguments import TrainArgs
@@ -216,6 +216,10 @@ def _advice(changed: list[str], then: dict[str, Any], now: dict[str, Any]) -> st
         return (
             "The version that made it left the value embeddings at the recipe's rate under --embedding-lr: "
             "finish the run with that version, "
+        )
+    if gone := [name for name in RETIRED_FLAGS if name in then]:
+        return (
+            f"This version has no --{gone[0].replace('_', '-')}: finish the run with the one that began it, "
         )
     in_plan = not any(name.startswith("--") or name.endswith(" hash") for name in changed)
     if in_plan and all(then.get(name) == now[name] for name in asked):

@@ -18,13 +18,14 @@ import torch
 from torch import Tensor
 
 from nanochat.checkpoint import format as checkpoint_format
-from nanochat.checkpoint.compatibility import completed
+from nanochat.checkpoint.compatibility import RETIRED_FLAGS, completed
 from nanochat.checkpoint.format import MODEL, OPTIMIZER, STATE, Snapshot
 from nanochat.checkpoint.resume import require_same_run
 from nanochat.common import files, typed_json
 from nanochat.common.errors import UserError
 from nanochat.common.machine import Precision
 from nanochat.config import arguments
+from nanochat.config.arguments import TrainArgs
 from nanochat.config.model_config import ATTENTION_KINDS, GPTConfig, count_params
 from nanochat.config.plan import Plan
 from nanochat.data.train_loader import TrainLoader
@@ -209,7 +210,7 @@ def _load_model(
     run: str, folder: Path, device: torch.device, precision: Precision
 ) -> tuple[GPT, Tokenizer, dict[str, Any]]:
     meta = checkpoint_format.read_state(folder)
-    args = arguments.from_dict(arguments.TrainArgs, meta["plan"]["args"], folder / STATE)
+    args = arguments_of(meta, folder)
     tokenizer = Tokenizer.load(files.tokenizer_dir(args.tokenizer_name))
     if tokenizer.fingerprint != meta["fingerprints"].get("tokenizer"):
         raise UserError(
@@ -228,6 +229,16 @@ def _load_model(
         if parameter.dim() > 1:
             parameter.data = parameter.data.to(precision.compute_dtype)
     return model.eval(), tokenizer, meta
+
+
+def arguments_of(meta: dict[str, Any], folder: Path) -> TrainArgs:
+    """The arguments of a checkpoint's run, without the flags that this version has no more.
+
+    Raises:
+        UserError: they are not those of a run.
+    """
+    given = {name: value for name, value in meta["plan"]["args"].items() if name not in RETIRED_FLAGS}
+    return arguments.from_dict(TrainArgs, given, folder / STATE)
 
 
 def _model_config(values: dict[str, Any], weights: dict[str, Tensor], path: Path) -> GPTConfig:

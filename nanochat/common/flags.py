@@ -33,9 +33,9 @@ def flag(default: Any, help: str, *domain: float, **metadata: Any) -> Any:
 
     A number has a lower bound, `above` or `at_least`, and may have an upper one, `at_most`; `domain` is the
     last two in order. `choices` are all that is taken, and `aliases` are older names of some. `pattern`
-    matches what is taken, which `expected` says in words. `names` says in which part of the base directory a text names something, `path`
-    that it is a path and may have any bytes. `short` is a one-letter form, `positional` a value without a
-    flag.
+    matches what is taken, which `expected` says in words. `names` says in which part of the base directory a
+    text names something, `path` that it is a path and may have any bytes. `short` is a one-letter form,
+    `positional` a value without a flag.
 
     A resumed run has to be given the value that the run began with, unless the flag is `planned` or `free`.
     """

@@ -88,7 +88,6 @@ class TrainArgs(ModelFlags, MachineFlags):
     unembedding_lr: float | None = planned(None, "base learning rate of the output head (AdamW)", 0, 1000)
     scalar_lr: float | None = planned(None, "base learning rate of x0_scale; scales resid_scale too", 0, 1000)
     weight_decay: float | None = planned(None, "base weight decay of the block matrices", 0, 1000)
-    z_loss: float = flag(0.0, "weight of the z-loss, which keeps the logits of training small", 0, 1000)
     warmup_steps: int | None = planned(
         None, "steps of linear warmup; by default the recipe's, at most a tenth", 0
     )

@@ -22,7 +22,7 @@ from nanochat.checkpoint import state as checkpoint_state
 from nanochat.common import files, machine, run_files
 from nanochat.common.errors import UserError
 from nanochat.common.progress import printable
-from nanochat.config.arguments import EvalArgs, TrainArgs, from_dict
+from nanochat.config.arguments import EvalArgs
 from nanochat.data.corpus import Corpus
 from nanochat.data.train_loader import ValBatches
 from nanochat.distributed.world import World
@@ -84,8 +84,7 @@ def run(args: EvalArgs, world: World) -> dict[str, Any]:
         args.run, args.step, device=world.device, precision=precision
     )
     step = meta["step"]
-    state = checkpoint_format.folder_of(args.run, step) / checkpoint_format.STATE
-    trained = from_dict(TrainArgs, meta["plan"]["args"], state)
+    trained = checkpoint_state.arguments_of(meta, checkpoint_format.folder_of(args.run, step))
     corpus = Corpus.open(trained.corpus) if "bpb" in parts else None  # before hours are spent on CORE
     about = {"run": args.run, "step": step, "weights": _weights_of(args.run, step)}
     about["attention"] = precision.attention

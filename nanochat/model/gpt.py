@@ -192,7 +192,6 @@ class GPT(nn.Module):
     Attributes:
         recompute: what a backward pass computes again instead of keeping it: "none", "mlp" (of every block)
             or "block" (all but the stream between blocks). May be changed between passes.
-        z_loss: weight of the z-loss in `loss` while gradients are wanted.
     """
 
     cos: Tensor
@@ -210,7 +209,6 @@ class GPT(nn.Module):
         self.config = config
         self.dtype = precision.compute_dtype
         self.recompute = "none"
-        self.z_loss = 0.0
         self.document_bos = document_bos
         self.windows = config.windows
         self.backend = precision.attention
@@ -365,7 +363,6 @@ class GPT(nn.Module):
             softcap,
             vocab_size=vocab_size,
             reduction=reduction,
-            z_weight=self.z_loss,
         )
         return loss.view_as(targets) if reduction == "none" else loss
 

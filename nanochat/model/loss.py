@@ -42,7 +42,6 @@ def softcapped_cross_entropy(
     reduction: Reduction = "mean",
     ignore_index: int = -1,
     chunk_rows: int | None = None,
-    z_weight: float = 0.0,
 ) -> Tensor:
     """Cross-entropy in nats of softcap * tanh(x @ weight.T / softcap) against the targets.
 
@@ -59,8 +58,6 @@ def softcapped_cross_entropy(
             (N,) losses, zero where ignored, and no gradient.
         ignore_index: the target that does not count.
         chunk_rows: rows whose logits are held at a time; by default chosen for the device.
-        z_weight: where gradients are wanted, each loss has z_weight * (log of the sum of the exponentials of
-            the softcapped logits)^2 added: the z-loss of PaLM (arXiv 2204.02311).
 
     Returns:
         fp32 scalar, or (N,) fp32 for reduction "none".
@@ -70,7 +67,7 @@ def softcapped_cross_entropy(
     constants = (softcap, vocab_size, ignore_index, chunk_rows)
     if wants_grad:
         assert reduction != "none", "per-token losses carry no gradient: call under torch.no_grad()"
-        total: Tensor = _SummedLoss.apply(x, weight, targets, *constants, z_weight)
+        total: Tensor = _SummedLoss.apply(x, weight, targets, *constants)
     else:
         losses, _ = token_losses(x, weight, targets, *constants, with_argmax=False)
         if reduction == "none":
@@ -126,7 +123,6 @@ class _SummedLoss(torch.autograd.Function):
         vocab_size: int,
         ignore_index: int,
         chunk_rows: int | None,
-        z_weight: float,
     ) -> Tensor:
         want_x, want_weight = ctx.needs_input_grad[:2]
         losses, valid = _new_losses(x), (targets != ignore_index)[:, None]
@@ -143,7 +139,7 @@ class _SummedLoss(torch.autograd.Function):
         for rows in _spans(x.size(0), chunk):
             z = torch.mm(x[rows], head.t(), out=z_buffer[: rows.stop - rows.start])
             wanted = want_x or want_weight
-            _losses_of_chunk(z, safe[rows], softcap, losses[rows], with_grad=wanted, z_weight=z_weight)
+            _losses_of_chunk(z, safe[rows], softcap, losses[rows], with_grad=wanted)
             if grad_x is not None:
                 torch.mm(z, head, out=grad_x[rows])
             if product is not None and grad_weight is not None:
@@ -164,14 +160,12 @@ class _SummedLoss(torch.autograd.Function):
         return (
             None if grad_x is None else grad_x.mul_(factor),
             None if grad_weight is None else grad_weight.mul_(factor),
-            *(None,) * 6,
+            *(None,) * 5,
         )
 
 
-def _losses_of_chunk(
-    z: Tensor, targets: Tensor, softcap: float, losses: Tensor, with_grad: bool, z_weight: float = 0.0
-) -> None:
-    """Fill the losses (R,) of the logits z (R, V), which are before the softcap; z-loss included.
+def _losses_of_chunk(z: Tensor, targets: Tensor, softcap: float, losses: Tensor, with_grad: bool) -> None:
+    """Fill the losses (R,) of the logits z (R, V), which are before the softcap.
 
     with_grad, z turns into (d loss / d z) / 4, times _boost, in place.
     """
@@ -186,10 +180,6 @@ def _losses_of_chunk(
         torch.softmax(p, dim=-1, out=p)
         target = targets[rows, None]
         torch.neg(p.gather(1, target).log_()[:, 0], out=losses[rows])
-        if z_weight:
-            log_sum = losses[rows] + softcap * (2 * s.gather(1, target)[:, 0] - 1)
-            losses[rows] += z_weight * log_sum.square()
-            p *= (1 + 2 * z_weight * log_sum)[:, None]
         if with_grad:
             p.scatter_add_(1, target, p.new_full(target.shape, -1.0))
             torch.ops.aten.sigmoid_backward.grad_input(p, s, grad_input=p)  # p s (1 - s) in one pass

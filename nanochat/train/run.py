@@ -53,7 +53,6 @@ def create_state(
     model.to_empty(device=world.device)
     model.init_weights(plan.args.seed)
     model.recompute = plan.args.recompute
-    model.z_loss = plan.args.z_loss
     optimizer = MuonAdamW(
         dict(model.named_parameters()),
         model.parameter_kinds(),
