@@ -190,7 +190,7 @@ def test_failing_tracker_does_not_hurt_the_run(
 ) -> None:
     install_wandb(tmp_path, monkeypatch, code)
     with RunLog(tmp_path, enabled=True, total_steps=3) as log:
-        log.start_tracker("online", "run", {}, tmp_path)
+        log.start_tracker("online", "run", {})
         for step in range(3):
             log.step(step, "", loss=1.0)
     assert len(read_metrics(tmp_path / "metrics.jsonl")) == 3
@@ -210,7 +210,7 @@ def test_a_tracker_gets_every_line_and_cannot_touch_the_process(
     install_wandb(tmp_path, monkeypatch, WANDB.format(init=init, log=log, finish="pass"))
     before = (Path.cwd(), dict(os.environ), sys.stdout)
     with RunLog(tmp_path, enabled=True, total_steps=3) as run_log:
-        run_log.start_tracker("online", "run", {}, tmp_path)
+        run_log.start_tracker("online", "run", {})
         for step in range(3):
             run_log.write("step", step, loss=1.5)
     assert (Path.cwd(), dict(os.environ), sys.stdout) == before

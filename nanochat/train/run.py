@@ -245,7 +245,7 @@ def _run(
         Watchdog(world, folder, plan.args.dist_timeout, lambda: f"step {state.step}"),
         RunLog(folder, enabled=world.is_main, total_steps=plan.steps, first_step=state.step) as log,
     ):
-        log.start_tracker(plan.args.wandb, plan.args.run_name, config, folder)
+        log.start_tracker(plan.args.wandb, plan.args.run_name, config)
         reporter = StepReporter(plan, world, log, speed)
         saver = Saver(plan, fingerprints, world, log.say, saved_step=state.step if start else None)
         hooks = default_hooks(plan, corpus, tokenizer, saver, world, log, stop_requested)

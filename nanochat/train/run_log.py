@@ -1,4 +1,7 @@
-"""What a run tells: metrics.jsonl always, a line or a bar on the console, a tracker if asked."""
+"""The log of a run: metrics.jsonl always, a line or a bar on the console, Weights & Biases on request.
+
+Each may fail without the run: a disk that is full, a terminal that is gone, a tracker that hangs.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,10 @@ import json
 import os
 import sys
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from nanochat.common import console
 from nanochat.common.errors import warn
@@ -68,87 +70,72 @@ class MetricsFile:
 
 
 class RunLog:
-    """The voice of a run. Only the main rank has one that speaks; the others are given `enabled=False`.
+    """Metrics and console lines of a run. The main rank's alone does anything; others say `enabled=False`.
 
-    Use as a context manager: the bar is closed and the tracker is told at the end.
+    Use it as a context manager: at the end the bar, the file and the tracker are closed.
     """
 
     def __init__(self, folder: Path, *, enabled: bool, total_steps: int, first_step: int = 0) -> None:
         """Open metrics.jsonl in `folder`, cut back to `first_step`."""
         self.console = Console(quiet=not enabled, highlight=False, soft_wrap=True)
-        self._enabled = enabled
-        self._total_steps = total_steps
-        self._tracker: Tracker | None = None
+        self._path = folder / "metrics.jsonl"
         self._file: MetricsFile | None = None
+        self._tracker: Tracker | None = None
         self._unread = False
-        self._bar: Progress | None = None
-        self._task = TaskID(0)
-        if not enabled:
-            return
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / "metrics.jsonl"
-        if first_step and not path.exists():
-            warn(f"{path} is not there: the curve of this run begins at step {first_step}")
-        cut_back(path, first_step)
-        self._file = MetricsFile(path)
-        if sys.stdout.isatty():
-            columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-            self._bar = Progress(*columns, console=self.console, transient=True)
-            self._task = self._bar.add_task("starting", total=total_steps, completed=first_step)
-            self._bar.start()
+        if enabled:
+            folder.mkdir(parents=True, exist_ok=True)
+            if first_step and not self._path.exists():
+                warn(f"{self._path} is not there: the curve of this run begins at step {first_step}")
+            cut_back(self._path, first_step)
+            self._file = MetricsFile(self._path)
+        columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+        hidden = not (enabled and sys.stdout.isatty())
+        self._bar = Progress(*columns, console=self.console, transient=True, disable=hidden)
+        self._task = self._bar.add_task("starting", total=total_steps, completed=first_step)
+        self._bar.start()
 
     def __enter__(self) -> RunLog:
-        """Itself."""
+        """Return the log."""
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Close the bar, the file and the tracker."""
-        if self._bar is not None:
+    def __exit__(self, *error: object) -> None:
+        """Close the bar, the file and the tracker, which reads the file to its end."""
+        if not self._bar.disable:
             self._bar.stop()
         if self._file is not None:
             self._file.close()
         if self._tracker is not None:
             self._tracker.close()
 
-    def start_tracker(self, mode: str, name: str, config: dict[str, Any], folder: Path) -> None:
-        """Also log to Weights & Biases; a failure is said once and the run goes on without it.
-
-        Args:
-            mode: "off", "online" or "offline".
-            name: name of the run.
-            config: what the tracker shows as configuration.
-            folder: where it keeps its files.
-        """
-        if mode != "off" and self._enabled:
-            self._tracker = Tracker(mode, name, config, folder, self.say)
+    def start_tracker(self, mode: str, name: str, config: dict[str, Any]) -> None:
+        """Also log to Weights & Biases, unless `mode` is "off"; arguments as in `Tracker`."""
+        if mode != "off" and self._file is not None:
+            self._tracker = Tracker(mode, name, config, self._path, self.say)
 
     def say(self, text: str) -> None:
         """Print a line, above the bar where there is one."""
         self.console.print(text, markup=False)
-        if not self._unread and self._enabled and console.reader_is_gone():
+        if not self._unread and self._file is not None and console.reader_is_gone():
             self._unread = True
             warn("nobody reads standard output any more; the run goes on, metrics.jsonl has all")
 
     def write(self, kind: str, step: int, **values: float | int | str | None) -> None:
-        """Append one object to metrics.jsonl and hand it to the tracker.
+        """Append one object to metrics.jsonl.
 
         Args:
-            kind: "step", "eval", "core", "sample".
+            kind: "step", "eval", "core", "sample" or "skip".
             step: optimizer steps done before this was measured; for a step, its own index.
-            values: what was measured; numbers stay numbers.
+            values: the measurements; numbers stay numbers.
         """
-        if self._file is None:
-            return
-        self._file.write(json.dumps({"kind": kind, "step": step, **values}))
+        if self._file is not None:
+            self._file.write(json.dumps({"kind": kind, "step": step, **values}))
         if self._tracker is not None:
-            self._tracker.log(step, {f"{kind}/{name}": value for name, value in values.items()})
+            self._tracker.check()
 
     def step(self, step: int, line: str, **values: float | int | str | None) -> None:
         """Record one optimizer step, and show it: a line in a log, the bar on a terminal."""
         self.write("step", step, **values)
-        if self._bar is not None:
-            self._bar.update(self._task, completed=step + 1, description=line)
-        else:
+        if self._bar.disable:
             self.say(line)
+        else:
+            self._bar.update(self._task, completed=step + 1, description=line)

@@ -1,7 +1,8 @@
-"""Weights & Biases as a sink that may fail or hang: a process of its own, so that it can do nothing to a run.
+"""Weights & Biases as a reader of metrics.jsonl, in a process of its own that may fail or hang.
 
-In ours it could end the interpreter, keep it for itself, change the working directory or the environment,
-take over the console, or leave a hook that holds up the exit. It gets lines of JSON through a pipe instead.
+In the process of the run it could end the interpreter, keep it for itself, change the working directory or
+the environment, take over the console, or leave a hook that holds up the exit. A second process follows the
+file of metrics instead, and the run only looks whether it is still there.
 """
 
 from __future__ import annotations
@@ -9,130 +10,115 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import queue
+import select
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 PROJECT = "nanochat"
-WAITING = 10_000  # lines that may wait for a tracker that does not answer; then it is given up
-FINISH_S = 30.0  # for what still waits when the run ends
+POLL_S = 1.0  # between two looks at the end of the file
+FINISH_S = 30.0  # for what is left to read when the run ends
+MESSAGE_LETTERS = 1000  # of an error: a pipe that nobody reads yet takes so much
 
 
 class Tracker:
-    """One run at the tracker. A failure is said once, and the run goes on without it (RELIABILITY P15)."""
+    """The process that reads along. A failure is printed once, and the run goes on (RELIABILITY P15)."""
 
     def __init__(
-        self, mode: str, name: str, config: dict[str, Any], folder: Path, say: Callable[[str], None]
+        self, mode: str, name: str, config: dict[str, Any], metrics: Path, say: Callable[[str], None]
     ) -> None:
-        """Begin; nothing is waited for.
+        """Start the process; nothing is waited for.
 
         Args:
             mode: "online" or "offline".
             name: name of the run.
-            config: what the tracker shows as configuration.
-            folder: where it keeps its files.
-            say: prints a line for the person at the console.
+            config: what wandb shows as the configuration.
+            metrics: the file to read, from its present end on; wandb's own files go beside it.
+            say: prints a line on the console.
         """
-        options = {
-            "project": PROJECT,
-            "name": name,
-            "mode": mode,
-            "config": config,
-            "dir": str(folder.resolve()),
-        }
+        metrics = metrics.resolve()
+        options = {"project": PROJECT, "name": name, "mode": mode, "config": config}
+        options["dir"] = str(metrics.parent)
+        begin = {"metrics": str(metrics), "start": metrics.stat().st_size, "options": options}
         self._say = say
-        self._lines: queue.Queue[str | None] = queue.Queue(WAITING)
-        self._lines.put(json.dumps(options))
-        self._trouble = ""
-        self._given_up = False
         self._process: subprocess.Popen[str] | None = None
-        self._thread = threading.Thread(target=self._work, name="tracker", daemon=True)
-        self._thread.start()
-
-    def log(self, step: int, values: dict[str, Any]) -> None:
-        """Hand over one line."""
         try:
-            self._lines.put_nowait(json.dumps([step, values]))
-        except queue.Full:
-            self._trouble = self._trouble or f"it has not taken the last {WAITING:,} lines"
-        self._give_up_if_troubled()
-
-    def close(self) -> None:
-        """Wait for what it has not taken yet, but not for ever."""
-        if not self._given_up:
-            try:
-                self._lines.put_nowait(None)
-                self._thread.join(FINISH_S)
-            except queue.Full:
-                pass
-            if self._thread.is_alive():
-                self._trouble = self._trouble or f"it has not ended after {FINISH_S:g} s"
-        self._give_up_if_troubled()
-        if self._process is not None:
-            with contextlib.suppress(OSError):
-                os.killpg(self._process.pid, signal.SIGKILL)
-
-    def _give_up_if_troubled(self) -> None:
-        if self._trouble and not self._given_up:
-            self._given_up = True
-            self._say(f"wandb failed ({self._trouble}); going on without it, metrics.jsonl has all.")
-
-    def _work(self) -> None:
-        """Pass the lines on, which may block; in a thread."""
-        try:
-            # Ctrl-C goes to a group of processes: the tracker is to end when it has been told all.
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "nanochat.train.wandb_log"],
+                [sys.executable, "-m", "nanochat.train.wandb_log", json.dumps(begin)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                text=True,
-                start_new_session=True,
+                encoding="utf-8",
+                errors="replace",
+                start_new_session=True,  # Ctrl-C goes to a group of processes, and this one has to finish
                 cwd=Path(__file__).parents[2],  # where it finds this package
             )
-            assert self._process.stdin is not None
-            with contextlib.suppress(BrokenPipeError):  # it says below why it has ended
-                while (line := self._lines.get()) is not None:
-                    self._process.stdin.write(line + "\n")
-                    self._process.stdin.flush()
-            told, _ = self._process.communicate()
-            if told or self._process.returncode:
-                self._trouble = told.strip() or f"exit code {self._process.returncode}"
-        except Exception as error:
-            self._trouble = str(error) or type(error).__name__
+        except OSError as error:
+            self._give_up(str(error))
+
+    def check(self) -> None:
+        """Print why the process has ended, if it has."""
+        if self._process is not None and self._process.poll() is not None:
+            self.close()
+
+    def close(self) -> None:
+        """Wait until the process has read all there is, but not for ever."""
+        if self._process is None:
+            return
+        try:  # this closes its standard input, by which it knows that the run has ended
+            error = self._process.communicate(timeout=FINISH_S)[0].strip()
+            if error or self._process.returncode:
+                self._give_up(error or f"exit code {self._process.returncode}")
+        except subprocess.TimeoutExpired:
+            self._give_up(f"it has not ended after {FINISH_S:g} s")
+        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+            os.killpg(self._process.pid, signal.SIGKILL)  # and what it has started
+            self._process.wait(POLL_S)
+        self._process = None
+
+    def _give_up(self, trouble: str) -> None:
+        self._say(f"wandb failed ({trouble}); going on without it, metrics.jsonl has all.")
 
 
 def main() -> None:
-    """Be the process that talks to wandb: options, then [step, values], line by line from standard input.
+    """Be that process: its argument is JSON, the arguments of `_follow`.
 
-    What went wrong is all that goes to standard output; wandb's own words go to standard error.
+    An error is all that goes to standard output; wandb's own messages go to standard error.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with os.fdopen(os.dup(1), "w") as answer:
+    with os.fdopen(os.dup(1), "w", encoding="utf-8", errors="replace") as answer:
         os.dup2(2, 1)
         code = 0
         try:
-            _talk()
+            _follow(**json.loads(sys.argv[1]))
         except BaseException as error:
-            answer.write(str(error) or type(error).__name__)
+            answer.write((str(error) or type(error).__name__)[:MESSAGE_LETTERS])
             answer.flush()
             code = 1
         os._exit(code)  # without the hooks that it has left
 
 
-def _talk() -> None:
-    options, lines = json.loads(sys.stdin.readline()), sys.stdin
-    import wandb
+def _follow(metrics: str, start: int, options: dict[str, Any]) -> None:
+    """Log the lines of the file from `start` on, until the run has closed our standard input."""
+    with Path(metrics).open("rb") as lines:
+        lines.seek(start)
+        import wandb
 
-    run: Any = wandb.init(**options)
-    for line in lines:
-        step, values = json.loads(line)
-        run.log(values, step=step)
-    run.finish()
+        run: Any = wandb.init(**options)
+        line, ended = b"", False
+        while True:
+            line += lines.readline()
+            if line.endswith(b"\n"):
+                values = json.loads(line)
+                kind, step, line = values.pop("kind"), values.pop("step"), b""
+                run.log({f"{kind}/{name}": value for name, value in values.items()}, step=step)
+            elif ended:
+                break
+            else:
+                ended = bool(select.select([0], [], [], POLL_S)[0])
+        run.finish()
 
 
 if __name__ == "__main__":
