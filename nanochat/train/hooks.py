@@ -1,4 +1,7 @@
-"""What happens between steps: save, validate, score, sample. Each knows its own cadence."""
+"""Hooks of the training loop: comparing ranks, saving, validation, samples and CORE, each at its own cadence.
+
+They run between steps, so that a step does nothing but train.
+"""
 
 from __future__ import annotations
 
@@ -23,13 +26,13 @@ from nanochat.train.run_log import RunLog
 
 @dataclass(frozen=True)
 class Hook:
-    """Something done every so many steps, at the end, and perhaps at step 0.
+    """An action that runs every so many steps, at the end, and perhaps at step 0.
 
     Attributes:
-        action: what is done; it may read the state and set its validation figures.
+        action: may read the state and set its validation figures.
         every: steps between two times; 0 means only at the end.
         at_start: also before the first step.
-        also: asked on every rank between any two steps; it is time too where this says so.
+        also: called on every rank between any two steps; where it returns True, the hook is due too.
     """
 
     action: Callable[[TrainState], None]
@@ -39,12 +42,9 @@ class Hook:
 
     def due(self, step: int, last: int) -> bool:
         """Whether it is time, when `step` of `last` steps are done."""
-        if step == last:
-            return True
-        if step == 0:
-            return self.at_start
-        extra = self.also()
-        return extra or (self.every > 0 and step % self.every == 0)
+        if step in (0, last):
+            return self.at_start or step == last
+        return self.also() or (self.every > 0 and step % self.every == 0)
 
 
 def default_hooks(
@@ -56,105 +56,93 @@ def default_hooks(
     log: RunLog,
     stop_requested: Callable[[], bool],
 ) -> list[Hook]:
-    """The hooks of base_train. Saving comes first, so that nothing after it can lose the weights.
+    """The hooks of base_train. Saving comes before evaluation, which then cannot lose the weights.
 
-    Those that take long ask now and then whether to stop, and raise `Stopped` then.
+    Evaluations call `stop_requested` now and then, and raise `Stopped` on all ranks if it is True on any.
     """
-    args = plan.args
-    hooks = []
-    if args.check_ranks_every:  # before saving: what differs must not become a checkpoint
-        hooks.append(Hook(_comparer(world), args.check_ranks_every))
-    hooks += [
+    args, evaluation = plan.args, Evaluation(plan, corpus, tokenizer, world, log, stop_requested)
+    hooks = [
         Hook(saver.save, args.save_every, also=saver.is_time),
-        Hook(_validator(plan, corpus, tokenizer, world, log, stop_requested), args.eval_every, at_start=True),
-        Hook(_sampler(tokenizer, world, log), args.sample_every),
+        Hook(evaluation.validate, args.eval_every, at_start=True),
+        Hook(evaluation.sample, args.sample_every),
     ]
+    if args.check_ranks_every:  # before saving: ranks that differ must not become a checkpoint
+        hooks.insert(0, Hook(evaluation.compare_ranks, args.check_ranks_every))
     if args.core_metric_every is not None:
-        hooks.append(Hook(_scorer(plan, tokenizer, world, log, stop_requested), args.core_metric_every))
+        hooks.append(Hook(evaluation.score, args.core_metric_every))
     return hooks
 
 
-def _comparer(world: World) -> Callable[[TrainState], None]:
-    def compare(state: TrainState) -> None:
-        require_equal(dict(state.model.named_parameters()), world, state.step)
+class Evaluation:
+    """The actions that measure a model in training, and record what they find."""
 
-    return compare
+    def __init__(
+        self,
+        plan: Plan,
+        corpus: Corpus,
+        tokenizer: Tokenizer,
+        world: World,
+        log: RunLog,
+        stop_requested: Callable[[], bool],
+    ) -> None:
+        """Find the bundle of CORE now, if it is wanted: hours later is too late to miss it."""
+        self.plan, self.tokenizer, self.world, self.log = plan, tokenizer, world, log
+        self.stop_requested = stop_requested
+        self.token_bytes = tokenizer.token_bytes()
+        self.batches = ValBatches(
+            corpus,
+            tokenizer,
+            sequence_len=plan.model.sequence_len,
+            rows=plan.device_batch_size,
+            world=world,
+            max_tokens=plan.args.eval_tokens,
+            keep_tails=bool(plan.args.keep_tails),
+        )
+        if plan.args.core_metric_every is not None:
+            self.bundle = core_evaluate.find_bundle(plan.args.eval_bundle)
 
+    def compare_ranks(self, state: TrainState) -> None:
+        """End the run if the weights of two ranks differ."""
+        require_equal(dict(state.model.named_parameters()), self.world, state.step)
 
-def _validator(
-    plan: Plan,
-    corpus: Corpus,
-    tokenizer: Tokenizer,
-    world: World,
-    log: RunLog,
-    stop_requested: Callable[[], bool],
-) -> Callable[[TrainState], None]:
-    token_bytes = tokenizer.token_bytes()
-    batches = ValBatches(
-        corpus,
-        tokenizer,
-        sequence_len=plan.model.sequence_len,
-        rows=plan.device_batch_size,
-        world=world,
-        max_tokens=plan.args.eval_tokens,
-        keep_tails=bool(plan.args.keep_tails),
-    )
-
-    def validate(state: TrainState) -> None:
-        found = evaluate(state.model, batches, token_bytes, world, stop_requested)
-        state.val_bpb, state.val_loss = _finite(found.bpb), _finite(found.loss)
-        if state.val_bpb is not None:
-            lowest = state.val_bpb if state.min_val_bpb is None else state.min_val_bpb
-            state.min_val_bpb = min(state.val_bpb, lowest)
-        log.write(
+    def validate(self, state: TrainState) -> None:
+        """Validation loss and bits per byte; a figure that is not finite is null, as JSON has no NaN."""
+        found = evaluate(state.model, self.batches, self.token_bytes, self.world, self.stop_requested)
+        state.val_bpb, state.val_loss = (
+            value if math.isfinite(value) else None for value in (found.bpb, found.loss)
+        )
+        known = [bpb for bpb in (state.val_bpb, state.min_val_bpb) if bpb is not None]
+        state.min_val_bpb = min(known, default=None)
+        self._record(
             "eval",
-            state.step,
+            state,
+            f"validation {found.bpb:.4f} bits per byte, {found.loss:.4f} nats per token | "
+            f"{state.train_seconds:,.1f} s of training",
             val_bpb=state.val_bpb,
             val_loss=state.val_loss,
-            tokens=plan.tokens_until(state.step),
+            tokens=self.plan.tokens_until(state.step),
             train_seconds=state.train_seconds,
         )
-        log.say(
-            f"step {state.step:5d}/{plan.steps} | validation {found.bpb:.4f} bits per byte, "
-            f"{found.loss:.4f} nats per token | {state.train_seconds:,.1f} s of training"
-        )
 
-    return validate
-
-
-def _finite(value: float) -> float | None:
-    """A figure as JSON can hold it: null where it is not finite."""
-    return value if math.isfinite(value) else None
-
-
-def _scorer(
-    plan: Plan, tokenizer: Tokenizer, world: World, log: RunLog, stop_requested: Callable[[], bool]
-) -> Callable[[TrainState], None]:
-    bundle = core_evaluate.find_bundle(plan.args.eval_bundle)
-
-    def score(state: TrainState) -> None:
+    def score(self, state: TrainState) -> None:
+        """CORE, of a part of each task."""
         result = core_evaluate.evaluate(
             scoring.GPTScorer(state.model),
-            tokenizer,
-            bundle,
-            max_per_task=plan.args.core_metric_max_per_task,
-            world=world,
-            stop_requested=stop_requested,
+            self.tokenizer,
+            self.bundle,
+            max_per_task=self.plan.args.core_metric_max_per_task,
+            world=self.world,
+            stop_requested=self.stop_requested,
         )
-        log.write("core", state.step, core_metric=result.core_metric, core_stderr=result.core_stderr)
-        log.say(
-            f"step {state.step:5d}/{plan.steps} | CORE {result.core_metric:.4f} +- {result.core_stderr:.4f}"
-        )
+        core, stderr = result.core_metric, result.core_stderr
+        self._record("core", state, f"CORE {core:.4f} +- {stderr:.4f}", core_metric=core, core_stderr=stderr)
 
-    return score
+    def sample(self, state: TrainState) -> None:
+        """Texts that the model writes; the main rank does this alone."""
+        for text in sample_texts(state.model, self.tokenizer) if self.world.is_main else ():
+            self.log.write("sample", state.step, text=text)
+            self.log.say(f"  {text!r}")
 
-
-def _sampler(tokenizer: Tokenizer, world: World, log: RunLog) -> Callable[[TrainState], None]:
-    def sample(state: TrainState) -> None:
-        if not world.is_main:
-            return
-        for text in sample_texts(state.model, tokenizer):
-            log.write("sample", state.step, text=text)
-            log.say(f"  {text!r}")
-
-    return sample
+    def _record(self, kind: str, state: TrainState, line: str, **values: float | None) -> None:
+        self.log.write(kind, state.step, **values)
+        self.log.say(f"step {state.step:5d}/{self.plan.steps} | {line}")

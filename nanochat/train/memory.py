@@ -1,4 +1,6 @@
-"""What a step needs of one device's memory, the rows of a micro-batch that fit, and half of them if need be.
+"""Memory of a training step: estimated or measured, the rows of a micro-batch that fit, and fewer of them.
+
+A micro-batch of too many rows ends a run, and one of too few wastes the device.
 
 Legend: B rows of a micro-batch, T positions, C model width, V vocabulary, W ranks.
 """
@@ -6,14 +8,15 @@ Legend: B rows of a micro-batch, T positions, C model width, V vocabulary, W ran
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-from nanochat.checkpoint.state import MicroBatch, TrainState
+from nanochat.checkpoint.state import TrainState
 from nanochat.common import machine
 from nanochat.common.errors import UserError
-from nanochat.config.model_config import GPTConfig
 from nanochat.config.plan import Plan
 from nanochat.data.train_loader import Batch
 from nanochat.distributed.world import World
@@ -30,7 +33,7 @@ DIFFERENTIAL = 7
 # of 12 C^2 (4 squares, 2 matrices of 4 C x C) those of both sides add 84 C^2, of the shorter ones 12 C^2.
 MOMENTS = {"muon": 1, "adamw": 2, "soap": 9}
 ONE_SIDED = 3
-USABLE = 0.9  # of the memory that is free; the rest is lost between blocks, and the system's
+USABLE = 0.9  # of the memory that is free; the rest is lost to fragmentation and to the system
 
 
 @dataclass(frozen=True)
@@ -41,9 +44,9 @@ class MemoryPlan:
         rows: of the micro-batch it is for.
         parameters: fp32 masters, and their copies in the compute dtype.
         gradients: fp32.
-        optimizer: moments of this rank's share.
+        optimizer: moments that this rank keeps.
         activations: of one micro-batch.
-        logits: of the chunk that the loss holds at a time.
+        logits: of the chunk that the loss holds at a time; within the activations where they are measured.
         measured: whether activations and logits were measured by a step.
     """
 
@@ -53,42 +56,48 @@ class MemoryPlan:
     optimizer: int
     activations: int
     logits: int
-    measured: bool
+    measured: bool = False
+
+    @property
+    def constant(self) -> int:
+        """Bytes that the rows of a micro-batch do not change."""
+        return self.parameters + self.gradients + self.optimizer
 
     @property
     def total(self) -> int:
-        """All of it."""
-        return self.parameters + self.gradients + self.optimizer + self.activations + self.logits
+        """All bytes."""
+        return self.constant + self.activations + self.logits
 
     def describe(self, available: int | None) -> str:
         """One line for the console."""
-        parts = [
-            f"{name} {getattr(self, name) / 1e9:.2f}" for name in ("parameters", "gradients", "optimizer")
-        ]
-        step = f"activations and logits {(self.activations + self.logits) / 1e9:.2f}"
-        whole = "" if available is None else f" of {available / 1e9:.2f} available"
+        limit = "" if available is None else f" of {available / 1e9:.2f} available"
         return (
-            f"memory, {'measured' if self.measured else 'estimated'}, in GB: {', '.join(parts)}, {step} "
-            f"({self.rows} rows), together {self.total / 1e9:.2f}{whole}"
+            f"memory, {'measured' if self.measured else 'estimated'}, in GB: "
+            f"parameters {self.parameters / 1e9:.2f}, gradients {self.gradients / 1e9:.2f}, "
+            f"optimizer {self.optimizer / 1e9:.2f}, "
+            f"activations and logits {(self.activations + self.logits) / 1e9:.2f} ({self.rows} rows), "
+            f"together {self.total / 1e9:.2f}{limit}"
         )
 
 
 def estimate(plan: Plan, rows: int, dtype: torch.dtype, device_type: str) -> MemoryPlan:
-    """The plan for micro-batches of `rows` rows, from the shape of the model."""
+    """The memory of micro-batches of `rows` rows, from the shape of the model."""
     model, params, tokens = plan.model, plan.params, rows * plan.model.sequence_len
     copies = 0 if dtype == torch.float32 else (params.matrix + params.unembedding) * dtype.itemsize
     rest = params.total - params.matrix  # two moments under AdamW
     one_sided = plan.args.matrix_optimizer == "soap" and plan.args.soap_sides == 1
     moments = ONE_SIDED if one_sided else MOMENTS[plan.args.matrix_optimizer]
     chunk = min(tokens * model.padded_vocab_size, CHUNK_ELEMENTS.get(device_type, CHUNK_ELEMENTS["cuda"]))
+    more = 0 if model.attention_kind == "softmax" else DIFFERENTIAL
+    kept = KEPT[plan.args.recompute] + (more if plan.args.recompute != "block" else 0)
+    per_token = (kept * model.n_layer + WORKING + 2 * more) * model.n_embd
     return MemoryPlan(
         rows=rows,
         parameters=4 * params.total + copies,
         gradients=4 * params.total,
         optimizer=4 * (moments * params.matrix + 2 * rest) // plan.world_size,
-        activations=tokens * _activations(model, plan.args.recompute) * dtype.itemsize,
+        activations=tokens * per_token * dtype.itemsize,
         logits=chunk * dtype.itemsize + 4 * params.unembedding,
-        measured=False,
     )
 
 
@@ -98,8 +107,8 @@ def require_room(plan: Plan, world: World, dtype: torch.dtype) -> None:
     Raises:
         UserError: weights, gradients and moments are more than all the memory there is.
     """
-    known, there = estimate(plan, 1, dtype, world.device.type), machine.total_memory_bytes(world.device)
-    needed = known.parameters + known.gradients + known.optimizer
+    needed = estimate(plan, 1, dtype, world.device.type).constant
+    there = machine.total_memory_bytes(world.device)
     if there is not None and needed > there:
         raise UserError(
             f"--depth={plan.args.depth}: its {plan.params.total / 1e9:,.1f} G parameters need "
@@ -108,24 +117,23 @@ def require_room(plan: Plan, world: World, dtype: torch.dtype) -> None:
         )
 
 
-def _activations(model: GPTConfig, recompute: str) -> int:
-    """Elements a token."""
-    more = 0 if model.attention_kind == "softmax" else DIFFERENTIAL
-    kept = KEPT[recompute] + (more if recompute != "block" else 0)
-    return (kept * model.n_layer + WORKING + 2 * more) * model.n_embd
+def gradient_pass(state: TrainState, rows: int, world: World) -> None:
+    """A forward and backward pass over `rows` rows, for what it costs or compiles. No parameter changes."""
+    shape = (rows, state.model.config.sequence_len)
+    ids = torch.zeros(shape, dtype=torch.int64, device=world.device)
+    state.model.loss(ids, ids).backward()  # type: ignore[no-untyped-call]
+    state.model.zero_grad(set_to_none=True)
 
 
 def measure(plan: Plan, state: TrainState, world: World, dtype: torch.dtype) -> list[MemoryPlan]:
-    """Plans for one and two rows, from a forward and backward pass of each on CUDA. No parameter changes."""
+    """The memory of one and of two rows, by a forward and backward pass of each on CUDA."""
     plans = []
     for rows in (1, 2):
-        ids = torch.zeros(rows, plan.model.sequence_len, dtype=torch.int64, device=world.device)
         torch.cuda.synchronize(world.device)
         torch.cuda.reset_peak_memory_stats(world.device)
         before = torch.cuda.memory_allocated(world.device)
-        state.model.loss(ids, ids).backward()  # type: ignore[no-untyped-call]
+        gradient_pass(state, rows, world)
         step = torch.cuda.max_memory_allocated(world.device) - before
-        state.model.zero_grad(set_to_none=True)
         known = estimate(plan, rows, dtype, world.device.type)
         activations = max(0, step - known.gradients)
         plans.append(dataclasses.replace(known, activations=activations, logits=0, measured=True))
@@ -138,42 +146,35 @@ def plan_memory(plan: Plan, state: TrainState, world: World, dtype: torch.dtype)
     A size that was asked for is kept. So is that of the checkpoint that a run goes on from, whatever memory
     is free now, since other rows add up in another order: it gives way only where the whole device is too
     small for it. On CUDA each rank measures a step of one and of two rows, and the rest follows on a line;
-    elsewhere the shape of the model tells.
+    elsewhere the estimate decides.
     """
-    known = estimate(plan, 1, dtype, world.device.type)
-    kept = _kept(plan, state)
-    asked = kept.asked if kept else plan.args.device_batch_size
-    free = (machine.total_memory_bytes if kept else machine.available_memory_bytes)(world.device)
-    # Parameters and moments are in memory already; the whole of a device has room for them, too.
-    there = 0 if kept else known.optimizer + 4 * plan.params.total
-    budget = None if free is None or asked is not None else free + there
-    measured = measure(plan, state, world, dtype) if world.device.type == "cuda" and asked is None else []
+    device, resumed, asked = world.device, state.resumed, plan.args.device_batch_size
+    kept = resumed if resumed is not None and asked in (None, resumed.asked) else None
+    rows_per_rank = plan.batch_rows // world.size
+    rows = plan.device_batch_size
+    if kept is not None:
+        rows, asked = divisor_below(rows_per_rank, kept.rows + 1), kept.asked
+    measured = measure(plan, state, world, dtype) if device.type == "cuda" and asked is None else []
 
-    def of(rows: int) -> MemoryPlan:
+    def needs(rows: int) -> MemoryPlan:
         if not measured:
-            return estimate(plan, rows, dtype, world.device.type)
-        one, two = (found.activations for found in measured)
+            return estimate(plan, rows, dtype, device.type)
+        one, two = (each.activations for each in measured)
         return dataclasses.replace(measured[0], rows=rows, activations=one + (rows - 1) * max(0, two - one))
 
-    rows_per_rank = plan.batch_rows // world.size
-    rows = divisor_below(rows_per_rank, kept.rows + 1) if kept else plan.device_batch_size
-    while budget is not None and rows > 1 and of(rows).total > USABLE * budget:
-        rows = divisor_below(rows_per_rank, rows)
-    found = of(-world.max_over_ranks(-rows))
-    if state.resumed is not None and found.rows != state.resumed.rows:
+    budget = (machine.total_memory_bytes if kept else machine.available_memory_bytes)(device)
+    if budget is not None and asked is None:
+        if kept is None:  # parameters and moments are in memory already
+            budget += needs(1).optimizer + 4 * plan.params.total
+        while rows > 1 and needs(rows).total > USABLE * budget:
+            rows = divisor_below(rows_per_rank, rows)
+    needed = needs(-world.max_over_ranks(-rows))
+    if resumed is not None and needed.rows != resumed.rows:
         world.print0(
-            f"micro-batches of {found.rows} rows, of {state.resumed.rows} before: sums are rounded in "
+            f"micro-batches of {needed.rows} rows, of {resumed.rows} before: sums are rounded in "
             "another order, so the weights will not be, to the bit, those of a run that never stopped"
         )
-    return found
-
-
-def _kept(plan: Plan, state: TrainState) -> MicroBatch | None:
-    """The micro-batch of the checkpoint, unless another one is asked for than was asked for then."""
-    asked = plan.args.device_batch_size
-    if state.resumed is None or (asked is not None and asked != state.resumed.asked):
-        return None
-    return state.resumed
+    return needed
 
 
 def divisor_below(whole: int, n: int) -> int:
@@ -193,8 +194,28 @@ def is_out_of_memory(error: Exception) -> bool:
     )
 
 
+def halve_until_it_fits(
+    gradients: Callable[[list[Batch]], Tensor], micro_batches: list[Batch], state: TrainState, world: World
+) -> Tensor:
+    """The result of `gradients`; where memory runs out on any rank, all begin again with fewer rows.
+
+    Raises:
+        UserError: as `halve`.
+    """
+    while True:
+        result = None
+        try:
+            result = gradients(micro_batches)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+        if not world.any_rank(result is None) and result is not None:
+            return result
+        micro_batches = halve(state, micro_batches, world)
+
+
 def halve(state: TrainState, micro_batches: list[Batch], world: World) -> list[Batch]:
-    """Take the same rows in micro-batches of half the rows, from here on; half-made gradients are dropped.
+    """The same rows in micro-batches of half the rows, as from here on; half-made gradients are dropped.
 
     Raises:
         UserError: there is one row in each already.
@@ -202,7 +223,7 @@ def halve(state: TrainState, micro_batches: list[Batch], world: World) -> list[B
     rows = len(micro_batches[0][0])
     if rows == 1:
         raise UserError("out of memory with one row in a micro-batch. Lower --max-seq-len or --depth.")
-    smaller = rows // 2 if rows % 2 == 0 else divisor_below(rows, rows)
+    smaller = divisor_below(rows, rows)
     world.print0(f"out of memory with {rows} rows in a micro-batch: going on with {smaller}")
     state.model.zero_grad(set_to_none=True)
     if world.device.type == "cuda":

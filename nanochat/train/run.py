@@ -1,4 +1,7 @@
-"""The trainer: one step, one loop, and what surrounds them from the first file to the last."""
+"""The trainer: one step, the loop of steps, and a run from its first file to its last.
+
+The step is one function and the loop another, so that what training computes can be read on one page.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,6 @@ import contextlib
 import dataclasses
 import gc
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,7 +31,7 @@ from nanochat.config import plan as planning
 from nanochat.config.plan import Plan
 from nanochat.config.schedule import lr_multiplier, muon_momentum, muon_weight_decay
 from nanochat.data.corpus import Corpus
-from nanochat.data.train_loader import TrainLoader
+from nanochat.data.train_loader import Batch, TrainLoader
 from nanochat.distributed.watchdog import Watchdog
 from nanochat.distributed.world import World
 from nanochat.model.gpt import GPT
@@ -41,7 +43,7 @@ from nanochat.train import memory
 from nanochat.train.hooks import Hook, default_hooks
 from nanochat.train.profiling import collector_held, traced
 from nanochat.train.run_log import RunLog
-from nanochat.train.step_metrics import StepReporter, StepResult, summarize
+from nanochat.train.step_metrics import StepReporter, StepResult
 
 
 def create_state(
@@ -81,7 +83,18 @@ def train_step(plan: Plan, state: TrainState, world: World) -> StepResult:
 
     A loss or gradient that is not finite, on any rank, never reaches the weights.
     """
-    loss = _gradients(plan, state, world)
+    units = plan.units_at(state.step)
+    micro_batches = [pair for _ in range(units) for pair in state.loader.next_batch()]
+
+    def gradients(micro_batches: list[Batch]) -> Tensor:
+        loss = torch.zeros((), device=world.device)
+        for inputs, targets in micro_batches:
+            micro_loss = state.model.loss(inputs, targets) / len(micro_batches)
+            state.loss_scale.up(micro_loss).backward()  # type: ignore[no-untyped-call]
+            loss += micro_loss.detach()
+        return loss
+
+    loss = memory.halve_until_it_fits(gradients, micro_batches, state, world)
     state.loss_scale.down(state.model.parameters())
     lr_mult = lr_multiplier(state.step, plan.schedule)
     update = state.optimizer.step(
@@ -93,31 +106,7 @@ def train_step(plan: Plan, state: TrainState, world: World) -> StepResult:
     )
     mean_loss = world.all_reduce_sum(loss) / world.size
     overflow = state.loss_scale.adjust(update.applied, mean_loss)
-    return StepResult(mean_loss, update, overflow, lr_mult)
-
-
-def _gradients(plan: Plan, state: TrainState, world: World) -> Tensor:
-    """Gradients of the mean loss over this rank's rows of the next batch, and that loss.
-
-    Where memory runs out, on any rank, all begin the batch again in smaller micro-batches.
-    """
-    units = plan.units_at(state.step)
-    micro_batches = [pair for _ in range(units) for pair in state.loader.next_batch()]
-    while True:
-        loss = torch.zeros((), device=world.device)
-        fits = True
-        try:
-            for inputs, targets in micro_batches:
-                micro_loss = state.model.loss(inputs, targets) / len(micro_batches)
-                state.loss_scale.up(micro_loss).backward()  # type: ignore[no-untyped-call]
-                loss += micro_loss.detach()
-        except (MemoryError, RuntimeError) as error:
-            if not memory.is_out_of_memory(error):
-                raise
-            fits = False
-        if not world.any_rank(not fits):
-            return loss
-        micro_batches = memory.halve(state, micro_batches, world)
+    return StepResult(mean_loss, update, overflow, plan.groups["matrix"].lr * lr_mult, state.loader.epoch)
 
 
 def train(
@@ -128,7 +117,7 @@ def train(
     hooks: list[Hook],
     stop_requested: Callable[[], bool],
 ) -> str:
-    """Step until the plan's end, or until a signal on any rank asks all of them to stop at the same step.
+    """Step until the plan's end, or until a signal on any rank stops all of them at the same step.
 
     Hooks run between steps, in their order. A run that goes on from a checkpoint runs again those that are
     due at its step, so that its metrics are those of a run that never stopped.
@@ -137,43 +126,42 @@ def train(
         "finished", "stopped", or "target_reached" where a validation is at or below --target-loss.
     """
     trace = files.run_dir(plan.args.run_name) / "trace.json" if plan.args.profile and world.is_main else None
-    with collector_held(), traced(trace) as step_traced:
+    with collector_held(), traced(trace) as step_traced, contextlib.suppress(Stopped):
         while True:
             state.model.use_windows(plan.windows_at(state.step))
-            due = [hook for hook in hooks if hook.due(state.step, plan.steps)]
-            if due:
+            if due := [hook for hook in hooks if hook.due(state.step, plan.steps)]:
                 reporter.flush(state)
-                try:
-                    for hook in due:
-                        if world.any_rank(stop_requested()):
-                            return "stopped"
-                        hook.action(state)
-                except Stopped:
-                    return "stopped"
+                for hook in due:
+                    if world.any_rank(stop_requested()):
+                        raise Stopped
+                    hook.action(state)
                 gc.collect()
                 reporter.restart_clock()
                 if has_reached_target(plan, state.val_loss):
                     return "target_reached"
             if state.step >= plan.steps:
                 return "finished"
-            if not _fetch(plan, state, world, stop_requested):
-                reporter.flush(state)
-                return "stopped"
+            fetch(plan, state, world, stop_requested)
             result = train_step(plan, state, world)
             state.step += 1
             keep_work()
             reporter.add(state, result)
             step_traced()
+    reporter.flush(state)
+    return "stopped"
 
 
-def _fetch(plan: Plan, state: TrainState, world: World, stop_requested: Callable[[], bool]) -> bool:
-    """Draw the batches of the next step; where a signal on any rank asks to stop, none is drawn on any."""
+def fetch(plan: Plan, state: TrainState, world: World, stop_requested: Callable[[], bool]) -> None:
+    """Draw the batches of the next step.
+
+    Raises:
+        Stopped: on all ranks, where a signal has come to any; then none is drawn on any.
+    """
     with contextlib.suppress(Stopped):
         state.loader.fetch(plan.units_at(state.step), stop_requested)
     if world.any_rank(stop_requested()):
         state.loader.put_back()
-        return False
-    return True
+        raise Stopped
 
 
 def run(
@@ -255,22 +243,19 @@ def _run(
             log.say(f"{reason} after step {state.step}")
             saver.save(state)
         saver.finish()
-        summary = summarize(plan, state, reporter, world, status)
+        summary = reporter.summary(state, status)
         if world.is_main:
-            _write_summary(folder / "summary.json", summary)
+            path = folder / "summary.json"
+            try:  # it follows from the checkpoint, which is saved by now
+                files.write_json(path, summary)
+            except OSError as error:
+                remedy = "the same command with --resume=auto writes it"
+                warn(f"{path} could not be written ({error.strerror}); {remedy}")
     return summary
 
 
-def _write_summary(path: Path, summary: dict[str, Any]) -> None:
-    """Write what programs read of a run's end; it follows from the checkpoint, which is saved by now."""
-    try:
-        files.write_json(path, summary)
-    except OSError as error:
-        warn(f"{path} could not be written ({error.strerror}); the same command with --resume=auto writes it")
-
-
 def _prepare(plan: Plan, state: TrainState, precision: Precision, world: World) -> Plan:
-    """Choose the rows of a micro-batch that fit, and compile; the plan with those rows."""
+    """Choose the rows of a micro-batch that fit, and compile. Returns the plan with those rows."""
     needed = memory.plan_memory(plan, state, world, precision.compute_dtype)
     world.print0(needed.describe(machine.available_memory_bytes(world.device)))
     if hint := machine.quota_hint(world.device):
@@ -283,16 +268,8 @@ def _prepare(plan: Plan, state: TrainState, precision: Precision, world: World) 
         world.print0(f"compiling with the first step, kept in {files.keep_compiled()} ...")
         state.model.compile_for(plan.device_batch_size)
         state.optimizer.compile_updates()
-        _compile_windows(plan, state, world)
+        for first, _ in plan.schedule.window_stages:
+            if first > state.step:  # so that no later step waits for it
+                state.model.use_windows(plan.windows_at(first))
+                memory.gradient_pass(state, plan.device_batch_size, world)
     return plan
-
-
-def _compile_windows(plan: Plan, state: TrainState, world: World) -> None:
-    """Compile the passes of windows that are still to come, so that no later step waits for it."""
-    for first, _ in plan.schedule.window_stages:
-        if first > state.step:
-            state.model.use_windows(plan.windows_at(first))
-            shape = (plan.device_batch_size, plan.model.sequence_len)
-            ids = torch.zeros(shape, dtype=torch.int64, device=world.device)
-            state.model.loss(ids, ids).backward()  # type: ignore[no-untyped-call]
-            state.model.zero_grad(set_to_none=True)

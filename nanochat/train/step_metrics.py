@@ -1,4 +1,7 @@
-"""From what a step measured to what a person reads: loss, speed, share of the peak, time left."""
+"""Metrics of the training steps: loss, speed, fraction of the peak (MFU), time left, steps held back.
+
+Results stay on the device for several steps, since reading one waits for the device.
+"""
 
 from __future__ import annotations
 
@@ -25,19 +28,22 @@ MOST_SKIPPED = 10  # steps in a row, after which no later one will do better
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step measured, still on the device: reading it waits for the device.
+    """The result of a step, still on the device.
 
     Attributes:
         loss: 0-dim, mean over the ranks, in nats.
-        update: what the optimizer says of its step.
-        overflow: 0-dim bool, it was held back because fp16 gradients overflowed, which the loss scale mends.
-        lr_mult: the schedule's factor on every learning rate.
+        update: what the optimizer reports.
+        overflow: 0-dim bool, the update was held back because fp16 gradients overflowed; the loss scale has
+            been halved.
+        lr: learning rate of the matrices.
+        epoch: of the data.
     """
 
     loss: Tensor
     update: UpdateResult
     overflow: Tensor
-    lr_mult: float
+    lr: float
+    epoch: float
 
     def on_device(self) -> Tensor:
         """(4 + P,) fp32: loss, gradient norm, applied, overflow, squares of the update by parameter."""
@@ -50,37 +56,22 @@ class StepReporter:
     """Turns results on the device into lines, several steps at a time: a step never waits for a print."""
 
     def __init__(self, plan: Plan, world: World, log: RunLog, speed: machine.Speed) -> None:
-        """`speed` is one device's, for the share of it that is used (MFU)."""
-        self._plan, self._world, self._log = plan, world, log
-        self._speed = speed
-        self._tokens = 0
-        self._pending: list[tuple[StepResult, float]] = []
+        """`speed` is that of one device, of which the MFU is a fraction."""
+        self._plan, self._world, self._log, self._speed = plan, world, log, speed
+        self._pending: list[StepResult] = []
         self._skipped_in_a_row = 0
         self._untimed_steps = 0
         self._mark = time.perf_counter()
         self.every = 10 if world.device.type == "cuda" else 1
         self.seconds_to_first_step: float | None = None
 
-    def shares(self, tokens_per_s: float) -> dict[str, float]:
-        """Model FLOPs as a share of the devices' peak, and of what they multiply matrices at."""
-        flops_per_s = tokens_per_s * self._plan.flops_per_token / self._world.size
-        return {
-            "mfu": flops_per_s / self._speed.peak_flops,
-            "mfu_measured": flops_per_s / self._speed.matmul_flops,
-        }
-
-    def tokens_per_second_overall(self) -> float | None:
-        """Tokens of the steps over the age of this process: start, evaluation and saving included."""
-        age = machine.process_age_seconds()
-        return None if age is None else self._tokens / age
-
     def restart_clock(self) -> None:
-        """Leave out what happened since the last step: evaluation, saving, samples."""
+        """Leave out the time since the last step: evaluation, saving, samples."""
         self._mark = time.perf_counter()
 
     def add(self, state: TrainState, result: StepResult) -> None:
         """Take a step's result; `state.step` counts it already."""
-        self._pending.append((result, state.loader.epoch))
+        self._pending.append(result)
         if len(self._pending) >= self.every or self.seconds_to_first_step is None:
             self.flush(state)
 
@@ -88,12 +79,12 @@ class StepReporter:
         """Read the pending results, waiting for the device once, and report them.
 
         Raises:
-            UserError: a loss or gradient was not finite, which left the weights as they were, and we are to
-                stop there; or too many steps in a row were like that.
+            UserError: a loss or gradient was not finite, which left the weights as they were, and
+                --on-nonfinite is stop; or too many steps in a row were like that.
         """
         if not self._pending:
             return
-        values = torch.stack([result.on_device() for result, _ in self._pending]).tolist()
+        values = torch.stack([result.on_device() for result in self._pending]).tolist()
         seconds = (time.perf_counter() - self._mark) / len(values)
         compiles = self.seconds_to_first_step is None and state.model.is_compiled
         if self.seconds_to_first_step is None:
@@ -101,14 +92,13 @@ class StepReporter:
             if self.seconds_to_first_step is not None:
                 self._log.say(f"first step {self.seconds_to_first_step:.1f} s after the start")
         first = state.step - len(values)
-        for step, (loss, grad_norm, applied, overflow, *squares) in enumerate(values, start=first):
-            result, epoch = self._pending[step - first]
+        for step, (result, numbers) in enumerate(zip(self._pending, values, strict=True), start=first):
+            loss, grad_norm, applied, overflow, *squares = numbers
             if compiles:  # that is not training: this step counts as long as the next
                 self._untimed_steps = 1
             else:
                 state.train_seconds += seconds * (1 + self._untimed_steps)
                 self._untimed_steps = 0
-            self._tokens += self._plan.tokens_at(step)
             if overflow:
                 self._log.say(f"step {step}: fp16 gradients overflowed; step skipped, loss scale halved")
             elif not applied:
@@ -116,9 +106,17 @@ class StepReporter:
                 continue
             self._skipped_in_a_row = 0
             state.smoothed_loss += (1 - SMOOTHING) * (loss - state.smoothed_loss)
-            norm = None if overflow else grad_norm
-            figures = {"loss": loss, "grad_norm": norm, "lr_mult": result.lr_mult, "epoch": epoch}
-            self._report(state, step, seconds, figures, state.optimizer.rms_by_kind(squares))
+            rms = state.optimizer.rms_by_kind(squares)
+            self._report(
+                state,
+                step,
+                self._plan.tokens_at(step) / seconds,
+                loss=loss,
+                grad_norm=None if overflow else grad_norm,
+                epoch=result.epoch,
+                lr=result.lr,
+                **{f"update_rms_{kind}": value for kind, value in rms.items()},
+            )
         self._pending.clear()
         self.restart_clock()
 
@@ -142,37 +140,57 @@ class StepReporter:
         if self._skipped_in_a_row == MOST_SKIPPED:
             raise UserError(f"{what}, as were the {MOST_SKIPPED - 1} steps before it. {advice}")
 
-    def _report(
-        self,
-        state: TrainState,
-        step: int,
-        seconds: float,
-        figures: dict[str, Any],
-        update_rms: dict[str, float],
-    ) -> None:
-        plan = self._plan
+    def _report(self, state: TrainState, step: int, tokens_per_s: float, **figures: Any) -> None:
+        """Write and print a step that was taken; `figures` are those of its result."""
+        plan, tokens = self._plan, self._plan.tokens_until(step + 1)
         smoothed = state.smoothed_loss / (1 - SMOOTHING ** (step + 1 - state.skipped_steps))
-        tokens, tokens_per_s = plan.tokens_until(step + 1), plan.tokens_at(step) / seconds
-        shares = self.shares(tokens_per_s)
+        mfu, mfu_measured = self._mfu(tokens_per_s)
         left_s = (plan.tokens - tokens) * state.train_seconds / tokens
-        lr = plan.groups["matrix"].lr * figures["lr_mult"]
         skipped = f" | skipped {state.skipped_steps}" if state.skipped_steps else ""
         self._log.step(
             step,
-            f"step {step + 1:5d}/{plan.steps} | loss {smoothed:.4f} | lr {lr:.2e} | "
-            f"{tokens_per_s:,.0f} tok/s | mfu {100 * shares['mfu']:.1f}% "
-            f"({100 * shares['mfu_measured']:.1f}% of a matmul) | epoch {figures['epoch']:.2f} | "
-            f"eta {left_s / 60:.1f} min{skipped}",
-            **figures,
+            f"step {step + 1:5d}/{plan.steps} | loss {smoothed:.4f} | lr {figures['lr']:.2e} | "
+            f"{tokens_per_s:,.0f} tok/s | mfu {100 * mfu:.1f}% ({100 * mfu_measured:.1f}% of a matmul) | "
+            f"epoch {figures['epoch']:.2f} | eta {left_s / 60:.1f} min{skipped}",
             smoothed_loss=smoothed,
-            lr=lr,
             tokens_per_second=tokens_per_s,
-            **shares,
+            mfu=mfu,
+            mfu_measured=mfu_measured,
             tokens=tokens,
             train_seconds=state.train_seconds,
             skipped_steps=state.skipped_steps,
-            **{f"update_rms_{kind}": rms for kind, rms in update_rms.items()},
+            **figures,
         )
+
+    def _mfu(self, tokens_per_s: float) -> tuple[float, float]:
+        """Model FLOPs as a fraction of the devices' peak, and of their rate in matrix products."""
+        flops_per_s = tokens_per_s * self._plan.flops_per_token / self._world.size
+        return flops_per_s / self._speed.peak_flops, flops_per_s / self._speed.matmul_flops
+
+    def summary(self, state: TrainState, status: str) -> dict[str, Any]:
+        """The fields of summary.json: the end of training, for programs."""
+        plan, tokens = self._plan, self._plan.tokens_until(state.step)
+        tokens_per_s = tokens / state.train_seconds if state.train_seconds else 0.0
+        mfu, mfu_measured = self._mfu(tokens_per_s)
+        return {
+            "run": plan.args.run_name,
+            "status": status,
+            "depth": plan.args.depth,
+            "steps": state.step,
+            "skipped_steps": state.skipped_steps,
+            "tokens": tokens,
+            "val_bpb": state.val_bpb,
+            "min_val_bpb": state.min_val_bpb,
+            "val_loss": state.val_loss,
+            "target_loss": plan.args.target_loss,
+            "train_seconds": state.train_seconds,
+            "tokens_per_second": tokens_per_s,
+            "mfu": mfu,
+            "mfu_measured": mfu_measured,
+            "seconds_to_first_step": self.seconds_to_first_step,
+            "peak_memory_bytes": machine.peak_memory_bytes(self._world.device),
+            "world_size": self._world.size,
+        }
 
 
 def _origin(state: TrainState, update: UpdateResult) -> str:
@@ -183,30 +201,3 @@ def _origin(state: TrainState, update: UpdateResult) -> str:
     if first := next((name for name, square in squares if not math.isfinite(square)), None):
         places.append(f"first in the gradient of {first}")
     return ", ".join(places) or "the sum of the gradient's squares overflows"
-
-
-def summarize(
-    plan: Plan, state: TrainState, reporter: StepReporter, world: World, status: str
-) -> dict[str, Any]:
-    """The fields of summary.json: the end of training, for programs."""
-    tokens = plan.tokens_until(state.step)
-    tokens_per_s = tokens / state.train_seconds if state.train_seconds else 0.0
-    return {
-        "run": plan.args.run_name,
-        "status": status,
-        "depth": plan.args.depth,
-        "steps": state.step,
-        "skipped_steps": state.skipped_steps,
-        "tokens": tokens,
-        "val_bpb": state.val_bpb,
-        "min_val_bpb": state.min_val_bpb,
-        "val_loss": state.val_loss,
-        "target_loss": plan.args.target_loss,
-        "train_seconds": state.train_seconds,
-        "tokens_per_second": tokens_per_s,
-        "seconds_to_first_step": reporter.seconds_to_first_step,
-        "peak_memory_bytes": machine.peak_memory_bytes(world.device),
-        "tokens_per_second_overall": reporter.tokens_per_second_overall(),
-        **reporter.shares(tokens_per_s),
-        "world_size": world.size,
-    }
