@@ -47,59 +47,49 @@ class Hook:
         return self.also() or (self.every > 0 and step % self.every == 0)
 
 
-def default_hooks(
-    plan: Plan,
-    corpus: Corpus,
-    tokenizer: Tokenizer,
-    saver: Saver,
-    world: World,
-    log: RunLog,
-    stop_requested: Callable[[], bool],
-) -> list[Hook]:
-    """The hooks of base_train. Saving comes before evaluation, which then cannot lose the weights.
+@dataclass(eq=False)
+class Hooks:
+    """The hooks of base_train, in their order.
 
-    Evaluations call `stop_requested` now and then, and raise `Stopped` on all ranks if it is True on any.
+    Saving comes before evaluation, which then cannot lose the weights. Evaluations call `stop_requested` now
+    and then, and raise `Stopped` on all ranks if it is True on any.
     """
-    args, evaluation = plan.args, Evaluation(plan, corpus, tokenizer, world, log, stop_requested)
-    hooks = [
-        Hook(saver.save, args.save_every, also=saver.is_time),
-        Hook(evaluation.validate, args.eval_every, at_start=True),
-        Hook(evaluation.sample, args.sample_every),
-    ]
-    if args.check_ranks_every:  # before saving: ranks that differ must not become a checkpoint
-        hooks.insert(0, Hook(evaluation.compare_ranks, args.check_ranks_every))
-    if args.core_metric_every is not None:
-        hooks.append(Hook(evaluation.score, args.core_metric_every))
-    return hooks
 
+    plan: Plan
+    corpus: Corpus
+    tokenizer: Tokenizer
+    saver: Saver
+    world: World
+    log: RunLog
+    stop_requested: Callable[[], bool]
 
-class Evaluation:
-    """The actions that measure a model in training, and record what they find."""
-
-    def __init__(
-        self,
-        plan: Plan,
-        corpus: Corpus,
-        tokenizer: Tokenizer,
-        world: World,
-        log: RunLog,
-        stop_requested: Callable[[], bool],
-    ) -> None:
-        """Find the bundle of CORE now, if it is wanted: hours later is too late to miss it."""
-        self.plan, self.tokenizer, self.world, self.log = plan, tokenizer, world, log
-        self.stop_requested = stop_requested
-        self.token_bytes = tokenizer.token_bytes()
+    def __post_init__(self) -> None:
+        """Make the list. A bundle of CORE that is absent is missed now, and not hours later."""
+        args = self.plan.args
+        self.token_bytes = self.tokenizer.token_bytes()
         self.batches = ValBatches(
-            corpus,
-            tokenizer,
-            sequence_len=plan.model.sequence_len,
-            rows=plan.device_batch_size,
-            world=world,
-            max_tokens=plan.args.eval_tokens,
-            keep_tails=bool(plan.args.keep_tails),
+            self.corpus,
+            self.tokenizer,
+            sequence_len=self.plan.model.sequence_len,
+            rows=self.plan.device_batch_size,
+            world=self.world,
+            max_tokens=args.eval_tokens,
+            keep_tails=bool(args.keep_tails),
         )
-        if plan.args.core_metric_every is not None:
-            self.bundle = core_evaluate.find_bundle(plan.args.eval_bundle)
+        self._all = [
+            Hook(self.saver.save, args.save_every, also=self.saver.is_time),
+            Hook(self.validate, args.eval_every, at_start=True),
+            Hook(self.sample, args.sample_every),
+        ]
+        if args.check_ranks_every:  # before saving: ranks that differ must not become a checkpoint
+            self._all.insert(0, Hook(self.compare_ranks, args.check_ranks_every))
+        if args.core_metric_every is not None:
+            self.bundle = core_evaluate.find_bundle(args.eval_bundle)
+            self._all.append(Hook(self.score, args.core_metric_every))
+
+    def due(self, step: int) -> list[Hook]:
+        """The hooks whose time it is, when `step` steps are done."""
+        return [hook for hook in self._all if hook.due(step, self.plan.steps)]
 
     def compare_ranks(self, state: TrainState) -> None:
         """End the run if the weights of two ranks differ."""
@@ -113,11 +103,11 @@ class Evaluation:
         )
         known = [bpb for bpb in (state.val_bpb, state.min_val_bpb) if bpb is not None]
         state.min_val_bpb = min(known, default=None)
-        self._record(
+        self.log.record(
             "eval",
-            state,
-            f"validation {found.bpb:.4f} bits per byte, {found.loss:.4f} nats per token | "
-            f"{state.train_seconds:,.1f} s of training",
+            state.step,
+            f"step {state.step:5d}/{self.plan.steps} | validation {found.bpb:.4f} bits per byte, "
+            f"{found.loss:.4f} nats per token | {state.train_seconds:,.1f} s of training",
             val_bpb=state.val_bpb,
             val_loss=state.val_loss,
             tokens=self.plan.tokens_until(state.step),
@@ -135,14 +125,10 @@ class Evaluation:
             stop_requested=self.stop_requested,
         )
         core, stderr = result.core_metric, result.core_stderr
-        self._record("core", state, f"CORE {core:.4f} +- {stderr:.4f}", core_metric=core, core_stderr=stderr)
+        line = f"step {state.step:5d}/{self.plan.steps} | CORE {core:.4f} +- {stderr:.4f}"
+        self.log.record("core", state.step, line, core_metric=core, core_stderr=stderr)
 
     def sample(self, state: TrainState) -> None:
         """Texts that the model writes; the main rank does this alone."""
         for text in sample_texts(state.model, self.tokenizer) if self.world.is_main else ():
-            self.log.write("sample", state.step, text=text)
-            self.log.say(f"  {text!r}")
-
-    def _record(self, kind: str, state: TrainState, line: str, **values: float | None) -> None:
-        self.log.write(kind, state.step, **values)
-        self.log.say(f"step {state.step:5d}/{self.plan.steps} | {line}")
+            self.log.record("sample", state.step, f"  {text!r}", text=text)

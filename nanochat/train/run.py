@@ -14,14 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nanochat.checkpoint import resume
 from nanochat.checkpoint import state as checkpoint_state
 from nanochat.checkpoint.async_saver import Saver
-from nanochat.checkpoint.resume import (
-    has_reached_target,
-    leave_other_branches,
-    starting_point,
-    summary_of_finished,
-)
 from nanochat.checkpoint.state import TrainState
 from nanochat.common import files, locks, machine
 from nanochat.common.errors import UserError, warn
@@ -40,7 +35,7 @@ from nanochat.optim.muon_adamw import MuonAdamW
 from nanochat.optim.rates import MatrixOptions
 from nanochat.tokenizer.tokenizer import Tokenizer
 from nanochat.train import memory
-from nanochat.train.hooks import Hook, default_hooks
+from nanochat.train.hooks import Hooks
 from nanochat.train.profiling import collector_held, traced
 from nanochat.train.run_log import RunLog
 from nanochat.train.step_metrics import StepReporter, StepResult
@@ -114,7 +109,7 @@ def train(
     state: TrainState,
     world: World,
     reporter: StepReporter,
-    hooks: list[Hook],
+    hooks: Hooks,
     stop_requested: Callable[[], bool],
 ) -> str:
     """Step until the plan's end, or until a signal on any rank stops all of them at the same step.
@@ -129,7 +124,7 @@ def train(
     with collector_held(), traced(trace) as step_traced, contextlib.suppress(Stopped):
         while True:
             state.model.use_windows(plan.windows_at(state.step))
-            if due := [hook for hook in hooks if hook.due(state.step, plan.steps)]:
+            if due := hooks.due(state.step):
                 reporter.flush(state)
                 for hook in due:
                     if world.any_rank(stop_requested()):
@@ -137,7 +132,7 @@ def train(
                     hook.action(state)
                 gc.collect()
                 reporter.restart_clock()
-                if has_reached_target(plan, state.val_loss):
+                if resume.has_reached_target(plan, state.val_loss):
                     return "target_reached"
             if state.step >= plan.steps:
                 return "finished"
@@ -211,12 +206,12 @@ def _run(
 ) -> dict[str, Any]:
     folder = files.run_dir(plan.args.run_name)
     fingerprints = {"corpus": corpus.fingerprint, "tokenizer": tokenizer.fingerprint}
-    start = starting_point(plan, world)
+    start = resume.starting_point(plan, world)
     state = create_state(plan, corpus, tokenizer, precision, world)
     if start is not None:
         for change in checkpoint_state.load(state, start, plan, fingerprints):
             world.print0(f"extended: {change}")
-        if (summary := summary_of_finished(plan, state.step, world)) is not None:
+        if (summary := resume.summary_of_finished(plan, state.step, world)) is not None:
             world.print0(f"{folder} is finished already: {state.step} steps.")
             return summary
         world.print0(f"going on from {start}")
@@ -225,18 +220,17 @@ def _run(
     description = {**machine.describe(world.device), **world.describe(), **dataclasses.asdict(speed)}
     config = {**plan.to_dict(), "fingerprints": fingerprints, "machine": description}
     if world.is_main:
-        leave_other_branches(plan.args.run_name, state.step, world.print0)
+        resume.leave_other_branches(plan.args.run_name, state.step, world.print0)
         config["provenance"] = machine.provenance()
         files.write_json(folder / "config.json", config)
     with (
         contextlib.closing(state.loader),
         Watchdog(world, folder, plan.args.dist_timeout, lambda: f"step {state.step}"),
-        RunLog(folder, enabled=world.is_main, total_steps=plan.steps, first_step=state.step) as log,
+        RunLog(folder, enabled=world.is_main, first_step=state.step, wandb=plan.args.wandb) as log,
     ):
-        log.start_tracker(plan.args.wandb, plan.args.run_name, config)
         reporter = StepReporter(plan, world, log, speed)
         saver = Saver(plan, fingerprints, world, log.say, saved_step=state.step if start else None)
-        hooks = default_hooks(plan, corpus, tokenizer, saver, world, log, stop_requested)
+        hooks = Hooks(plan, corpus, tokenizer, saver, world, log, stop_requested)
         status = train(plan, state, world, reporter, hooks, stop_requested)
         if status != "finished":
             reason = "stopped by a signal" if status == "stopped" else "the target loss is reached"

@@ -50,12 +50,11 @@ def fit(args: TrainArgs, vocab_size: int, text: TextSize) -> tuple[TrainArgs, tu
     recipe = RECIPES[args.recipe]
     changes: dict[str, Any] = {}
     told: list[str] = []
-    context = args.max_seq_len
-    if context is None:
-        context = min(DEFAULT_CONTEXT, max(MIN_CONTEXT, _power_below(text.tokens / CONTEXT_ROWS)))
-        if context < DEFAULT_CONTEXT:
-            changes["max_seq_len"] = context
-            told.append(f"context {context}, so that there are rows to choose from (--max-seq-len)")
+    fitting = min(DEFAULT_CONTEXT, max(MIN_CONTEXT, _power_below(text.tokens / CONTEXT_ROWS)))
+    context = args.max_seq_len or fitting
+    if args.max_seq_len is None and context < DEFAULT_CONTEXT:
+        changes["max_seq_len"] = context
+        told.append(f"context {context}, so that there are rows to choose from (--max-seq-len)")
     of_recipe = dataclasses.replace(args, max_seq_len=None, total_batch_size=None, device_batch_size=None)
     usual = planning.plan(of_recipe, vocab_size)
     ratio = args.target_param_data_ratio or recipe.target_param_data_ratio
@@ -93,15 +92,13 @@ def as_begun(args: TrainArgs) -> TrainArgs:
     Another version of this program, or another size of the text, may decide otherwise today: the run goes on
     as it began.
     """
-    if not checkpoint_format.steps_of(args.run_name):
-        return args
+    path = files.run_dir(args.run_name) / "config.json"
     try:
-        path = files.run_dir(args.run_name) / "config.json"
         then = files.read_json(path, dict[str, Any]).get("args")
     except UserError:
-        return args  # what the checkpoint holds is compared in any case
+        then = None
     if not isinstance(then, dict):
-        return args
+        return args  # what the checkpoint holds is compared in any case
     kept = {name: then[name] for name in DECIDED if getattr(args, name) is None and then.get(name)}
     if (args.num_iterations, args.target_flops) != (None, None):
         kept.pop("target_param_data_ratio", None)

@@ -93,38 +93,24 @@ class StepReporter:
                 self._log.say(f"first step {self.seconds_to_first_step:.1f} s after the start")
         first = state.step - len(values)
         for step, (result, numbers) in enumerate(zip(self._pending, values, strict=True), start=first):
-            loss, grad_norm, applied, overflow, *squares = numbers
-            if compiles:  # that is not training: this step counts as long as the next
-                self._untimed_steps = 1
-            else:
-                state.train_seconds += seconds * (1 + self._untimed_steps)
+            loss, _, applied, overflow, *_ = numbers
+            self._untimed_steps += 1
+            if not compiles:  # that is not training: such a step counts as long as the next
+                state.train_seconds += seconds * self._untimed_steps
                 self._untimed_steps = 0
-            if overflow:
-                self._log.say(f"step {step}: fp16 gradients overflowed; step skipped, loss scale halved")
-            elif not applied:
-                self._held_back(state, step, loss, grad_norm, result.update)
+            if not applied and not overflow:
+                self._held_back(state, step, result, numbers)
                 continue
             self._skipped_in_a_row = 0
             state.smoothed_loss += (1 - SMOOTHING) * (loss - state.smoothed_loss)
-            rms = state.optimizer.rms_by_kind(squares)
-            self._report(
-                state,
-                step,
-                self._plan.tokens_at(step) / seconds,
-                loss=loss,
-                grad_norm=None if overflow else grad_norm,
-                epoch=result.epoch,
-                lr=result.lr,
-                **{f"update_rms_{kind}": value for kind, value in rms.items()},
-            )
+            self._report(state, step, seconds, result, numbers)
         self._pending.clear()
         self.restart_clock()
 
-    def _held_back(
-        self, state: TrainState, step: int, loss: float, grad_norm: float, update: UpdateResult
-    ) -> None:
-        """Say which step changed nothing and why; stop, or count it."""
-        what = f"step {step}: loss {loss}, gradient norm {grad_norm}: not finite ({_origin(state, update)})"
+    def _held_back(self, state: TrainState, step: int, result: StepResult, numbers: list[float]) -> None:
+        """Print which step changed nothing and why; stop, or count it."""
+        where = _origin(state, result.update)
+        what = f"step {step}: loss {numbers[0]}, gradient norm {numbers[1]}: not finite ({where})"
         advice = "If it comes again, start another run with a lower --matrix-lr and --embedding-lr."
         if (broken := first_not_finite(dict(state.model.named_parameters()))) is not None:
             raise UserError(f"{what}, for {broken} is not finite since an update before it. {advice}")
@@ -135,43 +121,52 @@ class StepReporter:
             )
         state.skipped_steps += 1
         self._skipped_in_a_row += 1
-        self._log.write("skip", step, reason=what)
-        self._log.say(f"{what}; skipped, {state.skipped_steps} so far")
+        self._log.record("skip", step, f"{what}; skipped, {state.skipped_steps} so far", reason=what)
         if self._skipped_in_a_row == MOST_SKIPPED:
             raise UserError(f"{what}, as were the {MOST_SKIPPED - 1} steps before it. {advice}")
 
-    def _report(self, state: TrainState, step: int, tokens_per_s: float, **figures: Any) -> None:
-        """Write and print a step that was taken; `figures` are those of its result."""
+    def _report(
+        self, state: TrainState, step: int, seconds: float, result: StepResult, numbers: list[float]
+    ) -> None:
+        """Write and print a step."""
+        loss, grad_norm, _, overflow, *squares = numbers
+        if overflow:
+            self._log.say(f"step {step}: fp16 gradients overflowed; step skipped, loss scale halved")
         plan, tokens = self._plan, self._plan.tokens_until(step + 1)
         smoothed = state.smoothed_loss / (1 - SMOOTHING ** (step + 1 - state.skipped_steps))
-        mfu, mfu_measured = self._mfu(tokens_per_s)
+        tokens_per_s = plan.tokens_at(step) / seconds
+        mfu = self._mfu(tokens_per_s)
+        of_matmul = mfu * self._speed.peak_flops / self._speed.matmul_flops
         left_s = (plan.tokens - tokens) * state.train_seconds / tokens
         skipped = f" | skipped {state.skipped_steps}" if state.skipped_steps else ""
-        self._log.step(
+        update_rms = state.optimizer.rms_by_kind(squares)
+        self._log.record(
+            "step",
             step,
-            f"step {step + 1:5d}/{plan.steps} | loss {smoothed:.4f} | lr {figures['lr']:.2e} | "
-            f"{tokens_per_s:,.0f} tok/s | mfu {100 * mfu:.1f}% ({100 * mfu_measured:.1f}% of a matmul) | "
-            f"epoch {figures['epoch']:.2f} | eta {left_s / 60:.1f} min{skipped}",
+            f"step {step + 1:5d}/{plan.steps} | loss {smoothed:.4f} | lr {result.lr:.2e} | "
+            f"{tokens_per_s:,.0f} tok/s | mfu {100 * mfu:.1f}% ({100 * of_matmul:.1f}% of a matmul) | "
+            f"epoch {result.epoch:.2f} | eta {left_s / 60:.1f} min{skipped}",
+            loss=loss,
+            grad_norm=None if overflow else grad_norm,
+            epoch=result.epoch,
             smoothed_loss=smoothed,
+            lr=result.lr,
             tokens_per_second=tokens_per_s,
             mfu=mfu,
-            mfu_measured=mfu_measured,
             tokens=tokens,
             train_seconds=state.train_seconds,
             skipped_steps=state.skipped_steps,
-            **figures,
+            **{f"update_rms_{kind}": rms for kind, rms in update_rms.items()},
         )
 
-    def _mfu(self, tokens_per_s: float) -> tuple[float, float]:
-        """Model FLOPs as a fraction of the devices' peak, and of their rate in matrix products."""
-        flops_per_s = tokens_per_s * self._plan.flops_per_token / self._world.size
-        return flops_per_s / self._speed.peak_flops, flops_per_s / self._speed.matmul_flops
+    def _mfu(self, tokens_per_s: float) -> float:
+        """Model FLOPs as a fraction of the devices' peak."""
+        return tokens_per_s * self._plan.flops_per_token / (self._world.size * self._speed.peak_flops)
 
     def summary(self, state: TrainState, status: str) -> dict[str, Any]:
         """The fields of summary.json: the end of training, for programs."""
         plan, tokens = self._plan, self._plan.tokens_until(state.step)
         tokens_per_s = tokens / state.train_seconds if state.train_seconds else 0.0
-        mfu, mfu_measured = self._mfu(tokens_per_s)
         return {
             "run": plan.args.run_name,
             "status": status,
@@ -185,8 +180,7 @@ class StepReporter:
             "target_loss": plan.args.target_loss,
             "train_seconds": state.train_seconds,
             "tokens_per_second": tokens_per_s,
-            "mfu": mfu,
-            "mfu_measured": mfu_measured,
+            "mfu": self._mfu(tokens_per_s),
             "seconds_to_first_step": self.seconds_to_first_step,
             "peak_memory_bytes": machine.peak_memory_bytes(self._world.device),
             "world_size": self._world.size,

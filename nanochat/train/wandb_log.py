@@ -21,33 +21,28 @@ from typing import Any
 PROJECT = "nanochat"
 POLL_S = 1.0  # between two looks at the end of the file
 FINISH_S = 30.0  # for what is left to read when the run ends
-MESSAGE_LETTERS = 1000  # of an error: a pipe that nobody reads yet takes so much
+MESSAGE_BYTES = 1000  # of an error: a pipe that nobody reads yet takes so much
 
 
 class Tracker:
     """The process that reads along. A failure is printed once, and the run goes on (RELIABILITY P15)."""
 
-    def __init__(
-        self, mode: str, name: str, config: dict[str, Any], metrics: Path, say: Callable[[str], None]
-    ) -> None:
+    def __init__(self, mode: str, metrics: Path, say: Callable[[str], None]) -> None:
         """Start the process; nothing is waited for.
 
         Args:
-            mode: "online" or "offline".
-            name: name of the run.
-            config: what wandb shows as the configuration.
+            mode: "online" or "offline", or "off" for no process.
             metrics: the file to read, from its present end on; wandb's own files go beside it.
             say: prints a line on the console.
         """
-        metrics = metrics.resolve()
-        options = {"project": PROJECT, "name": name, "mode": mode, "config": config}
-        options["dir"] = str(metrics.parent)
-        begin = {"metrics": str(metrics), "start": metrics.stat().st_size, "options": options}
         self._say = say
         self._process: subprocess.Popen[str] | None = None
+        if mode == "off":
+            return
+        arguments = [mode, str(metrics.resolve()), str(metrics.stat().st_size)]
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "nanochat.train.wandb_log", json.dumps(begin)],
+                [sys.executable, "-m", "nanochat.train.wandb_log", *arguments],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 encoding="utf-8",
@@ -83,30 +78,30 @@ class Tracker:
 
 
 def main() -> None:
-    """Be that process: its argument is JSON, the arguments of `_follow`.
+    """Be that process: the mode, the file and where to begin in it are its arguments.
 
     An error is all that goes to standard output; wandb's own messages go to standard error.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with os.fdopen(os.dup(1), "w", encoding="utf-8", errors="replace") as answer:
-        os.dup2(2, 1)
-        code = 0
-        try:
-            _follow(**json.loads(sys.argv[1]))
-        except BaseException as error:
-            answer.write((str(error) or type(error).__name__)[:MESSAGE_LETTERS])
-            answer.flush()
-            code = 1
-        os._exit(code)  # without the hooks that it has left
+    answer, trouble = os.dup(1), ""
+    os.dup2(2, 1)
+    try:
+        _follow(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]))
+    except BaseException as error:
+        trouble = str(error) or type(error).__name__
+    os.write(answer, trouble.encode(errors="replace")[:MESSAGE_BYTES])
+    os._exit(bool(trouble))  # without the hooks that wandb has left
 
 
-def _follow(metrics: str, start: int, options: dict[str, Any]) -> None:
+def _follow(mode: str, metrics: Path, start: int) -> None:
     """Log the lines of the file from `start` on, until the run has closed our standard input."""
-    with Path(metrics).open("rb") as lines:
+    folder = metrics.parent
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    with metrics.open("rb") as lines:
         lines.seek(start)
         import wandb
 
-        run: Any = wandb.init(**options)
+        run: Any = wandb.init(project=PROJECT, name=folder.name, mode=mode, config=config, dir=str(folder))
         line, ended = b"", False
         while True:
             line += lines.readline()
