@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import shutil
@@ -200,7 +199,7 @@ def stopped_after(step: int, monkeypatch: pytest.MonkeyPatch, **changes: Any) ->
 
     with monkeypatch.context() as patch:
         patch.setattr(train_run, "train_step", counted)
-        patch.setattr(train_run, "stop_signals", lambda: contextlib.nullcontext(lambda: done[0] >= step))
+        patch.setattr(train_run, "requested", lambda: done[0] >= step)
         return train_tiny(**changes)
 
 

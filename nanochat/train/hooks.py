@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from nanochat.checkpoint.async_saver import Saver
 from nanochat.checkpoint.state import TrainState
+from nanochat.common.stop_signals import requested
 from nanochat.config.plan import Plan
 from nanochat.data.corpus import Corpus
 from nanochat.data.train_loader import ValBatches
@@ -51,8 +52,8 @@ class Hook:
 class Hooks:
     """The hooks of base_train, in their order.
 
-    Saving comes before evaluation, which then cannot lose the weights. Evaluations call `stop_requested` now
-    and then, and raise `Stopped` on all ranks if it is True on any.
+    Saving comes before evaluation, which then cannot lose the weights. Evaluations look now and then
+    whether a signal has come, and raise `Stopped` on all ranks if it has on any.
     """
 
     plan: Plan
@@ -61,7 +62,6 @@ class Hooks:
     saver: Saver
     world: World
     log: RunLog
-    stop_requested: Callable[[], bool]
 
     def __post_init__(self) -> None:
         """Make the list. A bundle of CORE that is absent is missed now, and not hours later."""
@@ -97,7 +97,7 @@ class Hooks:
 
     def validate(self, state: TrainState) -> None:
         """Validation loss and bits per byte; a figure that is not finite is null, as JSON has no NaN."""
-        found = evaluate(state.model, self.batches, self.token_bytes, self.world, self.stop_requested)
+        found = evaluate(state.model, self.batches, self.token_bytes, self.world, requested)
         state.val_bpb, state.val_loss = (
             value if math.isfinite(value) else None for value in (found.bpb, found.loss)
         )
@@ -122,7 +122,7 @@ class Hooks:
             self.bundle,
             max_per_task=self.plan.args.core_metric_max_per_task,
             world=self.world,
-            stop_requested=self.stop_requested,
+            stop_requested=requested,
         )
         core, stderr = result.core_metric, result.core_stderr
         line = f"step {state.step:5d}/{self.plan.steps} | CORE {core:.4f} +- {stderr:.4f}"

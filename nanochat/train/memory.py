@@ -1,4 +1,4 @@
-"""Memory of a training step: estimated or measured, the rows of a micro-batch that fit, and fewer of them.
+"""Memory of a training step: an estimate, the rows of a micro-batch that fit, half of them if it is wrong.
 
 A micro-batch of too many rows ends a run, and one of too few wastes the device.
 
@@ -7,7 +7,6 @@ Legend: B rows of a micro-batch, T positions, C model width, V vocabulary, W ran
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -45,9 +44,7 @@ class MemoryPlan:
         parameters: fp32 masters, and their copies in the compute dtype.
         gradients: fp32.
         optimizer: moments that this rank keeps.
-        activations: of one micro-batch.
-        logits: of the chunk that the loss holds at a time; within the activations where they are measured.
-        measured: whether activations and logits were measured by a step.
+        activations: of one micro-batch, and logits of the chunk that the loss holds at a time.
     """
 
     rows: int
@@ -55,8 +52,6 @@ class MemoryPlan:
     gradients: int
     optimizer: int
     activations: int
-    logits: int
-    measured: bool = False
 
     @property
     def constant(self) -> int:
@@ -66,16 +61,14 @@ class MemoryPlan:
     @property
     def total(self) -> int:
         """All bytes."""
-        return self.constant + self.activations + self.logits
+        return self.constant + self.activations
 
     def describe(self, available: int | None) -> str:
         """One line for the console."""
         limit = "" if available is None else f" of {available / 1e9:.2f} available"
         return (
-            f"memory, {'measured' if self.measured else 'estimated'}, in GB: "
-            f"parameters {self.parameters / 1e9:.2f}, gradients {self.gradients / 1e9:.2f}, "
-            f"optimizer {self.optimizer / 1e9:.2f}, "
-            f"activations and logits {(self.activations + self.logits) / 1e9:.2f} ({self.rows} rows), "
+            f"memory, estimated: {self.constant / 1e9:.2f} GB for weights, gradients and moments, "
+            f"{self.activations / 1e9:.2f} for activations of {self.rows} rows, "
             f"together {self.total / 1e9:.2f}{limit}"
         )
 
@@ -96,8 +89,7 @@ def estimate(plan: Plan, rows: int, dtype: torch.dtype, device_type: str) -> Mem
         parameters=4 * params.total + copies,
         gradients=4 * params.total,
         optimizer=4 * (moments * params.matrix + 2 * rest) // plan.world_size,
-        activations=tokens * per_token * dtype.itemsize,
-        logits=chunk * dtype.itemsize + 4 * params.unembedding,
+        activations=(tokens * per_token + chunk) * dtype.itemsize + 4 * params.unembedding,
     )
 
 
@@ -117,64 +109,32 @@ def require_room(plan: Plan, world: World, dtype: torch.dtype) -> None:
         )
 
 
-def gradient_pass(state: TrainState, rows: int, world: World) -> None:
-    """A forward and backward pass over `rows` rows, for what it costs or compiles. No parameter changes."""
-    shape = (rows, state.model.config.sequence_len)
-    ids = torch.zeros(shape, dtype=torch.int64, device=world.device)
-    state.model.loss(ids, ids).backward()  # type: ignore[no-untyped-call]
-    state.model.zero_grad(set_to_none=True)
-
-
-def measure(plan: Plan, state: TrainState, world: World, dtype: torch.dtype) -> list[MemoryPlan]:
-    """The memory of one and of two rows, by a forward and backward pass of each on CUDA."""
-    plans = []
-    for rows in (1, 2):
-        torch.cuda.synchronize(world.device)
-        torch.cuda.reset_peak_memory_stats(world.device)
-        before = torch.cuda.memory_allocated(world.device)
-        gradient_pass(state, rows, world)
-        step = torch.cuda.max_memory_allocated(world.device) - before
-        known = estimate(plan, rows, dtype, world.device.type)
-        activations = max(0, step - known.gradients)
-        plans.append(dataclasses.replace(known, activations=activations, logits=0, measured=True))
-    return plans
-
-
 def plan_memory(plan: Plan, state: TrainState, world: World, dtype: torch.dtype) -> MemoryPlan:
-    """The rows of a micro-batch that fit every rank, the plan's at most, and what they need.
+    """The rows of a micro-batch that fit every rank, the plan's at most, and the memory that they need.
 
     A size that was asked for is kept. So is that of the checkpoint that a run goes on from, whatever memory
     is free now, since other rows add up in another order: it gives way only where the whole device is too
-    small for it. On CUDA each rank measures a step of one and of two rows, and the rest follows on a line;
-    elsewhere the estimate decides.
+    small for it.
     """
     device, resumed, asked = world.device, state.resumed, plan.args.device_batch_size
     kept = resumed if resumed is not None and asked in (None, resumed.asked) else None
     rows_per_rank = plan.batch_rows // world.size
-    rows = plan.device_batch_size
+    rows, budget = plan.device_batch_size, machine.available_memory_bytes(device)
     if kept is not None:
         rows, asked = divisor_below(rows_per_rank, kept.rows + 1), kept.asked
-    measured = measure(plan, state, world, dtype) if device.type == "cuda" and asked is None else []
-
-    def needs(rows: int) -> MemoryPlan:
-        if not measured:
-            return estimate(plan, rows, dtype, device.type)
-        one, two = (each.activations for each in measured)
-        return dataclasses.replace(measured[0], rows=rows, activations=one + (rows - 1) * max(0, two - one))
-
-    budget = (machine.total_memory_bytes if kept else machine.available_memory_bytes)(device)
+        budget = machine.total_memory_bytes(device)
+    elif budget is not None:  # parameters and moments are in memory already
+        budget += estimate(plan, 1, dtype, device.type).optimizer + 4 * plan.params.total
     if budget is not None and asked is None:
-        if kept is None:  # parameters and moments are in memory already
-            budget += needs(1).optimizer + 4 * plan.params.total
-        while rows > 1 and needs(rows).total > USABLE * budget:
+        while rows > 1 and estimate(plan, rows, dtype, device.type).total > USABLE * budget:
             rows = divisor_below(rows_per_rank, rows)
-    needed = needs(-world.max_over_ranks(-rows))
-    if resumed is not None and needed.rows != resumed.rows:
+    rows = -world.max_over_ranks(-rows)
+    if resumed is not None and rows != resumed.rows:
         world.print0(
-            f"micro-batches of {needed.rows} rows, of {resumed.rows} before: sums are rounded in "
+            f"micro-batches of {rows} rows, of {resumed.rows} before: sums are rounded in "
             "another order, so the weights will not be, to the bit, those of a run that never stopped"
         )
-    return needed
+    return estimate(plan, rows, dtype, device.type)
 
 
 def divisor_below(whole: int, n: int) -> int:
@@ -197,10 +157,12 @@ def is_out_of_memory(error: Exception) -> bool:
 def halve_until_it_fits(
     gradients: Callable[[list[Batch]], Tensor], micro_batches: list[Batch], state: TrainState, world: World
 ) -> Tensor:
-    """The result of `gradients`; where memory runs out on any rank, all begin again with fewer rows.
+    """The result of `gradients`; where memory runs out on any rank, all begin again with half the rows.
+
+    Rows of a micro-batch stay halved from then on.
 
     Raises:
-        UserError: as `halve`.
+        UserError: memory runs out with one row.
     """
     while True:
         result = None
@@ -211,28 +173,19 @@ def halve_until_it_fits(
                 raise
         if not world.any_rank(result is None) and result is not None:
             return result
-        micro_batches = halve(state, micro_batches, world)
-
-
-def halve(state: TrainState, micro_batches: list[Batch], world: World) -> list[Batch]:
-    """The same rows in micro-batches of half the rows, as from here on; half-made gradients are dropped.
-
-    Raises:
-        UserError: there is one row in each already.
-    """
-    rows = len(micro_batches[0][0])
-    if rows == 1:
-        raise UserError("out of memory with one row in a micro-batch. Lower --max-seq-len or --depth.")
-    smaller = divisor_below(rows, rows)
-    world.print0(f"out of memory with {rows} rows in a micro-batch: going on with {smaller}")
-    state.model.zero_grad(set_to_none=True)
-    if world.device.type == "cuda":
-        torch.cuda.empty_cache()
-    state.loader.device_batch_size = smaller
-    if state.model.is_compiled:
-        state.model.compile_for(smaller)
-    return [
-        pair
-        for inputs, targets in micro_batches
-        for pair in zip(inputs.split(smaller), targets.split(smaller), strict=True)  # type: ignore[no-untyped-call]
-    ]
+        rows = len(micro_batches[0][0])
+        if rows == 1:
+            raise UserError("out of memory with one row in a micro-batch. Lower --max-seq-len or --depth.")
+        smaller = divisor_below(rows, rows)
+        world.print0(f"out of memory with {rows} rows in a micro-batch: going on with {smaller}")
+        state.model.zero_grad(set_to_none=True)
+        if world.device.type == "cuda":
+            torch.cuda.empty_cache()
+        state.loader.device_batch_size = smaller
+        if state.model.is_compiled:
+            state.model.compile_for(smaller)
+        micro_batches = [
+            pair
+            for inputs, targets in micro_batches
+            for pair in zip(inputs.split(smaller), targets.split(smaller), strict=True)  # type: ignore[no-untyped-call]
+        ]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from nanochat.checkpoint.state import TrainState
 from nanochat.common import files, locks, machine
 from nanochat.common.errors import UserError, warn
 from nanochat.common.machine import Precision
-from nanochat.common.stop_signals import Stopped, keep_work, stop_signals
+from nanochat.common.stop_signals import Stopped, keep_work, requested, stop_signals
 from nanochat.config import plan as planning
 from nanochat.config.plan import Plan
 from nanochat.config.schedule import lr_multiplier, muon_momentum, muon_weight_decay
@@ -104,14 +104,7 @@ def train_step(plan: Plan, state: TrainState, world: World) -> StepResult:
     return StepResult(mean_loss, update, overflow, plan.groups["matrix"].lr * lr_mult, state.loader.epoch)
 
 
-def train(
-    plan: Plan,
-    state: TrainState,
-    world: World,
-    reporter: StepReporter,
-    hooks: Hooks,
-    stop_requested: Callable[[], bool],
-) -> str:
+def train(plan: Plan, state: TrainState, world: World, reporter: StepReporter, hooks: Hooks) -> str:
     """Step until the plan's end, or until a signal on any rank stops all of them at the same step.
 
     Hooks run between steps, in their order. A run that goes on from a checkpoint runs again those that are
@@ -127,7 +120,7 @@ def train(
             if due := hooks.due(state.step):
                 reporter.flush(state)
                 for hook in due:
-                    if world.any_rank(stop_requested()):
+                    if world.any_rank(requested()):
                         raise Stopped
                     hook.action(state)
                 gc.collect()
@@ -136,7 +129,11 @@ def train(
                     return "target_reached"
             if state.step >= plan.steps:
                 return "finished"
-            fetch(plan, state, world, stop_requested)
+            with contextlib.suppress(Stopped):
+                state.loader.fetch(plan.units_at(state.step))
+            if world.any_rank(requested()):  # then no rank has drawn a batch
+                state.loader.put_back()
+                break
             result = train_step(plan, state, world)
             state.step += 1
             keep_work()
@@ -144,19 +141,6 @@ def train(
             step_traced()
     reporter.flush(state)
     return "stopped"
-
-
-def fetch(plan: Plan, state: TrainState, world: World, stop_requested: Callable[[], bool]) -> None:
-    """Draw the batches of the next step.
-
-    Raises:
-        Stopped: on all ranks, where a signal has come to any; then none is drawn on any.
-    """
-    with contextlib.suppress(Stopped):
-        state.loader.fetch(plan.units_at(state.step), stop_requested)
-    if world.any_rank(stop_requested()):
-        state.loader.put_back()
-        raise Stopped
 
 
 def run(
@@ -173,8 +157,8 @@ def run(
     """
     plan = planning.with_precision(plan, str(precision.compute_dtype).removeprefix("torch."), precision.fp8)
     memory.require_room(plan, world, precision.compute_dtype)
-    with stop_signals() as stop_requested, _sole_owner(plan, world):
-        return _run(plan, corpus, tokenizer, precision, world, stop_requested)
+    with stop_signals(), _sole_owner(plan, world):
+        return _run(plan, corpus, tokenizer, precision, world)
 
 
 @contextlib.contextmanager
@@ -197,12 +181,7 @@ def _sole_owner(plan: Plan, world: World) -> Iterator[None]:
 
 
 def _run(
-    plan: Plan,
-    corpus: Corpus,
-    tokenizer: Tokenizer,
-    precision: Precision,
-    world: World,
-    stop_requested: Callable[[], bool],
+    plan: Plan, corpus: Corpus, tokenizer: Tokenizer, precision: Precision, world: World
 ) -> dict[str, Any]:
     folder = files.run_dir(plan.args.run_name)
     fingerprints = {"corpus": corpus.fingerprint, "tokenizer": tokenizer.fingerprint}
@@ -217,12 +196,11 @@ def _run(
         world.print0(f"going on from {start}")
     plan = _prepare(plan, state, precision, world)
     speed = machine.speed(world.device, precision.compute_dtype)
-    description = {**machine.describe(world.device), **world.describe(), **dataclasses.asdict(speed)}
-    config = {**plan.to_dict(), "fingerprints": fingerprints, "machine": description}
     if world.is_main:
         resume.leave_other_branches(plan.args.run_name, state.step, world.print0)
-        config["provenance"] = machine.provenance()
-        files.write_json(folder / "config.json", config)
+        about = {**machine.describe(world.device), **world.describe(), **dataclasses.asdict(speed)}
+        config = {"fingerprints": fingerprints, "machine": about, "provenance": machine.provenance()}
+        files.write_json(folder / "config.json", {**plan.to_dict(), **config})
     with (
         contextlib.closing(state.loader),
         Watchdog(world, folder, plan.args.dist_timeout, lambda: f"step {state.step}"),
@@ -230,8 +208,8 @@ def _run(
     ):
         reporter = StepReporter(plan, world, log, speed)
         saver = Saver(plan, fingerprints, world, log.say, saved_step=state.step if start else None)
-        hooks = Hooks(plan, corpus, tokenizer, saver, world, log, stop_requested)
-        status = train(plan, state, world, reporter, hooks, stop_requested)
+        hooks = Hooks(plan, corpus, tokenizer, saver, world, log)
+        status = train(plan, state, world, reporter, hooks)
         if status != "finished":
             reason = "stopped by a signal" if status == "stopped" else "the target loss is reached"
             log.say(f"{reason} after step {state.step}")
@@ -265,5 +243,8 @@ def _prepare(plan: Plan, state: TrainState, precision: Precision, world: World) 
         for first, _ in plan.schedule.window_stages:
             if first > state.step:  # so that no later step waits for it
                 state.model.use_windows(plan.windows_at(first))
-                memory.gradient_pass(state, plan.device_batch_size, world)
+                shape = (plan.device_batch_size, plan.model.sequence_len)
+                ids = torch.zeros(shape, dtype=torch.int64, device=world.device)
+                state.model.loss(ids, ids).backward()  # type: ignore[no-untyped-call]
+                state.model.zero_grad(set_to_none=True)
     return plan
