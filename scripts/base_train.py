@@ -29,7 +29,7 @@ def train_as_asked() -> str:
     from nanochat.config import arguments
     from nanochat.config import plan as planning
     from nanochat.config.arguments import TrainArgs
-    from nanochat.data.corpus import Corpus
+    from nanochat.data.corpus import MANIFEST, Corpus
     from nanochat.distributed import world
     from nanochat.model import attention_backends
     from nanochat.tokenizer.tokenizer import Tokenizer
@@ -39,7 +39,11 @@ def train_as_asked() -> str:
     args = arguments.parse(TrainArgs)
     with world.join(args.device_type, args.dist_timeout) as ranks:
         tokenizer = Tokenizer.load(files.tokenizer_dir(args.tokenizer_name))
-        corpus = small_text.planned_corpus(args.corpus) if args.dry_run else Corpus.open(args.corpus)
+        if args.dry_run:  # the manifest says enough, and without one the recipe's numbers are shown
+            folder = files.data_dir(args.corpus)
+            corpus = Corpus.read_manifest(folder) if (folder / MANIFEST).is_file() else None
+        else:
+            corpus = Corpus.open(args.corpus)
         plan = small_text.plan_for(args, corpus, tokenizer, ranks.size)
         if corpus is None or args.dry_run:
             ranks.print0(json.dumps(plan.to_dict(), indent=2))

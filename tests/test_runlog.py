@@ -8,6 +8,7 @@ import math
 import os
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from tests.tiny import read_metrics
 
 
 def test_lines_are_objects_with_step_and_kind(tmp_path: Path) -> None:
-    with RunLog(tmp_path, enabled=True) as log:
+    with closing(RunLog(tmp_path, enabled=True)) as log:
         log.record("step", 0, "a line", loss=2.5)
         log.write("eval", 1, val_bpb=1.25)
     assert read_metrics(tmp_path / "metrics.jsonl") == [
@@ -29,13 +30,13 @@ def test_lines_are_objects_with_step_and_kind(tmp_path: Path) -> None:
 
 
 def test_console_shows_the_line_in_a_log(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with RunLog(tmp_path, enabled=True) as log:
+    with closing(RunLog(tmp_path, enabled=True)) as log:
         log.record("step", 0, "step 1/1 | loss [2.5]", loss=2.5)
     assert "step 1/1 | loss [2.5]\n" in capsys.readouterr().out
 
 
 def test_other_ranks_write_and_say_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with RunLog(tmp_path / "run", enabled=False) as log:
+    with closing(RunLog(tmp_path / "run", enabled=False)) as log:
         log.record("step", 0, "x", loss=1.0)
     assert not (tmp_path / "run").exists()
     assert capsys.readouterr().out == ""
@@ -45,7 +46,7 @@ def test_resume_cuts_back_and_repairs_a_torn_line(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     lines = [json.dumps({"kind": "step", "step": step}) for step in range(6)]
     path.write_text("\n".join(lines) + '\n{"kind": "ste')
-    with RunLog(tmp_path, enabled=True, first_step=4) as log:
+    with closing(RunLog(tmp_path, enabled=True, first_step=4)) as log:
         log.record("step", 4, "", loss=1.0)
     assert [entry["step"] for entry in read_metrics(path)] == [0, 1, 2, 3, 4]
 
@@ -98,7 +99,7 @@ def test_damaged_lines_are_left_out_and_the_rest_is_used(tmp_path: Path, damage:
 
 
 def test_a_nan_in_the_metrics_is_read(tmp_path: Path) -> None:
-    with RunLog(tmp_path, enabled=True) as log:
+    with closing(RunLog(tmp_path, enabled=True)) as log:
         log.record("step", 0, "", loss=float("nan"))
     assert math.isnan(read_metrics(tmp_path / "metrics.jsonl")[0]["loss"])
 
@@ -106,7 +107,7 @@ def test_a_nan_in_the_metrics_is_read(tmp_path: Path) -> None:
 def test_metrics_that_are_gone_on_a_resume_are_missed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with RunLog(tmp_path, enabled=True, first_step=4):
+    with closing(RunLog(tmp_path, enabled=True, first_step=4)):
         pass
     assert "begins at step 4" in capsys.readouterr().err
 
@@ -133,7 +134,7 @@ def test_lines_that_cannot_be_written_are_kept_and_come_later(
 ) -> None:
     at: list[int] = [0]
     failing(monkeypatch, lambda: 3 <= at[0] < 7, most)
-    with RunLog(tmp_path, enabled=True) as log:
+    with closing(RunLog(tmp_path, enabled=True)) as log:
         for step in range(10):
             at[0] = step
             log.write("step", step, loss=1.0)
@@ -149,7 +150,7 @@ def test_lines_that_never_could_be_written_are_counted(
 ) -> None:
     monkeypatch.setattr("nanochat.train.run_log.KEPT_BYTES", 100)
     failing(monkeypatch, lambda: True)
-    with RunLog(tmp_path, enabled=True) as log:
+    with closing(RunLog(tmp_path, enabled=True)) as log:
         for step in range(10):
             log.write("step", step, loss=1.0)
     told = capsys.readouterr().err.splitlines()
@@ -190,7 +191,7 @@ def test_failing_tracker_does_not_hurt_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], code: str
 ) -> None:
     install_wandb(tmp_path, monkeypatch, code)
-    with RunLog(tmp_path, enabled=True, wandb="online") as log:
+    with closing(RunLog(tmp_path, enabled=True, wandb="online")) as log:
         for step in range(3):
             log.record("step", step, "", loss=1.0)
     assert len(read_metrics(tmp_path / "metrics.jsonl")) == 3
@@ -209,7 +210,7 @@ def test_a_tracker_gets_every_line_and_cannot_touch_the_process(
     log = f"print(*args, options, file=open({str(seen)!r}, 'a'))"
     install_wandb(tmp_path, monkeypatch, WANDB.format(init=init, log=log, finish="pass"))
     before = (Path.cwd(), dict(os.environ), sys.stdout)
-    with RunLog(tmp_path, enabled=True, wandb="online") as run_log:
+    with closing(RunLog(tmp_path, enabled=True, wandb="online")) as run_log:
         for step in range(3):
             run_log.write("step", step, loss=1.5)
     assert (Path.cwd(), dict(os.environ), sys.stdout) == before

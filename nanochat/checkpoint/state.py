@@ -69,7 +69,7 @@ class TrainState:
         val_bpb: newest validation bits per byte, or None before the first.
         min_val_bpb: lowest so far.
         val_loss: newest validation loss, nats per token.
-        resumed: the micro-batch of the checkpoint that the run has gone on from, which `memory.plan_memory`
+        resumed: the micro-batch of the checkpoint that the run has gone on from, which `memory.rows_that_fit`
             keeps; that of now is the loader's, which halves it where memory runs out.
     """
 

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from nanochat.checkpoint.state import TrainState
 from nanochat.common import machine
@@ -40,14 +39,12 @@ class MemoryPlan:
     """Bytes on one device.
 
     Attributes:
-        rows: of the micro-batch it is for.
         parameters: fp32 masters, and their copies in the compute dtype.
         gradients: fp32.
         optimizer: moments that this rank keeps.
         activations: of one micro-batch, and logits of the chunk that the loss holds at a time.
     """
 
-    rows: int
     parameters: int
     gradients: int
     optimizer: int
@@ -63,15 +60,6 @@ class MemoryPlan:
         """All bytes."""
         return self.constant + self.activations
 
-    def describe(self, available: int | None) -> str:
-        """One line for the console."""
-        limit = "" if available is None else f" of {available / 1e9:.2f} available"
-        return (
-            f"memory, estimated: {self.constant / 1e9:.2f} GB for weights, gradients and moments, "
-            f"{self.activations / 1e9:.2f} for activations of {self.rows} rows, "
-            f"together {self.total / 1e9:.2f}{limit}"
-        )
-
 
 def estimate(plan: Plan, rows: int, dtype: torch.dtype, device_type: str) -> MemoryPlan:
     """The memory of micro-batches of `rows` rows, from the shape of the model."""
@@ -85,7 +73,6 @@ def estimate(plan: Plan, rows: int, dtype: torch.dtype, device_type: str) -> Mem
     kept = KEPT[plan.args.recompute] + (more if plan.args.recompute != "block" else 0)
     per_token = (kept * model.n_layer + WORKING + 2 * more) * model.n_embd
     return MemoryPlan(
-        rows=rows,
         parameters=4 * params.total + copies,
         gradients=4 * params.total,
         optimizer=4 * (moments * params.matrix + 2 * rest) // plan.world_size,
@@ -109,8 +96,8 @@ def require_room(plan: Plan, world: World, dtype: torch.dtype) -> None:
         )
 
 
-def plan_memory(plan: Plan, state: TrainState, world: World, dtype: torch.dtype) -> MemoryPlan:
-    """The rows of a micro-batch that fit every rank, the plan's at most, and the memory that they need.
+def rows_that_fit(plan: Plan, state: TrainState, world: World, dtype: torch.dtype) -> int:
+    """The rows of a micro-batch that fit every rank, the plan's at most. Prints what they need.
 
     A size that was asked for is kept. So is that of the checkpoint that a run goes on from, whatever memory
     is free now, since other rows add up in another order: it gives way only where the whole device is too
@@ -134,7 +121,13 @@ def plan_memory(plan: Plan, state: TrainState, world: World, dtype: torch.dtype)
             f"micro-batches of {rows} rows, of {resumed.rows} before: sums are rounded in "
             "another order, so the weights will not be, to the bit, those of a run that never stopped"
         )
-    return estimate(plan, rows, dtype, device.type)
+    needed = estimate(plan, rows, dtype, device.type)
+    limit = "" if budget is None else f" of {budget / 1e9:.2f}"
+    world.print0(
+        f"memory, estimated: {needed.constant / 1e9:.2f} GB for weights, gradients and moments, "
+        f"{needed.activations / 1e9:.2f} for activations of {rows} rows; {needed.total / 1e9:.2f}{limit}"
+    )
+    return rows
 
 
 def divisor_below(whole: int, n: int) -> int:
@@ -155,9 +148,12 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def halve_until_it_fits(
-    gradients: Callable[[list[Batch]], Tensor], micro_batches: list[Batch], state: TrainState, world: World
-) -> Tensor:
-    """The result of `gradients`; where memory runs out on any rank, all begin again with half the rows.
+    passes: Callable[[list[Batch]], torch.Tensor],
+    micro_batches: list[Batch],
+    state: TrainState,
+    world: World,
+) -> torch.Tensor:
+    """The result of `passes`; where memory runs out on any rank, all begin again with half the rows.
 
     Rows of a micro-batch stay halved from then on.
 
@@ -167,7 +163,7 @@ def halve_until_it_fits(
     while True:
         result = None
         try:
-            result = gradients(micro_batches)
+            result = passes(micro_batches)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise

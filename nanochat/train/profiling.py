@@ -1,4 +1,7 @@
-"""What surrounds the steps of a loop: the garbage collector held still, a trace where one is asked for."""
+"""Profiler trace and garbage collection around the steps of the loop.
+
+A collection in the middle of a step costs half a second, which a trace would show.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +13,12 @@ from pathlib import Path
 from nanochat.common import files
 from nanochat.common.errors import warn
 
-TRACE_AFTER, TRACE_WARMUP, TRACED = 2, 1, 3  # steps
-
 
 @contextlib.contextmanager
 def collector_held() -> Iterator[None]:
-    """Within, garbage is collected only on call: what is there already is not looked at again.
+    """Within, garbage is collected on call alone, and objects that exist already are left out.
 
-    A collection in the middle of a step costs about half a second with a large model's objects about.
+    A collection costs about half a second beside the objects of a large model.
     """
     gc.collect()
     gc.freeze()
@@ -31,7 +32,7 @@ def collector_held() -> Iterator[None]:
 
 @contextlib.contextmanager
 def traced(path: Path | None) -> Iterator[Callable[[], None]]:
-    """Within, steps are traced by torch.profiler, if a path is given; what is yielded is called after each.
+    """Within, torch.profiler traces steps, if a path is given; the function that it yields ends a step.
 
     Two steps and one of warm-up pass by; the three after them are in the trace.
     """
@@ -47,6 +48,6 @@ def traced(path: Path | None) -> Iterator[Callable[[], None]]:
         except OSError as error:  # a full disk costs the trace, not the run
             warn(f"{path} could not be written ({error.strerror}); the run goes on without it")
 
-    steps = schedule(wait=TRACE_AFTER, warmup=TRACE_WARMUP, active=TRACED, repeat=1)
+    steps = schedule(wait=2, warmup=1, active=3, repeat=1)
     with profile(schedule=steps, on_trace_ready=write) as profiler:
         yield profiler.step

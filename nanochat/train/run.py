@@ -20,7 +20,6 @@ from nanochat.checkpoint.async_saver import Saver
 from nanochat.checkpoint.state import TrainState
 from nanochat.common import files, locks, machine
 from nanochat.common.errors import UserError, warn
-from nanochat.common.machine import Precision
 from nanochat.common.stop_signals import Stopped, keep_work, requested, stop_signals
 from nanochat.config import plan as planning
 from nanochat.config.plan import Plan
@@ -42,7 +41,7 @@ from nanochat.train.step_metrics import StepReporter, StepResult
 
 
 def create_state(
-    plan: Plan, corpus: Corpus, tokenizer: Tokenizer, precision: Precision, world: World
+    plan: Plan, corpus: Corpus, tokenizer: Tokenizer, precision: machine.Precision, world: World
 ) -> TrainState:
     """A run at step 0: initial weights from the seed, empty moments, the beginning of the data."""
     with torch.device("meta"):
@@ -78,10 +77,9 @@ def train_step(plan: Plan, state: TrainState, world: World) -> StepResult:
 
     A loss or gradient that is not finite, on any rank, never reaches the weights.
     """
-    units = plan.units_at(state.step)
-    micro_batches = [pair for _ in range(units) for pair in state.loader.next_batch()]
+    micro_batches = [pair for _ in range(plan.units_at(state.step)) for pair in state.loader.next_batch()]
 
-    def gradients(micro_batches: list[Batch]) -> Tensor:
+    def passes(micro_batches: list[Batch]) -> Tensor:
         loss = torch.zeros((), device=world.device)
         for inputs, targets in micro_batches:
             micro_loss = state.model.loss(inputs, targets) / len(micro_batches)
@@ -89,7 +87,7 @@ def train_step(plan: Plan, state: TrainState, world: World) -> StepResult:
             loss += micro_loss.detach()
         return loss
 
-    loss = memory.halve_until_it_fits(gradients, micro_batches, state, world)
+    loss = memory.halve_until_it_fits(passes, micro_batches, state, world)
     state.loss_scale.down(state.model.parameters())
     lr_mult = lr_multiplier(state.step, plan.schedule)
     update = state.optimizer.step(
@@ -144,7 +142,7 @@ def train(plan: Plan, state: TrainState, world: World, reporter: StepReporter, h
 
 
 def run(
-    plan: Plan, corpus: Corpus, tokenizer: Tokenizer, precision: Precision, world: World
+    plan: Plan, corpus: Corpus, tokenizer: Tokenizer, precision: machine.Precision, world: World
 ) -> dict[str, Any]:
     """Train a plan from its start or its checkpoint to its end, and leave the files of a run behind.
 
@@ -167,12 +165,11 @@ def _sole_owner(plan: Plan, world: World) -> Iterator[None]:
     error: UserError | OSError | None = None
     with contextlib.ExitStack() as stack:
         if world.is_main:
-            name = plan.args.run_name
-            folder = files.run_dir(name)
+            folder, name = files.run_dir(plan.args.run_name), f"run {plan.args.run_name!r}"
             remedy = "Wait for its end, stop it, or name another run with --run."
             try:
                 files.require_writable(folder)
-                stack.enter_context(locks.held(folder / ".lock", f"run {name!r}", remedy))
+                stack.enter_context(locks.held(folder / ".lock", name, remedy))
             except (UserError, OSError) as refused:
                 error = refused
         if world.any_rank(error is not None):
@@ -181,7 +178,7 @@ def _sole_owner(plan: Plan, world: World) -> Iterator[None]:
 
 
 def _run(
-    plan: Plan, corpus: Corpus, tokenizer: Tokenizer, precision: Precision, world: World
+    plan: Plan, corpus: Corpus, tokenizer: Tokenizer, precision: machine.Precision, world: World
 ) -> dict[str, Any]:
     folder = files.run_dir(plan.args.run_name)
     fingerprints = {"corpus": corpus.fingerprint, "tokenizer": tokenizer.fingerprint}
@@ -204,7 +201,7 @@ def _run(
     with (
         contextlib.closing(state.loader),
         Watchdog(world, folder, plan.args.dist_timeout, lambda: f"step {state.step}"),
-        RunLog(folder, enabled=world.is_main, first_step=state.step, wandb=plan.args.wandb) as log,
+        contextlib.closing(RunLog(folder, world.is_main, state.step, plan.args.wandb)) as log,
     ):
         reporter = StepReporter(plan, world, log, speed)
         saver = Saver(plan, fingerprints, world, log.say, saved_step=state.step if start else None)
@@ -217,34 +214,30 @@ def _run(
         saver.finish()
         summary = reporter.summary(state, status)
         if world.is_main:
-            path = folder / "summary.json"
+            path, remedy = folder / "summary.json", "the same command with --resume=auto writes it"
             try:  # it follows from the checkpoint, which is saved by now
                 files.write_json(path, summary)
             except OSError as error:
-                remedy = "the same command with --resume=auto writes it"
                 warn(f"{path} could not be written ({error.strerror}); {remedy}")
     return summary
 
 
-def _prepare(plan: Plan, state: TrainState, precision: Precision, world: World) -> Plan:
+def _prepare(plan: Plan, state: TrainState, precision: machine.Precision, world: World) -> Plan:
     """Choose the rows of a micro-batch that fit, and compile. Returns the plan with those rows."""
-    needed = memory.plan_memory(plan, state, world, precision.compute_dtype)
-    world.print0(needed.describe(machine.available_memory_bytes(world.device)))
+    rows = memory.rows_that_fit(plan, state, world, precision.compute_dtype)
     if hint := machine.quota_hint(world.device):
         world.print0(hint)
-    plan = planning.with_micro_batch(plan, needed.rows)
-    state.loader.device_batch_size = plan.device_batch_size
+    plan, state.loader.device_batch_size = planning.with_micro_batch(plan, rows), rows
     compiles, reason = machine.choose_compile(world.device, plan.args.compile)
     world.print0(f"torch.compile is {'on' if compiles else 'off'} ({reason})")
     if compiles:
         world.print0(f"compiling with the first step, kept in {files.keep_compiled()} ...")
-        state.model.compile_for(plan.device_batch_size)
+        state.model.compile_for(rows)
         state.optimizer.compile_updates()
         for first, _ in plan.schedule.window_stages:
             if first > state.step:  # so that no later step waits for it
                 state.model.use_windows(plan.windows_at(first))
-                shape = (plan.device_batch_size, plan.model.sequence_len)
-                ids = torch.zeros(shape, dtype=torch.int64, device=world.device)
+                ids = torch.zeros(rows, plan.model.sequence_len, dtype=torch.int64, device=world.device)
                 state.model.loss(ids, ids).backward()  # type: ignore[no-untyped-call]
                 state.model.zero_grad(set_to_none=True)
     return plan

@@ -21,10 +21,10 @@ KEPT_BYTES = 1 << 24  # of lines that could not be written: some 20,000 steps
 class RunLog:
     """Metrics and console lines of a run. The main rank's alone does anything; others say `enabled=False`.
 
-    Use it as a context manager: at the end the file and the tracker are closed.
+    To be closed at the end.
     """
 
-    def __init__(self, folder: Path, *, enabled: bool, first_step: int = 0, wandb: str = "off") -> None:
+    def __init__(self, folder: Path, enabled: bool, first_step: int = 0, wandb: str = "off") -> None:
         """Open metrics.jsonl in `folder`, cut back to `first_step`, and start the tracker.
 
         Args:
@@ -48,11 +48,7 @@ class RunLog:
         )  # lines to be written yet, and how many were given up
         self._tracker = Tracker(wandb if enabled else "off", self._path, self.say)
 
-    def __enter__(self) -> RunLog:
-        """Return the log."""
-        return self
-
-    def __exit__(self, *error: object) -> None:
+    def close(self) -> None:
         """Close the file, and then the tracker, which reads it to its end; warn of lines that are lost."""
         self._flush()
         self._lost += self._left.count(b"\n")

@@ -19,7 +19,7 @@ from nanochat.config import plan as planning
 from nanochat.config.arguments import TrainArgs
 from nanochat.config.plan import DEFAULT_CONTEXT, Plan
 from nanochat.config.recipes import RECIPES
-from nanochat.data.corpus import MANIFEST, Corpus
+from nanochat.data.corpus import Corpus
 from nanochat.data.text_size import TextSize, epochs_for, is_measured, measure
 from nanochat.tokenizer.tokenizer import Tokenizer
 
@@ -28,7 +28,7 @@ CONTEXT_ROWS = 1_000  # rows that an epoch has at least, so that a batch of some
 MAX_EPOCHS = 10  # four are nearly as good as new text, sixteen are worth little more (arXiv 2305.16264)
 MIN_STEPS = 400  # of a whole run: warmup, momentum and decay need hundreds of steps to mean anything
 MIN_ROWS = 8  # of a batch
-MOST = 2 / 3  # share of the tokens that no row would hold, from which on remainders are kept
+MOST_CROPPED = 2 / 3  # fraction of the tokens that no row would hold, from which on remainders are kept
 
 # What a run that goes on keeps of its beginning, where the command does not say it again.
 DECIDED = ("max_seq_len", "total_batch_size", "keep_tails", "target_param_data_ratio")
@@ -69,20 +69,14 @@ def fit(args: TrainArgs, vocab_size: int, text: TextSize) -> tuple[TrainArgs, tu
         )
     is_small = limit < wanted or text.tokens < CONTEXT_ROWS * DEFAULT_CONTEXT
     if is_small and args.total_batch_size is None and recipe.batch_tokens is None:
-        rows = max(MIN_ROWS, _power_below(limit / MIN_STEPS / context))
-        if rows * context < usual.batch_tokens:
-            changes["total_batch_size"] = rows * context
-            told.append(
-                f"batches of {rows * context:,} tokens, so that there are steps to learn in "
-                "(--total-batch-size)"
-            )
+        batch = max(MIN_ROWS, _power_below(limit / MIN_STEPS / context)) * context
+        if batch < usual.batch_tokens:
+            changes["total_batch_size"] = batch
+            told.append(f"batches of {batch:,} tokens, so that there are enough steps (--total-batch-size)")
     cropped = text.cropped_fraction(context)
-    if args.keep_tails is None and (cropped > MOST or "max_seq_len" in changes):
+    if args.keep_tails is None and (cropped > MOST_CROPPED or "max_seq_len" in changes):
         changes["keep_tails"] = True
-        told.append(
-            f"remainders of long documents are kept, since cropping would lose {cropped:.0%} of the text "
-            "(--no-keep-tails)"
-        )
+        told.append(f"remainders are kept: cropping would lose {cropped:.0%} of the text (--no-keep-tails)")
     return dataclasses.replace(args, **changes), tuple(told)
 
 
@@ -103,12 +97,6 @@ def as_begun(args: TrainArgs) -> TrainArgs:
     if (args.num_iterations, args.target_flops) != (None, None):
         kept.pop("target_param_data_ratio", None)
     return arguments.from_dict(TrainArgs, dataclasses.asdict(args) | kept, path)
-
-
-def planned_corpus(name: str) -> Corpus | None:
-    """What the manifest of a corpus describes, without a look at its shards; None where there is none."""
-    folder = files.data_dir(name)
-    return Corpus.read_manifest(folder) if (folder / MANIFEST).is_file() else None
 
 
 def plan_for(args: TrainArgs, corpus: Corpus | None, tokenizer: Tokenizer, world_size: int) -> Plan:

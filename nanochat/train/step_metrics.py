@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from nanochat.checkpoint.format import first_not_finite
-from nanochat.checkpoint.state import TrainState
+from nanochat.checkpoint.state import COUNTERS, TrainState
 from nanochat.common import machine
 from nanochat.common.errors import UserError
 from nanochat.config.plan import Plan
@@ -58,6 +58,7 @@ class StepReporter:
     def __init__(self, plan: Plan, world: World, log: RunLog, speed: machine.Speed) -> None:
         """`speed` is that of one device, of which the MFU is a fraction."""
         self._plan, self._world, self._log, self._speed = plan, world, log, speed
+        self._peak_tokens_per_s = world.size * speed.peak_flops / plan.flops_per_token
         self._pending: list[StepResult] = []
         self._skipped_in_a_row = 0
         self._untimed_steps = 0
@@ -108,8 +109,12 @@ class StepReporter:
         self.restart_clock()
 
     def _held_back(self, state: TrainState, step: int, result: StepResult, numbers: list[float]) -> None:
-        """Print which step changed nothing and why; stop, or count it."""
-        where = _origin(state, result.update)
+        """Stop because of a step that changed nothing, or count it; print which, and where it went wrong."""
+        update = result.update
+        ranks = [f"in the loss of rank {rank}" for rank, bad in enumerate(update.not_ok.tolist()) if bad]
+        squares = zip(state.optimizer.names, update.grad_squares.tolist(), strict=True)
+        grads = [f"first in the gradient of {name}" for name, square in squares if not math.isfinite(square)]
+        where = ", ".join(ranks + grads[:1]) or "the sum of the gradient's squares overflows"
         what = f"step {step}: loss {numbers[0]}, gradient norm {numbers[1]}: not finite ({where})"
         advice = "If it comes again, start another run with a lower --matrix-lr and --embedding-lr."
         if (broken := first_not_finite(dict(state.model.named_parameters()))) is not None:
@@ -135,11 +140,10 @@ class StepReporter:
         plan, tokens = self._plan, self._plan.tokens_until(step + 1)
         smoothed = state.smoothed_loss / (1 - SMOOTHING ** (step + 1 - state.skipped_steps))
         tokens_per_s = plan.tokens_at(step) / seconds
-        mfu = self._mfu(tokens_per_s)
+        mfu = tokens_per_s / self._peak_tokens_per_s
         of_matmul = mfu * self._speed.peak_flops / self._speed.matmul_flops
         left_s = (plan.tokens - tokens) * state.train_seconds / tokens
         skipped = f" | skipped {state.skipped_steps}" if state.skipped_steps else ""
-        update_rms = state.optimizer.rms_by_kind(squares)
         self._log.record(
             "step",
             step,
@@ -156,12 +160,8 @@ class StepReporter:
             tokens=tokens,
             train_seconds=state.train_seconds,
             skipped_steps=state.skipped_steps,
-            **{f"update_rms_{kind}": rms for kind, rms in update_rms.items()},
+            **{f"update_rms_{kind}": rms for kind, rms in state.optimizer.rms_by_kind(squares).items()},
         )
-
-    def _mfu(self, tokens_per_s: float) -> float:
-        """Model FLOPs as a fraction of the devices' peak."""
-        return tokens_per_s * self._plan.flops_per_token / (self._world.size * self._speed.peak_flops)
 
     def summary(self, state: TrainState, status: str) -> dict[str, Any]:
         """The fields of summary.json: the end of training, for programs."""
@@ -172,26 +172,12 @@ class StepReporter:
             "status": status,
             "depth": plan.args.depth,
             "steps": state.step,
-            "skipped_steps": state.skipped_steps,
             "tokens": tokens,
-            "val_bpb": state.val_bpb,
-            "min_val_bpb": state.min_val_bpb,
-            "val_loss": state.val_loss,
+            **{name: getattr(state, name) for name in COUNTERS if name != "step"},
             "target_loss": plan.args.target_loss,
-            "train_seconds": state.train_seconds,
             "tokens_per_second": tokens_per_s,
-            "mfu": self._mfu(tokens_per_s),
+            "mfu": tokens_per_s / self._peak_tokens_per_s,
             "seconds_to_first_step": self.seconds_to_first_step,
             "peak_memory_bytes": machine.peak_memory_bytes(self._world.device),
             "world_size": self._world.size,
         }
-
-
-def _origin(state: TrainState, update: UpdateResult) -> str:
-    """Where a number that is not finite was met: ranks by their loss, the first parameter by its gradient."""
-    ranks = [str(rank) for rank, bad in enumerate(update.not_ok.tolist()) if bad]
-    places = [f"in the loss of rank {', '.join(ranks)}"] if ranks else []
-    squares = zip(state.optimizer.names, update.grad_squares.tolist(), strict=True)
-    if first := next((name for name, square in squares if not math.isfinite(square)), None):
-        places.append(f"first in the gradient of {first}")
-    return ", ".join(places) or "the sum of the gradient's squares overflows"

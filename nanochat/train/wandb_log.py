@@ -18,7 +18,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-PROJECT = "nanochat"
 POLL_S = 1.0  # between two looks at the end of the file
 FINISH_S = 30.0  # for what is left to read when the run ends
 MESSAGE_BYTES = 1000  # of an error: a pipe that nobody reads yet takes so much
@@ -36,17 +35,15 @@ class Tracker:
             say: prints a line on the console.
         """
         self._say = say
-        self._process: subprocess.Popen[str] | None = None
+        self._process: subprocess.Popen[bytes] | None = None
         if mode == "off":
             return
-        arguments = [mode, str(metrics.resolve()), str(metrics.stat().st_size)]
         try:
+            arguments = [mode, str(metrics.resolve()), str(metrics.stat().st_size)]
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "nanochat.train.wandb_log", *arguments],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                encoding="utf-8",
-                errors="replace",
                 start_new_session=True,  # Ctrl-C goes to a group of processes, and this one has to finish
                 cwd=Path(__file__).parents[2],  # where it finds this package
             )
@@ -63,7 +60,7 @@ class Tracker:
         if self._process is None:
             return
         try:  # this closes its standard input, by which it knows that the run has ended
-            error = self._process.communicate(timeout=FINISH_S)[0].strip()
+            error = self._process.communicate(timeout=FINISH_S)[0].decode(errors="replace").strip()
             if error or self._process.returncode:
                 self._give_up(error or f"exit code {self._process.returncode}")
         except subprocess.TimeoutExpired:
@@ -101,7 +98,7 @@ def _follow(mode: str, metrics: Path, start: int) -> None:
         lines.seek(start)
         import wandb
 
-        run: Any = wandb.init(project=PROJECT, name=folder.name, mode=mode, config=config, dir=str(folder))
+        run: Any = wandb.init(project="nanochat", name=folder.name, mode=mode, config=config, dir=str(folder))
         line, ended = b"", False
         while True:
             line += lines.readline()

@@ -62,5 +62,5 @@ def test_a_compiled_step_has_the_loss_of_a_plain_one(tmp_path: Path) -> None:
 def test_a_small_model_gets_the_rows_of_the_plan(tmp_path: Path) -> None:
     shape = {"max_seq_len": 256, "aspect_ratio": 64, "total_batch_size": 32 * 256, "device_batch_size": None}
     plan, state, world = prepare(tmp_path, **shape)
-    assert memory.plan_memory(plan, state, world, torch.bfloat16).rows == plan.device_batch_size
+    assert memory.rows_that_fit(plan, state, world, torch.bfloat16) == plan.device_batch_size
     state.loader.close()

@@ -8,6 +8,7 @@ import json
 import math
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,7 @@ class NotFinite(torch.autograd.Function):
 def outcomes(world: World, folder: Path) -> Iterator[dict[str, Any]]:
     """What every case did on this rank."""
     plan, state = prepare(world)
-    with RunLog(folder, enabled=False) as log:
+    with closing(RunLog(folder, enabled=False)) as log:
         for case, bad_rank in itertools.product(CASES, range(world.size)):
             before = digest(state)
             result = poisoned_step(plan, state, world, case, bad_rank)
