@@ -22,7 +22,7 @@ from tests.tiny import read_metrics
 def test_lines_are_objects_with_step_and_kind(tmp_path: Path) -> None:
     with closing(RunLog(tmp_path, enabled=True)) as log:
         log.record("step", 0, "a line", loss=2.5)
-        log.write("eval", 1, val_bpb=1.25)
+        log.record("eval", 1, "", val_bpb=1.25)
     assert read_metrics(tmp_path / "metrics.jsonl") == [
         {"kind": "step", "step": 0, "loss": 2.5},
         {"kind": "eval", "step": 1, "val_bpb": 1.25},
@@ -137,7 +137,7 @@ def test_lines_that_cannot_be_written_are_kept_and_come_later(
     with closing(RunLog(tmp_path, enabled=True)) as log:
         for step in range(10):
             at[0] = step
-            log.write("step", step, loss=1.0)
+            log.record("step", step, "", loss=1.0)
     assert [entry["step"] for entry in read_metrics(tmp_path / "metrics.jsonl")] == list(range(10))
     told = capsys.readouterr().err.splitlines()
     assert len(told) == 2
@@ -152,7 +152,7 @@ def test_lines_that_never_could_be_written_are_counted(
     failing(monkeypatch, lambda: True)
     with closing(RunLog(tmp_path, enabled=True)) as log:
         for step in range(10):
-            log.write("step", step, loss=1.0)
+            log.record("step", step, "", loss=1.0)
     told = capsys.readouterr().err.splitlines()
     assert len(told) == 2
     assert "the last 10 lines could not be written" in told[1]
@@ -212,7 +212,7 @@ def test_a_tracker_gets_every_line_and_cannot_touch_the_process(
     before = (Path.cwd(), dict(os.environ), sys.stdout)
     with closing(RunLog(tmp_path, enabled=True, wandb="online")) as run_log:
         for step in range(3):
-            run_log.write("step", step, loss=1.5)
+            run_log.record("step", step, "", loss=1.5)
     assert (Path.cwd(), dict(os.environ), sys.stdout) == before
     assert seen.read_text().splitlines() == [f"{{'step/loss': 1.5}} {{'step': {step}}}" for step in range(3)]
     assert "going on without it" not in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""The training loop, and what happens around its steps.
+"""Training: the step, the loop of steps, and the hooks, metrics and memory around them.
 
 Rooms, in reading order: run, hooks, step_metrics, run_log, wandb_log, memory, profiling, small_text.
 Doors: run, small_text.

@@ -1,4 +1,4 @@
-"""Hooks of the training loop: comparing ranks, saving, validation, samples and CORE, each at its own cadence.
+"""Hooks of the training loop: comparing ranks, saving, validation, samples and CORE, each at its cadence.
 
 They run between steps, so that a step does nothing but train.
 """

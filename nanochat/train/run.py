@@ -68,8 +68,7 @@ def create_state(
         device_batch_size=plan.device_batch_size,
         keep_tails=bool(plan.args.keep_tails),
     )
-    scale = LossScale(precision.compute_dtype, world.device)
-    return TrainState(step=0, model=model, optimizer=optimizer, loader=loader, loss_scale=scale)
+    return TrainState(0, model, optimizer, loader, LossScale(precision.compute_dtype, world.device))
 
 
 def train_step(plan: Plan, state: TrainState, world: World) -> StepResult:

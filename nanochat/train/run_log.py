@@ -42,10 +42,8 @@ class RunLog:
                 warn(f"{self._path} is not there: the curve of this run begins at step {first_step}")
             cut_back(self._path, first_step)
         self._file = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
-        self._left, self._lost = (
-            b"",
-            0,
-        )  # lines to be written yet, and how many were given up
+        self._left = b""  # lines that could not be written yet
+        self._lost = 0
         self._tracker = Tracker(wandb if enabled else "off", self._path, self.say)
 
     def close(self) -> None:
@@ -66,14 +64,15 @@ class RunLog:
                 self._unread = True
                 warn("nobody reads standard output any more; the run goes on, metrics.jsonl has all")
 
-    def write(self, kind: str, step: int, **values: float | int | str | None) -> None:
-        """Append one object to metrics.jsonl; while that fails, keep it, and try again with the next.
+    def record(self, kind: str, step: int, line: str, **values: float | int | str | None) -> None:
+        """Print a line, and append one object to metrics.jsonl: while that fails, keep it for the next time.
 
         A full disk must not end a run that could be saved elsewhere or later, and the curve is wanted whole.
 
         Args:
             kind: "step", "eval", "core", "sample" or "skip".
             step: optimizer steps done before this was measured; for a step, its own index.
+            line: says the same on the console.
             values: the measurements; numbers stay numbers.
         """
         if len(self._left) < KEPT_BYTES:
@@ -87,10 +86,6 @@ class RunLog:
             warn(f"{self._path}: can be written again")
         self._failing = error is not None
         self._tracker.check()
-
-    def record(self, kind: str, step: int, line: str, **values: float | int | str | None) -> None:
-        """Write an object, and print a line that says the same."""
-        self.write(kind, step, **values)
         self.say(line)
 
     def _flush(self) -> OSError | None:

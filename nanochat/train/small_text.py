@@ -1,8 +1,8 @@
-"""Settings that suit the size of a text: vocabulary, context, batch, horizon, remainders. Those given stay.
+"""Settings for the size of a text: context, batch, horizon and remainders. Those of the command line stay.
 
-The recipe's numbers are for billions of tokens. On a megabyte they ask for a vocabulary of words seen twice,
-for rows longer than the documents, and for batches of which one is most of the text. Corpora of the hub and
-shards of tokens are never small: they keep the recipe's numbers.
+The recipe's numbers are for billions of tokens. On a megabyte they give rows longer than the documents, and
+batches of which one is most of the text. Corpora of the hub and shards of tokens are never small: they keep
+the recipe's numbers.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ MIN_STEPS = 400  # of a whole run: warmup, momentum and decay need hundreds of s
 MIN_ROWS = 8  # of a batch
 MOST_CROPPED = 2 / 3  # fraction of the tokens that no row would hold, from which on remainders are kept
 
-# What a run that goes on keeps of its beginning, where the command does not say it again.
+# Arguments that a resumed run keeps from its beginning, where the command does not give them again.
 DECIDED = ("max_seq_len", "total_batch_size", "keep_tails", "target_param_data_ratio")
 
 
@@ -81,7 +81,7 @@ def fit(args: TrainArgs, vocab_size: int, text: TextSize) -> tuple[TrainArgs, tu
 
 
 def as_begun(args: TrainArgs) -> TrainArgs:
-    """The arguments of a run that has checkpoints, with what its beginning decided and is not given now.
+    """The arguments of a run that has checkpoints; those that are not given now are as at its beginning.
 
     Another version of this program, or another size of the text, may decide otherwise today: the run goes on
     as it began.
