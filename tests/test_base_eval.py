@@ -21,9 +21,9 @@ from nanochat.data.train_loader import ValBatches
 from nanochat.distributed.world import World
 from nanochat.evaluation import base_eval
 from nanochat.evaluation.bits_per_byte import evaluate
-from nanochat.evaluation.core.bundle import Bundle
 from nanochat.tokenizer.tokenizer import Tokenizer
 from nanochat.train import run as train_run
+from tests.bundles import bundle_of
 from tests.conftest import REPO
 from tests.tiny import tiny_args, tokenizer_named, write_text
 
@@ -73,7 +73,7 @@ def args(**changes):
 
 def test_a_checkpoint_is_scored_into_the_files_of_its_run(state, monkeypatch, capsys):
     monkeypatch.setattr(
-        "nanochat.evaluation.core.evaluate.find_bundle", lambda where: Bundle.from_texts(where, SUITE)
+        "nanochat.evaluation.core.evaluate.find_bundle", lambda where: bundle_of(where, SUITE)
     )
     found = base_eval.run(args(eval_bundle="pets"), World.single_process())
     folder = files.run_dir("tiny")
@@ -113,7 +113,7 @@ def score(eval_parts, **changes):
 @pytest.fixture
 def pets(monkeypatch):
     monkeypatch.setattr(
-        "nanochat.evaluation.core.evaluate.find_bundle", lambda where: Bundle.from_texts(where, SUITE)
+        "nanochat.evaluation.core.evaluate.find_bundle", lambda where: bundle_of(where, SUITE)
     )
 
 

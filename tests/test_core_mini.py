@@ -1,10 +1,12 @@
 import random
+import sys
 
 import pytest
 
+from dev import mini_bundle
 from nanochat.common.errors import UserError
 from nanochat.evaluation.core import bundle as core_bundle
-from nanochat.evaluation.core import mini_bundle
+from nanochat.evaluation.core.evaluate import find_bundle
 
 SOURCE = '''
 from collections import deque, OrderedDict
@@ -25,13 +27,8 @@ class Box:
 '''
 
 
-@pytest.fixture(scope="module")
-def texts():
-    return mini_bundle.build()
-
-
-def test_the_suite_has_100_examples_or_more_of_each_type(texts):
-    bundle = core_bundle.Bundle.from_texts("core_mini", texts)
+def test_the_suite_has_100_examples_or_more_of_each_type():
+    bundle = find_bundle("mini")
     counts = dict.fromkeys(core_bundle.LINE, 0)
     tasks = core_bundle.load_tasks(bundle)
     for task in tasks:
@@ -41,12 +38,18 @@ def test_the_suite_has_100_examples_or_more_of_each_type(texts):
     assert {task.delimiter for task in tasks} > {" "}
 
 
-def test_the_suite_is_the_same_each_time(texts):
+def test_the_generator_gives_the_same_suite_each_time_in_the_format_of_the_library():
+    """The files in the library are of another Python, perhaps."""
+    texts, bundle = mini_bundle.build(), find_bundle("mini")
     assert mini_bundle.build() == texts
+    tasks = core_bundle.load_tasks(bundle)
+    assert {"core.yaml", "eval_meta_data.csv", *(f"eval_data/{task.uri}" for task in tasks)} == set(texts)
+    if sys.version.startswith("3.11.7 "):
+        assert {name: b"".join(bundle.pieces(name)).decode() for name in texts} == texts
 
 
-def test_choices_differ_and_the_right_one_is_anywhere(texts):
-    bundle = core_bundle.Bundle.from_texts("core_mini", texts)
+def test_choices_differ_and_the_right_one_is_anywhere():
+    bundle = find_bundle("mini")
     for task in core_bundle.load_tasks(bundle):
         examples = core_bundle.load_examples(bundle, task)
         assert all(len(set(example.contexts)) == len(example.contexts) for example in examples)

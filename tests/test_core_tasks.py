@@ -6,6 +6,7 @@ import pytest
 from nanochat.common.errors import UserError
 from nanochat.evaluation.core import bundle as core_bundle
 from nanochat.evaluation.core.bundle import Bundle, Example, Task
+from tests.bundles import bundle_of
 
 MC = Task("mc", "multiple_choice", 1, "\nAnswer: ", "eval_data/mc.jsonl", 25.0)
 SCHEMA = Task("schema", "schema", 1, " ", "eval_data/schema.jsonl", 50.0)
@@ -34,9 +35,9 @@ TEXTS = {
 }
 
 
-def bundle_of(**changes):
+def changed(**changes):
     names = {"core": "core.yaml", "meta": "eval_meta_data.csv", "mc": "eval_data/mc.jsonl"}
-    return Bundle.from_texts("b", {**TEXTS, **{names[key]: text for key, text in changes.items()}})
+    return bundle_of("b", {**TEXTS, **{names[key]: text for key, text in changes.items()}})
 
 
 def write_zip(path, root="", texts=TEXTS):
@@ -109,7 +110,7 @@ def test_a_damaged_member_of_a_zip_is_named(tmp_path):
 )
 def test_a_faulty_task_list_is_one_clear_error(change, message):
     with pytest.raises(UserError, match=message):
-        core_bundle.load_tasks(bundle_of(**change))
+        core_bundle.load_tasks(changed(**change))
 
 
 GOOD_LINE = TEXTS["eval_data/mc.jsonl"]
@@ -128,16 +129,16 @@ GOOD_LINE = TEXTS["eval_data/mc.jsonl"]
     ],
 )
 def test_a_faulty_example_is_named_by_file_and_line(line, message):
-    bundle = bundle_of(mc=GOOD_LINE + "\n" + line + "\n")
+    bundle = changed(mc=GOOD_LINE + "\n" + line + "\n")
     with pytest.raises(UserError, match=f"b/eval_data/mc.jsonl:3: .*{message}"):
         core_bundle.load_examples(bundle, MC)
 
 
 def test_other_faults_of_task_files_are_named():
     with pytest.raises(UserError, match=r"b/eval_data/schema.jsonl: the file is missing"):
-        core_bundle.load_examples(bundle_of(), SCHEMA)
+        core_bundle.load_examples(changed(), SCHEMA)
     with pytest.raises(UserError, match=r"b/eval_data/mc.jsonl: holds no examples"):
-        core_bundle.load_examples(bundle_of(mc="\n"), MC)
+        core_bundle.load_examples(changed(mc="\n"), MC)
     with pytest.raises(UserError, match="continuation is empty"):
         core_bundle._parse_example("f:1", LM, {"context": "a", "continuation": " "}, 1)
     with pytest.raises(UserError, match="byte 1 is not UTF-8"):
@@ -146,9 +147,7 @@ def test_other_faults_of_task_files_are_named():
 
 def test_texts_are_kept_exactly_and_only_newlines_end_a_line():
     query = " a\u2028b\x0cc\n "
-    bundle = bundle_of(
-        mc=json.dumps({"query": query, "choices": [" x", "y "], "gold": 0}, ensure_ascii=False)
-    )
+    bundle = changed(mc=json.dumps({"query": query, "choices": [" x", "y "], "gold": 0}, ensure_ascii=False))
     assert core_bundle.load_examples(bundle, MC) == [Example((query,), (" x", "y "), 0, 1)]
 
 

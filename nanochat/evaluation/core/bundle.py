@@ -56,17 +56,6 @@ class Bundle:
     name: str
     pieces: Callable[[str], Iterable[bytes]]
 
-    @staticmethod
-    def from_texts(name: str, texts: Mapping[str, str]) -> Bundle:
-        """A bundle held in memory."""
-
-        def pieces(member: str) -> list[bytes]:
-            if member not in texts:
-                raise _missing(name, member)
-            return [texts[member].encode("utf-8")]
-
-        return Bundle(name, pieces)
-
     def sha256(self, member: str) -> str:
         """Hex digest of a file: two bundles have the same questions where those of their files are equal."""
         digest = hashlib.sha256()

@@ -18,7 +18,7 @@ from nanochat.common import files
 from nanochat.common.errors import UserError
 from nanochat.common.stop_signals import Stopped
 from nanochat.distributed.world import World
-from nanochat.evaluation.core import batching, mini_bundle, prompts
+from nanochat.evaluation.core import batching, prompts
 from nanochat.evaluation.core import bundle as core_bundle
 from nanochat.evaluation.core.bundle import Bundle, Example, Task
 from nanochat.evaluation.core.prompt_tokens import Encoder, Prompts
@@ -28,6 +28,7 @@ from nanochat.evaluation.core.scoring import Clock, Scorer, score_spans
 
 # Examples whose rows are made at a time: at most 60 MB of ids (4 options of 3,800 tokens each).
 WINDOW_EXAMPLES = 1024
+MINI = Path(__file__).parent / "core_mini"  # made by dev/mini_bundle.py
 
 
 def find_bundle(where: str) -> Bundle:
@@ -37,7 +38,7 @@ def find_bundle(where: str) -> Bundle:
         UserError: there is none.
     """
     if where == "mini":
-        return Bundle.from_texts("core_mini", mini_bundle.build())
+        return core_bundle.open_bundle(MINI)
     if where:
         return core_bundle.open_bundle(Path(where).expanduser())
     folder = files.eval_bundle_dir()

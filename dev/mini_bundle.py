@@ -1,8 +1,11 @@
-"""core_mini: a small suite in the format of CORE's bundle, made from the sources of the standard library.
+"""Generator of core_mini, the small suite in nanochat/evaluation/core/core_mini, from Python's own library.
 
-It exists so that a machine without the network can exercise all of CORE's code on a model trained for minutes
-on the `stdlib` corpus. Its answers stand in that corpus: it tells whether the pipeline works, and is no
-benchmark. The same Python installation always gives the same suite; sources are parsed, never imported.
+    python -m dev.mini_bundle FOLDER
+
+The suite has the format of CORE's bundle, so that a machine without the network exercises all of CORE's code
+on a model trained for minutes on the `stdlib` corpus. Its answers stand in that corpus: it tells whether the
+pipeline works, and is no benchmark. The files in the library are of Python 3.11.7, so that all machines score
+the same questions. Sources are parsed, never imported.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ import ast
 import contextlib
 import json
 import random
+import sys
 import sysconfig
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -71,7 +75,7 @@ def build() -> dict[str, str]:
         if len(records) < EXAMPLES_PER_TASK:
             raise UserError(
                 f"core_mini: only {len(records)} examples for {task.label}; this Python installation lacks "
-                "most of the standard library's sources. Install the full one, or give --eval-bundle PATH."
+                "most of the standard library's sources. Install the full one."
             )
         lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records[:EXAMPLES_PER_TASK])
         texts[f"eval_data/{task.label}.jsonl"] = "".join(lines)
@@ -224,3 +228,15 @@ TASKS = (
     MiniTask("repeated_line", "language_modeling", 0, " ", 0, _repeated_line),
     MiniTask("repeated_comment", "language_modeling", 2, " ", 0, _repeated_comment),
 )
+
+
+def main() -> None:
+    """Write the suite into a folder."""
+    for name, text in build().items():
+        path = Path(sys.argv[1]) / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(text.encode("utf-8"))
+
+
+if __name__ == "__main__":
+    main()
