@@ -10,6 +10,7 @@ from nanochat.common.errors import UserError
 from nanochat.common.machine import Precision
 from nanochat.config.arguments import ExportArgs
 from nanochat.config.model_config import GPTConfig
+from nanochat.engine import Engine, Sampling
 from nanochat.model.gpt import GPT
 from nanochat.tokenizer.tokenizer import Tokenizer
 
@@ -21,18 +22,29 @@ def tokenizer():
     return Tokenizer.train([TEXT], 300)
 
 
-def odd_model(tokenizer, recipe="nanochat-2026-07"):
+# Recipe, kind of attention, table of pairs.
+MODELS = [
+    ("nanochat-2026-07", "softmax", False),
+    ("nanochat-2026-01", "softmax", True),
+    ("nanochat-2026-07", "diff1", True),
+    ("nanochat-2026-07", "diff2", False),
+]
+
+
+def odd_model(tokenizer, recipe="nanochat-2026-07", kind="softmax", bigram=False, **constants):
     """Grouped heads, short windows, a vocabulary that needs padding rows; no parameter is left at zero."""
+    size = tokenizer.vocab_size
+    constants |= {"recipe": recipe, "attention_kind": kind, "bigram": bigram}
     shape = GPTConfig(
         n_layer=3,
         n_embd=48,
         n_head=6,
         n_kv_head=2,
         head_dim=8,
-        vocab_size=tokenizer.vocab_size,
+        vocab_size=size,
         sequence_len=160,
         window_pattern="SL",
-        recipe=recipe,
+        **constants,
     )
     model = GPT(shape, Precision(torch.float32, "sdpa"))
     generator = torch.Generator().manual_seed(3)
@@ -59,13 +71,26 @@ def test_the_folder_holds_what_transformers_needs(tokenizer, tmp_path):
     assert (config["windows"], config["value_layers"]) == ([128, 160, 160], [0, 2])
 
 
-@pytest.mark.parametrize("recipe", ["nanochat-2026-07", "nanochat-2026-01"])
-def test_transformers_computes_the_same_logits(tokenizer, tmp_path, recipe):
+def short_windows(tokenizer, which):
+    """An odd model whose short windows end within a cache of a few positions."""
+    return odd_model(tokenizer, *which, window_multiple=16, short_window_divisor=8)
+
+
+def random_ids(tokenizer, rows=2, length=150):
+    shape = (rows, length)
+    return torch.randint(0, tokenizer.vocab_size, shape, generator=torch.Generator().manual_seed(0))
+
+
+def loaded(model, tokenizer, folder):
     transformers = pytest.importorskip("transformers")
-    model = odd_model(tokenizer, recipe)
-    export.write_hf(model, tokenizer, tmp_path / "out")
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
-    ids = torch.randint(0, tokenizer.vocab_size, (2, 150), generator=torch.Generator().manual_seed(0))
+    export.write_hf(model, tokenizer, folder)
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+
+
+@pytest.mark.parametrize("which", MODELS)
+def test_transformers_computes_the_same_logits_and_greedy_text(tokenizer, tmp_path, which):
+    model = odd_model(tokenizer, *which)
+    theirs, ids = loaded(model, tokenizer, tmp_path / "out"), random_ids(tokenizer)
     with torch.no_grad():
         ours, found = model.logits(ids), theirs(ids, labels=ids)
     np.testing.assert_allclose(found.logits.numpy(), ours.numpy(), atol=2e-5)
@@ -76,6 +101,48 @@ def test_transformers_computes_the_same_logits(tokenizer, tmp_path, recipe):
     for _ in range(greedy.size(1) - 9):
         row = torch.cat((row, model.logits(row)[:, -1:].argmax(-1)), dim=1)
     assert greedy.tolist() == row.tolist()
+
+
+@pytest.mark.parametrize("which", MODELS)
+def test_behind_its_cache_transformers_computes_the_same(tokenizer, tmp_path, which):
+    """Logits in pieces, greedy text, beams that reorder the cache: with it, without it, and by our engine."""
+    transformers = pytest.importorskip("transformers")
+    model = short_windows(tokenizer, which)
+    assert model.config.windows == (32, 160, 160)
+    theirs, ids = loaded(model, tokenizer, tmp_path / "out"), random_ids(tokenizer)
+    with torch.no_grad():
+        plain = theirs(ids, use_cache=False).logits
+        for cache in (None, transformers.DynamicCache(), transformers.DynamicCache(config=theirs.config)):
+            pieces = []
+            for piece in ids.split([40, 1, 1, 58, 50], dim=1):
+                out = theirs(piece, past_key_values=cache, use_cache=True)
+                cache = out.past_key_values
+                pieces.append(out.logits)
+            np.testing.assert_allclose(torch.cat(pieces, dim=1).numpy(), plain.numpy(), atol=1e-5)
+    prompts = ids[:, :40]
+    common = {"attention_mask": torch.ones_like(prompts), "do_sample": False}
+    done = Engine(model, tokenizer).generate(prompts.tolist(), Sampling(30, temperature=0))
+    for cached in (True, False):
+        out = theirs.generate(prompts, use_cache=cached, max_new_tokens=30, **common)[:, 40:].tolist()
+        assert [list(ours.ids) for [ours] in done] == [
+            row[: row.index(tokenizer.bos_id)] if tokenizer.bos_id in row else row for row in out
+        ]
+    beams = [
+        theirs.generate(prompts, use_cache=cached, max_new_tokens=12, num_beams=3, **common).tolist()
+        for cached in (True, False)
+    ]
+    assert beams[0] == beams[1]
+
+
+def test_another_cache_and_a_mask_of_other_length_are_one_clear_error(tokenizer, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    theirs, ids = loaded(odd_model(tokenizer), tokenizer, tmp_path / "out"), random_ids(tokenizer, 1, 9)
+    static = transformers.StaticCache(config=theirs.config, max_cache_len=32)
+    with pytest.raises(ValueError, match="the cache is a StaticCache: expected a DynamicCache"):
+        theirs(ids, past_key_values=static)
+    cache = theirs(ids[:, :6], use_cache=True).past_key_values
+    with pytest.raises(ValueError, match=r"attention_mask is \(1, 3\): expected \(1, 9\)"):
+        theirs(ids[:, 6:], past_key_values=cache, attention_mask=torch.ones(1, 3))
 
 
 def test_its_tokenizer_gives_our_ids_after_a_bos(tokenizer, tmp_path):
@@ -103,8 +170,7 @@ def test_requests_that_cannot_be_met_are_one_clear_error(base_dir):
 def exported(tokenizer, folder):
     transformers = pytest.importorskip("transformers")
     model = odd_model(tokenizer)
-    export.write_hf(model, tokenizer, folder)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    theirs = loaded(model, tokenizer, folder)
     return model, theirs, transformers.AutoTokenizer.from_pretrained(folder)
 
 
@@ -140,7 +206,12 @@ def test_rows_of_other_lengths_are_padded_and_give_what_they_give_alone(tokenize
             kept = logits[row][batch["attention_mask"][row].bool()]
             np.testing.assert_allclose(kept.numpy(), model.logits(ids)[0].numpy(), atol=2e-5)
     longest = batch["input_ids"].size(1)
-    done = theirs.generate(**batch, max_new_tokens=6, do_sample=False, eos_token_id=None)[:, longest:]
+    common = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    done, plain, chunked = (
+        theirs.generate(**batch, **common, **how)[:, longest:]
+        for how in ({}, {"use_cache": False}, {"prefill_chunk_size": 5})
+    )
+    assert done.tolist() == plain.tolist() == chunked.tolist()
     for row, text in enumerate(texts):
         ids = torch.tensor([tokenizer.encode(text, bos=True)])
         for _ in range(6):
