@@ -1,8 +1,8 @@
-"""Generation: the cache of what a model has read, sampling, and text as it comes.
+"""Generation: KV cache, sampling, and text as it comes.
 
-The only owner of decode state. Rows of one length decode together; prompts of other lengths form other
-groups, so no padding ever enters a cache. What a row draws depends on its prompt's place, its own number and
-the seed, never on what is decoded beside it.
+The cache is the only decode state. Rows of one length decode together and prompts of other lengths form other
+groups, so no padding ever enters a cache. What a row draws depends on its prompt's index, its sample's number
+and the seed, never on what is decoded beside it.
 
 The prompt and what is added share the model's context T. A longer prompt is an error; a text that fills the
 context ends there with the reason "context" and never loses its beginning.
@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 
 from nanochat.common.errors import UserError
-from nanochat.config.model_config import GPTConfig
 from nanochat.model.gpt import GPT
 from nanochat.tokenizer.tokenizer import Tokenizer
 
 Reason = Literal["stop", "length", "context"]
+Prompts = Sequence[Sequence[int]]  # token ids
 
 CACHE_BYTES = 1 << 30  # of the rows that decode together; more samples follow one another
 
@@ -43,57 +43,44 @@ class KVCache:
     """Keys and values of every layer for rows of one length; the last embedding and id, for what mixes two.
 
     Implements gpt.DecodeCache.
+
+    Attributes:
+        length: positions stored.
     """
 
-    def __init__(
-        self, config: GPTConfig, rows: int, capacity: int, *, dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, model: GPT, rows: int, capacity: int) -> None:
         """Room for `capacity` positions of `rows` rows in the model's compute dtype, all free."""
+        config, dtype, device = model.config, model.dtype, model.head.weight.device
         shape = (config.n_layer, rows, capacity, config.n_kv_head, config.head_dim)
+        self.length = 0
         self._k = torch.empty(shape, dtype=dtype, device=device)
         self._v = torch.empty(shape, dtype=dtype, device=device)
         self._last = torch.zeros(rows, 1, config.n_embd, dtype=dtype, device=device)
         self._last_id = torch.full((rows, 1), -1, device=device)
-        self._length = 0
-
-    @property
-    def length(self) -> int:
-        """Positions stored."""
-        return self._length
-
-    @property
-    def capacity(self) -> int:
-        """Positions there is room for."""
-        return self._k.size(2)
 
     def shift(self, x: Tensor) -> Tensor:
-        """What precedes each of the new positions x (B, T, C), and remember the last of them."""
+        """Return what precedes each of the new positions x (B, T, C), and keep the last of them."""
         before = torch.cat((self._last, x[:, :-1]), dim=1)
         self._last = x[:, -1:].clone()
         return before
 
     def shift_ids(self, ids: Tensor) -> Tensor:
-        """The id before each of the new ones (B, T), -1 before the first, and remember the last of them."""
+        """Return the id before each of the new ones (B, T), -1 before the first, and keep the last one."""
         before = torch.cat((self._last_id, ids[:, :-1]), dim=1)
         self._last_id = ids[:, -1:].clone()
         return before
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store (B, T, Hkv, D) keys and values after those there are; return all, (B, length + T, Hkv, D)."""
-        end = self._length + k.size(1)
-        assert end <= self.capacity, "the cache is full"
-        self._k[layer, :, self._length : end] = k
-        self._v[layer, :, self._length : end] = v
+        """Store (B, T, Hkv, D) keys and values behind earlier ones; return all, (B, length + T, Hkv, D)."""
+        end = self.length + k.size(1)
+        assert end <= self._k.size(2), "the cache is full"
+        self._k[layer, :, self.length : end] = k
+        self._v[layer, :, self.length : end] = v
         return self._k[layer, :, :end], self._v[layer, :, :end]
 
     def advance(self, count: int) -> None:
         """Count `count` new positions as stored, once every layer has appended them."""
-        self._length += count
-
-    def repeat_rows(self, times: int) -> None:
-        """Replace each row by `times` copies of it, side by side."""
-        if times > 1:
-            self.take_rows(torch.arange(self._k.size(1)).repeat_interleave(times))
+        self.length += count
 
     def take_rows(self, rows: Tensor) -> None:
         """Let row i be a copy of the former row rows[i]; rows is (B,) int64."""
@@ -149,20 +136,13 @@ class Engine:
 
     def __init__(self, model: GPT, tokenizer: Tokenizer) -> None:
         """Hold a model and its tokenizer."""
-        self.model = model
-        self.tokenizer = tokenizer
+        self.model, self.tokenizer = model, tokenizer
 
-    def encode(self, prompt: str) -> list[int]:
-        """A prompt as tokens, after a BOS, as every document begins in training."""
-        return self.tokenizer.encode(prompt, bos=True)
-
-    def generate(
-        self, prompts: Sequence[Sequence[int]], sampling: Sampling, num_samples: int = 1
-    ) -> list[list[Completion]]:
+    def generate(self, prompts: Prompts, sampling: Sampling, num_samples: int = 1) -> list[list[Completion]]:
         """Continue each prompt `num_samples` times.
 
         Args:
-            prompts: token ids, of any lengths.
+            prompts: of any lengths.
             sampling: how; the seed gives each prompt and sample a generator of its own.
             num_samples: continuations of each prompt.
 
@@ -173,14 +153,14 @@ class Engine:
             UserError: an empty prompt, one longer than the context, or an id outside the vocabulary.
         """
         done: list[list[Completion]] = [[] for _ in prompts]
-        for place, completion in self.completions(prompts, sampling, num_samples):
-            done[place].append(completion)
+        for index, completion in self.completions(prompts, sampling, num_samples):
+            done[index].append(completion)
         return done
 
     def completions(
-        self, prompts: Sequence[Sequence[int]], sampling: Sampling, num_samples: int = 1
+        self, prompts: Prompts, sampling: Sampling, num_samples: int = 1
     ) -> Iterator[tuple[int, Completion]]:
-        """Yield (place of the prompt, completion) as they come: those of one prompt in the order of samples.
+        """Yield (index of the prompt, completion) as they come: those of one prompt in the order of samples.
 
         Prompts of the same length are done together, as many rows at a time as CACHE_BYTES hold.
 
@@ -189,44 +169,23 @@ class Engine:
         """
         if num_samples < 1:
             raise UserError(f"--num-samples={num_samples}: expected 1 or more.")
-        for prompt in prompts:
-            self._check(prompt)
         groups: dict[int, list[int]] = {}
-        for place, prompt in enumerate(prompts):
-            groups.setdefault(len(prompt), []).append(place)
-        for length, places in groups.items():
-            rows = self._rows_at_once(length, sampling)
-            together = max(1, rows // num_samples)
-            for first in range(0, len(places), together):
-                chunk = places[first : first + together]
-                for start in range(0, num_samples, rows):
-                    samples = range(start, min(start + rows, num_samples))
-                    yield from self._complete([prompts[place] for place in chunk], sampling, samples, chunk)
-
-    def _rows_at_once(self, length: int, sampling: Sampling) -> int:
-        """How many rows decode together: their keys and values fit into CACHE_BYTES."""
+        for index, prompt in enumerate(prompts):
+            self._check(prompt)
+            groups.setdefault(len(prompt), []).append(index)
         config = self.model.config
-        capacity = min(config.sequence_len, length + sampling.max_tokens)
-        row_bytes = 2 * config.n_layer * capacity * config.n_kv_head * config.head_dim
-        return max(1, CACHE_BYTES // (row_bytes * self.model.dtype.itemsize))
-
-    def _complete(
-        self,
-        prompts: Sequence[Sequence[int]],
-        sampling: Sampling,
-        samples: range,
-        places: Sequence[int],
-    ) -> Iterator[tuple[int, Completion]]:
-        """Decode prompts of one length to their ends."""
-        ids: list[list[int]] = [[] for _ in range(len(places) * len(samples))]
-        reasons: list[Reason] = ["length"] * len(ids)
-        for row, step in self._decode(prompts, sampling, samples, places):
-            if isinstance(step, int):
-                ids[row].append(step)
-            else:
-                reasons[row] = step
-        for row, (added, reason) in enumerate(zip(ids, reasons, strict=True)):
-            yield places[row // len(samples)], Completion(tuple(added), reason)
+        for length, indices in groups.items():
+            capacity = min(config.sequence_len, length + sampling.max_tokens)
+            row_bytes = 2 * config.n_layer * capacity * config.n_kv_head * config.head_dim
+            at_once = max(1, CACHE_BYTES // (row_bytes * self.model.dtype.itemsize))
+            together = max(1, at_once // num_samples)
+            for first in range(0, len(indices), together):
+                for start in range(0, num_samples, at_once):
+                    samples = range(start, min(start + at_once, num_samples))
+                    rows = [(i, sample) for i in indices[first : first + together] for sample in samples]
+                    steps = self._decode(prompts, rows, sampling)
+                    done = {row: step for row, step in steps if isinstance(step, Completion)}
+                    yield from ((index, done[row]) for row, (index, _) in enumerate(rows))
 
     def stream(self, prompt: Sequence[int], sampling: Sampling) -> Iterator[str]:
         """Continue one prompt, piece of text by piece. A character is never split over two pieces.
@@ -236,7 +195,7 @@ class Engine:
         """
         self._check(prompt)
         text = codecs.getincrementaldecoder("utf-8")("replace")
-        for _, step in self._decode([prompt], sampling, range(1), [0]):
+        for _, step in self._decode([prompt], [(0, 0)], sampling):
             if isinstance(step, int) and (piece := text.decode(self.tokenizer.decode_bytes([step]))):
                 yield piece
         if piece := text.decode(b"", final=True):
@@ -259,45 +218,47 @@ class Engine:
 
     @torch.no_grad()
     def _decode(
-        self, prompts: Sequence[Sequence[int]], sampling: Sampling, samples: range, places: Sequence[int]
-    ) -> Iterator[tuple[int, int | Reason]]:
-        """Yield (row, token) as tokens come and (row, reason) when a row ends; rows are prompts x samples.
+        self, prompts: Prompts, rows: Sequence[tuple[int, int]], sampling: Sampling
+    ) -> Iterator[tuple[int, int | Completion]]:
+        """Yield (row, token) as tokens come and (row, completion) when a row ends.
 
         Args:
-            prompts: of one length.
+            prompts: of which the rows name some of one length.
+            rows: the index of the prompt and the number of the sample, those of a prompt side by side.
             sampling: how.
-            samples: the numbers of the rows of each prompt, side by side, for their generators.
-            places: the number of each prompt, for its generators.
         """
         model, context = self.model, self.model.config.sequence_len
-        length, device = len(prompts[0]), model.head.weight.device
-        capacity = min(context, length + sampling.max_tokens - 1)
-        cache = KVCache(model.config, len(prompts), capacity, dtype=model.dtype, device=device)
-        logits = model.logits(torch.tensor(prompts, device=device), cache, last_only=True)[:, 0]
-        logits = logits.repeat_interleave(len(samples), dim=0)
-        cache.repeat_rows(len(samples))
-        generators = [_generator(sampling.seed, place, sample) for place in places for sample in samples]
-        running = dict.fromkeys(range(len(generators)))
-        for added in range(1, sampling.max_tokens + 1):
+        indices = list(dict.fromkeys(index for index, _ in rows))
+        ids = torch.tensor([prompts[index] for index in indices], device=model.head.weight.device)
+        cache = KVCache(model, len(indices), min(context, ids.size(1) + sampling.max_tokens - 1))
+        logits = model.logits(ids, cache, last_only=True)[:, 0]
+        if len(rows) > len(indices):  # a prompt is read once, whatever the number of its samples
+            copies = torch.arange(len(indices)).repeat_interleave(len(rows) // len(indices))
+            logits = logits[copies.to(ids.device)]
+            cache.take_rows(copies)
+        generators = [_generator(sampling.seed, *row) for row in rows]
+        running: dict[int, list[int]] = {row: [] for row in range(len(rows))}
+        for count in range(1, sampling.max_tokens + 1):
             tokens = choose_tokens(logits, sampling, generators)
             full: Reason | None = "context" if cache.length == context else None
-            last: Reason | None = "length" if added == sampling.max_tokens else full
-            for row, token in [(row, int(tokens[row])) for row in running]:
-                stop = token == self.tokenizer.bos_id
-                if not stop:
+            limit: Reason | None = "length" if count == sampling.max_tokens else full
+            for row, added in list(running.items()):
+                token = int(tokens[row])
+                reason: Reason | None = "stop" if token == self.tokenizer.bos_id else limit
+                if reason != "stop":
+                    added.append(token)
                     yield row, token
-                if stop or last:
-                    del running[row]
-                    yield row, "stop" if stop else last or "length"
+                if reason:
+                    yield row, Completion(tuple(running.pop(row)), reason)
             if not running:
                 return
             # Rows that have ended go on unseen: dropping them would copy the cache.
-            logits = model.logits(tokens[:, None].to(device), cache, last_only=True)[:, 0]
+            logits = model.logits(tokens[:, None].to(ids.device), cache, last_only=True)[:, 0]
 
 
-def _generator(seed: int, place: int, sample: int) -> torch.Generator:
+def _generator(seed: int, index: int, sample: int) -> torch.Generator:
     """A generator of one row's own, on the CPU, so that every kind of device draws the same."""
-    state = random.Random(f"{seed}/{place}/{sample}").getrandbits(63)  # noqa: S311
+    state = random.Random(f"{seed}/{index}/{sample}").getrandbits(63)  # noqa: S311
     return torch.Generator().manual_seed(state)
 
 
@@ -317,30 +278,18 @@ def choose_tokens(logits: Tensor, sampling: Sampling, generators: Sequence[torch
     shifted = (logits - logits.amax(dim=-1, keepdim=True)) / sampling.temperature
     cumulative = shifted.softmax(dim=-1).cumsum(dim=-1)
     draws = torch.stack([torch.rand(1, generator=generator) for generator in generators]).to(logits.device)
-    # The sum of the probabilities rounds to a little less than 1 or more: a draw is a share of that sum.
-    place = torch.searchsorted(cumulative, draws * cumulative[:, -1:], right=True)
-    place = place.clamp(max=logits.size(-1) - 1)
-    chosen = place if ids is None else ids.gather(-1, place)
-    return chosen[:, 0].cpu()
+    # The probabilities sum to 1 up to rounding: a draw is a fraction of that sum.
+    chosen = torch.searchsorted(cumulative, draws * cumulative[:, -1:], right=True)
+    chosen = chosen.clamp(max=logits.size(-1) - 1)
+    return (chosen if ids is None else ids.gather(-1, chosen))[:, 0].cpu()
 
 
 def sample_texts(
-    model: GPT,
-    tokenizer: Tokenizer,
-    prompts: Sequence[str] = SAMPLE_PROMPTS,
-    *,
-    max_tokens: int = 48,
-    temperature: float = 0.7,
-    top_k: int = 50,
-    seed: int = 0,
+    model: GPT, tokenizer: Tokenizer, prompts: Sequence[str] = SAMPLE_PROMPTS, *, max_tokens: int = 48
 ) -> list[str]:
     """Each prompt with one continuation, as text. No ranks are involved: any rank may call it alone."""
-    engine = Engine(model, tokenizer)
-    sampling = Sampling(max_tokens, temperature, top_k, seed)
     # A tiny context still gets a sample: of the end of the prompt.
-    ids = [engine.encode(prompt)[-model.config.sequence_len :] for prompt in prompts]
-    completions = engine.generate(ids, sampling)
-    return [
-        prompt + tokenizer.decode(list(done[0].ids))
-        for prompt, done in zip(prompts, completions, strict=True)
-    ]
+    ids = [tokenizer.encode(prompt, bos=True)[-model.config.sequence_len :] for prompt in prompts]
+    completions = Engine(model, tokenizer).generate(ids, Sampling(max_tokens, temperature=0.7, top_k=50))
+    texts = [tokenizer.decode(list(completion.ids)) for [completion] in completions]
+    return [prompt + text for prompt, text in zip(prompts, texts, strict=True)]

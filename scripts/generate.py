@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict, deque
 from collections.abc import Iterator
 
@@ -28,30 +29,25 @@ def main() -> None:
     precision, _ = attention_backends.choose_precision(device, args.dtype, args.attention)
     model, tokenizer, _ = checkpoint_state.load_model(args.run, args.step, device=device, precision=precision)
     engine = Engine(model, tokenizer)
-    prompts = [engine.encode(prompt) for prompt in args.prompt]
+    prompts = [tokenizer.encode(prompt, bos=True) for prompt in args.prompt]
     if len(prompts) == 1 and args.num_samples == 1:
-        print(printable(args.prompt[0]), end="", flush=True)
-        for piece in engine.stream(prompts[0], sampling):
-            print(printable(piece), end="", flush=True)
-            if console.reader_is_gone():
-                return
-        print()
-        return
-    for place, completion in in_order(
-        engine.completions(prompts, sampling, args.num_samples), args.num_samples
-    ):
-        text = args.prompt[place] + tokenizer.decode(completion.ids)
-        print(printable(text), "-" * 40, sep="\n", flush=True)
+        pieces: Iterator[str] = itertools.chain(args.prompt, engine.stream(prompts[0], sampling), ["\n"])
+    else:
+        done = in_order(engine.completions(prompts, sampling, args.num_samples), args.num_samples)
+        rule = f"\n{'-' * 40}\n"
+        pieces = (args.prompt[index] + tokenizer.decode(one.ids) + rule for index, one in done)
+    for piece in pieces:
+        print(printable(piece), end="", flush=True)
         if console.reader_is_gone():
             return
 
 
-def in_order(found: Iterator[tuple[int, Completion]], num_samples: int) -> Iterator[tuple[int, Completion]]:
+def in_order(done: Iterator[tuple[int, Completion]], num_samples: int) -> Iterator[tuple[int, Completion]]:
     """The completions of the first prompt, then those of the second: each as soon as it is its turn."""
     waiting: defaultdict[int, deque[Completion]] = defaultdict(deque)
     given = 0
-    for place, completion in found:
-        waiting[place].append(completion)
+    for index, completion in done:
+        waiting[index].append(completion)
         while turn := waiting[given // num_samples]:
             yield given // num_samples, turn.popleft()
             given += 1

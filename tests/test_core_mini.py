@@ -43,7 +43,7 @@ def test_the_generator_gives_the_same_suite_each_time_in_the_format_of_the_libra
     texts, bundle = mini_bundle.build(), find_bundle("mini")
     assert mini_bundle.build() == texts
     tasks = core_bundle.load_tasks(bundle)
-    assert {"core.yaml", "eval_meta_data.csv", *(task.uri for task in tasks)} == set(texts)
+    assert {"core.yaml", "eval_meta_data.csv", *(task.member for task in tasks)} == set(texts)
     if sys.version.startswith("3.11.7 "):
         assert {name: b"".join(bundle.pieces(name)).decode() for name in texts} == texts
 

@@ -68,7 +68,7 @@ def test_the_cache_gives_the_logits_of_a_full_forward(engine):
     with torch.no_grad():
         full = model.logits(ids)
         for pieces in ([1] * 150, [140, 1, 1, 8], [3, 140, 7]):
-            cache = KVCache(model.config, 2, 150, dtype=torch.float32, device=ids.device)
+            cache = KVCache(model, 2, 150)
             parts = [model.logits(part, cache) for part in ids.split(pieces, dim=1)]
             torch.testing.assert_close(torch.cat(parts, dim=1), full, rtol=1e-4, atol=1e-4)
             assert cache.length == 150
@@ -76,7 +76,7 @@ def test_the_cache_gives_the_logits_of_a_full_forward(engine):
 
 def test_greedy_text_is_what_the_full_forward_chooses_token_by_token(engine):
     # 120 + 40 tokens: the window of 128 is passed on the way.
-    prompt = engine.encode("x" * 119)
+    prompt = engine.tokenizer.encode("x" * 119, bos=True)
     (done,) = engine.generate([prompt], Sampling(max_tokens=40, temperature=0))
     expected = greedy_by_full_forward(engine.model, prompt, 40)
     assert len(set(expected)) > 5
@@ -86,7 +86,9 @@ def test_greedy_text_is_what_the_full_forward_chooses_token_by_token(engine):
 
 
 def test_prompts_of_other_lengths_and_more_samples_change_nothing(engine):
-    prompts = [engine.encode(text) for text in ("abc", "hello world", "xyz", "a", "hello")]
+    prompts = [
+        engine.tokenizer.encode(text, bos=True) for text in ("abc", "hello world", "xyz", "a", "hello")
+    ]
     sampling = Sampling(max_tokens=12, temperature=0)
     alone = [engine.generate([prompt], sampling)[0] for prompt in prompts]
     assert engine.generate(prompts, sampling) == alone
@@ -97,7 +99,7 @@ def test_prompts_of_other_lengths_and_more_samples_change_nothing(engine):
 
 def test_the_same_seed_gives_the_same_text_in_any_company(engine):
     hot = Sampling(max_tokens=12, temperature=1.0, top_k=40, seed=7)
-    prompts = [engine.encode(text) for text in ("abc", "xyz", "hello")]
+    prompts = [engine.tokenizer.encode(text, bos=True) for text in ("abc", "xyz", "hello")]
     together = engine.generate(prompts, hot, num_samples=3)
     assert engine.generate(prompts, hot, num_samples=3) == together
     assert engine.generate(prompts[:1], hot, num_samples=1)[0][0] == together[0][0]
@@ -107,7 +109,7 @@ def test_the_same_seed_gives_the_same_text_in_any_company(engine):
 
 
 def test_rows_that_do_not_fit_together_follow_each_other_and_draw_the_same(engine, monkeypatch):
-    prompts = [engine.encode(text) for text in ("abc", "xyz", "a longer one")]
+    prompts = [engine.tokenizer.encode(text, bos=True) for text in ("abc", "xyz", "a longer one")]
     sampling = Sampling(max_tokens=6, temperature=1.0, top_k=40, seed=7)
     together = engine.generate(prompts, sampling, num_samples=5)
     row_bytes = 2 * 4 * (len(prompts[0]) + 6) * 1 * 32 * 4
@@ -206,12 +208,15 @@ def test_a_stream_never_splits_a_character(engine, monkeypatch):
         return torch.tensor([left.pop(0)])
 
     monkeypatch.setattr("nanochat.engine.choose_tokens", scripted)
-    pieces = list(engine.stream(engine.encode("x"), Sampling(max_tokens=len(left))))
+    pieces = list(engine.stream(engine.tokenizer.encode("x", bos=True), Sampling(max_tokens=len(left))))
     assert pieces == [*text, "\ufffd"]
 
 
 def test_a_stream_is_the_generated_text(engine):
-    prompt, sampling = engine.encode("hello"), Sampling(max_tokens=30, temperature=0.9, seed=3)
+    prompt, sampling = (
+        engine.tokenizer.encode("hello", bos=True),
+        Sampling(max_tokens=30, temperature=0.9, seed=3),
+    )
     (done,) = engine.generate([prompt], sampling)
     assert "".join(engine.stream(prompt, sampling)) == ByteTokenizer().decode(done[0].ids)
 

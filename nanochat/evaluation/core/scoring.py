@@ -91,8 +91,7 @@ class GPTScorer:
         model, cache = self.model, None
         if prefix is not None:
             shared, rows = prefix
-            capacity = shared.size(1) + ids.size(1)
-            cache = KVCache(model.config, len(shared), capacity, dtype=model.dtype, device=self.device)
+            cache = KVCache(model, len(shared), shared.size(1) + ids.size(1))
             model(shared, cache)
             cache.take_rows(rows)
         hidden: Tensor = model(ids, cache)
