@@ -56,7 +56,6 @@ OPTIONAL = {
     "datasets",
     "flash_attn",
     "flash_attn_interface",
-    "lm_eval",
     "matplotlib",
     "tiktoken",
     "tokenizers",

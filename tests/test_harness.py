@@ -1,181 +1,126 @@
-"""The adapter of lm-evaluation-harness, against our own numbers."""
+"""lm-evaluation-harness on the exported folder, against our own scoring of the same continuations."""
 
 import json
-import math
-from types import SimpleNamespace
 
+import numpy as np
 import pytest
-import torch
 
-from dev.bench import naive_core
-from nanochat.common.errors import UserError
-from nanochat.distributed.world import World
+from nanochat import export
 from nanochat.engine import Engine, Sampling
-from nanochat.evaluation import lm_eval_harness
-from nanochat.evaluation.core import bundle as core_bundle
-from nanochat.evaluation.core import evaluate, scoring
+from nanochat.evaluation.core.batching import Span
+from nanochat.evaluation.core.scoring import Clock, GPTScorer, score_spans
 from nanochat.tokenizer.tokenizer import Tokenizer
-from tests.test_core_eval import WORDS, small_bundle, tiny_gpt
+from tests.test_core_eval import WORDS, tiny_gpt
 
-LONG = " ".join(WORDS * 9)
+CONTEXT = 64
+TASK = """\
+task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {data}}}
+test_split: train
+output_type: {name}
+doc_to_text: "{{{{query}}}}"
+doc_to_target: {target}
+"""
+TASKS = {
+    "multiple_choice": ("gold", 'doc_to_choice: "{{choices}}"\nmetric_list: [{metric: acc}]\n'),
+    "loglikelihood": ('" {{choices[0]}}"', "metric_list: [{metric: acc}]\n"),
+    "generate_until": (
+        '"{{choices[0]}}"',
+        "generation_kwargs: {until: [never], max_gen_toks: 8, do_sample: false}\n"
+        "metric_list: [{metric: exact_match}]\n",
+    ),
+    "loglikelihood_rolling": ('"{{query}}"', "metric_list: [{metric: bits_per_byte}]\n"),
+}
+LINES = [
+    {
+        "query": " ".join(WORDS[n : n + 4] * (1 + 12 * (n == 3))),  # one is longer than the context
+        "choices": [" ".join((WORDS[n % 5], WORDS[-n % 7])), WORDS[-n % 7], "birds"],
+        "gold": n % 3,
+    }
+    for n in range(9)
+]
 
 
 @pytest.fixture(scope="module")
-def requests():
+def model_and_tokenizer():
     tokenizer = Tokenizer.train([" ".join(WORDS) + "\nQ: A: 12."], 300)
-    return lm_eval_harness.Requests(tiny_gpt(tokenizer.vocab_size, sequence_len=64), tokenizer)
+    return tiny_gpt(tokenizer.vocab_size, sequence_len=CONTEXT), tokenizer
 
 
-def plain_nats(requests, ids, start):
-    """-log p of ids[start:], one row, all logits."""
-    logits = requests.model.logits(torch.tensor([ids[:-1]]))[0].log_softmax(-1)
-    return [-logits[t - 1, ids[t]].item() for t in range(start, len(ids))], logits
+def ours(model, tokenizer, query, continuation):
+    """Sum of the log-probabilities by the scorer of CORE, and whether all tokens are the likeliest."""
+    context = tokenizer.encode(query, bos=True)
+    ids = [*context, *tokenizer.encode(query + continuation, bos=True)[len(context) :]]
+    count, kept = len(ids) - len(context), np.array(ids[-(CONTEXT + 1) :], np.int32)
+    spans = [Span(kept, len(kept) - count, len(kept))]
+    [(nats, greedy)] = score_spans(GPTScorer(model), spans, 4096, with_argmax=True, clock=Clock())
+    return -nats * count, greedy
 
 
-def test_log_likelihoods_are_sums_over_the_continuation(requests):
-    encode = requests.tokenizer.encode
-    pairs = [(encode("the cat", bos=True), encode(text)) for text in (" sat on a mat", " sat", " on", " sat")]
-    with torch.no_grad():
-        for (context, tail), (value, greedy) in zip(pairs, requests.log_likelihoods(pairs), strict=True):
-            nats, logits = plain_nats(requests, context + tail, len(context))
-            assert value == pytest.approx(-sum(nats), abs=1e-4)
-            likeliest = logits[len(context) - 1 :].argmax(-1).tolist()
-            assert greedy == (likeliest == tail)
-
-
-def test_a_context_too_long_loses_its_beginning(requests):
-    ids = requests.tokenizer.encode(LONG, bos=True)
-    assert len(ids) > 80
-    [(value, _)] = requests.log_likelihoods([(ids[:-3], ids[-3:])])
-    with torch.no_grad():
-        nats, _ = plain_nats(requests, ids[-65:], 62)
-    assert value == pytest.approx(-sum(nats), abs=1e-4)
-
-
-def test_a_rolling_text_is_read_in_windows_and_every_token_counts_once(requests):
-    ids = requests.tokenizer.encode(LONG, bos=True)
-    expected = 0.0
-    with torch.no_grad():
-        expected -= sum(plain_nats(requests, ids[:65], 1)[0])
-        start = 64
-        while start < len(ids) - 1:
-            end = min(start + 64, len(ids) - 1)
-            window = ids[max(0, end - 64) : end + 1]
-            expected -= sum(plain_nats(requests, window, len(window) - (end - start))[0])
-            start = end
-    short = requests.rolling(["the cat", ""])
-    assert requests.rolling([LONG]) == [pytest.approx(expected, abs=1e-3)]
-    assert short[0] < 0
-    assert short[1] == 0.0
-
-
-def test_generation_stops_before_the_stop_text(requests):
-    free = requests.generate("the cat", {"max_gen_toks": 12})
-    assert len(free) > 4
-    stop = free[2:4]
-    stopped = requests.generate("the cat", {"max_gen_toks": 12, "until": [stop, "never"]})
-    assert stopped == free[: free.index(stop)]
-    assert requests.generate("the cat", {"max_gen_toks": 12, "until": "never"}) == free
-    # Room is made for what is added: the prompt loses its beginning.
-    engine = Engine(requests.model, requests.tokenizer)
-    [[expected]] = engine.generate([requests.tokenizer.encode(LONG, bos=True)[-59:]], Sampling(5, 0.0))
-    assert requests.generate(LONG, {"max_gen_toks": 5}) == requests.tokenizer.decode(expected.ids)
-
-
-def test_a_continuation_of_no_tokens_is_refused_not_certain(requests):
-    ids = requests.tokenizer.encode("the cat", bos=True)
-    for pair in ((ids, []), ([], ids)):
-        with pytest.raises(UserError, match="without tokens"):
-            requests.log_likelihoods([(ids, ids), pair])
-
-
-def test_a_token_across_the_join_is_cut_there(requests):
-    encode = requests.tokenizer.encode
-    whole = next(word for word in WORDS if len(encode(" " + word)) == 1 and len(word) > 2)
-    context, continuation = "the " + whole[:2], whole[2:]
-    assert encode(context + continuation, bos=True)[: len(encode(context, bos=True))] != encode(
-        context, bos=True
-    )
-    assert requests.encode_pair(context, continuation) == (encode(context, bos=True), encode(continuation))
-    assert requests.encode_pair("the", " cat") == (encode("the", bos=True), encode(" cat"))
-    for context in ("the ca", "a", ""):
-        assert requests.encode_pair(context, "t")[1]
-
-
-def test_a_prompt_keeps_half_of_the_context_however_much_is_asked_for(requests, recwarn):
-    prompt = "the cat sat on a mat"
-    assert requests.generate(prompt, {"max_gen_toks": 0}) == ""
-    free = requests.generate(prompt, {"max_gen_toks": 16})
-    assert requests.generate(prompt, {"max_gen_toks": 10_000}).startswith(free)
-    assert requests.generate(prompt, {}).startswith(free)  # 256 tokens by default, of a context of 64
-    assert not recwarn.list
-    with pytest.warns(UserWarning, match="keeps its last 32"):
-        requests.generate(LONG, {"max_gen_toks": 64})
-    with pytest.raises(UserError, match="max_gen_toks is -1"):
-        requests.generate(prompt, {"max_gen_toks": -1})
-
-
-def test_the_harness_gets_the_losses_that_core_gets(requests):
-    """Multiple choice without shots: the harness's sum over a choice is our mean times its tokens."""
-    pytest.importorskip("lm_eval")
-    lm = lm_eval_harness.wrap(requests)
-    bundle = small_bundle(12)
-    task = next(task for task in core_bundle.load_tasks(bundle) if task.kind == "language_modeling")
-    scorer = scoring.GPTScorer(requests.model)
-    found = evaluate.evaluate(scorer, requests.tokenizer, bundle, world=World.single_process())
-    ours = {one.line: one for one in found.predictions if one.task == task.label}
-    asked, counts, lines = [], [], []
-    for item, shots in naive_core.ask(task, core_bundle.load_examples(bundle, task), 0, "nanochat"):
-        context = "".join(f"{s.contexts[0].strip()} {s.continuations[0]}\n\n" for s in shots)
-        context += item.contexts[0].strip()
-        asked.append(SimpleNamespace(args=(context, " " + item.continuations[0])))
-        counts.append(len(requests.tokenizer.encode(" " + item.continuations[0])))
-        lines.append(item.line)
-    same = 0
-    for line, count, (value, greedy) in zip(
-        lines, counts, lm.loglikelihood(asked, disable_tqdm=True), strict=True
-    ):
-        if ours[line].cropped:
-            continue  # the harness keeps a token more
-        assert value == pytest.approx(-ours[line].losses[0] * count, abs=1e-3)
-        assert greedy == (ours[line].answer == 0)
-        same += 1
-    assert same > 5
-
-
-def test_lm_eval_runs_a_task_with_our_model(requests, tmp_path, monkeypatch):
-    """Its accuracy on a file of choices is that of the sums computed here."""
+def harness(folder, tmp_path, monkeypatch, names, options=""):
+    """For each task its samples in the order of LINES, and its scores, as `lm_eval --model hf` gives them."""
     lm_eval = pytest.importorskip("lm_eval")
+    tasks = pytest.importorskip("lm_eval.tasks")
+    pytest.importorskip("accelerate")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
-    lines = [
-        {
-            "query": " ".join(WORDS[n : n + 4]),
-            "choices": [WORDS[n % 5], WORDS[-n % 7], "birds"],
-            "gold": n % 3,
-        }
-        for n in range(9)
-    ]
-    (tmp_path / "choices.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (tmp_path / "choices.yaml").write_text(
-        f"task: choices\ndataset_path: json\ndataset_kwargs: {{data_files: {tmp_path / 'choices.jsonl'}}}\n"
-        "output_type: multiple_choice\ntest_split: train\n"
-        'doc_to_text: "{{query}}"\ndoc_to_choice: "{{choices}}"\ndoc_to_target: gold\n'
-        "metric_list: [{metric: acc}]\n"
+    data = tmp_path / "lines.jsonl"
+    data.write_text("".join(json.dumps(line) + "\n" for line in LINES))
+    for name in names:
+        target, rest = TASKS[name]
+        (tmp_path / f"{name}.yaml").write_text(TASK.format(name=name, data=data, target=target) + rest)
+    results = lm_eval.simple_evaluate(
+        model="hf",
+        model_args=f"pretrained={folder},trust_remote_code=True,dtype=float32{options}",
+        tasks=list(names),
+        task_manager=tasks.TaskManager(include_path=str(tmp_path), include_defaults=False),
+        device="cpu",
+        batch_size=4,
+        bootstrap_iters=0,
+        log_samples=True,
     )
-    from lm_eval.tasks import TaskManager
+    samples = {
+        name: [one["filtered_resps"] for one in sorted(found, key=lambda one: one["doc_id"])]
+        for name, found in results["samples"].items()
+    }
+    return samples, results["results"]
 
-    manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
-    found = lm_eval.simple_evaluate(
-        model=lm_eval_harness.wrap(requests), tasks=["choices"], task_manager=manager, bootstrap_iters=0
-    )
+
+@pytest.mark.slow
+def test_lm_eval_on_the_exported_folder_gives_our_numbers(model_and_tokenizer, tmp_path, monkeypatch):
+    pytest.importorskip("lm_eval")
+    model, tokenizer = model_and_tokenizer
+    export.write_hf(model, tokenizer, tmp_path / "hf")
+    names = ("multiple_choice", "loglikelihood", "generate_until")
+    samples, scores = harness(tmp_path / "hf", tmp_path, monkeypatch, names)
     right = 0
-    for line in lines:
-        context = requests.tokenizer.encode(line["query"], bos=True)
-        sums = [
-            requests.log_likelihoods([(context, requests.tokenizer.encode(" " + choice))])[0][0]
-            for choice in line["choices"]
-        ]
-        right += sums.index(max(sums)) == line["gold"]
-    assert found["results"]["choices"]["acc,none"] == pytest.approx(right / 9)
-    assert math.isfinite(found["results"]["choices"]["acc,none"])
+    for line, found in zip(LINES, samples["multiple_choice"], strict=True):
+        expected = [ours(model, tokenizer, line["query"], f" {choice}") for choice in line["choices"]]
+        for (value, greedy), (nats, likeliest) in zip(found, expected, strict=True):
+            assert float(value) == pytest.approx(nats, abs=1e-4)
+            assert greedy == likeliest
+        right += expected.index(max(expected)) == line["gold"]
+    assert scores["multiple_choice"]["acc,none"] == pytest.approx(right / len(LINES))
+    for line, [(value, _)] in zip(LINES, samples["loglikelihood"], strict=True):
+        expected, _ = ours(model, tokenizer, line["query"], f" {line['choices'][0]}")
+        assert float(value) == pytest.approx(expected, abs=1e-4)
+    prompts = [tokenizer.encode(line["query"], bos=True)[-(CONTEXT - 8) :] for line in LINES]
+    done = Engine(model, tokenizer).generate(prompts, Sampling(8, temperature=0))
+    for [completion], [text] in zip(done, samples["generate_until"], strict=True):
+        assert text == tokenizer.decode(list(completion.ids))
+
+
+@pytest.mark.slow
+def test_a_whole_text_needs_the_option_that_leaves_the_second_bos_out(
+    model_and_tokenizer, tmp_path, monkeypatch
+):
+    """The harness begins a whole text with a BOS by itself: with the tokenizer's there would be two."""
+    pytest.importorskip("lm_eval")
+    model, tokenizer = model_and_tokenizer
+    export.write_hf(model, tokenizer, tmp_path / "hf")
+    rolling = ("loglikelihood_rolling",)
+    samples, _ = harness(tmp_path / "hf", tmp_path, monkeypatch, rolling, ",add_bos_token=False")
+    for line, [value] in zip(LINES, samples["loglikelihood_rolling"], strict=True):
+        if len(tokenizer.encode(line["query"])) <= CONTEXT:
+            assert float(value) == pytest.approx(ours(model, tokenizer, "", line["query"])[0], abs=1e-4)
