@@ -86,7 +86,7 @@ def _config(shape: GPTConfig) -> dict[str, Any]:
         "value_layers": [layer for layer in range(shape.n_layer) if shape.has_value_embedding(layer)],
         "value_gate_channels": shape.value_gate_width,
         "smear_gate_channels": shape.smear_gate_width,
-        "n_map": shape.n_map,
+        "n_map": shape.n_head * shape.kind.maps,
         "qk_dim": shape.qk_dim,
         "bigram_rows": shape.bigram_rows,
     }
