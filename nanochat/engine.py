@@ -1,4 +1,4 @@
-"""Generation: KV cache, sampling, and text as it comes.
+"""Generation: KV cache, sampling, and streaming of text.
 
 The cache is the only decode state. Rows of one length decode together and prompts of other lengths form other
 groups, so no padding ever enters a cache. What a row draws depends on its prompt's index, its sample's number
@@ -95,7 +95,7 @@ class Sampling:
     """How the next token is chosen.
 
     Attributes:
-        max_tokens: most tokens to add.
+        max_tokens: tokens to add at most, 1 or more.
         temperature: logits are divided by it; 0 takes the likeliest token.
         top_k: choose among this many likeliest tokens; 0 means all.
         seed: of the samples.
@@ -105,17 +105,6 @@ class Sampling:
     temperature: float = 1.0
     top_k: int = 0
     seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Raise UserError on a value that cannot be used."""
-        if self.max_tokens < 1:
-            raise UserError(f"--max-new-tokens={self.max_tokens}: expected 1 or more.")
-        if not 0 <= self.temperature < float("inf"):
-            raise UserError(
-                f"--temperature={self.temperature}: expected 0 (likeliest token) or a number above."
-            )
-        if self.top_k < 0:
-            raise UserError(f"--top-k={self.top_k}: expected 0 (all tokens) or a number above.")
 
 
 @dataclass(frozen=True)
@@ -144,7 +133,7 @@ class Engine:
         Args:
             prompts: of any lengths.
             sampling: how; the seed gives each prompt and sample a generator of its own.
-            num_samples: continuations of each prompt.
+            num_samples: continuations of each prompt, 1 or more.
 
         Returns:
             A list for each prompt, in order, of its completions.
@@ -167,8 +156,6 @@ class Engine:
         Raises:
             UserError: as `generate`, at the first.
         """
-        if num_samples < 1:
-            raise UserError(f"--num-samples={num_samples}: expected 1 or more.")
         groups: dict[int, list[int]] = {}
         for index, prompt in enumerate(prompts):
             self._check(prompt)

@@ -42,17 +42,17 @@ from nanochat.model.loss import Reduction, softcapped_cross_entropy, token_losse
 
 
 class DecodeCache(Protocol):
-    """What GPT.forward asks of a cache of earlier positions; engine.py owns the only implementation.
+    """Interface of a cache of earlier positions; engine.py has its only implementation.
 
     A forward pass over T new positions reads `length`, calls `shift` once, `shift_ids` once where the model
     has a table of pairs, `append` once a layer in order, and `advance(T)` at its end. All rows have the same
     length.
+
+    Attributes:
+        length: positions stored by the passes that have ended.
     """
 
-    @property
-    def length(self) -> int:
-        """Positions stored by the passes that have ended."""
-        ...
+    length: int
 
     def shift(self, x: Tensor) -> Tensor:
         """What precedes each position of x: (B, T, C), zeros before the very first one; keeps x[:, -1].

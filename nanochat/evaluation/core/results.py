@@ -5,11 +5,13 @@ What each score is made of is kept with it, so that two runs can be compared exa
 
 from __future__ import annotations
 
+import csv
 import functools
 import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -24,31 +26,11 @@ GPT2_CORE_STDERR = 0.0029
 THESE_WEIGHTS = "these weights at such questions; another seed of the recipe is not in it"
 
 # Accuracies of GPT-2 with 124 M (all examples) and 1558 M parameters (at most 1000 a task), nanochat's
-# prompts: openai-community-gpt2.csv and openai-community-gpt2-xl.csv of the bundle.
-GPT2_ACCURACY = {
-    "hellaswag_zeroshot": (0.308504, 0.502),
-    "jeopardy": (0.001889, 0.092),
-    "bigbench_qa_wikidata": (0.282663, 0.531),
-    "arc_easy": (0.412458, 0.595),
-    "arc_challenge": (0.221843, 0.299),
-    "copa": (0.6, 0.67),
-    "commonsense_qa": (0.224406, 0.227),
-    "piqa": (0.622960, 0.725),
-    "openbook_qa": (0.278, 0.346),
-    "lambada_openai": (0.322919, 0.523),
-    "hellaswag": (0.307907, 0.512),
-    "winograd": (0.578755, 0.714286),
-    "winogrande": (0.486188, 0.569),
-    "bigbench_dyck_languages": (0.155, 0.247),
-    "agi_eval_lsat_ar": (0.226087, 0.273913),
-    "bigbench_cs_algorithms": (0.419697, 0.417),
-    "bigbench_operators": (0.085714, 0.157143),
-    "bigbench_repeat_copy_logic": (0.03125, 0.09375),
-    "squad": (0.058278, 0.309),
-    "coqa": (0.133659, 0.28),
-    "boolq": (0.552294, 0.619),
-    "bigbench_language_identification": (0.2566, 0.25),
-}
+# prompts: openai-community-gpt2.csv and openai-community-gpt2-xl.csv of the public bundle.
+with Path(__file__).with_name("gpt2_accuracy.csv").open(encoding="utf-8") as _file:
+    GPT2_ACCURACY = {
+        row["task"]: (float(row["gpt2"]), float(row["gpt2-xl"])) for row in csv.DictReader(_file)
+    }
 
 # Fields of base_eval.json that bear the name of an attribute here, and fields of an answer that may be empty.
 CORE_FIELDS = ("core_metric", "core_stderr", "core_bootstrap", "bundle", "faults", "context_tokens")
