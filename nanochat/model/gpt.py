@@ -354,15 +354,9 @@ class GPT(nn.Module):
         Returns:
             fp32 scalar, or (B, T) fp32.
         """
-        hidden = self._hidden(ids).flatten(0, 1)
-        softcap, vocab_size = self.config.softcap, self.config.vocab_size
+        c, head, hidden = self.config, self.head.weight, self._hidden(ids).flatten(0, 1)
         loss = softcapped_cross_entropy(
-            hidden,
-            self.head.weight,
-            targets.flatten(),
-            softcap,
-            vocab_size=vocab_size,
-            reduction=reduction,
+            hidden, head, targets.flatten(), c.softcap, vocab_size=c.vocab_size, reduction=reduction
         )
         return loss.view_as(targets) if reduction == "none" else loss
 

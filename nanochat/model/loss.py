@@ -1,4 +1,6 @@
-"""Linear head, softcap and cross-entropy in one: a batch's logits never exist together, in either direction.
+"""Fused linear head, softcap and cross-entropy: the logits of a batch never exist together.
+
+They would be the largest tensor of a step, forward and backward: 32,768 numbers a token.
 
 Legend: N tokens, C model width, V vocabulary (V' >= V with padding rows), R rows of a chunk.
 
@@ -20,6 +22,7 @@ import torch
 from torch import Tensor
 
 Reduction = Literal["mean", "sum", "none"]
+IGNORED = -1  # the target that does not count
 
 # Elements of logits held at a time: in the compute dtype for the matrix products (a chunk), and in fp32 for
 # the elementwise part (a tile of the chunk). On a CPU tiles should stay in cache: per 8,192 tokens of
@@ -40,7 +43,6 @@ def softcapped_cross_entropy(
     *,
     vocab_size: int | None = None,
     reduction: Reduction = "mean",
-    ignore_index: int = -1,
     chunk_rows: int | None = None,
 ) -> Tensor:
     """Cross-entropy in nats of softcap * tanh(x @ weight.T / softcap) against the targets.
@@ -51,12 +53,11 @@ def softcapped_cross_entropy(
     Args:
         x: (N, C) hidden states in the compute dtype.
         weight: (V', C) master weight of the head; cast to the dtype of x here.
-        targets: (N,) int64 token ids below vocab_size, or ignore_index.
+        targets: (N,) int64 token ids below vocab_size, or IGNORED.
         softcap: bound of the logits.
         vocab_size: V; rows of the weight from V on are padding and take no part. By default V'.
         reduction: "mean" over the targets that count (0 if there are none), "sum", or "none", which gives
             (N,) losses, zero where ignored, and no gradient.
-        ignore_index: the target that does not count.
         chunk_rows: rows whose logits are held at a time; by default chosen for the device.
 
     Returns:
@@ -64,7 +65,7 @@ def softcapped_cross_entropy(
     """
     wants_grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     vocab_size = weight.size(0) if vocab_size is None else vocab_size
-    constants = (softcap, vocab_size, ignore_index, chunk_rows)
+    constants = (softcap, vocab_size, chunk_rows)
     if wants_grad:
         assert reduction != "none", "per-token losses carry no gradient: call under torch.no_grad()"
         total: Tensor = _SummedLoss.apply(x, weight, targets, *constants)
@@ -75,7 +76,7 @@ def softcapped_cross_entropy(
         total = losses.sum()
     if reduction == "sum":
         return total
-    return total / (targets != ignore_index).sum().clamp(min=1)
+    return total / (targets != IGNORED).sum().clamp(min=1)
 
 
 @torch.no_grad()
@@ -85,7 +86,6 @@ def token_losses(
     targets: Tensor,
     softcap: float,
     vocab_size: int | None = None,
-    ignore_index: int = -1,
     chunk_rows: int | None = None,
     with_argmax: bool = True,
 ) -> tuple[Tensor, Tensor]:
@@ -98,7 +98,7 @@ def token_losses(
         with_argmax.
     """
     vocab_size = weight.size(0) if vocab_size is None else vocab_size
-    losses, valid = _new_losses(x), targets != ignore_index
+    losses, valid = _new_losses(x), targets != IGNORED
     is_argmax = torch.zeros_like(valid)
     head = weight[:vocab_size].to(x.dtype)
     safe = targets.clamp(0, vocab_size - 1)
@@ -121,16 +121,13 @@ class _SummedLoss(torch.autograd.Function):
         targets: Tensor,
         softcap: float,
         vocab_size: int,
-        ignore_index: int,
         chunk_rows: int | None,
     ) -> Tensor:
         want_x, want_weight = ctx.needs_input_grad[:2]
-        losses, valid = _new_losses(x), (targets != ignore_index)[:, None]
+        losses, valid = _new_losses(x), (targets != IGNORED)[:, None]
         safe = targets.clamp(0, vocab_size - 1)
         head = weight[:vocab_size].to(x.dtype)
-        counted = (
-            x * valid if want_weight else x
-        )  # a row that is ignored adds nothing to the weight's gradient
+        counted = x * valid if want_weight else x  # an ignored row adds nothing to the weight's gradient
         grad_x = torch.empty_like(x) if want_x else None
         grad_weight = torch.zeros_like(weight) if want_weight else None
         product = torch.empty_like(head) if want_weight and weight.dtype != x.dtype else None
@@ -160,7 +157,7 @@ class _SummedLoss(torch.autograd.Function):
         return (
             None if grad_x is None else grad_x.mul_(factor),
             None if grad_weight is None else grad_weight.mul_(factor),
-            *(None,) * 5,
+            *(None,) * 4,
         )
 
 
