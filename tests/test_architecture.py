@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -35,6 +36,8 @@ ORDER = (
 )
 COMMANDS_OF_0_1 = ("dataset", "core_download", "__main__")  # they lead to scripts/
 
+# Methods that the io module calls on a raw stream.
+CALLED_BY_PYTHON = {"nanochat/common/checksums.py: seekable", "nanochat/data/text_files.py: readinto"}
 LIBRARY = sorted((REPO / "nanochat").rglob("*.py"))
 SCRIPTS = sorted((REPO / "scripts").glob("*.py"))
 CODE = [*LIBRARY, *SCRIPTS]
@@ -227,6 +230,22 @@ def test_a_module_does_no_work_at_import(path: Path) -> None:
         assert is_docstring or not isinstance(node, ast.Expr | ast.For | ast.While | ast.With), (
             f"line {node.lineno}: {ast.unparse(node)[:60]}"
         )
+
+
+def test_no_public_name_of_the_library_is_for_tests_alone() -> None:
+    """What only tests call is no part of the library: a slow twin lives in tests/."""
+    callers = [*LIBRARY, *SCRIPTS, *(REPO / "dev").rglob("*.py"), *(REPO / "runs").glob("*.sh")]
+    callers += (REPO / "nanochat").rglob("*.jinja")
+    used = Counter(re.findall(r"\w+", "\n".join(path.read_text("utf-8") for path in callers)))
+    lone = [
+        f"{path.relative_to(REPO)}: {node.name}"
+        for path in LIBRARY
+        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        if isinstance(node, ast.FunctionDef | ast.ClassDef)
+        and not node.name.startswith("_")
+        and used[node.name] == 1
+    ]
+    assert set(lone) == CALLED_BY_PYTHON
 
 
 @pytest.mark.parametrize("path", CODE, ids=name_of)

@@ -69,7 +69,7 @@ class Watchdog:
 
     def __enter__(self) -> Watchdog:
         """Start to watch; all ranks do."""
-        if self._world.size > 1:
+        if self._world.store is not None:  # ranks that torchrun has started
             self._leave_note()
             self._world.any_rank(False)  # from here on every rank has left a note
             self._read_notes()

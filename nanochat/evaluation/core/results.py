@@ -27,10 +27,8 @@ THESE_WEIGHTS = "these weights at such questions; another seed of the recipe is 
 
 # Accuracies of GPT-2 with 124 M (all examples) and 1558 M parameters (at most 1000 a task), nanochat's
 # prompts: openai-community-gpt2.csv and openai-community-gpt2-xl.csv of the public bundle.
-with Path(__file__).with_name("gpt2_accuracy.csv").open(encoding="utf-8") as _file:
-    GPT2_ACCURACY = {
-        row["task"]: (float(row["gpt2"]), float(row["gpt2-xl"])) for row in csv.DictReader(_file)
-    }
+_LINES = Path(__file__).with_name("gpt2_accuracy.csv").read_text("utf-8").splitlines()
+GPT2_ACCURACY = {row["task"]: (float(row["gpt2"]), float(row["gpt2-xl"])) for row in csv.DictReader(_LINES)}
 
 # Fields of base_eval.json that bear the name of an attribute here, and fields of an answer that may be empty.
 CORE_FIELDS = ("core_metric", "core_stderr", "core_bootstrap", "bundle", "faults", "context_tokens")
