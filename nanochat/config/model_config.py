@@ -88,7 +88,6 @@ class ModelConstants:
         x0_last: x0_scale of the last layer at the start; linear between.
         backout_init: backout_scale at the start.
         bigram_scale_init: bigram_scale of every layer at the start.
-        value_scale_init: value_scale of every layer at the start.
         share_vectors_std: standard deviation of the initial vectors of diff1 attention.
         head_norm_eps: added to the mean square in the norm of diff1 attention's heads.
     """
@@ -113,7 +112,6 @@ class ModelConstants:
     x0_last: float = 0.05
     backout_init: float = 0.2
     bigram_scale_init: float = 0.05
-    value_scale_init: float = 1.0
     share_vectors_std: float = 0.1
     head_norm_eps: float = 1e-5
 
@@ -239,7 +237,7 @@ def count_params(c: GPTConfig) -> ParamCounts:
         unembedding=table,
         embedding=table,
         value_embedding=value_layers * c.padded_vocab_size * keys + c.bigram_rows * c.n_embd,
-        scalars=c.n_layer * (3 + c.bigram + c.kind.vectors * c.qk_dim) + c.smear_gate_width + 2,
+        scalars=c.n_layer * (2 + c.bigram + c.kind.vectors * c.qk_dim) + c.smear_gate_width + 2,
     )
 
 

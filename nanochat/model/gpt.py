@@ -221,7 +221,6 @@ class GPT(nn.Module):
         self.backout_scale = parameter(kind="smear", init=constant(c.backout_init))
         self.resid_scale = parameter(c.n_layer, kind="resid", init=ramp(c.resid_first, c.resid_last))
         self.x0_scale = parameter(c.n_layer, kind="x0", init=ramp(c.x0_first, c.x0_last))
-        self.value_scale = parameter(c.n_layer, kind="resid", init=constant(c.value_scale_init))
         self.bigram, self.bigram_scale = None, None
         if c.bigram:
             self.bigram = Embedding(c.bigram_rows, width, dtype, "value_embedding", constant(0.0))
@@ -315,7 +314,7 @@ class GPT(nn.Module):
 
     def _layer(self, i: int, x: Tensor, x0: Tensor, ids: Tensor, shared: Shared) -> Tensor:
         """Layer i with its residual scalars and its value embedding: (B, T, C) -> (B, T, C)."""
-        value = self.value_scale[i] * self.value_embeds[str(i)](ids) if str(i) in self.value_embeds else None
+        value = self.value_embeds[str(i)](ids) if str(i) in self.value_embeds else None
         mixed = self.resid_scale[i] * x + self.x0_scale[i] * x0
         if self.bigram_scale is not None and shared.pairs is not None:
             mixed = mixed + self.bigram_scale[i] * shared.pairs
