@@ -38,7 +38,6 @@ class AttentionKind:
 DIFFERENTIAL = "nanochat.model.differential_attention"
 ATTENTION_KINDS = {
     "softmax": AttentionKind(),
-    "gated": AttentionKind("nanochat.model.gated_attention:Gated", head_gates=True),
     "diff1": AttentionKind(f"{DIFFERENTIAL}:Diff1", maps=2, qk_divisor=2, vectors=4),
     "diff2": AttentionKind(f"{DIFFERENTIAL}:Diff2", maps=2, head_gates=True),
 }
