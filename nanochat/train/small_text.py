@@ -76,7 +76,7 @@ def fit(args: TrainArgs, vocab_size: int, text: TextSize) -> tuple[TrainArgs, tu
     cropped = text.cropped_fraction(context)
     if args.keep_tails is None and (cropped > MOST_CROPPED or "max_seq_len" in changes):
         changes["keep_tails"] = True
-        told.append(f"remainders are kept: cropping would lose {cropped:.0%} of the text (--no-keep-tails)")
+        told.append(f"remainders of long documents are kept: {cropped:.0%} would be lost (--no-keep-tails)")
     return dataclasses.replace(args, **changes), tuple(told)
 
 
