@@ -247,7 +247,7 @@ GPT.loss = loss
     assert last_saved(box, "g") == 20
     assert (box.folder / "met").exists(), "the fault was not met"
     told = box.run("base_train", "--help").stdout
-    assert "comparisons of the weights" in " ".join(told.split())
+    assert "comparisons of weights over ranks" in " ".join(told.split())
 
 
 @row(
