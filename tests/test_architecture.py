@@ -170,9 +170,7 @@ def test_a_folder_names_its_rooms(folder: Path) -> None:
         path.stem for path in folder.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()
     }
     specs = [kind.module for kind in ATTENTION_KINDS.values()] + [o.rule for o in MATRIX_OPTIMIZERS.values()]
-    by_table = {
-        MODULES[spec.split(":")[0]] for spec in specs if spec
-    }  # all of them exist
+    by_table = {MODULES[spec.split(":")[0]] for spec in specs if spec}  # all of them exist
     rooms -= {"__init__", "__main__", *(path.stem for path in by_table if path.parent == folder)}
     assert set(said_of(folder, "Rooms, in reading order")) == rooms
 

@@ -193,7 +193,7 @@ def _flash(
         out = flash.flash_attn_varlen_func(
             *(x.flatten(0, 1) for x in (q, k, v)),
             cu_seqlens_q=boundaries,
-            cu_seqlens_k=boundaries,
+            cu_seqlens_k=boundaries.clone(),  # Dynamo takes no tensor twice as arguments of a Function
             max_seqlen_q=q.size(1),
             max_seqlen_k=k.size(1),
             softmax_scale=scale,

@@ -5,6 +5,7 @@ The order is fixed, fastest first where it can run at all; every rank takes the 
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 
 import torch
@@ -14,10 +15,11 @@ from nanochat.common.machine import Precision, choose_dtype, require_fp8
 from nanochat.distributed.world import World
 from nanochat.model.attention import BACKENDS
 
-# By CUDA backend: the package that it needs, and the GPUs it runs on, in words and by compute capability.
+# By CUDA backend: the module that it needs, and the GPUs it runs on, in words and by compute capability.
+# FlashAttention 4 shares the folder flash_attn, and has not this module of it.
 NEEDS = {
     "fa3": ("flash_attn_interface", "a Hopper GPU (sm90)", range(9, 10)),
-    "fa2": ("flash_attn", "an Ampere GPU (sm80) or later", range(8, 100)),
+    "fa2": ("flash_attn.flash_attn_interface", "an Ampere GPU (sm80) or later", range(8, 100)),
     "flex": ("triton", "sm70 or later for Triton", range(7, 100)),
 }
 FLASH_DTYPES = (torch.bfloat16, torch.float16)
@@ -29,7 +31,7 @@ def available_backends(device: torch.device, dtype: torch.dtype = torch.bfloat16
 
 
 def _obstacle(name: str, device: torch.device, dtype: torch.dtype) -> str:
-    package, gpus, majors = NEEDS[name]
+    module, gpus, majors = NEEDS[name]
     if device.type != "cuda":
         return f"needs a CUDA GPU, the device is {device.type}"
     if name != "flex" and dtype not in FLASH_DTYPES:
@@ -37,7 +39,10 @@ def _obstacle(name: str, device: torch.device, dtype: torch.dtype) -> str:
     major, minor = torch.cuda.get_device_capability(device)
     if major not in majors:
         return f"needs {gpus}, this is sm{major}{minor}"
-    return "" if importlib.util.find_spec(package) else f"the package {package} is not installed"
+    with contextlib.suppress(ModuleNotFoundError):  # of the folder that it is in
+        if importlib.util.find_spec(module):
+            return ""
+    return f"the module {module} is not installed"
 
 
 def choose_backend(

@@ -40,6 +40,10 @@ from nanochat.model.layers import (
 )
 from nanochat.model.loss import Reduction, softcapped_cross_entropy, token_losses
 
+# Of the forward pass in one process: windows that grow, with gradients and without, rows that are halved.
+# Past torch's own limit of 8 everything would run uncompiled, and only a warning would say so.
+MOST_GRAPHS = 64
+
 
 class DecodeCache(Protocol):
     """Interface of a cache of earlier positions; engine.py has its only implementation.
@@ -333,6 +337,9 @@ class GPT(nn.Module):
         again later. The loss itself stays outside: its kernels are fused already, and its loop over chunks
         would be unrolled into the graph.
         """
+        import torch._dynamo  # here: who does not compile need not wait for it
+
+        torch._dynamo.config.recompile_limit = MOST_GRAPHS
         shape = torch.Size((rows, self.config.sequence_len))
         self._compiled = shape, torch.compile(self.forward, dynamic=False)
 

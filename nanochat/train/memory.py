@@ -20,13 +20,17 @@ from nanochat.data.train_loader import Batch
 from nanochat.distributed.world import World
 from nanochat.model.loss import CHUNK_ELEMENTS
 
-# Activations kept for the backward pass, in multiples of C a token and layer, counted by saved_tensors_hooks
-# at depths 4 and 6: 25.1 in bf16 and 20.2 in fp32, 14.1 in bf16 without the MLPs', 1.0 without any.
-KEPT = {"none": 26, "mlp": 15, "block": 1}
-WORKING = 36  # of one layer, while it runs backward: its own activations and their gradients
-# More of both where attention is differential: counted were 6.1 (diff1) and 7.1 (diff2) in bf16, 5.1 and 6.1
-# in fp32.
-DIFFERENTIAL = 7
+# Activations in multiples of C a token: those kept for the backward pass, by layer, and those that one
+# layer needs beside them while it runs backward. CPU: counted by saved_tensors_hooks at depths 4 and 6, 25.1
+# in bf16 and 20.2 in fp32, 14.1 in bf16 without the MLPs', 1.0 without any. CUDA: peaks of storages at depths
+# 12 and 24, bf16, sdpa (tests/gpuless): 23.1 + 7, 14.5 + 3, 1.3 + 25; a flash kernel keeps 19.5.
+ACTIVATIONS = {
+    "cpu": {"none": (26, 36), "mlp": (15, 36), "block": (1, 36)},
+    "cuda": {"none": (24, 8), "mlp": (15, 8), "block": (2, 26)},
+}
+# More of those kept where attention is differential: on a CPU 6.1 (diff1) and 7.1 (diff2) in bf16, on CUDA
+# 7.9 and 9.6 by sdpa, 5.1 and 4.0 by a flash kernel.
+DIFFERENTIAL = {"cpu": 7, "cuda": 10}
 # Moments of the block matrices, in multiples of them. SOAP adds a Gram matrix and a basis a side: to a block
 # of 12 C^2 (4 squares, 2 matrices of 4 C x C) those of both sides add 84 C^2, of the shorter ones 12 C^2.
 MOMENTS = {"muon": 1, "adamw": 2, "soap": 9}
@@ -69,9 +73,11 @@ def estimate(plan: Plan, rows: int, dtype: torch.dtype, device_type: str) -> Mem
     one_sided = plan.args.matrix_optimizer == "soap" and plan.args.soap_sides == 1
     moments = ONE_SIDED if one_sided else MOMENTS[plan.args.matrix_optimizer]
     chunk = min(tokens * model.padded_vocab_size, CHUNK_ELEMENTS.get(device_type, CHUNK_ELEMENTS["cuda"]))
-    more = 0 if model.attention_kind == "softmax" else DIFFERENTIAL
-    kept = KEPT[plan.args.recompute] + (more if plan.args.recompute != "block" else 0)
-    per_token = (kept * model.n_layer + WORKING + 2 * more) * model.n_embd
+    like = "cuda" if device_type == "cuda" else "cpu"
+    kept, working = ACTIVATIONS[like][plan.args.recompute]
+    more = DIFFERENTIAL[like] if model.kind.maps > 1 else 0
+    kept += more if plan.args.recompute != "block" else 0
+    per_token = (kept * model.n_layer + working + 2 * more) * model.n_embd
     return MemoryPlan(
         parameters=4 * params.total + copies,
         gradients=4 * params.total,
