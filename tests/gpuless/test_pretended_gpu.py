@@ -37,8 +37,10 @@ def test_a_step_of_eight_ranks_meets_every_rule_and_never_waits(
 ) -> None:
     answer = pretended.probe(gpu, "step", depth=depth, **flags)
     assert answer["crossings"] == {}
-    assert answer["peak_gb"] < answer["estimate_gb"] < 75  # it fits 80 GB
-    assert depth == 4 or answer["peak_gb"] > 0.8 * answer["estimate_gb"]
+    # At depth 4 a chunk of the loss, with its fp32 tile, is a third of all.
+    least, most = (0.7, 1.05) if depth == 4 else (0.8, 1.0)
+    assert least < answer["peak_gb"] / answer["estimate_gb"] < most
+    assert answer["estimate_gb"] < 75  # which fits a card of 80 GB
 
 
 PLAIN: dict[str, Any] = {}
