@@ -1,6 +1,6 @@
 """Import time of every door of the library, in a process of its own: the median of some runs.
 
-    python -m dev.bench.imports [--runs 5]
+    python -m dev.bench.imports [--runs 3]
 
 A door is a module that other folders import: the `__init__` of its folder names it. One that needs torch
 takes as long as torch. The first import is not counted: it reads files that later ones find in memory.
@@ -44,16 +44,14 @@ def seconds(module: str) -> tuple[float, bool]:
 
 
 def main() -> None:
-    """Print a line a door, slowest last, those without torch first."""
+    """Print a line a door, as it is measured."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--runs", type=int, default=5, help="imports of each door")
+    parser.add_argument("--runs", type=int, default=3, help="imports of each door")
     runs = parser.parse_args().runs
-    rows = []
     for door in doors():
         times = [seconds(door) for _ in range(runs + 1)][1:]
-        rows.append((times[0][1], statistics.median(time for time, _ in times), door))
-    for torch, median, door in sorted(rows):
-        print(f"{median:6.2f} s  {'torch' if torch else '     '}  {door}")
+        torch = "torch" if times[0][1] else ""
+        print(f"{statistics.median(time for time, _ in times):6.2f} s  {torch:5}  {door}", flush=True)
 
 
 if __name__ == "__main__":
