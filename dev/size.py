@@ -15,6 +15,7 @@ import ast
 import io
 import json
 import subprocess
+import tarfile
 import tokenize
 from collections.abc import Iterator
 from pathlib import Path
@@ -62,15 +63,13 @@ def sizes() -> dict[str, int]:
 
 def lines_at(commit: str) -> int:
     """Lines of code of nanochat/ and scripts/ at a commit, of the history, or as they were counted once."""
-    git = ["git", "-C", str(ROOT)]
-    listing = subprocess.run(
-        [*git, "ls-tree", "-r", "--name-only", commit, "nanochat", "scripts"], capture_output=True, text=True
-    )
-    if listing.returncode:
+    command = ["git", "-C", str(ROOT), "archive", commit, "nanochat", "scripts"]
+    archive = subprocess.run(command, capture_output=True)
+    if archive.returncode:
         return COUNTED[commit]
-    names = [name for name in listing.stdout.splitlines() if name.endswith(".py")]
-    texts = (subprocess.check_output([*git, "show", f"{commit}:{name}"], text=True) for name in names)
-    return sum(map(lines_of_code, texts))
+    with tarfile.open(fileobj=io.BytesIO(archive.stdout)) as tree:
+        members = [member for member in tree if member.name.endswith(".py")]
+        return sum(lines_of_code(tree.extractfile(member).read().decode("utf-8")) for member in members)
 
 
 def main() -> None:

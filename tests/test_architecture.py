@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from dev.bench.imports import listed
 from nanochat.config.model_config import ATTENTION_KINDS
 from nanochat.config.recipes import MATRIX_OPTIMIZERS
 from tests.conftest import REPO
@@ -154,13 +155,6 @@ def test_every_place_in_the_order_is_taken() -> None:
     assert tops - set(COMMANDS_OF_0_1) == set(ORDER)
 
 
-def said_of(folder: Path, what: str) -> list[str]:
-    """The names that the docstring of a folder lists behind a word."""
-    text = " ".join((ast.get_docstring(tree_of(folder / "__init__.py")) or "").split())
-    found = re.search(rf"{what}: ([\w, ]+)\.", text)
-    return found[1].split(", ") if found else []
-
-
 FOLDERS_OF_THE_LIBRARY = sorted(path.parent for path in LIBRARY if path.name == "__init__.py")[1:]
 
 
@@ -172,7 +166,7 @@ def test_a_folder_names_its_rooms(folder: Path) -> None:
     specs = [kind.module for kind in ATTENTION_KINDS.values()] + [o.rule for o in MATRIX_OPTIMIZERS.values()]
     by_table = {MODULES[spec.split(":")[0]] for spec in specs if spec}  # all of them exist
     rooms -= {"__init__", "__main__", *(path.stem for path in by_table if path.parent == folder)}
-    assert set(said_of(folder, "Rooms, in reading order")) == rooms
+    assert set(listed(folder, "Rooms, in reading order")) == rooms
 
 
 @pytest.mark.parametrize("folder", FOLDERS_OF_THE_LIBRARY, ids=name_of)
@@ -185,8 +179,8 @@ def test_others_come_in_by_the_doors(folder: Path) -> None:
         for line, module in modules_imported(path):
             if MODULES[module].parent == folder:
                 used.add(module.rpartition(".")[2])
-                assert used <= set(said_of(folder, "Doors")), f"{name_of(path)}, line {line}: {module}"
-    assert used == set(said_of(folder, "Doors"))
+                assert used <= set(listed(folder, "Doors")), f"{name_of(path)}, line {line}: {module}"
+    assert used == set(listed(folder, "Doors"))
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=name_of)

@@ -9,6 +9,7 @@ takes as long as torch. The first import is not counted: it reads files that lat
 from __future__ import annotations
 
 import argparse
+import ast
 import re
 import statistics
 import subprocess
@@ -24,14 +25,22 @@ print(time.perf_counter() - began, int("torch" in sys.modules))
 """
 
 
+def listed(folder: Path, what: str) -> list[str]:
+    """The names that the docstring of a folder of the library lists behind a word, such as "Doors"."""
+    tree = ast.parse((folder / "__init__.py").read_text("utf-8"))
+    text = " ".join((ast.get_docstring(tree) or "").split())
+    names = re.search(rf"{what}: ([\w, ]+)\.", text)
+    return names[1].split(", ") if names else []
+
+
 def doors() -> list[str]:
     """The modules that the `__init__` of each folder names as doors."""
-    found = []
-    for path in sorted((ROOT / "nanochat").rglob("__init__.py")):
-        folder = ".".join(path.parent.relative_to(ROOT).parts)
-        if listed := re.search(r"Doors: ([^.]*)\.", path.read_text("utf-8")):
-            found += [f"{folder}.{name}" for name in re.split(r",\s*", listed[1])]
-    return found
+    folders = sorted(path.parent for path in (ROOT / "nanochat").rglob("__init__.py"))
+    return [
+        ".".join((*folder.relative_to(ROOT).parts, name))
+        for folder in folders
+        for name in listed(folder, "Doors")
+    ]
 
 
 def seconds(module: str) -> tuple[float, bool]:

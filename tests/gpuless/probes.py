@@ -106,7 +106,6 @@ def optimizer_tensors(optimizer: MuonAdamW) -> list[torch.Tensor]:
     for shard in optimizer.shards:
         held = vars(shard) | (vars(shard.rule) if hasattr(shard, "rule") else {})
         found += [t for t in _pytree.tree_leaves(list(held.values())) if isinstance(t, torch.Tensor)]
-        found += [t for t in _pytree.tree_leaves(held.get("moments", {})) if isinstance(t, torch.Tensor)]
     return found
 
 
