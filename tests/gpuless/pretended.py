@@ -69,8 +69,8 @@ def build(folder: Path) -> dict[str, str]:
 
 
 def probe(environment: dict[str, str], name: str, **arguments: Any) -> Any:
-    """The answer of a function of probes.py, called in a process of its own that has the device."""
-    command = [sys.executable, "-m", "tests.gpuless.probes", name, json.dumps(arguments)]
+    """The answer of a function of this folder, "module.function", in a process of its own with the device."""
+    command = [sys.executable, "-m", "tests.gpuless.ask", name, json.dumps(arguments)]
     done = subprocess.run(
         command, env=environment, cwd=REPO, capture_output=True, text=True, timeout=280, check=False
     )

@@ -6,12 +6,8 @@ that an operator checks is checked, and reading a value fails.
 
 from __future__ import annotations
 
-import json
-import os
-import sys
 import weakref
 from collections import Counter
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -151,10 +147,3 @@ def graphs(backend: str, windows: int = 1, halvings: int = 0, **flags: Any) -> d
         "counts": counts,
         "breaks": dict(torch._dynamo.utils.counters["graph_break"]),
     }
-
-
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).with_name("stubs")))  # packages that nobody installs without a GPU
-    answer = globals()[sys.argv[1]](**json.loads(sys.argv[2]))
-    print(json.dumps(answer), flush=True)
-    os._exit(0)  # the interpreter's end would ask the device for things that it cannot do
