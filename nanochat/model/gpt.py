@@ -80,6 +80,24 @@ class DecodeCache(Protocol):
 
 
 @dataclass(frozen=True)
+class Rows:
+    """What the tables hold for the tokens of a batch, in the compute dtype.
+
+    They are looked up before the passes that a compiler makes, so that their gradients come one table at a
+    time, and go to the rows of a table that the batch has.
+
+    Attributes:
+        tokens: (B, T, C) embeddings.
+        pairs: (B, T, C) embeddings of each token with the one before it, if the model has them.
+        values: (B, T, Hkv * D) value embeddings, by layer.
+    """
+
+    tokens: Tensor
+    pairs: Tensor | None
+    values: dict[int, Tensor]
+
+
+@dataclass(frozen=True)
 class Shared:
     """What all layers of a forward pass over T positions share.
 
@@ -89,7 +107,7 @@ class Shared:
         windows: of attention, one a layer.
         layout: the documents of the rows, for attention.
         cache: earlier positions, if any.
-        pairs: (B, T, C) embeddings of each token with the one before it, if the model has them.
+        rows: of the tables.
     """
 
     cos: Tensor
@@ -97,7 +115,7 @@ class Shared:
     windows: tuple[int, ...]
     layout: Layout
     cache: DecodeCache | None
-    pairs: Tensor | None
+    rows: Rows
 
 
 class Attention(nn.Module):
@@ -217,7 +235,7 @@ class GPT(nn.Module):
         self.windows = config.windows
         self.backend = precision.attention
         self.block_masks: dict[int, Any] = {}
-        self._compiled: tuple[torch.Size, Callable[[Tensor], Tensor]] | None = None
+        self._compiled: tuple[torch.Size, Callable[[Tensor, Rows], Tensor]] | None = None
         c, rows, width, dtype = config, config.padded_vocab_size, config.n_embd, self.dtype
         self.embed = Embedding(rows, width, dtype, "embedding", normal(c.embedding_std))
         self.smear_gate = Linear(c.smear_gate_width, 1, uniform(0.0, c.smear_gate_init), "smear")
@@ -283,19 +301,31 @@ class GPT(nn.Module):
             ids: token ids below vocab_size.
             cache: earlier positions, if any; the new ones are added to it.
         """
+        return self._blocks_pass(ids, self._lookup(ids, cache), cache)
+
+    def _lookup(self, ids: Tensor, cache: DecodeCache | None = None) -> Rows:
+        """The rows of the tables; as smear does, pairs reach over a BOS."""
+        pairs = None
+        if self.bigram is not None:
+            before = F.pad(ids[:, :-1], (1, 0), value=-1) if cache is None else cache.shift_ids(ids)
+            pairs = self.bigram(pair_rows(ids, before, self.config.bigram_rows))
+        values = {int(layer): table(ids) for layer, table in self.value_embeds.items()}
+        return Rows(self.embed(ids), pairs, values)
+
+    def _blocks_pass(self, ids: Tensor, rows: Rows, cache: DecodeCache | None = None) -> Tensor:
+        """Everything between the tables and the head: (B, T, C)."""
         count, start = ids.size(1), 0 if cache is None else cache.length
         assert start + count <= self.cos.size(0), "reserve_positions was not called for this length"
         cos, sin = self.cos[start : start + count], self.sin[start : start + count]
-        layout, pairs = self._layout(ids, cache), self._pairs(ids, cache)
-        shared = Shared(cos, sin, self.windows, layout, cache, pairs)
-        x = norm(self.embed(ids))
+        shared = Shared(cos, sin, self.windows, self._layout(ids, cache), cache, rows)
+        x = norm(rows.tokens)
         before = F.pad(x[:, :-1], (0, 0, 1, 0)) if cache is None else cache.shift(x)
         gate = torch.sigmoid(self.smear_gate(x[..., : self.config.smear_gate_width]))
         x = x0 = x + self.smear_scale * gate * before
         middle = x
         whole_layers = self.recompute == "block" and cache is None and torch.is_grad_enabled()
         for i in range(self.config.n_layer):
-            args = (i, x, x0, ids, shared)
+            args = (i, x, x0, shared)
             x = _recomputed(self._layer, *args) if whole_layers else self._layer(*args)
             if i == self.config.n_layer // 2:
                 middle = x
@@ -309,21 +339,13 @@ class GPT(nn.Module):
             return layout_of(ids == self.document_bos, self.backend, self.windows)
         return Layout(block_masks=self.block_masks if ids.size(1) == self.config.sequence_len else {})
 
-    def _pairs(self, ids: Tensor, cache: DecodeCache | None) -> Tensor | None:
-        """Embeddings of each token with the one before it; as smear does, they reach over a BOS."""
-        if self.bigram is None:
-            return None
-        before = F.pad(ids[:, :-1], (1, 0), value=-1) if cache is None else cache.shift_ids(ids)
-        return self.bigram(pair_rows(ids, before, self.config.bigram_rows))  # type: ignore[no-any-return]
-
-    def _layer(self, i: int, x: Tensor, x0: Tensor, ids: Tensor, shared: Shared) -> Tensor:
+    def _layer(self, i: int, x: Tensor, x0: Tensor, shared: Shared) -> Tensor:
         """Layer i with its residual scalars and its value embedding: (B, T, C) -> (B, T, C)."""
-        value = self.value_embeds[str(i)](ids) if str(i) in self.value_embeds else None
         mixed = self.resid_scale[i] * x + self.x0_scale[i] * x0
-        if self.bigram_scale is not None and shared.pairs is not None:
-            mixed = mixed + self.bigram_scale[i] * shared.pairs
+        if self.bigram_scale is not None and shared.rows.pairs is not None:
+            mixed = mixed + self.bigram_scale[i] * shared.rows.pairs
         recompute_mlp = self.recompute == "mlp" and shared.cache is None and torch.is_grad_enabled()
-        return self.blocks[i](mixed, value, shared, recompute_mlp)  # type: ignore[no-any-return]
+        return self.blocks[i](mixed, shared.rows.values.get(i), shared, recompute_mlp)  # type: ignore[no-any-return]
 
     @property
     def is_compiled(self) -> bool:
@@ -331,23 +353,45 @@ class GPT(nn.Module):
         return self._compiled is not None
 
     def compile_for(self, rows: int) -> None:
-        """Let torch.compile make the forward pass of `loss` for batches of (rows, sequence_len).
+        """Let torch.compile make the blocks' pass of `loss` for batches of (rows, sequence_len).
 
         Batches of another shape, and what goes behind a cache, run as they are, so that nothing is compiled
-        again later. The loss itself stays outside: its kernels are fused already, and its loop over chunks
-        would be unrolled into the graph.
+        again later. Tables and the loss itself stay outside: their kernels are fused already, and the loss's
+        loop over chunks would be unrolled into the graph.
         """
         import torch._dynamo  # here: who does not compile need not wait for it
 
         torch._dynamo.config.recompile_limit = MOST_GRAPHS
+        for layer in self.linears():
+            layer.is_refreshed = True
         shape = torch.Size((rows, self.config.sequence_len))
-        self._compiled = shape, torch.compile(self.forward, dynamic=False)
+        self._compiled = shape, torch.compile(self._blocks_pass, dynamic=False)
 
     def _hidden(self, ids: Tensor) -> Tensor:
         if self._compiled is not None and ids.shape == self._compiled[0]:
-            return self._compiled[1](ids)
+            for layer in self.linears():
+                layer.refresh(self.dtype)
+            return self._compiled[1](ids, self._lookup(ids))
         hidden: Tensor = self(ids)
         return hidden
+
+    def linears(self) -> list[Linear]:
+        """All linear layers."""
+        return [module for module in self.modules() if isinstance(module, Linear)]
+
+    def hold_gradients(self, holds: bool) -> None:
+        """Whether linear layers keep the gradients of the next micro-batch, to add them with those after it.
+
+        The last micro-batch of a step must not be held.
+        """
+        for layer in self.linears():
+            layer.holds = holds
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget all gradients, also those that are held."""
+        super().zero_grad(set_to_none)
+        for layer in self.linears():
+            layer.drop_gradients()
 
     def loss(self, ids: Tensor, targets: Tensor, reduction: Reduction = "mean") -> Tensor:
         """Cross-entropy in nats.
@@ -361,9 +405,14 @@ class GPT(nn.Module):
         Returns:
             fp32 scalar, or (B, T) fp32.
         """
-        c, head, hidden = self.config, self.head.weight, self._hidden(ids).flatten(0, 1)
+        c, head, hidden = self.config, self.head, self._hidden(ids).flatten(0, 1)
         loss = softcapped_cross_entropy(
-            hidden, head, targets.flatten(), c.softcap, vocab_size=c.vocab_size, reduction=reduction
+            hidden,
+            head.weight,
+            targets.flatten(),
+            c.softcap,
+            vocab_size=c.vocab_size,
+            reduction=reduction,
         )
         return loss.view_as(targets) if reduction == "none" else loss
 
@@ -382,7 +431,7 @@ class GPT(nn.Module):
         if last_only:
             hidden = hidden[:, -1:]
         softcap = self.config.softcap
-        z = F.linear(hidden, self.head.weight[: self.config.vocab_size].to(hidden.dtype)).float()
+        z = F.linear(hidden, self.head.working(hidden.dtype)[: self.config.vocab_size]).float()
         return softcap * torch.tanh(z / softcap)
 
     def parameter_kinds(self) -> dict[str, str]:

@@ -6,6 +6,7 @@ one is declared in one place. Legend: B rows, T positions, H heads, D head width
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -60,9 +61,16 @@ def ramp(first: float, last: float) -> Init:
 
 
 class Linear(nn.Module):
-    """Linear layer without bias: (..., in) -> (..., out). The fp32 master is cast to the dtype of the input.
+    """Linear layer without bias: (..., in) -> (..., out). Products read a copy of the fp32 master weight.
 
-    With fp8 it is cast to that while training, if both sides are wide enough; evaluation is not in fp8.
+    The copy has the dtype of the input and is made again when the master has changed: once a step, and not
+    once a micro-batch. It is a leaf, whose gradient is added to that of the master, in fp32. With fp8 the
+    products are in that while training, if both sides are wide enough; evaluation is not in fp8.
+
+    Attributes:
+        holds: keep the gradient of a micro-batch in the compute dtype, and add it with that of the next:
+            two passes over the master's gradient become one.
+        is_refreshed: whether a compiled pass reads the copy, since somebody calls `refresh` before each.
     """
 
     def __init__(
@@ -72,12 +80,71 @@ class Linear(nn.Module):
         super().__init__()
         self.fp8 = fp8 and fits(in_features, out_features)
         self.weight = parameter(out_features, in_features, kind=kind, init=init)
+        self.holds = self.is_refreshed = False
+        self._held: Tensor | None = None
+        self._copy: Tensor | None = None
+        self._copied = (0, 0)  # the master that the copy is of, and its version
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
         if self.fp8 and torch.is_grad_enabled():
             return fp8_linear(x, self.weight)
-        return F.linear(x, self.weight.to(x.dtype))
+        return F.linear(x, self.working(x.dtype))
+
+    def working(self, dtype: torch.dtype) -> Tensor:
+        """The weight (out, in) in a dtype."""
+        if torch.compiler.is_compiling():
+            return self._copy if self.is_refreshed and self._copy is not None else self.weight.to(dtype)
+        self.refresh(dtype)
+        return self.weight if dtype == self.weight.dtype or self._copy is None else self._copy
+
+    def refresh(self, dtype: torch.dtype) -> None:
+        """Make the copy again if the master is another, or has changed, since it was made."""
+        weight, copy = self.weight, self._copy
+        if dtype == weight.dtype:
+            return
+        with torch.inference_mode(False), torch.no_grad():
+            if copy is None or (copy.dtype, copy.device) != (dtype, weight.device):
+                copy = torch.empty_like(weight, dtype=dtype).requires_grad_(weight.requires_grad)
+                layer = weakref.ref(self)
+                copy.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
+                    lambda leaf: layer()._add_grad(leaf)  # type: ignore[union-attr]
+                )
+                self._copy, self._copied = copy, (0, 0)
+            if self._copied != (id(weight), weight._version):
+                copy.copy_(weight)
+                self._copied = (id(weight), weight._version)
+
+    def _add_grad(self, leaf: Tensor) -> None:
+        """Move the gradient of the copy to the master."""
+        grad, leaf.grad = leaf.grad, None
+        assert grad is not None
+        if self.holds and self._held is None:
+            self._held = grad
+            return
+        grads = [grad] if self._held is None else [self._held, grad]
+        self._held = None
+        add_gradients(self.weight, grads)
+
+    def drop_gradients(self) -> None:
+        """Forget what has not reached the master."""
+        self._held = None
+        if self._copy is not None:
+            self._copy.grad = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copied or pickled layer makes a copy of its own master."""
+        return {**self.__dict__, "_copy": None, "_held": None}
+
+
+def add_gradients(master: nn.Parameter, grads: list[Tensor]) -> None:
+    """Add gradients in the compute dtype to that of a master, in fp32."""
+    if master.grad is None:
+        master.grad = grads.pop(0).to(master.dtype)
+    for grad in grads:
+        master.grad.add_(grad)
+    if ready := getattr(master, "grad_ready", None):
+        ready(master)
 
 
 class Embedding(nn.Module):

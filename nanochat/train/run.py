@@ -80,7 +80,8 @@ def train_step(plan: Plan, state: TrainState, world: World) -> StepResult:
 
     def passes(micro_batches: list[Batch]) -> Tensor:
         loss = torch.zeros((), device=world.device)
-        for inputs, targets in micro_batches:
+        for left, (inputs, targets) in zip(reversed(range(len(micro_batches))), micro_batches, strict=True):
+            state.model.hold_gradients(left > 0)
             micro_loss = state.model.loss(inputs, targets) / len(micro_batches)
             state.loss_scale.up(micro_loss).backward()  # type: ignore[no-untyped-call]
             loss += micro_loss.detach()
