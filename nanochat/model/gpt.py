@@ -257,6 +257,7 @@ class GPT(nn.Module):
         }
         self.value_embeds = nn.ModuleDict(tables)
         self.head = Linear(width, rows, normal(c.head_std), "unembedding")
+        self.linears = [module for module in self.modules() if isinstance(module, Linear)]
         self.specs: dict[str, Spec] = {name: p.spec for name, p in self.named_parameters()}  # type: ignore[attr-defined]
         self.reserve_positions(c.sequence_len)
 
@@ -362,35 +363,31 @@ class GPT(nn.Module):
         import torch._dynamo  # here: who does not compile need not wait for it
 
         torch._dynamo.config.recompile_limit = MOST_GRAPHS
-        for layer in self.linears():
+        for layer in self.linears:
             layer.is_refreshed = True
         shape = torch.Size((rows, self.config.sequence_len))
         self._compiled = shape, torch.compile(self._blocks_pass, dynamic=False)
 
     def _hidden(self, ids: Tensor) -> Tensor:
         if self._compiled is not None and ids.shape == self._compiled[0]:
-            for layer in self.linears():
+            for layer in self.linears:
                 layer.refresh(self.dtype)
             return self._compiled[1](ids, self._lookup(ids))
         hidden: Tensor = self(ids)
         return hidden
-
-    def linears(self) -> list[Linear]:
-        """All linear layers."""
-        return [module for module in self.modules() if isinstance(module, Linear)]
 
     def hold_gradients(self, holds: bool) -> None:
         """Whether linear layers keep the gradients of the next micro-batch, to add them with those after it.
 
         The last micro-batch of a step must not be held.
         """
-        for layer in self.linears():
+        for layer in self.linears:
             layer.holds = holds
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget all gradients, also those that are held."""
         super().zero_grad(set_to_none)
-        for layer in self.linears():
+        for layer in self.linears:
             layer.drop_gradients()
 
     def loss(self, ids: Tensor, targets: Tensor, reduction: Reduction = "mean") -> Tensor:

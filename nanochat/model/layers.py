@@ -138,11 +138,23 @@ class Linear(nn.Module):
 
 
 def add_gradients(master: nn.Parameter, grads: list[Tensor]) -> None:
-    """Add gradients in the compute dtype to that of a master, in fp32."""
-    if master.grad is None:
-        master.grad = grads.pop(0).to(master.dtype)
-    for grad in grads:
-        master.grad.add_(grad)
+    """Add the gradients of one or two micro-batches to that of a master (out, in), in fp32.
+
+    Afterwards whoever waits for it is called: `grad_ready` of the master, where it has that attribute.
+    """
+    if master.is_cuda:
+        from nanochat.model import gradient_kernel  # here: Triton is on machines with CUDA only
+
+        fresh = master.grad is None
+        if fresh:
+            master.grad = torch.empty_like(master)
+        pair = [grad.contiguous() for grad in grads]
+        gradient_kernel.add_gradients(master.grad, pair[0], pair[1] if len(pair) > 1 else None, fresh)
+    else:
+        if master.grad is None:
+            master.grad = grads.pop(0).to(master.dtype)
+        for grad in grads:
+            master.grad.add_(grad)
     if ready := getattr(master, "grad_ready", None):
         ready(master)
 
