@@ -41,6 +41,7 @@ def headers() -> Path:
 
 def build(folder: Path) -> dict[str, str]:
     """Compile the device into a folder; returns the environment of a process that has it."""
+    folder.mkdir(parents=True, exist_ok=True)
     driver, runtime = folder / "libcuda.so.1", folder / "libpretended.so"
     command = [
         "cc",
@@ -56,7 +57,7 @@ def build(folder: Path) -> dict[str, str]:
     ]
     subprocess.run(command, check=True)
     shutil.copy(driver, runtime)
-    (folder / "libcuda.so").symlink_to(driver.name)
+    shutil.copy(driver, folder / "libcuda.so")
     return {
         **os.environ,
         "LD_PRELOAD": str(runtime),
@@ -76,3 +77,9 @@ def probe(environment: dict[str, str], name: str, **arguments: Any) -> Any:
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout.splitlines()[-1])
+
+
+if __name__ == "__main__":
+    # python -m tests.gpuless.pretended FOLDER: prints "env" and the variables, to put before a command.
+    made = build(Path(sys.argv[1]).absolute())
+    print("env", *(f"{name}={value}" for name, value in made.items() if os.environ.get(name) != value))

@@ -1,4 +1,7 @@
-"""The interface of FlashAttention 3, with kernels that only give shapes: for graphs, never for numbers."""
+"""The interface of FlashAttention 3, with kernels that only give shapes: for graphs, never for numbers.
+
+They are operators that no compiler looks into, as the package's own are.
+"""
 
 from __future__ import annotations
 
@@ -8,30 +11,72 @@ import torch
 from torch import Tensor
 
 
-class _Dense(torch.autograd.Function):
+@torch.library.custom_op("pretended_fa3::forward", mutates_args=())
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, starts_q: Tensor | None, starts_k: Tensor | None, left: int
+) -> tuple[Tensor, Tensor]:
+    """Output, and the logarithms of the sums of exponentials: (tokens, H) fp32."""
+    raise NotImplementedError("there is no GPU")
+
+
+@_forward.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, starts_q: Tensor | None, starts_k: Tensor | None, left: int
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(q), q.new_empty(q.shape[:-1], dtype=torch.float32)
+
+
+@torch.library.custom_op("pretended_fa3::backward", mutates_args=())
+def _backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    sums: Tensor,
+    starts_q: Tensor | None,
+    starts_k: Tensor | None,
+    left: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of queries, keys and values."""
+    raise NotImplementedError("there is no GPU")
+
+
+@_backward.register_fake
+def _(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    sums: Tensor,
+    starts_q: Tensor | None,
+    starts_k: Tensor | None,
+    left: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = torch.empty_like(q)
-        ctx.save_for_backward(q, k, v, out)
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        starts_q: Tensor | None,
+        starts_k: Tensor | None,
+        left: int,
+    ) -> Tensor:
+        out, sums = _forward(q, k, v, starts_q, starts_k, left)
+        ctx.save_for_backward(q, k, v, out, sums, starts_q, starts_k)
+        ctx.left = left
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        q, k, v, _ = ctx.saved_tensors
-        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-
-
-class _Varlen(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, starts_q: Tensor, starts_k: Tensor) -> Tensor:
-        out = torch.empty_like(q)
-        ctx.save_for_backward(q, k, v, out, starts_q, starts_k)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        q, k, v, *_ = ctx.saved_tensors
-        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), None, None
+        q, k, v, out, sums, starts_q, starts_k = ctx.saved_tensors
+        return *_backward(grad, q, k, v, out, sums, starts_q, starts_k, ctx.left), None, None, None
 
 
 def flash_attn_func(
@@ -43,7 +88,7 @@ def flash_attn_func(
     window_size: tuple[int, int] = (-1, -1),
 ) -> Tensor:
     """(B, T, H, D) queries, (B, T, Hkv, D) keys and values -> (B, T, H, D)."""
-    return _Dense.apply(q, k, v)  # type: ignore[no-any-return]
+    return _Attention.apply(q, k, v, None, None, window_size[0])  # type: ignore[no-any-return]
 
 
 def flash_attn_varlen_func(
@@ -59,4 +104,4 @@ def flash_attn_varlen_func(
     window_size: tuple[int, int] = (-1, -1),
 ) -> Tensor:
     """(tokens, H, D) queries of sequences that begin where cu_seqlens_q says -> (tokens, H, D)."""
-    return _Varlen.apply(q, k, v, cu_seqlens_q, cu_seqlens_k)  # type: ignore[no-any-return]
+    return _Attention.apply(q, k, v, cu_seqlens_q, cu_seqlens_k, window_size[0])  # type: ignore[no-any-return]

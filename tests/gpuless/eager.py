@@ -1,0 +1,105 @@
+"""Bytes that operators move outside compiled graphs, and the kernels that they launch."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch.utils import _pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.gpuless.inductor import PRODUCTS
+
+FREE = (
+    "prim.",
+    "aten.empty",
+    "aten.new_empty",
+    "aten._assert",
+    "aten.detach",
+    "aten.lift",
+    "aten._unsafe_view",
+)
+FILLS = ("new_full", "new_zeros", "zeros_like", "ones_like", "full_like")
+BY_ROW = ("embedding.", "gather", "index.", "index_select", "scatter", "index_put", "index_add")
+WRITES_ONLY = ("copy_", "zero_", "fill_", "_foreach_copy_", "_foreach_zero_", "normal_", "uniform_")
+
+
+class Counter(TorchDispatchMode):
+    """Counts, for every operator on the device, its launches and the bytes that it reads and writes.
+
+    Attributes:
+        phase: of the step, under which operators are filed.
+        found: [launches, bytes] by phase and operator.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.phase = ""
+        self.found: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0])
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Compiled functions stay compiled under this mode, and what compiles them is not counted."""
+        return True
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = str(func)
+        if not name.startswith(FREE) and not func.is_view and self._is_on_device(out, args):
+            row = self.found[self.phase, name]
+            row[0] += 1
+            row[1] += moved(func, name.removeprefix("aten."), args, kwargs or {}, out)
+        return out
+
+    @staticmethod
+    def _is_on_device(out: Any, args: Any) -> bool:
+        leaves = _pytree.tree_leaves((out, args))
+        return any(isinstance(leaf, torch.Tensor) and leaf.device.type == "cuda" for leaf in leaves)
+
+    def by_phase(self) -> dict[str, dict[str, dict[str, float]]]:
+        """Launches and gigabytes by phase: of products, of collectives, of each other operator."""
+        found: dict[str, dict[str, dict[str, float]]] = defaultdict(dict)
+        for (phase, name), (launches, count) in sorted(self.found.items()):
+            found[phase][name] = {"launches": launches, "gb": count / 1e9}
+        return dict(found)
+
+
+def is_product(name: str) -> bool:
+    """Whether an operator is a product of matrices, whose time is not that of its bytes."""
+    return name.removeprefix("aten.").split(".")[0] in PRODUCTS
+
+
+def moved(func: Any, name: str, args: Any, kwargs: Any, out: Any) -> int:
+    """Bytes that an operator must read and write: each tensor once, of a table the rows in question."""
+    if name.startswith(FILLS):
+        return _bytes(out)
+    if name.startswith(BY_ROW):
+        return _moved_by_row(name, args, kwargs, out)
+    total, arguments = 0, func._schema.arguments
+    given = dict(zip((a.name for a in arguments), args, strict=False)) | kwargs
+    for argument in arguments:
+        size = _bytes(given.get(argument.name))
+        is_written = argument.alias_info is not None and argument.alias_info.is_write
+        is_read = not (is_written and (argument.is_out or name.startswith(WRITES_ONLY)))
+        total += size * (is_written + is_read)
+    if all(returned.alias_info is None for returned in func._schema.returns):
+        total += _bytes(out)
+    return total
+
+
+def _moved_by_row(name: str, args: Any, kwargs: Any, out: Any) -> int:
+    tensors = [t for t in _pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+    if name.startswith(("scatter", "index_put", "index_add")):
+        return _bytes(tensors[1:]) + 2 * _bytes(tensors[-1:])
+    return _bytes(tensors[1:]) + 2 * _bytes(out)
+
+
+def _bytes(found: Any) -> int:
+    """Bytes of the tensors in a structure; what is expanded is as small as its storage."""
+    tensors = [t for t in _pytree.tree_leaves(found) if isinstance(t, torch.Tensor)]
+    return sum(min(t.numel() * t.element_size(), t.untyped_storage().nbytes()) for t in tensors)
