@@ -1,36 +1,43 @@
 """Bytes that a training step moves and kernels that it launches, from Inductor's code for an H100.
 
 Bytes of a fused kernel are those of the buffers that it reads and writes, each once: what is left by a cache
-that loses nothing while a kernel runs.
+that loses nothing while a kernel runs. Kinds of kernels:
+
+    fused       written by Inductor: elementwise passes, reductions, casts, lookups
+    template    flex attention, as Inductor writes it
+    triton      Triton kernels of this project within a compiled graph
+    products    products of matrices, by cuBLAS
+    operators   what is opaque: attention of a package, operators of this project
+    eager       operators of torch that run uncompiled
+    wire        collectives
+
+A step of M micro-batches moves first + (M - 1) x next + update (see `step`).
 """
 
 from __future__ import annotations
 
-import time
 from collections import defaultdict
 from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from nanochat.common.machine import Precision
 from nanochat.config import plan as planning
 from nanochat.config.arguments import TrainArgs
 from nanochat.model.gpt import GPT
+from nanochat.train import run
 from tests.gpuless import inductor
-from tests.gpuless.eager import Counter, is_product
-from tests.gpuless.probes import GPU, VOCABULARY
+from tests.gpuless.eager import Counter
+from tests.gpuless.probes import GPU, VOCABULARY, fake_model, fake_state, fake_world
 
 RANKS = 8
+PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "_scaled_mm")
+# Rows of the answers: launches and bytes by phase and kind.
+Rows = dict[str, dict[str, list[int]]]
 
 
 def traffic(
-    depth: int,
-    fp8: bool = False,
-    backend: str = "fa3",
-    top: int = 12,
-    vocabulary: int = VOCABULARY,
-    **flags: Any,
+    depth: int, fp8: bool = False, backend: str = "fa3", top: int = 12, **flags: Any
 ) -> dict[str, Any]:
     """Bytes and kernels of the loss of one micro-batch and of its gradients, compiled and not.
 
@@ -38,120 +45,176 @@ def traffic(
         depth: of the model.
         fp8: of the plan.
         backend: of attention.
-        top: how many groups of fused kernels are listed, largest first.
-        vocabulary: of the model.
+        top: how many groups of fused kernels are listed a phase, largest first.
         flags: others of the plan.
 
     Returns:
-        "shape": rows, tokens, width and vocabulary of the micro-batch, and micro-batches a step;
-        "graphs": of each compiled graph, see `summary`;
-        "eager": launches and gigabytes of what runs uncompiled, by phase and operator;
-        "totals": gigabytes by phase without products and attention, bytes a logit of the loss, launches.
+        "shape": of the micro-batch;
+        "phases": launches and gigabytes by phase ("forward", "loss", "backward") and kind;
+        "loss_bytes_a_logit": of all that is no product;
+        "by_name": launches and gigabytes by phase and name of what has a name: opaque kernels, Triton kernels
+        of ours, operators that run uncompiled;
+        "top": by phase, groups of fused kernels of the same origins.
     """
-    started = time.perf_counter()
-    plan = planning.plan(TrainArgs(depth=depth, fp8=fp8, **flags), vocabulary, RANKS)
+    plan = planning.plan(TrainArgs(depth=depth, fp8=fp8, **flags), VOCABULARY, RANKS)
     with inductor.watched() as watch, FakeTensorMode():
-        model = compiled_model(plan, backend)
+        model = fake_model(plan, backend)
+        model.compile_for(plan.device_batch_size)
         ids = torch.zeros(plan.device_batch_size, plan.model.sequence_len, dtype=torch.int64, device=GPU)
-        counter = Counter()
-        enter_phases(model, watch, counter)
-        with counter:
-            loss = model.loss(ids, ids)
-            counter.phase = watch.phase = "backward"
-            loss.backward()
-    shape = {
-        "rows": ids.size(0),
-        "tokens": ids.numel(),
+        name_phases(model, watch)
+        with Counter(watch) as counter:
+            model.loss(ids, ids).backward()
+    rows = by_kind(watch, counter)
+    loss = sum(count for kind, (_, count) in rows["loss"].items() if kind != "products")
+    return {
+        "shape": shape_of(plan, backend),
+        "loss_bytes_a_logit": loss / ids.numel() / plan.model.vocab_size,
+        "phases": in_gigabytes(rows),
+        "by_name": in_gigabytes(by_name(watch, counter)),
+        "top": largest(watch, top),
+    }
+
+
+def step(depth: int, fp8: bool = False, backend: str = "fa3", **flags: Any) -> dict[str, Any]:
+    """Bytes and kernels of a whole training step of the first of 8 ranks, model and updates compiled.
+
+    Args:
+        depth: of the model.
+        fp8: of the plan.
+        backend: of attention.
+        flags: others of the plan.
+
+    Returns:
+        "shape": of a micro-batch, and how many make a step;
+        "first": launches and gigabytes of the first micro-batch by phase ("forward", "loss", "backward") and
+        kind;
+        "next": likewise of every other one, whose gradients are added to those before;
+        "update": by kind, of all that a step does once.
+    """
+    plan = planning.plan(TrainArgs(depth=depth, fp8=fp8, **flags), VOCABULARY, RANKS)
+    world = fake_world(RANKS)
+    with inductor.watched() as watch, FakeTensorMode():
+        state = fake_state(plan, world, backend, micro_batches=2)
+        state.model.compile_for(plan.device_batch_size)
+        state.optimizer.compile_updates()
+        watch.phase = "update"
+        name_phases(state.model, watch, ("first ", "next "))
+        update = state.optimizer.step
+
+        def updated(*args: Any, **options: Any) -> Any:
+            watch.phase = "update"
+            return update(*args, **options)
+
+        state.optimizer.step = updated
+        with Counter(watch) as counter:
+            run.train_step(plan, state, world)
+    found = in_gigabytes(by_kind(watch, counter))
+    answer: dict[str, Any] = {"shape": shape_of(plan, backend), "first": {}, "next": {}}
+    for phase, kinds in found.items():
+        which, _, part = phase.rpartition(" ")
+        (answer[which] if which else answer)[part] = kinds
+    return answer
+
+
+def shape_of(plan: planning.Plan, backend: str) -> dict[str, Any]:
+    """What figures were counted at."""
+    return {
+        "depth": plan.model.n_layer,
         "width": plan.model.n_embd,
         "vocabulary": plan.model.vocab_size,
+        "rows": plan.device_batch_size,
+        "tokens": plan.device_batch_size * plan.model.sequence_len,
         "micro_batches": plan.grad_accum_steps,
-    }
-    graphs = [summary(graph, top) for graph in watch.graphs]
-    eager = counter.by_phase()
-    return {
-        "shape": shape,
-        "totals": totals(watch.graphs, eager, ids.numel() * plan.model.vocab_size),
-        "graphs": graphs,
-        "eager": eager,
-        "seconds": round(time.perf_counter() - started, 1),
+        "ranks": RANKS,
+        "attention": backend,
     }
 
 
-def compiled_model(plan: planning.Plan, backend: str) -> GPT:
-    """The model of a plan on the device, without values, whose passes are compiled."""
-    with GPU:
-        bos = 0 if plan.model.document_mask else None
-        model = GPT(plan.model, Precision(torch.bfloat16, backend, plan.args.fp8), bos)
-    model.recompute = plan.args.recompute
-    model.compile_for(plan.device_batch_size)
-    return model
-
-
-def enter_phases(model: GPT, watch: inductor.Watch, counter: Counter) -> None:
-    """Let a model tell whether its layers are running, or the loss that follows them."""
-    run = model._hidden
+def name_phases(model: GPT, watch: inductor.Watch, batches: tuple[str, ...] = ("",)) -> None:
+    """Let a model tell which phase of a step runs, with the name of the micro-batch before it."""
+    run_layers, loss_of, names = model._hidden, model.loss, iter(batches)
+    batch = ""
 
     def hidden(ids: torch.Tensor) -> torch.Tensor:
-        counter.phase = watch.phase = "forward"
-        out = run(ids)
-        counter.phase = watch.phase = "loss"
+        nonlocal batch
+        batch = next(names)
+        watch.phase = batch + "forward"
+        out = run_layers(ids)
+        watch.phase = batch + "loss"
+        return out
+
+    def loss(*args: Any, **options: Any) -> torch.Tensor:
+        out = loss_of(*args, **options)
+        watch.phase = batch + "backward"
         return out
 
     model._hidden = hidden  # type: ignore[method-assign]
+    model.loss = loss  # type: ignore[method-assign]
 
 
-def summary(graph: inductor.Graph, top: int) -> dict[str, Any]:
-    """Launches and gigabytes by kind, of opaque kernels by name, and the largest groups of fused ones."""
-    kinds: dict[str, list[int]] = defaultdict(lambda: [0, 0])
-    opaque: dict[str, list[int]] = defaultdict(lambda: [0, 0])
-    fused: dict[str, list[int]] = defaultdict(lambda: [0, 0])
-    for kernel in graph.kernels:
-        places = [kinds[kernel.kind]]
+def kind_of(name: str) -> str:
+    """The kind of an operator, compiled or not, by its full name."""
+    space, _, rest = name.rpartition("::") if "::" in name else name.partition(".")
+    if rest.split(".")[0] in PRODUCTS:
+        return "products"
+    return {"aten": "eager", "_c10d_functional": "wire", "c10d": "wire"}.get(space, "operators")
+
+
+def by_kind(watch: inductor.Watch, counter: Counter) -> Rows:
+    """[launches, bytes] by phase and kind."""
+    rows: Rows = defaultdict(lambda: defaultdict(lambda: [0, 0]))
+    for phase, kernel, calls in kernels(watch):
+        kind = "fused" if kernel.kind in inductor.FUSED else kernel.kind
+        if kind == "extern":
+            kind = "products" if kind_of(kernel.name) == "products" else "operators"
+        add(rows[phase][kind], calls, kernel.bytes)
+    for (phase, name), (launches, count) in counter.found.items():
+        add(rows[phase][kind_of(name)], launches, count, once=True)
+    return rows
+
+
+def by_name(watch: inductor.Watch, counter: Counter) -> Rows:
+    """[launches, bytes] by phase and name, of what has one."""
+    rows: Rows = defaultdict(lambda: defaultdict(lambda: [0, 0]))
+    for phase, kernel, calls in kernels(watch):
         if kernel.name:
-            places.append(opaque[kernel.name])
+            add(rows[phase][f"compiled {kernel.name}"], calls, kernel.bytes)
+    for (phase, name), (launches, count) in counter.found.items():
+        add(rows[phase][name], launches, count, once=True)
+    return rows
+
+
+def largest(watch: inductor.Watch, top: int) -> dict[str, list[dict[str, Any]]]:
+    """By phase, the groups of fused kernels that move most."""
+    rows: Rows = defaultdict(lambda: defaultdict(lambda: [0, 0]))
+    for phase, kernel, calls in kernels(watch):
         if kernel.kind in inductor.FUSED:
-            places.append(fused[kernel.origins])
-        for place in places:
-            place[0] += 1
-            place[1] += kernel.bytes
-    largest = sorted(fused.items(), key=lambda item: -item[1][1])[:top]
+            add(rows[phase][kernel.origins], calls, kernel.bytes)
     return {
-        "phase": phase_of(graph),
-        "calls": graph.calls,
-        "kinds": _rows(kinds),
-        "opaque": _rows(opaque),
-        "top": [{"gb": count / 1e9, "launches": n, "from": origins} for origins, (n, count) in largest],
+        phase: [
+            {"gb": round(count / 1e9, 3), "kernels": launches, "from": origins}
+            for origins, (launches, count) in sorted(groups.items(), key=lambda item: -item[1][1])[:top]
+        ]
+        for phase, groups in rows.items()
     }
 
 
-def phase_of(graph: inductor.Graph) -> str:
-    """The phase in which a graph runs: the backward pass is compiled together with the forward pass."""
-    return "backward" if graph.is_backward else graph.phase
+def kernels(watch: inductor.Watch) -> list[tuple[str, inductor.Kernel, int]]:
+    """Phase, kernel and calls, of all that was compiled and called."""
+    return [(p, k, n) for graph in watch.graphs for p, n in graph.calls.items() for k in graph.kernels]
 
 
-def _rows(found: dict[str, list[int]]) -> dict[str, dict[str, float]]:
-    return {name: {"launches": n, "gb": count / 1e9} for name, (n, count) in sorted(found.items())}
+def add(row: list[int], launches: int, count: int, once: bool = False) -> None:
+    """Count launches and their bytes: of each, or of all together."""
+    row[0] += launches
+    row[1] += count if once else launches * count
 
 
-def totals(
-    graphs: list[inductor.Graph], eager: dict[str, dict[str, dict[str, float]]], logits: int
-) -> dict[str, float]:
-    """Gigabytes that do not belong to products or attention, by phase, and all launches."""
-    out: dict[str, float] = defaultdict(float)
-    for graph in graphs:
-        phase = phase_of(graph)
-        for kernel in graph.kernels:
-            out["launches"] += graph.calls
-            if kernel.kind in inductor.FUSED:
-                out[f"{phase}_fused_gb"] += graph.calls * kernel.bytes / 1e9
-                out[f"{phase}_fused_kernels"] += graph.calls
-            elif kernel.kind == "triton":
-                out[f"{phase}_triton_gb"] += graph.calls * kernel.bytes / 1e9
-    for phase, operators in eager.items():
-        for name, row in operators.items():
-            out["launches"] += row["launches"]
-            if not is_product(name):
-                out[f"{phase}_eager_gb"] += row["gb"]
-    loss = sum(out.get(f"loss_{kind}_gb", 0.0) for kind in ("fused", "triton", "eager"))
-    out["loss_bytes_a_logit"] = loss * 1e9 / logits
-    return dict(out)
+def in_gigabytes(rows: Rows) -> dict[str, dict[str, dict[str, float]]]:
+    """Rows as they are written down."""
+    return {
+        phase: {
+            name: {"kernels": n, "gb": round(count / 1e9, 4)} for name, (n, count) in sorted(found.items())
+        }
+        for phase, found in rows.items()
+    }

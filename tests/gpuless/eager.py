@@ -9,7 +9,7 @@ import torch
 from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.gpuless.inductor import PRODUCTS
+from tests.gpuless.inductor import Watch
 
 FREE = (
     "prim.",
@@ -29,13 +29,13 @@ class Counter(TorchDispatchMode):
     """Counts, for every operator on the device, its launches and the bytes that it reads and writes.
 
     Attributes:
-        phase: of the step, under which operators are filed.
+        watch: whose phase of the step they are filed under.
         found: [launches, bytes] by phase and operator.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, watch: Watch) -> None:
         super().__init__()
-        self.phase = ""
+        self.watch = watch
         self.found: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0])
 
     @classmethod
@@ -51,7 +51,7 @@ class Counter(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         name = str(func)
         if not name.startswith(FREE) and not func.is_view and self._is_on_device(out, args):
-            row = self.found[self.phase, name]
+            row = self.found[self.watch.phase, name]
             row[0] += 1
             row[1] += moved(func, name.removeprefix("aten."), args, kwargs or {}, out)
         return out
@@ -60,18 +60,6 @@ class Counter(TorchDispatchMode):
     def _is_on_device(out: Any, args: Any) -> bool:
         leaves = _pytree.tree_leaves((out, args))
         return any(isinstance(leaf, torch.Tensor) and leaf.device.type == "cuda" for leaf in leaves)
-
-    def by_phase(self) -> dict[str, dict[str, dict[str, float]]]:
-        """Launches and gigabytes by phase: of products, of collectives, of each other operator."""
-        found: dict[str, dict[str, dict[str, float]]] = defaultdict(dict)
-        for (phase, name), (launches, count) in sorted(self.found.items()):
-            found[phase][name] = {"launches": launches, "gb": count / 1e9}
-        return dict(found)
-
-
-def is_product(name: str) -> bool:
-    """Whether an operator is a product of matrices, whose time is not that of its bytes."""
-    return name.removeprefix("aten.").split(".")[0] in PRODUCTS
 
 
 def moved(func: Any, name: str, args: Any, kwargs: Any, out: Any) -> int:

@@ -7,6 +7,7 @@ through regions that are compiled and code between them that is not, and both ar
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -38,12 +39,10 @@ class Kernel:
 
 @dataclass
 class Graph:
-    """A graph that was compiled: its phase, its kernels, and how often it was called."""
+    """A graph that was compiled: its kernels, and how often it was called in which phase."""
 
-    phase: str
-    is_backward: bool
     kernels: list[Kernel]
-    calls: int = 0
+    calls: Counter[str] = field(default_factory=Counter)
 
 
 @dataclass
@@ -52,7 +51,7 @@ class Watch:
 
     Attributes:
         graphs: in the order of their making.
-        phase: under which the next one is filed.
+        phase: under which calls are filed from here on.
     """
 
     graphs: list[Graph] = field(default_factory=list)
@@ -87,7 +86,7 @@ def watched(assemble: bool = False) -> Iterator[Watch]:
     def lowered(self: Any) -> Any:
         module = lower(self)
         kernels = [kernel for node in self.scheduler.nodes if (kernel := _kernel_of(node))]
-        self.watched = Graph(watch.phase, bool(self.is_backward), kernels)
+        self.watched = Graph(kernels)
         watch.graphs.append(self.watched)
         return module
 
@@ -99,7 +98,7 @@ def watched(assemble: bool = False) -> Iterator[Watch]:
 
     def called(self: Any, inputs: Any) -> Any:
         graph, values = self.watched
-        graph.calls += 1
+        graph.calls[watch.phase] += 1
         if isinstance(inputs, list):
             inputs.clear()  # as a compiled graph does, so that activations are freed
         return [_empty_like(value) if isinstance(value, torch.Tensor) else value for value in values]

@@ -72,28 +72,54 @@ class Watch(TorchDispatchMode):
 def step(depth: int, ranks: int = 8, backend: str = "sdpa", **flags: Any) -> dict[str, Any]:
     """One whole `train_step` of the first of several ranks: crossings, and gigabytes beside the estimate."""
     plan = planning.plan(TrainArgs(depth=depth, **flags), VOCABULARY, ranks)
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
-    world = World(rank=0, size=ranks, device=GPU, backend="nccl")
-    World.any_rank = lambda self, flag: flag  # type: ignore[method-assign] # ranks agree over gloo, on the host
+    world = fake_world(ranks)
     with FakeTensorMode():
-        with GPU:
-            model = GPT(plan.model, Precision(torch.bfloat16, backend, plan.args.fp8))
-        model.recompute = plan.args.recompute
-        options = MatrixOptions(plan.polar_norm_factor)
-        params, kinds = dict(model.named_parameters()), model.parameter_kinds()
-        optimizer = MuonAdamW(params, kinds, plan.groups, world, torch.bfloat16, options)
-        ids = torch.zeros(plan.device_batch_size, plan.model.sequence_len, dtype=torch.int64, device=GPU)
-        pairs = [(ids, ids)] * min(2, plan.grad_accum_steps)
-        loader = SimpleNamespace(next_batch=lambda: pairs, epoch=0.0)
-        scale = LossScale(torch.bfloat16, GPU)
-        state = SimpleNamespace(step=1, model=model, optimizer=optimizer, loader=loader, loss_scale=scale)
+        state = fake_state(plan, world, backend)
+        model, optimizer = state.model, state.optimizer
         watch = Watch()
         for tensor in (*model.parameters(), *model.buffers(), *optimizer_tensors(optimizer)):
             watch.see(tensor)
         with watch:
-            run.train_step(plan, state, world)  # type: ignore[arg-type]
+            run.train_step(plan, state, world)
     needed = memory.estimate(plan, plan.device_batch_size, torch.bfloat16, "cuda")
     return {"crossings": watch.crossings, "peak_gb": watch.peak / 1e9, "estimate_gb": needed.total / 1e9}
+
+
+def fake_world(ranks: int) -> World:
+    """The first of several ranks, whose collectives do nothing."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
+    world = World(rank=0, size=ranks, device=GPU, backend="nccl")
+    World.any_rank = lambda self, flag: flag  # type: ignore[method-assign] # ranks agree over gloo, on the host
+    return world
+
+
+def fake_state(plan: planning.Plan, world: World, backend: str, micro_batches: int = 0) -> Any:
+    """What a training step needs, without values: model, optimizer, and a loader of the same micro-batch.
+
+    Args:
+        plan: of the run.
+        world: the ranks.
+        backend: of attention.
+        micro_batches: of a step; by default the plan's, at most two.
+    """
+    model = fake_model(plan, backend)
+    options = MatrixOptions(plan.polar_norm_factor)
+    params, kinds = dict(model.named_parameters()), model.parameter_kinds()
+    optimizer = MuonAdamW(params, kinds, plan.groups, world, torch.bfloat16, options)
+    ids = torch.zeros(plan.device_batch_size, plan.model.sequence_len, dtype=torch.int64, device=GPU)
+    pairs = [(ids, ids)] * (micro_batches or min(2, plan.grad_accum_steps))
+    loader = SimpleNamespace(next_batch=lambda: pairs, epoch=0.0)
+    scale = LossScale(torch.bfloat16, GPU)
+    return SimpleNamespace(step=1, model=model, optimizer=optimizer, loader=loader, loss_scale=scale)
+
+
+def fake_model(plan: planning.Plan, backend: str) -> GPT:
+    """The model of a plan on the device, without values."""
+    with GPU:
+        bos = 0 if plan.model.document_mask else None
+        model = GPT(plan.model, Precision(torch.bfloat16, backend, plan.args.fp8), bos)
+    model.recompute = plan.args.recompute
+    return model
 
 
 def optimizer_tensors(optimizer: MuonAdamW) -> list[torch.Tensor]:
@@ -128,10 +154,7 @@ def graphs(backend: str, windows: int = 1, halvings: int = 0, **flags: Any) -> d
     plan = planning.plan(TrainArgs(depth=4, **flags), VOCABULARY, 8)
     counts = []
     with FakeTensorMode():
-        with GPU:
-            bos = 0 if plan.model.document_mask else None
-            model = GPT(plan.model, Precision(torch.bfloat16, backend, plan.args.fp8), bos)
-        model.recompute = plan.args.recompute
+        model = fake_model(plan, backend)
         for halving in range(halvings + 1):
             rows = 8 >> halving
             model.compile_for(rows)
