@@ -69,11 +69,14 @@ def build(folder: Path) -> dict[str, str]:
     }
 
 
-def probe(environment: dict[str, str], name: str, **arguments: Any) -> Any:
-    """The answer of a function of this folder, "module.function", in a process of its own with the device."""
+def probe(environment: dict[str, str], name: str, timeout: float = 280, /, **arguments: Any) -> Any:
+    """The answer of a function of this folder, "module.function", in a process of its own with the device.
+
+    It may take `timeout` seconds.
+    """
     command = [sys.executable, "-m", "tests.gpuless.ask", name, json.dumps(arguments)]
     done = subprocess.run(
-        command, env=environment, cwd=REPO, capture_output=True, text=True, timeout=280, check=False
+        command, env=environment, cwd=REPO, capture_output=True, text=True, timeout=timeout, check=False
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout.splitlines()[-1])
