@@ -16,10 +16,15 @@ A step of M micro-batches moves first + (M - 1) x next + update (see `step`).
 
 from __future__ import annotations
 
+import re
+import subprocess
+import tempfile
 from collections import defaultdict
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nanochat.config import plan as planning
@@ -57,7 +62,8 @@ def traffic(
         "top": by phase, groups of fused kernels of the same origins.
     """
     plan = planning.plan(TrainArgs(depth=depth, fp8=fp8, **flags), VOCABULARY, RANKS)
-    with inductor.watched() as watch, FakeTensorMode():
+    watch = inductor.watched()
+    with FakeTensorMode():
         model = fake_model(plan, backend)
         model.compile_for(plan.device_batch_size)
         ids = torch.zeros(plan.device_batch_size, plan.model.sequence_len, dtype=torch.int64, device=GPU)
@@ -73,6 +79,11 @@ def traffic(
         "by_name": in_gigabytes(by_name(watch, counter)),
         "top": largest(watch, top),
     }
+
+
+def steps(asked: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The answers of `step` for several sets of arguments, in one process."""
+    return [step(**arguments) for arguments in asked]
 
 
 def step(depth: int, fp8: bool = False, backend: str = "fa3", **flags: Any) -> dict[str, Any]:
@@ -92,8 +103,10 @@ def step(depth: int, fp8: bool = False, backend: str = "fa3", **flags: Any) -> d
         "update": by kind, of all that a step does once.
     """
     plan = planning.plan(TrainArgs(depth=depth, fp8=fp8, **flags), VOCABULARY, RANKS)
-    world = fake_world(RANKS)
-    with inductor.watched() as watch, FakeTensorMode():
+    world, watch = fake_world(RANKS), inductor.watched()
+    watch.graphs.clear()  # of the steps before
+    torch._dynamo.reset()
+    with FakeTensorMode():
         state = fake_state(plan, world, backend, micro_batches=2)
         state.model.compile_for(plan.device_batch_size)
         state.optimizer.compile_updates()
@@ -114,6 +127,51 @@ def step(depth: int, fp8: bool = False, backend: str = "fa3", **flags: Any) -> d
         which, _, part = phase.rpartition(" ")
         (answer[which] if which else answer)[part] = kinds
     return answer
+
+
+def cubins(depth: int, fp8: bool = False, backend: str = "fa3", **flags: Any) -> dict[str, Any]:
+    """Triton kernels of the loss, of its gradients and of the updates, assembled for sm_90.
+
+    Args:
+        depth: of the model.
+        fp8: of the plan.
+        backend: of attention.
+        flags: others of the plan.
+
+    Returns:
+        how many "kernels" there are, and "cubins" of their configurations; most "registers" of a thread and
+        bytes of "shared" memory of any; and the kernels which are "spilling" in every configuration, with
+        the fewest bytes of a thread's stack.
+    """
+    plan = planning.plan(TrainArgs(depth=depth, fp8=fp8, **flags), VOCABULARY, RANKS)
+    world, watch = fake_world(RANKS), inductor.watched(assemble=True)
+    with FakeTensorMode():
+        state = fake_state(plan, world, backend, micro_batches=1)
+        state.model.compile_for(plan.device_batch_size)
+        state.optimizer.compile_updates()
+        run.train_step(plan, state, world)
+    used = {key: [resources(cubin) for cubin in found] for key, found in watch.cubins.items()}
+    every = [usage for found in used.values() for usage in found]
+    stacks = {name: min(usage["STACK"] for usage in found) for (_, name), found in used.items()}
+    return {
+        "kernels": len(used),
+        "cubins": len(every),
+        "registers": max(usage["REG"] for usage in every),
+        "shared": max(usage["SHARED"] for usage in every),
+        "spilling": {name: stack for name, stack in stacks.items() if stack},
+    }
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    """Registers and stack of a thread, shared memory of a block: {"REG", "STACK", "SHARED", ...}."""
+    import triton.backends.nvidia as backend
+
+    tool = Path(backend.__file__).parent / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        out = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True)
+    return {name: int(value) for name, value in re.findall(r"\b([A-Z]+):(\d+)", out.stdout)}
 
 
 def shape_of(plan: planning.Plan, backend: str) -> dict[str, Any]:

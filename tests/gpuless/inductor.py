@@ -6,9 +6,8 @@ through regions that are compiled and code between them that is not, and both ar
 
 from __future__ import annotations
 
-import contextlib
+import functools
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -52,15 +51,17 @@ class Watch:
     Attributes:
         graphs: in the order of their making.
         phase: under which calls are filed from here on.
+        cubins: of each Triton kernel, where they are assembled: one a configuration that is tried on a GPU.
     """
 
     graphs: list[Graph] = field(default_factory=list)
     phase: str = ""
+    cubins: dict[tuple[int, str], list[bytes]] = field(default_factory=dict)
 
 
-@contextlib.contextmanager
-def watched(assemble: bool = False) -> Iterator[Watch]:
-    """Watch what is compiled; the rest of this process can run no compiled code any more.
+@functools.cache
+def watched(assemble: bool = False) -> Watch:
+    """Watch what this process compiles from here on; it can run no compiled code any more.
 
     Args:
         assemble: compile the Triton kernels down to cubins as well, which takes most of the time.
@@ -71,22 +72,24 @@ def watched(assemble: bool = False) -> Iterator[Watch]:
     from torch._inductor.async_compile import AsyncCompile
     from torch._inductor.graph import GraphLowering
     from torch._inductor.output_code import CompiledFxGraph
+    from torch._inductor.runtime.triton_heuristics import CachingAutotuner
 
     watch = Watch()
     config.shape_padding = False  # it would measure products
     config.compile_threads = 1
     config.force_disable_caches = True
+    config.use_static_triton_launcher = False  # it drops a kernel's code
     torch._functorch.config.force_non_lazy_backward_lowering = True
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     if not assemble:
         AsyncCompile.triton = lambda self, *args, **options: None  # type: ignore[method-assign]
         AsyncCompile.wait = lambda self, scope: None  # type: ignore[method-assign]
     lower, build = GraphLowering._compile_to_module, CompiledFxGraph.__init__
+    assembled = CachingAutotuner._precompile_config
 
     def lowered(self: Any) -> Any:
         module = lower(self)
-        kernels = [kernel for node in self.scheduler.nodes if (kernel := _kernel_of(node))]
-        self.watched = Graph(kernels)
+        self.watched = Graph([kernel for node in self.scheduler.nodes if (kernel := _kernel_of(node))])
         watch.graphs.append(self.watched)
         return module
 
@@ -103,10 +106,16 @@ def watched(assemble: bool = False) -> Iterator[Watch]:
             inputs.clear()  # as a compiled graph does, so that activations are freed
         return [_empty_like(value) if isinstance(value, torch.Tensor) else value for value in values]
 
+    def precompiled(self: Any, config: Any) -> Any:
+        result = assembled(self, config)
+        watch.cubins.setdefault((id(self), self.fn.__name__), []).append(result.kernel.asm["cubin"])
+        return result
+
     GraphLowering._compile_to_module = lowered  # type: ignore[method-assign]
     CompiledFxGraph.__init__ = built  # type: ignore[method-assign]
     CompiledFxGraph.__call__ = called  # type: ignore[method-assign]
-    yield watch
+    CachingAutotuner._precompile_config = precompiled  # type: ignore[method-assign]
+    return watch
 
 
 def _empty_like(value: torch.Tensor) -> torch.Tensor:

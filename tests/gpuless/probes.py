@@ -87,7 +87,8 @@ def step(depth: int, ranks: int = 8, backend: str = "sdpa", **flags: Any) -> dic
 
 def fake_world(ranks: int) -> World:
     """The first of several ranks, whose collectives do nothing."""
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
+    if not dist.is_initialized():
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
     world = World(rank=0, size=ranks, device=GPU, backend="nccl")
     World.any_rank = lambda self, flag: flag  # type: ignore[method-assign] # ranks agree over gloo, on the host
     return world
