@@ -21,7 +21,9 @@ class MachineFlags:
 
     device_type: str = free("auto", "where to compute", choices=("auto", "cuda", "cpu", "mps"))
     dtype: str = flag("auto", "dtype of activations", choices=("auto", "bfloat16", "float16", "float32"))
-    attention: str = free("auto", "attention backend", choices=("auto", "fa3", "fa2", "flex", "sdpa"))
+    attention: str = free(
+        "auto", "attention backend", choices=("auto", "fa3", "fa2", "varlen", "flex", "sdpa")
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
