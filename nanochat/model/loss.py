@@ -12,6 +12,9 @@ and the softmax ignores the constant, so softmax(2 cap s) are the probabilities.
 per 8,192 tokens of V = 32,768) a sigmoid takes 0.055 s where tanh takes 0.34 s, and the fused softmax 0.08 s
 where exp and sum take 0.17 s; that is why it is written this way. A probability is never below exp(-2 cap) /
 V, so -log(p) is safe.
+
+On a GPU that Triton compiles for, the elementwise part is one kernel (loss_kernel.py), which takes 6 bytes a
+logit in bf16 where the operations above take 60.
 """
 
 from __future__ import annotations
@@ -21,13 +24,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from nanochat.model import kernels
+
 Reduction = Literal["mean", "sum", "none"]
 IGNORED = -1  # the target that does not count
 
 # Elements of logits held at a time: in the compute dtype for the matrix products (a chunk), and in fp32 for
 # the elementwise part (a tile of the chunk). On a CPU tiles should stay in cache: per 8,192 tokens of
-# V = 32,768 the elementwise part takes 0.18 to 0.20 s with tiles of 2^19 to 2^21, and 0.29 s with 2^23.
-CHUNK_ELEMENTS = {"cpu": 1 << 25, "cuda": 1 << 27}
+# V = 32,768 the elementwise part takes 0.18 to 0.20 s with tiles of 2^19 to 2^21, and 0.29 s with 2^23. The
+# kernel of a GPU needs no tile, so that chunks are twice as large there in the same memory: each chunk reads
+# and writes the gradient of the whole head once.
+CHUNK_ELEMENTS = {"cpu": 1 << 25, "cuda": 1 << 28}
 TILE_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 25}
 
 # Factor on the derivatives by the logits while fp16 holds them: most are near 1 / (4 V), and fp16 has its
@@ -44,6 +51,7 @@ def softcapped_cross_entropy(
     vocab_size: int | None = None,
     reduction: Reduction = "mean",
     chunk_rows: int | None = None,
+    cast: Tensor | None = None,
 ) -> Tensor:
     """Cross-entropy in nats of softcap * tanh(x @ weight.T / softcap) against the targets.
 
@@ -52,13 +60,14 @@ def softcapped_cross_entropy(
 
     Args:
         x: (N, C) hidden states in the compute dtype.
-        weight: (V', C) master weight of the head; cast to the dtype of x here.
+        weight: (V', C) master weight of the head, which takes the gradient.
         targets: (N,) int64 token ids below vocab_size, or IGNORED.
         softcap: bound of the logits.
         vocab_size: V; rows of the weight from V on are padding and take no part. By default V'.
         reduction: "mean" over the targets that count (0 if there are none), "sum", or "none", which gives
             (N,) losses, zero where ignored, and no gradient.
         chunk_rows: rows whose logits are held at a time; by default chosen for the device.
+        cast: (V', C) the weight in the dtype of x, where the caller has it; by default it is cast here.
 
     Returns:
         fp32 scalar, or (N,) fp32 for reduction "none".
@@ -68,9 +77,9 @@ def softcapped_cross_entropy(
     constants = (softcap, vocab_size, chunk_rows)
     if wants_grad:
         assert reduction != "none", "per-token losses carry no gradient: call under torch.no_grad()"
-        total: Tensor = _SummedLoss.apply(x, weight, targets, *constants)
+        total: Tensor = _SummedLoss.apply(x, weight, targets, cast, *constants)
     else:
-        losses, _ = token_losses(x, weight, targets, *constants, with_argmax=False)
+        losses, _ = token_losses(x, weight, targets, *constants, with_argmax=False, cast=cast)
         if reduction == "none":
             return losses
         total = losses.sum()
@@ -88,6 +97,7 @@ def token_losses(
     vocab_size: int | None = None,
     chunk_rows: int | None = None,
     with_argmax: bool = True,
+    cast: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Losses token by token and whether each target is the most likely token; no gradients.
 
@@ -100,10 +110,15 @@ def token_losses(
     vocab_size = weight.size(0) if vocab_size is None else vocab_size
     losses, valid = _new_losses(x), targets != IGNORED
     is_argmax = torch.zeros_like(valid)
-    head = weight[:vocab_size].to(x.dtype)
+    fused = _is_fused(x)
+    head = _head(weight, cast, x.dtype, weight.size(0) if fused else vocab_size)
     safe = targets.clamp(0, vocab_size - 1)
-    for rows in _spans(x.size(0), chunk_rows or _default_rows(CHUNK_ELEMENTS, x, vocab_size)):
+    for rows in _spans(x.size(0), chunk_rows or _default_rows(CHUNK_ELEMENTS, x, head.size(0))):
         z = x[rows] @ head.t()
+        if fused:
+            hits = is_argmax[rows] if with_argmax else None
+            _fill_by_kernel(z, targets[rows], losses[rows], hits, softcap, vocab_size, with_grad=False)
+            continue
         if with_argmax:
             is_argmax[rows] = z.argmax(dim=-1) == safe[rows]
         _losses_of_chunk(z, safe[rows], softcap, losses[rows], with_grad=False)
@@ -119,32 +134,36 @@ class _SummedLoss(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         targets: Tensor,
+        cast: Tensor | None,
         softcap: float,
         vocab_size: int,
         chunk_rows: int | None,
     ) -> Tensor:
         want_x, want_weight = ctx.needs_input_grad[:2]
         losses, valid = _new_losses(x), (targets != IGNORED)[:, None]
+        fused = _is_fused(x)
+        head = _head(weight, cast, x.dtype, weight.size(0) if fused else vocab_size)
         safe = targets.clamp(0, vocab_size - 1)
-        head = weight[:vocab_size].to(x.dtype)
-        counted = x * valid if want_weight else x  # an ignored row adds nothing to the weight's gradient
+        # An ignored row adds nothing to the weight's gradient; the kernel makes its derivatives zero.
+        counted = x * valid if want_weight and not fused else x
         grad_x = torch.empty_like(x) if want_x else None
         grad_weight = torch.zeros_like(weight) if want_weight else None
-        product = torch.empty_like(head) if want_weight and weight.dtype != x.dtype else None
-        chunk = chunk_rows or _default_rows(CHUNK_ELEMENTS, x, vocab_size)
-        z_buffer = x.new_empty(min(chunk, x.size(0)), vocab_size)
+        product = None if grad_weight is None else _product_buffer(grad_weight, head)
+        chunk = chunk_rows or _default_rows(CHUNK_ELEMENTS, x, head.size(0))
+        z_buffer = x.new_empty(min(chunk, x.size(0)), head.size(0))
         for rows in _spans(x.size(0), chunk):
             z = torch.mm(x[rows], head.t(), out=z_buffer[: rows.stop - rows.start])
-            wanted = want_x or want_weight
-            _losses_of_chunk(z, safe[rows], softcap, losses[rows], with_grad=wanted)
+            if fused:
+                _fill_by_kernel(z, targets[rows], losses[rows], None, softcap, vocab_size, with_grad=True)
+            else:
+                _losses_of_chunk(z, safe[rows], softcap, losses[rows], with_grad=want_x or want_weight)
             if grad_x is not None:
                 torch.mm(z, head, out=grad_x[rows])
-            if product is not None and grad_weight is not None:
-                grad_weight[:vocab_size] += torch.mm(z.t(), counted[rows], out=product)
-            elif grad_weight is not None:
-                grad_weight[:vocab_size].addmm_(z.t(), counted[rows])
-        ctx.grads = (None if grad_x is None else grad_x.mul_(valid), grad_weight)
-        ctx.boost = _boost(x.dtype)
+            if grad_weight is not None:
+                _add_product(grad_weight[: head.size(0)], z.t(), counted[rows], product)
+        if grad_x is not None and not fused:
+            grad_x.mul_(valid)
+        ctx.grads, ctx.boost = (grad_x, grad_weight), _boost(x.dtype)
         return (losses * valid[:, 0]).sum()
 
     @staticmethod
@@ -157,8 +176,52 @@ class _SummedLoss(torch.autograd.Function):
         return (
             None if grad_x is None else grad_x.mul_(factor),
             None if grad_weight is None else grad_weight.mul_(factor),
-            *(None,) * 4,
+            *(None,) * 5,
         )
+
+
+def _is_fused(x: Tensor) -> bool:
+    """Whether the elementwise part is the kernel's."""
+    return kernels.run_on(x.device) and x.dtype.itemsize <= 4
+
+
+def _head(weight: Tensor, cast: Tensor | None, dtype: torch.dtype, rows: int) -> Tensor:
+    """The first rows of the weight in the dtype of the products.
+
+    The kernel takes those of padding too, whose number suits the tensor cores and loads of 128 bits: V may be
+    50,257. Their logits count for nothing and their derivatives are zero.
+    """
+    return weight[:rows].to(dtype) if cast is None else cast[:rows]
+
+
+def _fill_by_kernel(
+    z: Tensor,
+    targets: Tensor,
+    losses: Tensor,
+    hits: Tensor | None,
+    softcap: float,
+    vocab_size: int,
+    with_grad: bool,
+) -> None:
+    """As `_losses_of_chunk`, with padding columns, ignored targets, and (R,) hits if they are asked for."""
+    from nanochat.model.loss_kernel import softcapped_losses  # here: Triton is for GPUs
+
+    softcapped_losses(z, targets, losses, hits, softcap, vocab_size, _boost(z.dtype), with_grad)
+
+
+def _product_buffer(total: Tensor, head: Tensor) -> Tensor | None:
+    """Room for a product that `_add_product` cannot add to the total while it is computed."""
+    return None if total.is_cuda or total.dtype == head.dtype else torch.empty_like(head)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor, product: Tensor | None) -> None:
+    """Add a @ b to the total, in which a GPU keeps it from the first partial sum on."""
+    if product is not None:
+        total += torch.mm(a, b, out=product)
+    elif total.dtype == b.dtype:
+        total.addmm_(a, b)
+    else:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
 
 
 def _losses_of_chunk(z: Tensor, targets: Tensor, softcap: float, losses: Tensor, with_grad: bool) -> None:

@@ -1,0 +1,174 @@
+"""The loss on a pretended H100, for its bytes and kernels, and by Triton's interpreter, for its numbers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from nanochat.model import loss
+
+GPU = torch.device("cuda:0")
+SOFTCAP = 15.0
+PRODUCTS = ("aten.mm", "aten.addmm")
+
+
+class Traffic(TorchDispatchMode):
+    """Counts the kernels that operations launch, and the bytes that they read and write, by operation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes: Counter[str] = Counter()
+        self.kernels: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = str(func).rpartition(".")[0]
+        if not func.is_view and "empty" not in name and not name.startswith("prim"):
+            given, made = _tensors((args, kwargs)), _tensors(out)
+            written = {id(t) for t in made} | {id(t) for t in _mutated(func, args, kwargs or {})}
+            fills = name.endswith(("zeros_like", "new_full"))
+            only_written = name.endswith("copy_") or func._overloadname.endswith("out")
+            read = [] if fills else [t for t in given if not (only_written and id(t) in written)]
+            every = {id(t): t for t in (*given, *made)}
+            moved = sum(_size(t) for t in read) + sum(_size(every[i]) for i in written)
+            if name == "nanochat.softcapped_losses":
+                moved += (
+                    _size(args[0]) if args[-1] else -_size(args[0])
+                )  # read twice, or once and not written
+            if "gather" in name or "scatter" in name:
+                moved = 0  # one logit a row
+            self.bytes[name] += moved
+            self.kernels[name] += 1
+        return out
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in _pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def _mutated(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
+    given = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
+    written = (a.name for a in func._schema.arguments if a.alias_info and a.alias_info.is_write)
+    return [given[name] for name in written if isinstance(given.get(name), Tensor)]
+
+
+def _size(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def traffics(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """`traffic` of several cases in one process."""
+    return [traffic(**case) for case in cases]
+
+
+def traffic(
+    tokens: int, vocabulary: int, padded: int, width: int, kernel: bool = True, grad: bool = True
+) -> dict[str, Any]:
+    """Bytes a logit and kernels of a micro-batch's loss in bf16, of the elementwise part and of products.
+
+    Args:
+        tokens: of the micro-batch.
+        vocabulary: its size.
+        padded: rows of the head.
+        width: of the model.
+        kernel: False for the path of devices that Triton does not compile for.
+        grad: False for evaluation, with the likeliest token.
+    """
+    loss._is_fused = lambda x: kernel  # type: ignore[assignment]
+    with FakeTensorMode():
+        x = torch.empty(tokens, width, dtype=torch.bfloat16, device=GPU, requires_grad=grad)
+        weight = torch.empty(padded, width, device=GPU, requires_grad=True)
+        cast = torch.empty(padded, width, dtype=torch.bfloat16, device=GPU)
+        targets = torch.zeros(tokens, dtype=torch.int64, device=GPU)
+        watch = Traffic()
+        with watch:
+            if grad:
+                given = {"vocab_size": vocabulary, "cast": cast}
+                loss.softcapped_cross_entropy(x, weight, targets, SOFTCAP, **given).backward()
+            else:
+                loss.token_losses(x, weight, targets, SOFTCAP, vocabulary, cast=cast)
+        grads = [] if not grad else [str(p.grad.dtype) for p in (x, weight)]
+    products = sum(watch.bytes[name] for name in PRODUCTS)
+    return {
+        "a_logit": (sum(watch.bytes.values()) - products) / (tokens * vocabulary),
+        "kernels": sum(watch.kernels.values()),
+        "products": {name: watch.kernels[name] for name in PRODUCTS},
+        "products_gb": products / 1e9,
+        "bytes": watch.bytes.most_common(8),
+        "grads": grads,
+    }
+
+
+# -----------------------------------------------------------------------------
+# In the interpreter
+
+
+def numbers(cases: list[dict[str, Any]], dtypes: list[str]) -> dict[str, Any]:
+    """All comparisons of the kernel with operations in one process."""
+    return {
+        "kernel": [kernel_against_operations(**case) for case in cases],
+        "pass": [pass_against_operations(dtype) for dtype in dtypes],
+    }
+
+
+def kernel_against_operations(vocabulary: int, padded: int, dtype: str, scale: float) -> dict[str, Any]:
+    """The kernel beside `_losses_of_chunk` on the same logits, of which some are extreme.
+
+    Returns:
+        "losses": largest relative difference. "gradient": largest difference beyond one unit in the last
+        place of the dtype. "padding": largest value left in padding and ignored rows. "hits": whether the
+        likeliest tokens are the same.
+    """
+    from nanochat.model.loss_kernel import softcapped_losses
+
+    kind, rows, random = getattr(torch, dtype), 7, torch.Generator().manual_seed(0)
+    z = (torch.randn(rows, padded, generator=random) * scale).to(kind)
+    targets = torch.randint(0, vocabulary, (rows,), generator=random)
+    targets[3] = loss.IGNORED
+    z[5, :2], targets[5] = torch.tensor([1e4, -1e4]), 1  # all mass on a wrong token
+    z[4, targets[4]] = 1e4
+    z[6] = 2.0  # all equal: the first is the likeliest
+    targets[6] = 0
+    z[:, vocabulary:] = float("nan")
+    valid, want, want_losses = targets >= 0, z[:, :vocabulary].clone(), torch.empty(rows)
+    want_hits = (want.argmax(-1) == targets) & valid
+    loss._losses_of_chunk(want, targets.clamp(min=0), SOFTCAP, want_losses, with_grad=True)
+    losses, hits = torch.full((rows,), -7.0), torch.ones(rows, dtype=torch.bool)
+    only, only_hits = z.clone(), torch.ones(rows, dtype=torch.bool)
+    softcapped_losses(only, targets, losses.clone(), only_hits, SOFTCAP, vocabulary, 1.0, False)
+    assert torch.equal(only[:, :vocabulary], z[:, :vocabulary]), "the logits changed without a gradient"
+    softcapped_losses(z, targets, losses, hits, SOFTCAP, vocabulary, loss._boost(kind), True)
+    want, got = want.float() * valid[:, None], z[:, :vocabulary].float()
+    ulp = torch.finfo(kind).eps * want.abs() if kind != torch.float32 else 2e-5 * want.abs()
+    losses_off = (losses[valid] - want_losses[valid]).abs() / want_losses[valid].clamp(min=1e-3)
+    return {
+        "losses": losses_off.max().item(),
+        "gradient": ((got - want).abs() - ulp).max().item(),
+        "padding": max(z[:, vocabulary:].abs().sum().item(), z[3].abs().sum().item(), abs(losses[3].item())),
+        "hits": torch.equal(hits, want_hits) and torch.equal(only_hits, want_hits),
+    }
+
+
+def pass_against_operations(dtype: str) -> dict[str, Any]:
+    """Loss and gradients by way of the kernel beside those of operations: relative differences."""
+    kind, random = getattr(torch, dtype), torch.Generator().manual_seed(1)
+    x = torch.randn(50, 16, generator=random).to(kind).requires_grad_()
+    weight = torch.randn(128, 16, generator=random).requires_grad_()
+    targets = torch.randint(0, 100, (50,), generator=random)
+    targets[::9] = loss.IGNORED
+    answers = []
+    for fused in (False, True):
+        loss._is_fused = lambda x, fused=fused: fused  # type: ignore[assignment,misc]
+        total = loss.softcapped_cross_entropy(x, weight, targets, SOFTCAP, vocab_size=100, chunk_rows=16)
+        each = loss.token_losses(x, weight, targets, SOFTCAP, 100, 16)
+        answers.append([total, *torch.autograd.grad(total, (x, weight)), *(t.float() for t in each)])
+    return {
+        name: ((a.float() - b.float()).norm() / a.float().norm().clamp(min=1e-9)).item()
+        for name, a, b in zip(("loss", "x", "weight", "losses", "hits"), *answers, strict=True)
+    }

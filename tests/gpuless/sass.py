@@ -1,0 +1,72 @@
+"""Triton kernels compiled for a GPU that is not there: registers, spills and widths of loads are seen."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.gpuless import pretended
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What a kernel uses: registers a thread, bytes of local memory (spills) and of shared memory."""
+
+    registers: int
+    spills: int
+    shared: int
+    code: str
+
+    def count(self, instruction: str) -> int:
+        """How often an instruction stands in the code; "LDG 128" is a load of 128 bits."""
+        name, _, width = instruction.partition(" ")
+        return len(re.findall(rf"\b{name}\b[.\w]*{width}\b", self.code))
+
+
+def compile_for(
+    kernel: Any,
+    signature: dict[str, str],
+    constants: dict[str, Any],
+    folder: Path,
+    warps: int,
+    capability: int = 90,
+) -> Compiled:
+    """The kernel as a cubin for a compute capability.
+
+    Args:
+        kernel: made by triton.jit.
+        signature: type of each argument in order; of those in `constants`, "constexpr". A number that a
+            multiple of 16 is promised of has a star behind, as has a pointer that is aligned.
+        constants: values of the constexpr arguments.
+        folder: for the cubin.
+        warps: of a program.
+        capability: 90 is Hopper.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    attributes = {
+        (place,): [["tt.divisibility", 16]]
+        for place, kind in enumerate(signature.values())
+        if kind[-1] == "*"
+    }
+    types = {name: kind.removesuffix("*") for name, kind in signature.items()}
+    source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=attributes)
+    options = {"num_warps": warps, "enable_fp_fusion": True}
+    made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    path = folder / f"{kernel.__name__}-{capability}.cubin"
+    path.write_bytes(made.asm["cubin"])
+    used, code = (_dump(path, option) for option in ("-res-usage", "-sass"))
+    registers, stack, shared, local = (
+        int(re.findall(rf"{word}:(\d+)", used)[0]) for word in ("REG", "STACK", "SHARED", "LOCAL")
+    )
+    return Compiled(registers, stack + local, shared, code)
+
+
+def _dump(path: Path, option: str) -> str:
+    tool = pretended.headers().parent / "bin" / "cuobjdump"
+    return subprocess.run([tool, option, path], capture_output=True, text=True, check=True).stdout

@@ -1,0 +1,102 @@
+"""The loss's kernel: what it computes, by Triton's interpreter; what it moves and how it is compiled."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.gpuless import pretended
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="there is no triton")
+needs_pretended = pytest.mark.skipif(bool(pretended.missing()), reason=pretended.missing())
+
+
+def test_the_kernel_equals_the_operations() -> None:
+    """Vocabularies that no block divides, ignored rows, extreme and equal logits, padding of NaN."""
+    dtypes = ["float32", "bfloat16", "float16"]
+    settings = [(100, 128, dtype, 8.0) for dtype in dtypes] + [(1000, 1000, dtype, 60.0) for dtype in dtypes]
+    settings += [(50_257, 50_304, "bfloat16", 8.0), (32_768, 32_768, "float16", 8.0)]
+    names = ("vocabulary", "padded", "dtype", "scale")
+    cases = [dict(zip(names, setting, strict=True)) for setting in settings]
+    interpreter = {**os.environ, "TRITON_INTERPRET": "1"}
+    answer = pretended.probe(interpreter, "loss_probes.numbers", cases=cases, dtypes=dtypes)
+    for case, found in zip(cases, answer["kernel"], strict=True):
+        assert found["losses"] < 1e-5, case
+        assert found["gradient"] < 1e-7, case  # beyond one unit in the last place; fp16 has denormal numbers
+        assert found["padding"] == 0, case
+        assert found["hits"], case
+    for dtype, found in zip(dtypes, answer["pass"], strict=True):
+        rounding = 1e-6 if dtype == "float32" else 5e-3
+        assert max(found.values()) < rounding, (dtype, found)
+        assert found["hits"] == 0
+
+
+@needs_pretended
+def test_the_elementwise_part_moves_seven_bytes_a_logit(gpu: dict[str, str]) -> None:
+    d24 = {"tokens": 32_768, "vocabulary": 32_768, "padded": 32_768, "width": 1536}
+    race = {**d24, "vocabulary": 50_257, "padded": 50_304, "width": 768}
+    cases: list[dict[str, Any]] = [d24, race, {**d24, "grad": False}, {**d24, "kernel": False}]
+    train, other, evaluation, before = pretended.probe(gpu, "loss_probes.traffics", cases=cases)
+    assert 6 <= train["a_logit"] < 7
+    assert 6 <= other["a_logit"] < 7
+    assert evaluation["a_logit"] < 2.01  # the logits are read once, for the likeliest token too
+    assert before["a_logit"] > 50
+    assert train["kernels"] <= 40
+    assert before["kernels"] > 400
+    # Three products a chunk; that of the weight adds to the fp32 gradient, and no other pass does.
+    assert train["products"] == {"aten.mm": 8, "aten.addmm": 4}
+    assert train["grads"] == ["torch.bfloat16", "torch.float32"]
+
+
+POINTERS = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32"}
+
+
+def compiled(folder: Path, dtype: str, with_hit: bool, capability: int = 90) -> Any:
+    from nanochat.model import loss_kernel
+    from tests.gpuless.sass import compile_for
+
+    signature = {
+        "z": f"{POINTERS[dtype]}*",
+        "targets": "*i64*",
+        "losses": "*fp32*",
+        "hits": "*i1*" if with_hit else "constexpr",
+        "row_stride": "i32*",
+        "vocab": "i32",
+        "columns": "i32*",
+        **dict.fromkeys(("inner", "outer", "boost"), "fp32"),
+        **dict.fromkeys(("WITH_GRAD", "WITH_HIT", "BLOCK"), "constexpr"),
+    }
+    constants = {"WITH_GRAD": not with_hit, "WITH_HIT": with_hit, "BLOCK": loss_kernel.BLOCK}
+    constants |= {} if with_hit else {"hits": None}
+    warps = loss_kernel.WARPS
+    return compile_for(loss_kernel.row_losses, signature, constants, folder, warps, capability)
+
+
+@needs_pretended
+@pytest.mark.parametrize(
+    ("dtype", "with_hit", "capability"),
+    [
+        ("bfloat16", False, 90),
+        pytest.param("bfloat16", True, 90, marks=pytest.mark.slow),
+        pytest.param("float16", False, 90, marks=pytest.mark.slow),
+        pytest.param("float32", False, 90, marks=pytest.mark.slow),
+        pytest.param("bfloat16", False, 80, marks=pytest.mark.slow),
+        pytest.param("bfloat16", False, 100, marks=pytest.mark.slow),
+        pytest.param("bfloat16", False, 120, marks=pytest.mark.slow),
+    ],
+)
+def test_the_kernel_compiles_to_wide_loads_and_few_registers(
+    tmp_path: Path, dtype: str, with_hit: bool, capability: int
+) -> None:
+    kernel = compiled(tmp_path, dtype, with_hit, capability)
+    assert kernel.registers <= 64  # eight warps of 64 registers: four programs on a multiprocessor
+    assert kernel.spills == 0
+    # Sixteen logits a thread and pass, in loads of 128 bits; besides, the target and its logit.
+    wide = 2 if dtype != "float32" else 4
+    passes = 1 if with_hit else 2
+    assert (kernel.count("LDG 128"), kernel.count("LDG")) == (wide * passes, wide * passes + 2)
+    assert kernel.count("STG 128") == (0 if with_hit else wide)
