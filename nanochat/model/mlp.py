@@ -86,6 +86,11 @@ def mlp(
     if fused:
         out = FusedMLP.apply(flat, up, down)
         return out.view_as(x)
+    return plain_mlp(x, up, down)
+
+
+def plain_mlp(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """`mlp` by torch's operators: the slow twin of `FusedMLP`, on any device and for any shape."""
     return F.linear(ReluSquared.apply(F.linear(x, up)), down)
 
 

@@ -145,7 +145,7 @@ def compiled_one(name: str) -> dict[str, Any]:
 
 
 def cubin(kernel: Any, types: dict[str, str], constants: dict[str, Any]) -> dict[str, Any]:
-    """Registers, bytes of stack, of local and of shared memory, and kinds of matrix instructions.
+    """Registers, bytes of stack, local and shared memory, kinds of products, accesses of 128 bits.
 
     Args:
         kernel: made by triton.jit.
@@ -173,5 +173,11 @@ def cubin(kernel: Any, types: dict[str, str], constants: dict[str, Any]) -> dict
     found = {word: int(re.findall(rf"{word}:(\d+)", used)[0]) for word in ("REG", "STACK", "LOCAL")}
     code = made.asm["ptx"]
     products = set(re.findall(r"wgmma\.mma_async\.sync\.aligned\.(\w+)\.f32\.(\w+)\.(\w+)", code))
-    loads = code.count("cp.async.bulk.tensor")
-    return found | {"shared": made.metadata.shared, "products": sorted(products), "bulk_copies": loads}
+    wide = [len(re.findall(rf"{word}\.global[.\w]*\.v4\.b32", code)) for word in ("ld", "st")]
+    return found | {
+        "shared": made.metadata.shared,
+        "products": sorted(products),
+        "bulk_copies": code.count("cp.async.bulk.tensor"),
+        "wide_loads": wide[0],
+        "wide_stores": wide[1],
+    }
