@@ -99,6 +99,9 @@ class TrainArgs(ModelFlags, MachineFlags):
     final_lr_frac: float | None = planned(None, "fraction of the learning rate left at the end", 0, 1)
     seed: int = flag(0, "seed of the initial weights, the order of the data and the samples", 0)
     on_nonfinite: str = free("stop", "if loss or gradient is not finite", choices=("stop", "skip"))
+    grad_reduce_dtype: str = flag(
+        "float32", "dtype of gradients on their way to other ranks", choices=("float32", "bfloat16")
+    )
     # Machine
     fp8: bool = flag(False, "fp8 matrix products in wide linear layers (Hopper and later)")
     compile: str = free("auto", "torch.compile; auto is on for CUDA", choices=("auto", "on", "off"))

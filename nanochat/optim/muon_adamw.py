@@ -5,7 +5,7 @@ and leaves each rank its part (reduce-scatter), the rank updates that part with 
 and the parameters are gathered. Each matrix belongs to one rank, and the rule of its group updates it; an
 embedding is cut into flat slices for AdamW; small tensors are averaged in one buffer and updated by every
 rank. What W does not divide is padded. With one rank the collectives are the identity, and nothing else is
-different.
+different. Gradients may travel in bf16; they are added up in fp32.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from nanochat.distributed.collectives import Pending, gather, mean, mean_scatter
 from nanochat.distributed.world import World
 from nanochat.optim.adamw import adamw_update
 from nanochat.optim.rates import MatrixOptions, MatrixRule, StepRates, sum_of_squares
+from nanochat.optim.reductions import Reducible, Reductions
 
 # AdamW tensors below this are averaged together, and updated by every rank (RECIPE 1.6).
 SMALL_ELEMENTS = 1024
@@ -57,14 +58,10 @@ class UpdateResult:
 # the three ways in which parameters are shared out
 
 
-class _Shard(Protocol):
-    """Some parameters and this rank's part of their state; a step calls the first four in this order."""
+class _Shard(Reducible, Protocol):
+    """Some parameters and this rank's part of their state; a step calls reduce, then these in this order."""
 
-    names: list[str]
     moment_names: list[str]
-
-    def reduce(self) -> None:
-        """Take the gradients from the parameters and start to average them."""
 
     def grad_squares(self) -> Tensor:
         """Wait for the average; the squares of this rank's part of it, summed by parameter."""
@@ -91,25 +88,32 @@ class _MatrixStack:
     """All matrices of one shape. Of K matrices, padded to a multiple of W, each rank owns K / W."""
 
     def __init__(
-        self, params: dict[str, Tensor], world: World, make_rule: Callable[[Tensor], MatrixRule]
+        self,
+        params: dict[str, Tensor],
+        world: World,
+        wire: torch.dtype | None,
+        make_rule: Callable[[Tensor], MatrixRule],
     ) -> None:
-        self.names, self.params, self.world = list(params), list(params.values()), world
+        self.names, self.params = list(params), list(params.values())
+        self.world, self.wire = world, wire
         self.each = -(-len(params) // world.size)
         self.own = slice(world.rank * self.each, (world.rank + 1) * self.each)
         self.rule = make_rule(self._stack([], self.each))
         self.moment_names = list(self.rule.moments)
         self.pending: Pending | None = None
 
-    def _stack(self, tensors: Sequence[Tensor], count: int) -> Tensor:
-        """(count, ...) of the tensors, zeros after the last."""
-        out = self.params[0].new_zeros(count, *self.params[0].shape)
+    def _stack(self, tensors: Sequence[Tensor], count: int, dtype: torch.dtype | None = None) -> Tensor:
+        """(count, ...) of the tensors, zeros after the last; by default in the parameters' dtype."""
+        out = self.params[0].new_empty(count, *self.params[0].shape, dtype=dtype)
+        out[len(tensors) :] = 0
         if tensors:
             torch.stack(list(tensors), out=out[: len(tensors)])
         return out
 
     def reduce(self) -> None:
         grads = [_take_grad(p) for p in self.params]
-        self.pending = mean_scatter(self._stack(grads, self.each * self.world.size), self.world)
+        full = self._stack(grads, self.each * self.world.size, self.wire)
+        self.pending = mean_scatter(full, self.world)
 
     def _of_all(self, owned: Tensor) -> Tensor:
         """(K,) from (each,) figures of the owned matrices; 0 for those of other ranks."""
@@ -153,10 +157,12 @@ class _MatrixStack:
 class _AdamTable:
     """One large AdamW tensor, flat and cut into W slices of equal length, the last ones padded."""
 
-    def __init__(self, name: str, param: Tensor, group: GroupPlan, world: World) -> None:
+    def __init__(
+        self, name: str, param: Tensor, group: GroupPlan, world: World, wire: torch.dtype | None
+    ) -> None:
         self.names, self.name, self.param = [name], name, param
         self.moment_names = ["exp_avg", "exp_avg_sq", "step"]
-        self.group, self.world = group, world
+        self.group, self.world, self.wire = group, world, wire
         self.flat = param.detach().view(-1)
         self.length = -(-self.flat.numel() // world.size)
         self.padded = self.length * world.size
@@ -172,6 +178,7 @@ class _AdamTable:
 
     def reduce(self) -> None:
         grad = _take_grad(self.param).reshape(-1)
+        grad = grad if self.wire is None else grad.to(self.wire)
         self.pending = mean_scatter(self._pad(grad, self.padded), self.world)
 
     def _owned_grad(self) -> Tensor:
@@ -288,6 +295,9 @@ class MuonAdamW:
     """Muon, SOAP or AdamW for the matrices, AdamW for the rest, one object for any number of ranks.
 
     A step consumes the gradients: afterwards every `.grad` is None.
+
+    Attributes:
+        reductions: when the gradients begin to travel.
     """
 
     def __init__(
@@ -298,6 +308,7 @@ class MuonAdamW:
         world: World,
         compute_dtype: torch.dtype,
         options: MatrixOptions,
+        grad_reduce_dtype: torch.dtype = torch.float32,
     ) -> None:
         """Share the parameters out; all moments start at zero.
 
@@ -308,7 +319,10 @@ class MuonAdamW:
             world: the ranks.
             compute_dtype: of Muon's matrix products; fp32 where it is fp16, whose range is too small.
             options: of the rules for matrices.
+            grad_reduce_dtype: what gradients of matrices and tables are rounded to where they travel to
+                another rank, fp32 or bf16.
         """
+        wire = torch.bfloat16 if grad_reduce_dtype == torch.bfloat16 and world.size > 1 else None
         dtype = torch.float32 if compute_dtype == torch.float16 else compute_dtype
         self.world = world
         stacks: dict[torch.Size, dict[str, Tensor]] = {}
@@ -321,16 +335,19 @@ class MuonAdamW:
             elif p.numel() < SMALL_ELEMENTS:
                 small[name] = p
             else:
-                shards.append(_AdamTable(name, p, groups[kind], world))
+                shards.append(_AdamTable(name, p, groups[kind], world, wire))
         rule = pkgutil.resolve_name(MATRIX_OPTIMIZERS[groups["matrix"].optimizer].rule)
         make = partial(rule, group=groups["matrix"], dtype=dtype, options=options)
-        shards.extend(_MatrixStack(stack, world, make) for stack in stacks.values())
+        shards.extend(_MatrixStack(stack, world, wire, make) for stack in stacks.values())
         if small:
             shards.append(_AdamSmall(small, {name: groups[kinds[name]] for name in small}, world))
         self.shards = shards
         self.names = [name for shard in shards for name in shard.names]
         self._kinds = [kinds[name] for name in self.names]
         self._sizes = [params[name].numel() for name in self.names]
+        # fp16 gradients are scaled back after the passes, and with one rank nothing travels.
+        early = world.size > 1 and compute_dtype != torch.float16
+        self.reductions = Reductions(shards, params, early)
 
     @torch.no_grad()
     def step(
@@ -352,8 +369,7 @@ class MuonAdamW:
             ok: 0-dim bool on the device; False on any rank holds the update back (a loss that is not finite).
             index: steps of the run before this one, which decide when SOAP finds and renews its bases.
         """
-        for shard in self.shards:
-            shard.reduce()
+        self.reductions.begin_all()
         squares = torch.cat([shard.grad_squares() for shard in self.shards])
         not_ok = squares.new_zeros(self.world.size)
         if ok is not None:
@@ -367,6 +383,7 @@ class MuonAdamW:
         update_squares = torch.cat([shard.update(rates) for shard in self.shards])
         for shard in self.shards:
             shard.finish()
+        self.reductions.expect()
         update_squares = self.world.all_reduce_sum(update_squares)
         return UpdateResult(total.sqrt(), applied, squares, update_squares, not_ok)
 

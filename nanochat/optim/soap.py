@@ -6,6 +6,8 @@ out (one-sided SOAP, on the longer side) has the identity for its basis.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -48,20 +50,21 @@ class Soap:
                 side.observe(grads, rates.ok.to(grads.dtype) * (1 - self.group.beta2))
                 find_basis(side, rates.ok)
             return params.new_zeros(len(params))
-        squares = self.function(
-            params,
-            grads,
-            self.moments["exp_avg"],
-            self.moments["exp_avg_sq"],
-            self.moments["step"],
-            self.sides,
-            lr=rates.lr_mult_tensor * self.group.lr,
-            weight_decay=rates.weight_decay_tensor,
-            beta1=self.group.beta1,
-            beta2=self.group.beta2,
-            eps=self.group.eps,
-            ok=rates.ok,
-        )
+        with tf32_products(params.device):
+            squares = self.function(
+                params,
+                grads,
+                self.moments["exp_avg"],
+                self.moments["exp_avg_sq"],
+                self.moments["step"],
+                self.sides,
+                lr=rates.lr_mult_tensor * self.group.lr,
+                weight_decay=rates.weight_decay_tensor,
+                beta1=self.group.beta1,
+                beta2=self.group.beta2,
+                eps=self.group.eps,
+                ok=rates.ok,
+            )
         if rates.index == self.every:
             for side in self.sides:
                 find_basis(side, rates.ok)
@@ -73,6 +76,26 @@ class Soap:
     def compile(self) -> None:
         """Let torch.compile make the update."""
         self.function = torch.compile(soap_update, dynamic=False)
+
+
+@contextlib.contextmanager
+def tf32_products(device: torch.device) -> Iterator[None]:
+    """Within, matrix products of fp32 are in TF32 on CUDA: eight times as fast, factors of 11 bits.
+
+    The update bears it, as Muon's bears bf16; bases are found and renewed outside, in fp32 and float64. The
+    switch is the older one, since it sets the newer one too, and readers of either find the same.
+    """
+    switch = torch.backends.cuda.matmul
+    before = switch.fp32_precision
+    if device.type != "cuda" or before == "tf32":
+        yield
+        return
+    switch.allow_tf32 = True
+    try:
+        yield
+    finally:
+        switch.allow_tf32 = False
+        switch.fp32_precision = before
 
 
 @dataclass(frozen=True)

@@ -173,6 +173,7 @@ def halve_until_it_fits(
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
+        state.optimizer.reductions.catch_up()  # here, where what a failed pass held is free again
         if not world.any_rank(result is None) and result is not None:
             return result
         rows = len(micro_batches[0][0])
@@ -180,6 +181,7 @@ def halve_until_it_fits(
             raise UserError("out of memory with one row in a micro-batch. Lower --max-seq-len or --depth.")
         smaller = divisor_below(rows, rows)
         world.print0(f"out of memory with {rows} rows in a micro-batch: going on with {smaller}")
+        state.optimizer.reductions.abandon()
         state.model.zero_grad(set_to_none=True)
         if world.device.type == "cuda":
             torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""The optimizer gives the same parameters and state on 1, 2, 3 and 5 ranks over gloo."""
+"""The optimizer gives the same parameters and state on 1, 2, 3 and 5 ranks over gloo; the wire in bf16."""
 
 import json
 import sys
@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from nanochat.optim.rates import MatrixOptions
 from nanochat.optim.muon_adamw import MuonAdamW
+from nanochat.distributed.collectives import mean_scatter
 from nanochat.distributed.world import World
-from tests.test_optim import GROUPS, NORM_FACTOR, moments_held, random_problem, schedule
+from tests.test_optim import GROUPS, NORM_FACTOR, OPTIONS, moments_held, random_problem, schedule
 from tests.test_soap import ADAMW, SOAP
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks: 0.3 s a world, 5 s if spawned")
@@ -88,3 +89,74 @@ def test_any_number_of_ranks_gives_the_parameters_and_state_of_one(size, matrix,
         assert [applied for _, applied in report["results"]] == [True, True, False, True, True]
         for (norm, applied), (want_norm, _) in zip(report["results"], results, strict=True):
             assert not applied or norm == pytest.approx(want_norm, rel=1e-5)
+
+
+def mean_in_bf16(world, tensors):
+    """This rank's part of the mean of tensors, one a rank."""
+    return mean_scatter(tensors[world.rank].to(torch.bfloat16), world).wait()
+
+
+def check_mean(world):
+    size, generator = world.size, torch.Generator().manual_seed(0)
+    own = slice(4 * world.rank, 4 * (world.rank + 1))
+    whole = [torch.randint(-255, 256, (4 * size, 3), generator=generator).float() for _ in range(size)]
+    got = mean_in_bf16(world, whole)
+    assert got.dtype == torch.float32
+    assert torch.equal(got, torch.stack(whole).sum(0)[own] / size)
+    # Beside 1,024 a sum in bf16 loses 1.
+    steep = [torch.full((4 * size, 3), 1024.0 if rank == 0 else 1.0) for rank in range(size)]
+    assert torch.equal(mean_in_bf16(world, steep), torch.full((4, 3), (1024.0 + size - 1) / size))
+    some = [torch.randn(4 * size, 3, generator=generator) for _ in range(size)]
+    got = mean_in_bf16(world, some)
+    rounded = torch.stack([x.to(torch.bfloat16).float() for x in some]).sum(0)[own] / size
+    torch.testing.assert_close(got, rounded, rtol=1e-6, atol=1e-7)
+    assert torch.equal(got, mean_in_bf16(world, some))
+
+
+def some_steps(world, dtype):
+    """Parameters after three steps on the mean of 12 gradients each, which are shared out over the ranks."""
+    params, kinds = random_problem()
+    optimizer = MuonAdamW(params, kinds, GROUPS, world, torch.float32, OPTIONS, dtype)
+    for step in range(3):
+        for name, p in params.items():
+            generator = torch.Generator().manual_seed(step * 100 + len(name))
+            p.grad = torch.randn(12, *p.shape, generator=generator)[world.rank :: world.size].mean(0)
+        assert optimizer.step(*schedule(step), index=step).applied
+    return {name: p.detach() for name, p in params.items()}
+
+
+def bf16_main(rank, size, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/bf16", rank=rank, world_size=size)
+    world = World(rank, size, torch.device("cpu"), "gloo")
+    check_mean(world)
+    save_file(some_steps(world, torch.bfloat16), f"{folder}/bf16.{rank}.safetensors")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_gradients_in_bf16_are_added_up_in_fp32_and_ranks_agree_within_its_rounding(size, tmp_path):
+    mp.start_processes(bf16_main, (size, tmp_path), nprocs=size, start_method="fork")
+    alone, start = some_steps(World.single_process(), torch.float32), random_problem()[0]
+    ranks = [load_file(tmp_path / f"bf16.{rank}.safetensors") for rank in range(size)]
+    for name, p in alone.items():
+        assert all(torch.equal(ranks[0][name], other[name]) for other in ranks)
+        moved, apart = (p - start[name].detach()).norm(), (ranks[0][name] - p).norm()
+        assert apart < 0.02 * moved, name
+    assert any(not torch.equal(ranks[0][name], p) for name, p in alone.items())
+
+
+def test_one_rank_rounds_no_gradient():
+    plain, asked = (some_steps(World.single_process(), dtype) for dtype in (torch.float32, torch.bfloat16))
+    assert all(torch.equal(plain[name], p) for name, p in asked.items())
+
+
+@pytest.mark.parametrize(("size", "dtype"), [(1, torch.float32), (2, torch.float16)])
+def test_one_rank_and_fp16_reduce_nothing_before_the_step(size, dtype):
+    params, kinds = random_problem()
+    world = World(0, size, torch.device("cpu"), None if size == 1 else "gloo")
+    optimizer = MuonAdamW(params, kinds, GROUPS, world, dtype, OPTIONS)
+    with optimizer.reductions.early():
+        sum(p.sum() for p in params.values()).backward()
+    optimizer.reductions.catch_up()
+    assert all(p.grad is not None for p in params.values())
