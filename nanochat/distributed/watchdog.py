@@ -66,10 +66,14 @@ class Watchdog:
         self._thread: threading.Thread | None = None
         self._seen: dict[int, _Seen] = {}
         self._beats = 0
+        self._begun_before = 0
 
     def __enter__(self) -> Watchdog:
         """Start to watch; all ranks do."""
         if self._world.store is not None:  # ranks that torchrun has started
+            # All ranks are at one place, whatever their backends have counted: of links between pairs of
+            # ranks, NCCL counts those that a rank has a part in.
+            self._begun_before = self._world.collectives_begun()
             self._leave_note()
             self._world.any_rank(False)  # from here on every rank has left a note
             self._read_notes()
@@ -144,7 +148,7 @@ class Watchdog:
         file = main.f_code.co_filename
         note = {
             "beats": self._beats,
-            "begun": self._world.collectives_begun(),
+            "begun": self._world.collectives_begun() - self._begun_before,
             "where": f"{self._where()}{_line(main)}",
             "host": socket.gethostname(),
             "pid": os.getpid(),
