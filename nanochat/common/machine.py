@@ -9,11 +9,13 @@ import datetime
 import importlib.util
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
 import sys
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,6 +49,9 @@ PEAK_BF16_FLOPS_PER_S = {
     "mi300x": 1307e12,
 }
 
+# Oldest driver that runs what is built for any minor version of a CUDA, by major version (its release notes).
+OLDEST_DRIVER = {12: 525, 13: 580}
+
 
 @dataclass(frozen=True)
 class Precision:
@@ -63,19 +68,99 @@ class Precision:
     fp8: bool = False
 
 
-def detect_device(device_type: str = "auto", local_rank: int = 0) -> torch.device:
+def detect_device(device_type: str = "auto", local_rank: int = 0, root: Path = Path("/")) -> torch.device:
     """The device of this rank.
 
+    A GPU that torch cannot use is no reason to take the CPU in silence: it would take days instead of hours.
+    Hidden with CUDA_VISIBLE_DEVICES="", it does not count.
+
+    Args:
+        device_type: "auto" for the best that is there, or "cuda", "mps" or "cpu".
+        local_rank: number of the GPU.
+        root: where the files of the system are.
+
     Raises:
-        UserError: the device asked for is not there.
+        UserError: the device asked for is not there, or there is a GPU that torch cannot use.
     """
-    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what torch has to say of an old driver is part of the error below
+        has_cuda = torch.cuda.is_available()
+    present = {"cuda": has_cuda, "mps": torch.backends.mps.is_available(), "cpu": True}
     there = [kind for kind, is_there in present.items() if is_there]
+    if device_type in ("auto", "cuda") and not has_cuda and (driver := nvidia_driver(root)):
+        raise UserError(f"--device-type={device_type}: {_why_no_cuda(driver)}, or take --device-type=cpu.")
     chosen = there[0] if device_type == "auto" else device_type
     if chosen not in there:
         has = ", ".join(there)
         raise UserError(f"--device-type={chosen}: not available on this machine, which has: {has}.")
     return torch.device(chosen, local_rank) if chosen == "cuda" else torch.device(chosen)
+
+
+def nvidia_driver(root: Path = Path("/")) -> str:
+    """Version of the NVIDIA driver where this process may use a GPU of it, else "".
+
+    A container sees the driver of its host in /proc, and of its GPUs only those that it was given in /dev.
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
+    if not re.match(r"\s*(\d|GPU-|MIG-)", visible):  # "", "-1", "NoDevFiles": hidden on purpose
+        return ""
+    loaded = root / "proc/driver/nvidia/version"
+    if loaded.is_file() and any(map(_can_be_opened, root.glob("dev/nvidia[0-9]*"))):
+        found = re.search(r"Kernel Module.*?\s(\d+\.[\d.]+)", loaded.read_text("utf-8", errors="replace"))
+        return found.group(1) if found else "unknown"
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]  # the only trace under WSL
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):  # there is none, or a driver that does not answer
+        return ""
+    versions = re.findall(r"^\d+\.[\d.]+", done.stdout, re.MULTILINE)
+    return versions[0] if versions and done.returncode == 0 else ""
+
+
+def _can_be_opened(path: Path) -> bool:
+    """Whether this process may use a device; a control group may forbid it though its file allows it."""
+    try:
+        path.open("rb").close()
+    except OSError:
+        return False
+    return True
+
+
+def _why_no_cuda(driver: str) -> str:
+    """What keeps torch from a GPU that is there, and what to do about it."""
+    newest = max(OLDEST_DRIVER.values())
+    major = int(driver.partition(".")[0]) if driver[0].isdigit() else newest
+    runs = max((cuda for cuda, oldest in OLDEST_DRIVER.items() if major >= oldest), default=0)
+    remedies = [f"a driver of {newest} or newer"] if major < newest else []
+    if runs:  # the address of the packages is another for each CUDA
+        remedies.insert(0, f"a torch>=2.9 for CUDA {runs} (pytorch.org, Start Locally, has the pip command)")
+    here = f"there is a GPU with the NVIDIA driver {driver}, and torch {torch.__version__}"
+    if torch.version.cuda is None:
+        return f"{here} is built without CUDA. Install {', '.join(remedies)}"
+    needed = OLDEST_DRIVER.get(int(torch.version.cuda.partition(".")[0]), 0)
+    if major < needed:
+        needs = f"CUDA {torch.version.cuda}, which needs {needed} or newer"
+        return f"{here} is built for {needs}. Install {', '.join(remedies)}"
+    try:
+        torch.cuda.init()  # type: ignore[no-untyped-call]
+        reason = "it does not say why"
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0].partition(" Please ")[0].rstrip(". ")
+    return (
+        f"{here} for CUDA {torch.version.cuda} cannot use it: {reason}. "
+        "Look at what nvidia-smi and CUDA_VISIBLE_DEVICES say"
+    )
+
+
+def grow_segments() -> None:
+    """Let CUDA's allocator grow its segments in place, unless the user has set it up. Before CUDA starts.
+
+    A pass that is measured, a compilation and the training itself take unlike sizes from one pool: segments
+    of fixed size leave holes that none of the next fits, and memory runs out with some of it free.
+    """
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+    if sys.platform == "linux" and not any(name in os.environ for name in names):
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def choose_dtype(device: torch.device, requested: str = "auto") -> tuple[torch.dtype, str]:
