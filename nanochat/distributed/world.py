@@ -20,9 +20,8 @@ from torch import Tensor
 from torch.distributed import distributed_c10d
 from torch.distributed.rendezvous import rendezvous as torch_rendezvous
 
-from nanochat.common import files
+from nanochat.common import files, machine
 from nanochat.common.errors import UserError
-from nanochat.common.machine import detect_device
 
 BACKSTOP_S = 30.0
 
@@ -185,11 +184,12 @@ def join(device_type: str = "auto", timeout_s: float = 600.0) -> Iterator[World]
         UserError: the device is absent, torchrun's variables are unusable, or a rank does not come.
     """
     files.keep_compiled()  # before torch, which sets it at the first import of its compiler
+    machine.grow_segments()  # before torch, which reads it when CUDA starts
     if "RANK" not in os.environ:
-        yield World.single_process(detect_device(device_type, 0))
+        yield World.single_process(machine.detect_device(device_type, 0))
         return
     rank, local_rank, size = (_rank_from_environment(name) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
-    device = detect_device(device_type, local_rank)
+    device = machine.detect_device(device_type, local_rank)
     gpu = device if device.type == "cuda" else None
     backend = "gloo" if gpu is None else "nccl"
     if gpu is not None:
