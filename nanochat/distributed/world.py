@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
+import socket
 import time
 import uuid
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from torch.distributed.rendezvous import rendezvous as torch_rendezvous
 
 from nanochat.common import files, machine
 from nanochat.common.errors import UserError
+from nanochat.distributed import interfaces
 
 BACKSTOP_S = 30.0
 
@@ -171,6 +173,34 @@ def rendezvous(store: Any, rank: int, size: int, timeout_s: float) -> Any:
     return distributed_c10d.PrefixStore(first, store)
 
 
+def choose_interfaces(store: Any, rank: int, local_rank: int, size: int) -> None:
+    """Tell gloo and NCCL which network interface leads to the other machines, unless the user has told them.
+
+    Args:
+        store: the torch.distributed.Store that the ranks of this start share.
+        rank: 0 .. size-1.
+        local_rank: number of this rank on its machine; the first one says what is chosen.
+        size: number of ranks.
+
+    Raises:
+        UserError: there are several machines, and no interface can be named.
+    """
+    if os.environ.get("LOCAL_WORLD_SIZE") == str(size):  # one machine
+        return
+    host, port = os.environ["MASTER_ADDR"], _rank_from_environment("MASTER_PORT")
+    own = interfaces.announce(store, rank, host, port)
+    names = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+    missing = [name for name in names if name not in os.environ]
+    name, address = interfaces.find(store, own, rank, size, port) if missing else ("", "")
+    if not name:
+        return
+    for variable in missing:  # without the sign, NCCL's is what a name begins with
+        os.environ[variable] = f"={name}" if variable.startswith("NCCL") else name
+    if local_rank == 0:
+        route = f"{name} ({address}) leads to the other machines"
+        print(f"{socket.gethostname()}: {route}; {' and '.join(names)} choose another", flush=True)
+
+
 @contextlib.contextmanager
 def join(device_type: str = "auto", timeout_s: float = 600.0) -> Iterator[World]:
     """Join the ranks that torchrun started, or be alone; leaves the process group at the end.
@@ -197,6 +227,7 @@ def join(device_type: str = "auto", timeout_s: float = 600.0) -> Iterator[World]
     timeout = datetime.timedelta(seconds=timeout_s + BACKSTOP_S)
     launched, _, _ = next(torch_rendezvous("env://", timeout=timeout))
     store = rendezvous(launched, rank, size, timeout_s)
+    choose_interfaces(store, rank, local_rank, size)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout, device_id=gpu)
     control = dist.new_group(backend="gloo", timeout=timeout)
     assert isinstance(control, dist.ProcessGroup)
