@@ -1,0 +1,377 @@
+"""Roofline of a training step: the time of each part, projected from FLOPs and bytes, for a depth and a card.
+
+    python -m dev.bench.roofline [--depth 24] [--ranks 8] [--card h100] [--fp8] [--dollars 3]
+    python -m dev.bench.roofline --table              the table of dev/bench/README.md
+    python -m dev.bench.roofline --measured out/gpu.jsonl
+
+A part takes its FLOPs over the card's rate of products, or its bytes over the card's rate of memory: parts
+follow each other, and launches take no time. Attention is a flash kernel that skips what is outside a window.
+The bytes are counted in the code that Inductor generates for an H100 (bytes.json beside this file), without a
+GPU; the rates are those that a card reaches in such a step, not those of its data sheet.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import statistics
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nanochat.common import files, run_files
+from nanochat.common.errors import UserError, cli
+from nanochat.common.machine import PEAK_BF16_FLOPS_PER_S
+from nanochat.config import plan as planning
+from nanochat.config.arguments import TrainArgs
+from nanochat.config.model_config import GPTConfig
+from nanochat.config.plan import Plan
+from nanochat.train import memory
+
+VOCAB = 32_768
+TILE = 128  # keys and queries that a flash kernel takes at a time, or skips
+POLAR_STEPS = 5
+TABLE_DEPTHS, TABLE_RANKS, TABLE_CARD = (12, 20, 24, 26), 8, "h100"
+COUNTED = Path(__file__).with_name("bytes.json")
+
+
+@dataclass(frozen=True)
+class Card:
+    """Rates that one GPU reaches in a training step.
+
+    Attributes:
+        name: part of the name that the driver reports, in lower case; the key of its bf16 peak.
+        gemm: products of the blocks in bf16, FLOP/s.
+        head: products of the output head in bf16, FLOP/s.
+        fp8: products in fp8, forward and backward, FLOP/s; None where training has no fp8.
+        attention: forward and backward passes of a flash kernel, FLOP/s of the tiles it computes.
+        memory_rate: kernels that are bound by memory, bytes/s.
+        link_rate: a collective within a machine, bytes/s through a rank (busbw of nccl-tests).
+        memory: bytes of the card.
+        dollars: an assumed price of an hour.
+        source: where the rates are from.
+    """
+
+    name: str
+    gemm: float
+    head: float
+    fp8: tuple[float, float] | None
+    attention: float
+    memory_rate: float
+    link_rate: float
+    memory: float
+    dollars: float
+    source: str
+
+    @property
+    def peak(self) -> float:
+        """Dense bf16 FLOP/s of the data sheet."""
+        return PEAK_BF16_FLOPS_PER_S[self.name]
+
+
+CARDS = {
+    "h100": Card(
+        "h100", 650e12, 600e12, (1100e12, 850e12), 400e12, 2.7e12, 370e9, 85.0e9, 3.0,
+        "rates that public training runs of this size reach; collectives as nccl-tests gives on NVLink 4",
+    ),
+    "h200": Card(
+        "h200", 650e12, 600e12, (1100e12, 850e12), 400e12, 3.87e12, 370e9, 150.0e9, 3.5,
+        "the chip of an H100, so its rates; memory as the same share (0.81) of 4.8 TB/s",
+    ),
+    "a100": Card(
+        "a100", 240e12, 220e12, None, 150e12, 1.65e12, 230e9, 85.0e9, 1.8,
+        "estimate: 0.77 of the peak, 0.81 of 2.04 TB/s; collectives as nccl-tests gives on NVLink 3",
+    ),
+    "4090": Card(
+        "rtx 4090", 150e12, 145e12, None, 110e12, 0.92e12, 10e9, 25.4e9, 0.4,
+        "estimate: 0.9 of the peak and of 1.01 TB/s; PCIe 4 without peer access",
+    ),
+    "5090": Card(
+        "rtx 5090", 200e12, 195e12, (370e12, 330e12), 140e12, 1.6e12, 20e9, 34.2e9, 0.7,
+        "estimate: 0.95 of the peak (torch.matmul was measured above it), 0.9 of 1.79 TB/s; PCIe 5",
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes that a step moves through memory beside its products, by the unit that each kind grows with.
+
+    Attributes:
+        forward: fused kernels of the blocks, a token, layer and channel.
+        backward: the same of the backward pass.
+        weights: casts and quantisation of weights and of their gradients, a matrix weight and micro-batch.
+        loss: softcap and cross-entropy with their gradients, a logit.
+        accumulation: gradients added to earlier ones, a parameter and micro-batch after the first.
+        stacks: matrices and gradients copied into stacks and back, a matrix weight and step.
+        muon: Muon's kernels, a matrix weight of the rank's shard and step.
+        adam: AdamW's kernels, another parameter of the rank's shard and step.
+        reduce: gradients on the wire, a parameter and step.
+        reduce_exposed: fraction of that time in which nothing else is computed.
+        gather: weights on the wire, a parameter and step.
+        gather_exposed: fraction of that time in which nothing else is computed.
+    """
+
+    forward: float
+    backward: float
+    weights: float = 12.0
+    loss: float = 60.0
+    accumulation: float = 12.0
+    stacks: float = 16.0
+    muon: float = 320.0
+    adam: float = 28.0
+    reduce: float = 4.0
+    reduce_exposed: float = 1.0
+    gather: float = 4.0
+    gather_exposed: float = 0.7
+
+
+# By dtype of the products: the count of the first review, at depth 24 with 32,768 tokens a micro-batch. The
+# blocks moved 69.1 + 97.6 GB in bf16 and 89.8 + 152.3 GB in fp8, weights included.
+FIRST_COUNT = {
+    "bf16": Traffic(forward=53.8, backward=77.4),
+    "fp8": Traffic(forward=70.4, backward=118.8, weights=20.0),
+}
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A projected step and the run that is made of such steps.
+
+    Attributes:
+        plan: of the run.
+        card: that every rank has.
+        parts: seconds of a step by part, in the order of the step.
+    """
+
+    plan: Plan
+    card: Card
+    parts: dict[str, float]
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of a step."""
+        return sum(self.parts.values())
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Tokens of all ranks a second."""
+        return self.plan.batch_tokens / self.seconds
+
+    @property
+    def mfu(self) -> float:
+        """Fraction of the bf16 peak of all ranks, by the FLOPs of the scaling rules."""
+        return self.tokens_per_s * self.plan.flops_per_token / (self.plan.world_size * self.card.peak)
+
+    @property
+    def hours(self) -> float:
+        """Hours of the plan's horizon, without evaluation, checkpoints and start."""
+        return self.plan.tokens / self.tokens_per_s / 3600
+
+
+def traffic_of(fp8: bool, counted: Path = COUNTED) -> Traffic:
+    """The bytes counted last, those of the first review for kinds that nobody has counted since.
+
+    Args:
+        fp8: of a step whose wide products are in fp8.
+        counted: JSON with the object "units", of objects "bf16" and "fp8" whose keys are fields of Traffic.
+    """
+    dtype = "fp8" if fp8 else "bf16"
+    if not counted.exists():
+        return FIRST_COUNT[dtype]
+    units: dict[str, float] = files.read_json(counted)["units"][dtype]
+    return dataclasses.replace(FIRST_COUNT[dtype], **units)
+
+
+def plan_for(depth: int, ranks: int, card: Card, **flags: Any) -> Plan:
+    """The plan of a run, with as many rows in a micro-batch as the card is estimated to hold.
+
+    Raises:
+        UserError: one row needs more memory than the card has, or the card has no fp8 for training.
+    """
+    plan = planning.plan(TrainArgs(depth=depth, **flags), VOCAB, ranks)
+    if plan.args.fp8 and card.fp8 is None:
+        raise UserError(f"--fp8: training on a {card.name} has none. Leave it out or take another --card.")
+    rows, per_rank = plan.device_batch_size, plan.batch_rows // ranks
+    while memory.estimate(plan, rows, torch.bfloat16, "cuda").total > memory.USABLE * card.memory:
+        if rows == 1:
+            raise UserError(
+                f"--depth={depth}: one row needs more than the {card.memory / 1e9:.0f} GB of a {card.name} "
+                "with these ranks. Lower --depth or raise --ranks."
+            )
+        rows = memory.divisor_below(per_rank, rows)
+    return planning.with_micro_batch(plan, rows)
+
+
+def project(plan: Plan, card: Card, traffic: Traffic) -> Projection:
+    """The time of each part of a step on one rank, in seconds."""
+    model, params, ranks = plan.model, plan.params, plan.world_size
+    tokens = plan.batch_tokens / ranks
+    forward_rate, backward_rate = card.fp8 if plan.args.fp8 and card.fp8 else (card.gemm, card.gemm)
+    blocks = 2 * params.matrix * tokens
+    others = params.total - params.matrix
+    kinds = {
+        "fused kernels of the blocks": (traffic.forward + traffic.backward)
+        * (tokens * model.n_layer * model.n_embd),
+        "casts of weights": traffic.weights * params.matrix * plan.grad_accum_steps,
+        "loss": traffic.loss * tokens * model.padded_vocab_size,
+        "accumulation of gradients": traffic.accumulation * params.total * (plan.grad_accum_steps - 1),
+    }
+    update = traffic.stacks * params.matrix + (traffic.muon * params.matrix + traffic.adam * others) / ranks
+    exposed = traffic.reduce * traffic.reduce_exposed + traffic.gather * traffic.gather_exposed
+    return Projection(
+        plan,
+        card,
+        {
+            "products of the blocks": blocks / forward_rate + 2 * blocks / backward_rate,
+            "products of the head": 6 * params.unembedding * tokens / card.head,
+            "attention": attention_flops(model) * tokens / card.attention,
+            **{kind: moved / card.memory_rate for kind, moved in kinds.items()},
+            "optimizer": update / card.memory_rate + muon_flops(model, ranks) / card.gemm,
+            "collectives, not hidden": exposed * params.total * (ranks - 1) / ranks / card.link_rate,
+        },
+    )
+
+
+def attention_flops(model: GPTConfig) -> float:
+    """FLOPs a token of a flash kernel: 2 products forward, 5 backward, over the tiles that it visits."""
+    width = model.n_head * model.kind.maps * (model.qk_dim + model.head_dim)
+    return sum(7 * width * keys_met(model.sequence_len, window) for window in model.windows)
+
+
+def keys_met(t: int, window: int) -> float:
+    """Keys that a query of a causal row meets on average, by whole tiles.
+
+    >>> keys_met(2048, 512), keys_met(2048, 2048)
+    (560, 1088)
+    """
+    reach = math.ceil(window / TILE)
+    return TILE * statistics.mean(min(tile, reach) + 1 for tile in range(math.ceil(t / TILE)))
+
+
+def muon_flops(model: GPTConfig, ranks: int) -> float:
+    """FLOPs of Polar Express for the matrices of one rank: X X^T, its square, and their product with X."""
+    c, keys = model.n_embd, model.n_kv_head * model.head_dim
+    queries, out = model.n_head * model.kind.maps * model.qk_dim, model.n_head * model.head_dim
+    shapes = [(queries, c), (keys, c), (keys, c), (c, out), (4 * c, c), (c, 4 * c)] * model.n_layer
+    total = 0
+    for shape, count in Counter(shapes).items():
+        m, n = sorted(shape)
+        total += math.ceil(count / ranks) * POLAR_STEPS * (4 * m * m * n + 2 * m**3)
+    return total
+
+
+def report(projection: Projection, dollars: float) -> Iterator[str]:
+    """The parts of a step, and what follows for the run."""
+    plan, card = projection.plan, projection.card
+    dtype = "fp8" if plan.args.fp8 else "bf16"
+    yield (
+        f"projected, nothing is measured: depth {plan.args.depth}, {dtype}, {plan.world_size} x {card.name}, "
+        f"{plan.batch_tokens:,} tokens a step, {plan.device_batch_size} rows x {plan.grad_accum_steps} a rank"
+    )
+    yield f"rates of the card: {card.source}"
+    for part, seconds in projection.parts.items():
+        yield f"{part:32}{1e3 * seconds:10,.1f} ms{seconds / projection.seconds:7.1%}"
+    yield f"{'step':32}{1e3 * projection.seconds:10,.1f} ms"
+    yield (
+        f"{projection.tokens_per_s:,.0f} tokens/s, MFU {projection.mfu:.1%}; {plan.steps:,} steps in "
+        f"{projection.hours:.2f} h, ${projection.hours * plan.world_size * dollars:,.0f} at an assumed "
+        f"${dollars:.2f} a GPU and hour"
+    )
+
+
+def table() -> Iterator[str]:
+    """The projections of dev/bench/README.md, in Markdown."""
+    card = CARDS[TABLE_CARD]
+    yield "| depth | products | step, ms | tokens/s | MFU | steps | hours | dollars |"
+    yield "|---|---|---|---|---|---|---|---|"
+    for depth in TABLE_DEPTHS:
+        for fp8 in (False, True):
+            found = project(plan_for(depth, TABLE_RANKS, card, fp8=fp8), card, traffic_of(fp8))
+            yield (
+                f"| {depth} | {'fp8' if fp8 else 'bf16'} | {1e3 * found.seconds:,.0f} | "
+                f"{found.tokens_per_s:,.0f} | {found.mfu:.1%} | {found.plan.steps:,} | {found.hours:.2f} | "
+                f"{found.hours * TABLE_RANKS * card.dollars:,.0f} |"
+            )
+
+
+def compare(path: Path) -> Iterator[str]:
+    """What `gpu.sh` measured beside what is projected for the same work on the same card.
+
+    Args:
+        path: the JSON lines of dev.bench.gpu.
+
+    Raises:
+        UserError: the file has no figures, or they are of a card that is not in the table.
+    """
+    rows = [row for row in run_files.read_lines(path, dict[str, Any]) if "metric" in row]
+    if not rows:
+        raise UserError(f"{path}: no figures are in it. Make them: bash dev/bench/gpu.sh")
+    device = str(rows[-1].get("machine", {}).get("device", ""))
+    card = next((card for card in CARDS.values() if card.name in device.lower()), None)
+    if card is None:
+        raise UserError(f"{path}: measured on {device!r}, and the cards are {', '.join(CARDS)}.")
+    yield f"{device}: measured beside projected"
+    fp8_forward, fp8_backward = card.fp8 or (None, None)
+    rates = {
+        "matmul_flops": card.gemm,
+        "matmul_fp8_forward": fp8_forward,
+        "matmul_fp8_backward": fp8_backward,
+        "memory_rate": card.memory_rate,
+    }
+    for row in rows:
+        if rate := rates.get(row["metric"]):
+            yield _beside(row["metric"], rate / 1e12, row["ours"] / 1e12, row["unit"].replace("/s", " T/s"))
+        if row["metric"] == "step_time" and row["tokens"] % (row["rows"] * row["context"]) == 0:
+            plan = plan_for(
+                row["depth"],
+                1,
+                card,
+                fp8=row["dtype"] == "fp8",
+                max_seq_len=row["context"],
+                total_batch_size=row["tokens"],
+                device_batch_size=row["rows"],
+            )
+            seconds = project(plan, card, traffic_of(plan.args.fp8)).seconds
+            name = f"step d{row['depth']} {row['dtype']} {row['backend']}"
+            yield _beside(name, 1e3 * seconds, 1e3 * row["ours"], "ms")
+
+
+def _beside(name: str, projected: float, measured: float, unit: str) -> str:
+    difference = measured / projected - 1
+    mark = "  <- more than 15 % apart" if abs(difference) > 0.15 else ""
+    return f"{name:28}{projected:12,.2f} projected{measured:12,.2f} measured {unit}{difference:+8.1%}{mark}"
+
+
+@cli
+def main() -> None:
+    """Print one projection, the table, or the comparison with what was measured."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--depth", type=int, default=24)
+    parser.add_argument("--ranks", type=int, default=TABLE_RANKS, help="GPUs of one machine")
+    parser.add_argument("--card", choices=tuple(CARDS), default=TABLE_CARD)
+    parser.add_argument("--fp8", action="store_true", help="wide products in fp8")
+    parser.add_argument("--dollars", type=float, help="price of a GPU and hour; by default an assumption")
+    parser.add_argument("--table", action="store_true", help="the table of dev/bench/README.md")
+    parser.add_argument("--measured", type=Path, help="compare with the figures of dev/bench/gpu.sh")
+    args = parser.parse_args()
+    card = CARDS[args.card]
+    if args.table:
+        lines = table()
+    elif args.measured:
+        lines = compare(args.measured)
+    else:
+        plan = plan_for(args.depth, args.ranks, card, fp8=args.fp8)
+        dollars = card.dollars if args.dollars is None else args.dollars
+        lines = report(project(plan, card, traffic_of(args.fp8)), dollars)
+    for line in lines:
+        print(line)
+
+
+if __name__ == "__main__":
+    main()
