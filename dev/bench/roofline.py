@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from nanochat.common import files, run_files
+from nanochat.common import files
 from nanochat.common.errors import UserError, cli
 from nanochat.common.machine import PEAK_BF16_FLOPS_PER_S
 from nanochat.config import plan as planning
@@ -304,42 +304,44 @@ def compare(path: Path) -> Iterator[str]:
     """What `gpu.sh` measured beside what is projected for the same work on the same card.
 
     Args:
-        path: the JSON lines of dev.bench.gpu.
+        path: the file of dev.bench.gpu.
 
     Raises:
-        UserError: the file has no figures, or they are of a card that is not in the table.
+        UserError: there is no such file, or its figures are of a card that is not in the table.
     """
-    rows = [row for row in run_files.read_lines(path, dict[str, Any]) if "metric" in row]
-    if not rows:
-        raise UserError(f"{path}: no figures are in it. Make them: bash dev/bench/gpu.sh")
-    device = str(rows[-1].get("machine", {}).get("device", ""))
+    found = files.read_json(path, dict[str, Any], advice="Make it: bash dev/bench/gpu.sh")
+    device = str(found["machine"]["device"])
     card = next((card for card in CARDS.values() if card.name in device.lower()), None)
     if card is None:
-        raise UserError(f"{path}: measured on {device!r}, and the cards are {', '.join(CARDS)}.")
+        raise UserError(f"{path}: measured on {device}, and the cards are {', '.join(CARDS)}.")
     yield f"{device}: measured beside projected"
-    fp8_forward, fp8_backward = card.fp8 or (None, None)
+    forward, backward = card.fp8 or (0.0, 0.0)
     rates = {
-        "matmul_flops": card.gemm,
-        "matmul_fp8_forward": fp8_forward,
-        "matmul_fp8_backward": fp8_backward,
+        "matmul_block": card.gemm,
+        "matmul_fp8_forward": forward,
+        "matmul_fp8_backward": backward,
         "memory_rate": card.memory_rate,
     }
-    for row in rows:
-        if rate := rates.get(row["metric"]):
-            yield _beside(row["metric"], rate / 1e12, row["ours"] / 1e12, row["unit"].replace("/s", " T/s"))
-        if row["metric"] == "step_time" and row["tokens"] % (row["rows"] * row["context"]) == 0:
-            plan = plan_for(
-                row["depth"],
-                1,
-                card,
-                fp8=row["dtype"] == "fp8",
-                max_seq_len=row["context"],
-                total_batch_size=row["tokens"],
-                device_batch_size=row["rows"],
-            )
-            seconds = project(plan, card, traffic_of(plan.args.fp8)).seconds
+    for row in found["rows"]:
+        metric = row.get("metric", "")
+        if rate := rates.get(metric):
+            yield _beside(metric, rate / 1e12, row["ours"] / 1e12, f"T{row['unit']}")
+        elif metric == "step_time" and row["recipe"] == TrainArgs.recipe:
+            seconds = project(_plan_of(row), card, traffic_of(row["dtype"] == "fp8")).seconds
             name = f"step d{row['depth']} {row['dtype']} {row['backend']}"
             yield _beside(name, 1e3 * seconds, 1e3 * row["ours"], "ms")
+
+
+def _plan_of(row: dict[str, Any]) -> Plan:
+    """The plan whose step was measured on one GPU."""
+    args = TrainArgs(
+        depth=row["depth"],
+        fp8=row["dtype"] == "fp8",
+        max_seq_len=row["context"],
+        total_batch_size=row["tokens"],
+        device_batch_size=row["rows"],
+    )
+    return planning.plan(args, VOCAB)
 
 
 def _beside(name: str, projected: float, measured: float, unit: str) -> str:
