@@ -1,4 +1,4 @@
-"""What needs CUDA, one measurement after another in the order of their worth, each kept as soon as it is made.
+"""What needs CUDA, one measurement after another by their worth, each kept as soon as it is made.
 
     python -m dev.bench.gpu [--json out/gpu.json] [--budget 540] [--depths 12 24 20]
 

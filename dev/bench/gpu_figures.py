@@ -212,13 +212,17 @@ def state_of(plan: Plan, precision: Precision, world: World) -> TrainState:
 def training_step(
     device: torch.device, depth: int, dtype: str, backend: str = "auto", recipe: str = TrainArgs.recipe
 ) -> list[Row]:
-    """One rank's share of a step: its time, tokens a second, MFU, memory, and the time of the first step."""
+    """One rank's share of a step: its time, tokens a second, MFU, memory, and the time of the first one.
+
+    It is the last step of a run, which has the largest batch and windows where they grow.
+    """
     size, world = size_for(device), World.single_process(device)
     precision, _ = choose_precision(device, "auto", backend, fp8=dtype == "fp8")
     plan = step_plan(size, depth, recipe=recipe, fp8=precision.fp8)
     state = state_of(plan, precision, world)
+    state.step = plan.steps - 1
     plan = train_run._prepare(plan, state, precision, world)
-    state.model.use_windows(plan.windows_at(0))
+    state.model.use_windows(plan.windows_at(state.step))
     speed = machine.speed(device, precision.compute_dtype)
 
     def steps(count: int) -> float:
@@ -234,7 +238,7 @@ def training_step(
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     seconds = steps(max(2, min(20, int(size.seconds / second))))
-    rows, tokens = state.loader.device_batch_size, plan.tokens_at(0)
+    rows, tokens = state.loader.device_batch_size, plan.tokens_at(state.step)
     needed = memory.estimate(plan, rows, precision.compute_dtype, device.type)
     setting = {"depth": depth, "dtype": dtype, "backend": precision.attention, "recipe": recipe}
     setting |= {"rows": rows, "context": plan.model.sequence_len, "tokens": tokens}
