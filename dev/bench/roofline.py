@@ -1,19 +1,19 @@
 """Roofline of a training step: the time of each part, projected from FLOPs and bytes, for a depth and a card.
 
     python -m dev.bench.roofline [--depth 24] [--ranks 8] [--card h100] [--fp8] [--dollars 3]
-    python -m dev.bench.roofline --table              the table of dev/bench/README.md
-    python -m dev.bench.roofline --measured out/gpu.jsonl
+    python -m dev.bench.roofline --readme             renew the table of dev/bench/README.md
+    python -m dev.bench.roofline --measured out/gpu.json
 
 A part takes its FLOPs over the card's rate of products, or its bytes over the card's rate of memory: parts
 follow each other, and launches take no time. Attention is a flash kernel that skips what is outside a window.
-The bytes are counted in the code that Inductor generates for an H100 (bytes.json beside this file), without a
-GPU; the rates are those that a card reaches in such a step, not those of its data sheet.
+The bytes are counted without a GPU, in the code that Inductor generates for an H100: bytes.json beside this
+file, which tests/gpuless/ratchet.py writes. The rates are those that a card reaches in such a step, not those
+of its data sheet.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import math
 import statistics
 from collections import Counter
@@ -37,7 +37,8 @@ VOCAB = 32_768
 TILE = 128  # keys and queries that a flash kernel takes at a time, or skips
 POLAR_STEPS = 5
 TABLE_DEPTHS, TABLE_RANKS, TABLE_CARD = (12, 20, 24, 26), 8, "h100"
-COUNTED = Path(__file__).with_name("bytes.json")
+COUNTED, README = (Path(__file__).with_name(name) for name in ("bytes.json", "README.md"))
+BEGIN, END = "<!-- projections -->", "<!-- end of projections -->"
 
 
 @dataclass(frozen=True)
@@ -174,18 +175,57 @@ class Projection:
         return self.plan.tokens / self.tokens_per_s / 3600
 
 
-def traffic_of(fp8: bool, counted: Path = COUNTED) -> Traffic:
-    """The bytes counted last, those of the first review for kinds that nobody has counted since.
+def traffic_of(fp8: bool, file: Path = COUNTED) -> Traffic:
+    """The bytes that were counted last at depth 24, or those of the first review where none are in the file.
 
     Args:
         fp8: of a step whose wide products are in fp8.
-        counted: JSON with the object "units", of objects "bf16" and "fp8" whose keys are fields of Traffic.
+        file: what tests/gpuless/ratchet.py writes.
     """
-    dtype = "fp8" if fp8 else "bf16"
-    if not counted.exists():
-        return FIRST_COUNT[dtype]
-    units: dict[str, float] = files.read_json(counted)["units"][dtype]
-    return dataclasses.replace(FIRST_COUNT[dtype], **units)
+    steps = files.read_json(file)["steps"] if file.exists() else {}
+    step = steps.get("d24-fp8" if fp8 else "d24")
+    return units_of(step, fp8) if step else FIRST_COUNT["fp8" if fp8 else "bf16"]
+
+
+def units_of(step: dict[str, Any], fp8: bool) -> Traffic:
+    """What a counted step moves, by the units that it grows with.
+
+    Casts of weights are counted with the kernels of the blocks, which they are fused with: for a depth with
+    other micro-batches than those counted, that is wrong by less than a hundredth of the step.
+
+    Args:
+        step: an entry of bytes.json, with the bytes of products and collectives beside the others.
+        fp8: of the products.
+    """
+    shape = step["shape"]
+    plan = planning.plan(TrainArgs(depth=shape["depth"], fp8=fp8), shape["vocabulary"], shape["ranks"])
+    first = {phase: _passes(kinds) for phase, kinds in step["first"].items()}
+    added = sum(_passes(kinds) for kinds in step["next"].values()) - sum(first.values())
+    default = Traffic(0, 0)
+    update = _passes(step["update"]) / update_bytes(plan, default)
+    blocks, logits = shape["tokens"] * shape["depth"] * shape["width"], shape["tokens"] * shape["vocabulary"]
+    return Traffic(
+        forward=first["forward"] / blocks,
+        backward=first["backward"] / blocks,
+        weights=0.0,
+        # The loss is an operator of ours in some builds, and no attention is in its phase.
+        loss=(first["loss"] + 1e9 * step["first"]["loss"].get("operators", {"gb": 0.0})["gb"]) / logits,
+        accumulation=added / plan.params.total,
+        stacks=default.stacks * update,
+        muon=default.muon * update,
+        adam=default.adam * update,
+    )
+
+
+def _passes(kinds: dict[str, dict[str, float]]) -> float:
+    """Bytes of the kernels whose time is that of memory: not products, attention or collectives."""
+    return 1e9 * sum(kind["gb"] for name, kind in kinds.items() if name in ("fused", "eager", "triton"))
+
+
+def update_bytes(plan: Plan, traffic: Traffic) -> float:
+    """Bytes that one rank's optimizer moves in a step, products included."""
+    matrix, others = plan.params.matrix, plan.params.total - plan.params.matrix
+    return traffic.stacks * matrix + (traffic.muon * matrix + traffic.adam * others) / plan.world_size
 
 
 def plan_for(depth: int, ranks: int, card: Card, **flags: Any) -> Plan:
@@ -214,7 +254,6 @@ def project(plan: Plan, card: Card, traffic: Traffic) -> Projection:
     tokens = plan.batch_tokens / ranks
     forward_rate, backward_rate = card.fp8 if plan.args.fp8 and card.fp8 else (card.gemm, card.gemm)
     blocks = 2 * params.matrix * tokens
-    others = params.total - params.matrix
     kinds = {
         "fused kernels of the blocks": (traffic.forward + traffic.backward)
         * (tokens * model.n_layer * model.n_embd),
@@ -222,7 +261,7 @@ def project(plan: Plan, card: Card, traffic: Traffic) -> Projection:
         "loss": traffic.loss * tokens * model.padded_vocab_size,
         "accumulation of gradients": traffic.accumulation * params.total * (plan.grad_accum_steps - 1),
     }
-    update = traffic.stacks * params.matrix + (traffic.muon * params.matrix + traffic.adam * others) / ranks
+    update = update_bytes(plan, traffic) / card.memory_rate + muon_flops(model, ranks) / card.gemm
     exposed = traffic.reduce * traffic.reduce_exposed + traffic.gather * traffic.gather_exposed
     return Projection(
         plan,
@@ -232,7 +271,7 @@ def project(plan: Plan, card: Card, traffic: Traffic) -> Projection:
             "products of the head": 6 * params.unembedding * tokens / card.head,
             "attention": attention_flops(model) * tokens / card.attention,
             **{kind: moved / card.memory_rate for kind, moved in kinds.items()},
-            "optimizer": update / card.memory_rate + muon_flops(model, ranks) / card.gemm,
+            "optimizer": update,
             "collectives, not hidden": exposed * params.total * (ranks - 1) / ranks / card.link_rate,
         },
     )
@@ -248,7 +287,7 @@ def keys_met(t: int, window: int) -> float:
     """Keys that a query of a causal row meets on average, by whole tiles.
 
     >>> keys_met(2048, 512), keys_met(2048, 2048)
-    (560, 1088)
+    (560.0, 1088.0)
     """
     reach = math.ceil(window / TILE)
     return TILE * statistics.mean(min(tile, reach) + 1 for tile in range(math.ceil(t / TILE)))
@@ -298,6 +337,12 @@ def table() -> Iterator[str]:
                 f"{found.tokens_per_s:,.0f} | {found.mfu:.1%} | {found.plan.steps:,} | {found.hours:.2f} | "
                 f"{found.hours * TABLE_RANKS * card.dollars:,.0f} |"
             )
+
+
+def write_table(readme: Path = README) -> None:
+    """Put the table of now between the marks in the file."""
+    before, _, rest = readme.read_text("utf-8").partition(f"{BEGIN}\n")
+    files.atomic_write(readme, before + "\n".join([BEGIN, *table(), END]) + rest.partition(END)[2])
 
 
 def compare(path: Path) -> Iterator[str]:
@@ -352,18 +397,19 @@ def _beside(name: str, projected: float, measured: float, unit: str) -> str:
 
 @cli
 def main() -> None:
-    """Print one projection, the table, or the comparison with what was measured."""
+    """Print one projection, renew the table, or the comparison with what was measured."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--depth", type=int, default=24)
     parser.add_argument("--ranks", type=int, default=TABLE_RANKS, help="GPUs of one machine")
     parser.add_argument("--card", choices=tuple(CARDS), default=TABLE_CARD)
     parser.add_argument("--fp8", action="store_true", help="wide products in fp8")
     parser.add_argument("--dollars", type=float, help="price of a GPU and hour; by default an assumption")
-    parser.add_argument("--table", action="store_true", help="the table of dev/bench/README.md")
+    parser.add_argument("--readme", action="store_true", help="renew the table of dev/bench/README.md")
     parser.add_argument("--measured", type=Path, help="compare with the figures of dev/bench/gpu.sh")
     args = parser.parse_args()
     card = CARDS[args.card]
-    if args.table:
+    if args.readme:
+        write_table()
         lines = table()
     elif args.measured:
         lines = compare(args.measured)
