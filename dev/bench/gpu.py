@@ -19,6 +19,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -114,7 +115,7 @@ def in_process_of_its_own(measurement: Measurement, device: str, log: Path, limi
     """
     with tempfile.TemporaryDirectory() as folder, log.open("a+", encoding="utf-8") as output:
         answer = Path(folder) / "rows.json"
-        task = json.dumps([measurement.figures, measurement.setting, str(answer)])
+        task = json.dumps([os.getpid(), measurement.figures, measurement.setting, str(answer)])
         command = [sys.executable, "-m", "dev.bench.gpu", "--device", device, "--measure", task]
         print(f"\n== {measurement.name}", file=output, flush=True)
         begun = output.tell()
@@ -228,9 +229,17 @@ def default_precision(device: torch.device) -> tuple[Precision, list[str], bool]
 
 def measure_here(task: str, device: torch.device) -> None:
     """Do one measurement in this process and write its rows where the task says."""
-    figures, setting, answer = json.loads(task)
+    parent, figures, setting, answer = json.loads(task)
+    threading.Thread(target=end_with, args=(parent,), daemon=True).start()
     files.keep_compiled()
     files.write_json(Path(answer), FIGURES[figures](device, **setting))
+
+
+def end_with(parent: int) -> None:
+    """End this process when its parent is gone: the next call would measure beside it."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 def interrupted(signum: int, frame: object) -> None:

@@ -7,6 +7,7 @@ them. On a CPU everything has toy sizes, so that each line runs where there is n
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import statistics
 import time
@@ -32,7 +33,7 @@ from nanochat.distributed.world import World
 from nanochat.engine import Engine, Sampling
 from nanochat.evaluation.core import evaluate
 from nanochat.evaluation.core.scoring import GPTScorer
-from nanochat.model.attention import attention
+from nanochat.model.attention import Layout, attention, block_masks
 from nanochat.model.attention_backends import choose_precision
 from nanochat.model.gpt import GPT
 from nanochat.model.loss import softcapped_cross_entropy
@@ -197,9 +198,8 @@ class RandomBatches:
 
 def state_of(plan: Plan, precision: Precision, world: World) -> TrainState:
     """A run at step 0, as the trainer makes it, on random tokens."""
-    with torch.device("meta"):
+    with world.device:
         model = GPT(plan.model, precision, 0 if plan.model.document_mask else None)
-    model.to_empty(device=world.device)
     model.init_weights(0)
     model.recompute = plan.args.recompute
     params, kinds = dict(model.named_parameters()), model.parameter_kinds()
@@ -277,9 +277,8 @@ def mlp(device: torch.device, depth: int, dtype: str) -> list[Row]:
     size = size_for(device)
     precision = Precision(torch.bfloat16, "sdpa", dtype == "fp8")
     model = plan_of(size, depth).model
-    with torch.device("meta"):
-        module: Any = GPT(model, precision).blocks[0].mlp
-    module.to_empty(device=device)
+    with device:
+        module: Any = GPT(dataclasses.replace(model, n_layer=1), precision).blocks[0].mlp
     for parameter in module.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
     x = torch.randn(1, size.tokens, model.n_embd, device=device, dtype=torch.bfloat16, requires_grad=True)
@@ -296,20 +295,25 @@ def mlp(device: torch.device, depth: int, dtype: str) -> list[Row]:
 
 
 def attention_kernel(device: torch.device, depth: int, backend: str) -> list[Row]:
-    """Forward and backward of one layer with a short and with the full window."""
+    """Forward and backward of one layer with a short and with the full window, compiled as a step is."""
     size = size_for(device)
     model = plan_of(size, depth).model
-    shape = (size.tokens // model.sequence_len, model.sequence_len, model.n_head, model.head_dim)
+    t, windows = model.sequence_len, sorted(set(model.windows))
+    shape = (size.tokens // t, t, model.n_head, model.head_dim)
     q, k, v = (torch.randn(shape, device=device, dtype=torch.bfloat16).requires_grad_() for _ in range(3))
-    grad, rows = torch.randn_like(q), []
-    for window in sorted(set(model.windows)):
-
-        def work(window: int = window) -> None:
-            torch.autograd.grad(attention(q, k, v, window=window, backend=backend), (q, k, v), grad)
-
+    layout, grad, rows = Layout(block_masks=block_masks(backend, t, windows, device)), torch.randn_like(q), []
+    for window in windows:
+        call: Callable[..., Tensor] = partial(attention, window=window, backend=backend, layout=layout)
+        if machine.choose_compile(device)[0]:
+            call = torch.compile(call, dynamic=False)
+        work = partial(_forward_and_backward, call, (q, k, v), grad)
         setting = {"depth": depth, "backend": backend, "window": window, "tokens": size.tokens}
         rows.append(row("attention_time", timed(device, work), "s", **setting))
     return rows
+
+
+def _forward_and_backward(call: Callable[..., Tensor], inputs: tuple[Tensor, ...], grad: Tensor) -> None:
+    torch.autograd.grad(call(*inputs), inputs, grad)
 
 
 def optimizer_update(device: torch.device, depth: int) -> list[Row]:
@@ -334,9 +338,8 @@ def random_model(device: torch.device, depth: int) -> tuple[GPT, Tokenizer]:
     """A model with initial weights as evaluation loads it, and a small tokenizer for its texts."""
     size = size_for(device)
     precision, _ = choose_precision(device)
-    with torch.device("meta"):
+    with device:
         model = GPT(plan_of(size, depth).model, precision)
-    model.to_empty(device=device)
     model.init_weights(0)
     texts = [path.read_text("utf-8") for path in sorted((REPO / "dev" / "samples").glob("*.txt"))]
     return model, Tokenizer.train(texts, min(size.vocab, 2048))
