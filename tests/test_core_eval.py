@@ -297,7 +297,7 @@ def test_no_pass_of_several_rows_exceeds_the_tokens_asked_for(model, tokenizer, 
             return super().read(ids, prefix)
 
     evaluate.evaluate(Watched(model), tokenizer, small_bundle(), world=SOLO, batch_tokens=batch_tokens)
-    bound = min(batch_tokens, scoring.CACHE_TOKENS["cpu"])
+    bound = min(batch_tokens, scoring.MOST_TOKENS["cpu"])
     assert max(tokens for rows, tokens in sizes if rows > 1) <= bound
 
 

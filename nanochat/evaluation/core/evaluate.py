@@ -58,7 +58,7 @@ def evaluate(
     max_per_task: int = 0,
     world: World,
     variant: str = NANOCHAT,
-    batch_tokens: int = 16384,
+    batch_tokens: int = 32768,
     crop_tokens: int | None = None,
     keep_going: bool = False,
     on_task: Callable[[TaskScore], None] = lambda _: None,
