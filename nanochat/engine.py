@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import codecs
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from nanochat.common.errors import UserError
+from nanochat.distributed.world import World
 from nanochat.model.gpt import GPT
 from nanochat.tokenizer.tokenizer import Tokenizer
 
@@ -147,11 +148,21 @@ class Engine:
         return done
 
     def completions(
-        self, prompts: Prompts, sampling: Sampling, num_samples: int = 1
+        self,
+        prompts: Prompts,
+        sampling: Sampling,
+        num_samples: int = 1,
+        lengths: Collection[int] | None = None,
     ) -> Iterator[tuple[int, Completion]]:
         """Yield (index of the prompt, completion) as they come: those of one prompt in the order of samples.
 
         Prompts of the same length are done together, as many rows at a time as CACHE_BYTES hold.
+
+        Args:
+            prompts: as in `generate`.
+            sampling: as in `generate`.
+            num_samples: as in `generate`.
+            lengths: of the prompts to continue; by default all.
 
         Raises:
             UserError: as `generate`, at the first.
@@ -159,7 +170,8 @@ class Engine:
         groups: dict[int, list[int]] = {}
         for index, prompt in enumerate(prompts):
             self._check(prompt)
-            groups.setdefault(len(prompt), []).append(index)
+            if lengths is None or len(prompt) in lengths:
+                groups.setdefault(len(prompt), []).append(index)
         config = self.model.config
         for length, indices in groups.items():
             capacity = min(config.sequence_len, length + sampling.max_tokens)
@@ -220,17 +232,20 @@ class Engine:
         cache = KVCache(model, len(indices), min(context, ids.size(1) + sampling.max_tokens - 1))
         logits = model.logits(ids, cache, last_only=True)[:, 0]
         if len(rows) > len(indices):  # a prompt is read once, whatever the number of its samples
-            copies = torch.arange(len(indices)).repeat_interleave(len(rows) // len(indices))
-            logits = logits[copies.to(ids.device)]
+            copies = torch.arange(len(indices), device=ids.device)
+            copies = copies.repeat_interleave(len(rows) // len(indices))
+            logits = logits[copies]
             cache.take_rows(copies)
-        generators = [_generator(sampling.seed, *row) for row in rows]
+        most = min(sampling.max_tokens, context - ids.size(1) + 1)
+        draws = torch.stack([_draws(most, sampling.seed, *row) for row in rows]).to(ids.device)
         running: dict[int, list[int]] = {row: [] for row in range(len(rows))}
         for count in range(1, sampling.max_tokens + 1):
-            tokens = choose_tokens(logits, sampling, generators)
+            tokens = choose_tokens(logits, sampling, draws[:, count - 1])
+            chosen = tokens.tolist()  # the only wait for the device in a step
             full: Reason | None = "context" if cache.length == context else None
             limit: Reason | None = "length" if count == sampling.max_tokens else full
             for row, added in list(running.items()):
-                token = int(tokens[row])
+                token = chosen[row]
                 reason: Reason | None = "stop" if token == self.tokenizer.bos_id else limit
                 if reason != "stop":
                     added.append(token)
@@ -240,43 +255,56 @@ class Engine:
             if not running:
                 return
             # Rows that have ended go on unseen: dropping them would copy the cache.
-            logits = model.logits(tokens[:, None].to(ids.device), cache, last_only=True)[:, 0]
+            logits = model.logits(tokens[:, None], cache, last_only=True)[:, 0]
 
 
-def _generator(seed: int, index: int, sample: int) -> torch.Generator:
-    """A generator of one row's own, on the CPU, so that every kind of device draws the same."""
+def _draws(count: int, seed: int, index: int, sample: int) -> Tensor:
+    """The uniform numbers of one row, (count,) fp32: made on the CPU, so that every device has the same."""
     state = random.Random(f"{seed}/{index}/{sample}").getrandbits(63)  # noqa: S311
-    return torch.Generator().manual_seed(state)
+    return torch.rand(count, generator=torch.Generator().manual_seed(state))
 
 
-def choose_tokens(logits: Tensor, sampling: Sampling, generators: Sequence[torch.Generator]) -> Tensor:
-    """Next token of each row, (B,) int64 on the CPU.
+def choose_tokens(logits: Tensor, sampling: Sampling, draws: Tensor) -> Tensor:
+    """Next token of each row, (B,) int64 on the device of the logits.
 
     Args:
         logits: (B, V) fp32.
         sampling: temperature and top_k.
-        generators: one a row; each gives one uniform number, wherever temperature is not 0.
+        draws: (B,) fp32, uniform from 0 to 1; not looked at where temperature is 0.
     """
     if sampling.temperature < torch.finfo(torch.float32).tiny:  # as a divisor it would be zero
-        return logits.argmax(dim=-1).cpu()
+        return logits.argmax(dim=-1)
     ids = None
     if sampling.top_k and sampling.top_k < logits.size(-1):
         logits, ids = logits.topk(sampling.top_k, dim=-1)
     shifted = (logits - logits.amax(dim=-1, keepdim=True)) / sampling.temperature
     cumulative = shifted.softmax(dim=-1).cumsum(dim=-1)
-    draws = torch.stack([torch.rand(1, generator=generator) for generator in generators]).to(logits.device)
     # The probabilities sum to 1 up to rounding: a draw is a fraction of that sum.
-    chosen = torch.searchsorted(cumulative, draws * cumulative[:, -1:], right=True)
+    chosen = torch.searchsorted(cumulative, draws[:, None] * cumulative[:, -1:], right=True)
     chosen = chosen.clamp(max=logits.size(-1) - 1)
-    return (chosen if ids is None else ids.gather(-1, chosen))[:, 0].cpu()
+    return (chosen if ids is None else ids.gather(-1, chosen))[:, 0]
 
 
 def sample_texts(
-    model: GPT, tokenizer: Tokenizer, prompts: Sequence[str] = SAMPLE_PROMPTS, *, max_tokens: int = 48
+    model: GPT,
+    tokenizer: Tokenizer,
+    world: World,
+    prompts: Sequence[str] = SAMPLE_PROMPTS,
+    *,
+    max_tokens: int = 48,
 ) -> list[str]:
-    """Each prompt with one continuation, as text. No ranks are involved: any rank may call it alone."""
+    """Each prompt with one continuation, as text, on every rank: a collective.
+
+    The ranks share the work by the lengths of the prompts. Those of one length decode together on any number
+    of ranks, so the texts are the same to the letter.
+    """
     # A tiny context still gets a sample: of the end of the prompt.
     ids = [tokenizer.encode(prompt, bos=True)[-model.config.sequence_len :] for prompt in prompts]
-    completions = Engine(model, tokenizer).generate(ids, Sampling(max_tokens, temperature=0.7, top_k=50))
-    texts = [tokenizer.decode(list(completion.ids)) for [completion] in completions]
+    mine = sorted(set(map(len, ids)))[world.rank :: world.size]
+    sampling = Sampling(max_tokens, temperature=0.7, top_k=50)
+    added = torch.zeros(len(ids), 1 + min(max_tokens, model.config.sequence_len), dtype=torch.int64)
+    for index, completion in Engine(model, tokenizer).completions(ids, sampling, lengths=mine):
+        added[index, : 1 + len(completion.ids)] = torch.tensor([len(completion.ids), *completion.ids])
+    gathered = torch.tensor(world.gather_ints(added.flatten().tolist())).sum(0).view_as(added)
+    texts = [tokenizer.decode(row[1 : 1 + row[0]]) for row in gathered.tolist()]
     return [prompt + text for prompt, text in zip(prompts, texts, strict=True)]

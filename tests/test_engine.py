@@ -1,10 +1,15 @@
+import random
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
 from nanochat.common.errors import UserError
 from nanochat.common.machine import Precision
 from nanochat.config.model_config import GPTConfig
-from nanochat.engine import Engine, KVCache, Sampling, choose_tokens, sample_texts
+from nanochat.distributed.world import World
+from nanochat.engine import Engine, KVCache, Sampling, _draws, choose_tokens, sample_texts
 from nanochat.model.gpt import GPT
 
 BOS = 256
@@ -127,8 +132,8 @@ def test_tokens_are_drawn_with_the_softmax_probabilities():
         if top_k:
             expected[logits[0] < logits[0].topk(top_k).values[-1]] = 0
         expected /= expected.sum()
-        generators = [torch.Generator().manual_seed(n) for n in range(draws)]
-        chosen = choose_tokens(logits.expand(draws, -1), Sampling(1, temperature, top_k), generators)
+        uniform = torch.rand(draws, generator=torch.Generator().manual_seed(0))
+        chosen = choose_tokens(logits.expand(draws, -1), Sampling(1, temperature, top_k), uniform)
         shares = torch.bincount(chosen, minlength=4).double() / draws
         # Five standard errors: the seeds are fixed, so this either always holds or never.
         assert ((shares - expected).abs() <= 5 * (expected * (1 - expected) / draws).sqrt()).all()
@@ -137,10 +142,10 @@ def test_tokens_are_drawn_with_the_softmax_probabilities():
 
 def test_extreme_sampling_values_are_the_likeliest_token():
     logits = torch.tensor([[0.0, 3.0, 1.0], [5.0, 3.0, 1.0]])
-    generators = [torch.Generator().manual_seed(n) for n in range(2)]
+    draws = torch.rand(2, generator=torch.Generator().manual_seed(0))
     cold = [Sampling(1, temperature, 50) for temperature in (0.0, 1e-30, 1e-40, 1e-46, 5e-324)]
     for sampling in (*cold, Sampling(1, 1e-46), Sampling(1, 1.0, top_k=1), Sampling(1, 1e-3, 99)):
-        assert choose_tokens(logits, sampling, generators).tolist() == [1, 0]
+        assert choose_tokens(logits, sampling, draws).tolist() == [1, 0]
 
 
 def test_prompts_that_cannot_be_used_are_refused(engine):
@@ -171,7 +176,7 @@ def test_a_text_ends_where_the_context_is_full():
 
 
 def test_a_row_stops_at_bos_and_the_others_go_on(engine, monkeypatch):
-    def scripted(logits, sampling, generators):
+    def scripted(logits, sampling, draws):
         script = [[65, 66], [BOS, 67], [68, 69]]
         return torch.tensor(script[scripted.calls.pop(0)])
 
@@ -186,7 +191,7 @@ def test_a_stream_never_splits_a_character(engine, monkeypatch):
     text = "a\u00e9\u4e2d\U0001f40d!"
     left = [*text.encode("utf-8"), 0xE4, 0xB8]  # ends in the middle of a character
 
-    def scripted(logits, sampling, generators):
+    def scripted(logits, sampling, draws):
         return torch.tensor([left.pop(0)])
 
     monkeypatch.setattr("nanochat.engine.choose_tokens", scripted)
@@ -203,9 +208,42 @@ def test_a_stream_is_the_generated_text(engine):
     assert "".join(engine.stream(prompt, sampling)) == ByteTokenizer().decode(done[0].ids)
 
 
+def test_every_row_draws_what_a_generator_of_its_own_gives_one_by_one():
+    state = random.Random("7/2/5").getrandbits(63)
+    generator = torch.Generator().manual_seed(state)
+    assert _draws(33, 7, 2, 5).tolist() == [torch.rand(1, generator=generator).item() for _ in range(33)]
+
+
 def test_samples_are_prompts_with_continuations_in_any_context(engine):
-    texts = sample_texts(engine.model, ByteTokenizer(), ["abc", "hello"], max_tokens=5)
+    alone = World.single_process()
+    texts = sample_texts(engine.model, ByteTokenizer(), alone, ["abc", "hello"], max_tokens=5)
     assert [text[:3] for text in texts] == ["abc", "hel"]
-    assert sample_texts(engine.model, ByteTokenizer(), ["abc", "hello"], max_tokens=5) == texts
+    assert sample_texts(engine.model, ByteTokenizer(), alone, ["abc", "hello"], max_tokens=5) == texts
     small = tiny_gpt(sequence_len=8, n_layer=2)
-    assert len(sample_texts(small, ByteTokenizer())) == 6
+    assert len(sample_texts(small, ByteTokenizer(), alone)) == 6
+
+
+@pytest.mark.parametrize("size", [2, 3, 8])
+def test_any_number_of_ranks_writes_the_same_samples(engine, size):
+    """Each rank decodes a part of them, and each gets all."""
+    prompts = ["abc", "hello", "xyz", "a", "seven b", "hallo"]
+    expected = sample_texts(engine.model, ByteTokenizer(), World.single_process(), prompts, max_tokens=9)
+    barrier, given, decoded = threading.Barrier(size, timeout=60), {}, []
+
+    class Together(World):
+        """A rank in a thread, which meets the others where they gather."""
+
+        def gather_ints(self, values):
+            given[self.rank] = values
+            decoded.append(sum(count > 0 for count in values[:: len(values) // len(prompts)]))
+            barrier.wait()
+            return [given[rank] for rank in range(self.size)]
+
+    def run(rank):
+        world = Together(rank, size, torch.device("cpu"), None)
+        return sample_texts(engine.model, ByteTokenizer(), world, prompts, max_tokens=9)
+
+    with ThreadPoolExecutor(size) as pool:
+        assert list(pool.map(run, range(size))) == [expected] * size
+    assert sum(decoded) == len(prompts)
+    assert max(decoded) < len(prompts)

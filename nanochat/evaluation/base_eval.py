@@ -96,8 +96,8 @@ def run(args: EvalArgs, world: World) -> dict[str, Any]:
     if corpus is not None:
         scores = sheet.add("bpb", _score_bpb(model, tokenizer, corpus, args, bool(trained.keep_tails), world))
     if "sample" in parts:
-        texts = sample_texts(model, tokenizer, max_tokens=args.max_new_tokens) if world.is_main else []
-        for text in texts:
+        texts = sample_texts(model, tokenizer, world, max_tokens=args.max_new_tokens)
+        for text in texts if world.is_main else ():
             _show("-" * 40, printable(text))
         scores = sheet.add("sample", {"samples": texts})
     _end(sheet, world)

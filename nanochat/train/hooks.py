@@ -129,6 +129,6 @@ class Hooks:
         self.log.record("core", state.step, line, core_metric=core, core_stderr=stderr)
 
     def sample(self, state: TrainState) -> None:
-        """Texts that the model writes; the main rank does this alone."""
-        for text in sample_texts(state.model, self.tokenizer) if self.world.is_main else ():
+        """Texts that the model writes; every rank writes some of them."""
+        for text in sample_texts(state.model, self.tokenizer, self.world):
             self.log.record("sample", state.step, f"  {text!r}", text=text)
