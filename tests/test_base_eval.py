@@ -15,7 +15,7 @@ from nanochat.common import files
 from nanochat.common.errors import UserError
 from nanochat.common.machine import Precision
 from nanochat.config import plan as planning
-from nanochat.config.arguments import EvalArgs
+from nanochat.config.arguments import EvalArgs, TrainArgs
 from nanochat.data import corpus as corpus_module
 from nanochat.data.train_loader import ValBatches
 from nanochat.distributed.world import World
@@ -237,7 +237,7 @@ def test_weights_that_give_no_number_are_one_clear_error(state):
     corpus = corpus_module.Corpus.open("local")
     tokenizer = Tokenizer.load(files.tokenizer_dir("local"))
     with pytest.raises(UserError, match="train is not a number"):
-        base_eval._score_bpb(state.model, tokenizer, corpus, args(), False, World.single_process())
+        base_eval._score_bpb(state.model, tokenizer, corpus, args(), TrainArgs(), World.single_process())
 
 
 def test_requests_that_cannot_be_met_are_one_clear_error(base_dir):

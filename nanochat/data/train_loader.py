@@ -142,11 +142,7 @@ class TrainLoader:
         for stream in self._streams.values():
             stream.start()
         taken = {i: stream.take(self._rows_per_stream, stop_requested) for i, stream in self._streams.items()}
-        rows = np.stack([taken[stream][row] for stream, row in self._mine])
-        tokens = torch.from_numpy(rows.astype(np.int64))
-        if self._world.device.type == "cuda":
-            tokens = tokens.pin_memory()
-        tokens = tokens.to(self._world.device, non_blocking=True)
+        tokens = _moved(np.stack([taken[stream][row] for stream, row in self._mine]), self._world.device)
         inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
         size = self.device_batch_size
         return [(inputs[i : i + size], targets[i : i + size]) for i in range(0, len(tokens), size)]
@@ -184,7 +180,7 @@ class TrainLoader:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state` was taken, at this or another world size.
 
-        That it is of the same order of rows has been checked: see `checkpoint.same_run`.
+        That it is of the same order of rows has been checked: see `checkpoint.resume`.
 
         Raises:
             UserError: it is not what `state_dict` gives.
@@ -204,6 +200,14 @@ class TrainLoader:
         """Whether it is (epoch, position, row), and the row group is one of the stream's."""
         in_range = len(cursor) == 3 and all(0 <= number < 1 << 40 for number in cursor)  # of a tensor, too
         return in_range and stream + cursor[1] * self.n_streams < len(self._groups)
+
+
+def _moved(rows: NDArray[np.int32], device: torch.device) -> Tensor:
+    """Rows of tokens as int64 on the device; a GPU gets them without a wait."""
+    tokens = torch.from_numpy(rows.astype(np.int64))
+    if device.type == "cuda":
+        tokens = tokens.pin_memory()
+    return tokens.to(device, non_blocking=True)
 
 
 def group_order(shard_of: NDArray[np.int64], seed: int, epoch: int, in_order: bool) -> NDArray[np.int64]:
@@ -274,9 +278,9 @@ class ValBatches:
         if self._rows is None:
             self._rows = self._pack()
         for start in range(0, len(self._rows), self._batch_rows):
-            tokens = torch.from_numpy(self._rows[start : start + self._batch_rows].astype(np.int64))
+            tokens = _moved(self._rows[start : start + self._batch_rows], self._world.device)
             inputs = tokens[:, :-1].masked_fill(tokens[:, :-1] < 0, self._tokenizer.bos_id)
-            yield inputs.to(self._world.device), tokens[:, 1:].contiguous().to(self._world.device)
+            yield inputs, tokens[:, 1:].contiguous()
 
     def _pack(self) -> NDArray[np.int32]:
         shards = self._corpus.val_shards if self._split == "val" else self._corpus.train_shards

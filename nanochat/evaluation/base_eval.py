@@ -22,9 +22,8 @@ from nanochat.checkpoint import state as checkpoint_state
 from nanochat.common import files, machine, run_files
 from nanochat.common.errors import UserError
 from nanochat.common.progress import printable
-from nanochat.config.arguments import EvalArgs
+from nanochat.config.arguments import EvalArgs, TrainArgs
 from nanochat.data.corpus import Corpus
-from nanochat.data.train_loader import ValBatches
 from nanochat.distributed.world import World
 from nanochat.engine import sample_texts
 from nanochat.evaluation import bits_per_byte, hf_model
@@ -94,7 +93,7 @@ def run(args: EvalArgs, world: World) -> dict[str, Any]:
     if bundle is not None:
         scores = _add_core(sheet, GPTScorer(model), tokenizer, bundle, args, world)
     if corpus is not None:
-        scores = sheet.add("bpb", _score_bpb(model, tokenizer, corpus, args, bool(trained.keep_tails), world))
+        scores = sheet.add("bpb", _score_bpb(model, tokenizer, corpus, args, trained, world))
     if "sample" in parts:
         texts = sample_texts(model, tokenizer, world, max_tokens=args.max_new_tokens)
         for text in texts if world.is_main else ():
@@ -234,20 +233,14 @@ def matmul_use(core: CoreResult, scorer: Scorer, dtype: torch.dtype, world: Worl
 
 
 def _score_bpb(
-    model: GPT, tokenizer: Tokenizer, corpus: Corpus, args: EvalArgs, keep_tails: bool, world: World
+    model: GPT, tokenizer: Tokenizer, corpus: Corpus, args: EvalArgs, trained: TrainArgs, world: World
 ) -> dict[str, dict[str, Any]]:
     token_bytes = tokenizer.token_bytes()
     fields: dict[str, dict[str, Any]] = {name: {} for name in OF_BPB}
     for split in ("train", "val"):
-        batches = ValBatches(
-            corpus,
-            tokenizer,
-            sequence_len=model.config.sequence_len,
-            rows=args.device_batch_size,
-            world=world,
-            max_tokens=args.eval_tokens,
-            split=split,
-            keep_tails=keep_tails,
+        length, rows = model.config.sequence_len, args.device_batch_size
+        batches = bits_per_byte.batches_of(
+            corpus, tokenizer, trained, length, rows, world, args.eval_tokens, split
         )
         profile = bits_per_byte.profile_bpb(model, batches, token_bytes, world, tokenizer.bos_id)
         if not math.isfinite(profile.bpb):

@@ -16,8 +16,12 @@ from torch import Tensor
 
 from nanochat.common.errors import UserError
 from nanochat.common.stop_signals import Stopped
+from nanochat.config.arguments import TrainArgs
+from nanochat.data.corpus import Corpus
+from nanochat.data.train_loader import ValBatches
 from nanochat.distributed.world import World
 from nanochat.model.gpt import GPT
+from nanochat.tokenizer.tokenizer import Tokenizer
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 
@@ -63,6 +67,32 @@ class BpbProfile(Validation):
     positions: list[list[float]]
     documents: list[int]
     documents_step: float = HISTOGRAM_STEP
+
+
+def batches_of(
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    trained: TrainArgs,
+    sequence_len: int,
+    rows: int,
+    world: World,
+    max_tokens: int,
+    split: str = "val",
+) -> ValBatches:
+    """Batches to evaluate a run on: the same rows during its training and after it.
+
+    Args:
+        corpus: of the run.
+        tokenizer: of the run.
+        trained: the arguments of the run, which say whether remainders of documents count.
+        sequence_len: T of the model.
+        rows: of a batch; a compiled model wants those of its micro-batches.
+        world: each rank gets its rows.
+        max_tokens: targets over all ranks.
+        split: "val" or "train".
+    """
+    keep_tails = bool(trained.keep_tails)
+    return ValBatches(corpus, tokenizer, sequence_len, rows, world, max_tokens, split, keep_tails)
 
 
 def evaluate(
@@ -113,20 +143,14 @@ def profile_bpb(
     by_position = torch.zeros(2, length, dtype=torch.float64)
     histogram = torch.zeros(HISTOGRAM_BINS, dtype=torch.float64)
     totals = torch.zeros(2, dtype=torch.float64)  # nats and tokens
-    for inputs, losses, spelled, counted in _losses(model, batches, token_bytes, world):
-        totals += torch.stack((losses.sum().cpu().double(), counted.sum().cpu().double()))
+    for inputs, *of_targets in _losses(model, batches, token_bytes, world):
+        # One copy, and so one wait for the device; whole numbers are exact in fp32 up to 2^24.
+        fields = torch.stack([part.float() for part in (*of_targets, inputs == bos_id)])
+        losses, spelled, counted, starts = fields.cpu()
+        totals += torch.stack((losses.sum().double(), counted.double().sum()))
         nats = losses * (spelled > 0)
-        by_position[:, : nats.size(1)] += torch.stack((nats.sum(0).cpu(), spelled.sum(0).cpu())).double()
-        starts = inputs == bos_id
-        starts[:, 0] = True
-        document = (starts.flatten().cumsum(0) - 1).cpu()
-        by_document = torch.zeros(2, int(document[-1]) + 1, dtype=torch.float64)
-        by_document[0].index_add_(0, document, nats.flatten().double().cpu())
-        by_document[1].index_add_(0, document, spelled.flatten().double().cpu())
-        document_nats, document_bytes = by_document[:, by_document[1] > 0]
-        bits = document_nats / (math.log(2) * document_bytes)
-        bins = (bits / HISTOGRAM_STEP).nan_to_num(HISTOGRAM_BINS).floor().clamp(0, HISTOGRAM_BINS - 1)
-        histogram += torch.bincount(bins.long(), minlength=HISTOGRAM_BINS)
+        by_position[:, : nats.size(1)] += torch.stack((nats.sum(0).double(), spelled.double().sum(0)))
+        histogram += _histogram(nats, spelled, starts)
     all_nats, tokens = _summed(totals, world)
     summed = _summed(by_position.flatten(), world)
     nats_at, bytes_at = summed[:length], summed[length:]
@@ -139,6 +163,19 @@ def profile_bpb(
     documents = np.trim_zeros(_summed(histogram, world), "b")
     bpb = bits_per_byte(sum(nats_at), int(sum(bytes_at)))
     return BpbProfile(bpb, all_nats / tokens, positions, [int(count) for count in documents])
+
+
+def _histogram(nats: Tensor, spelled: Tensor, starts: Tensor) -> Tensor:
+    """(HISTOGRAM_BINS,) how many documents of the rows (B, T) have so many bits per byte."""
+    starts[:, 0] = 1
+    document = starts.flatten().long().cumsum(0) - 1
+    by_document = torch.zeros(2, int(document[-1]) + 1, dtype=torch.float64)
+    by_document[0].index_add_(0, document, nats.flatten().double())
+    by_document[1].index_add_(0, document, spelled.flatten().double())
+    document_nats, document_bytes = by_document[:, by_document[1] > 0]
+    bits = document_nats / (math.log(2) * document_bytes)
+    bins = (bits / HISTOGRAM_STEP).nan_to_num(HISTOGRAM_BINS).floor().clamp(0, HISTOGRAM_BINS - 1)
+    return torch.bincount(bins.long(), minlength=HISTOGRAM_BINS)
 
 
 @torch.no_grad()

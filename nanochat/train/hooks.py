@@ -14,11 +14,10 @@ from nanochat.checkpoint.state import TrainState
 from nanochat.common.stop_signals import requested
 from nanochat.config.plan import Plan
 from nanochat.data.corpus import Corpus
-from nanochat.data.train_loader import ValBatches
 from nanochat.distributed.weight_check import require_equal
 from nanochat.distributed.world import World
 from nanochat.engine import sample_texts
-from nanochat.evaluation.bits_per_byte import evaluate
+from nanochat.evaluation.bits_per_byte import batches_of, evaluate
 from nanochat.evaluation.core import evaluate as core_evaluate
 from nanochat.evaluation.core import scoring
 from nanochat.tokenizer.tokenizer import Tokenizer
@@ -67,14 +66,9 @@ class Hooks:
         """Make the list. A bundle of CORE that is absent is missed now, and not hours later."""
         args = self.plan.args
         self.token_bytes = self.tokenizer.token_bytes()
-        self.batches = ValBatches(
-            self.corpus,
-            self.tokenizer,
-            sequence_len=self.plan.model.sequence_len,
-            rows=self.plan.device_batch_size,
-            world=self.world,
-            max_tokens=args.eval_tokens,
-            keep_tails=bool(args.keep_tails),
+        length, rows = self.plan.model.sequence_len, self.plan.device_batch_size
+        self.batches = batches_of(
+            self.corpus, self.tokenizer, args, length, rows, self.world, args.eval_tokens
         )
         self._all = [
             Hook(self.saver.save, args.save_every, also=self.saver.is_time),

@@ -211,8 +211,9 @@ def _read(launched: Sequence[tuple[list[Span], Tensor]]) -> dict[Span, tuple[flo
     if not launched:
         return {}
     spans = [span for batch, _ in launched for span in batch]
+    sizes = _sizes(spans)
     nats, likeliest = torch.cat([values for _, values in launched], dim=1).cpu()
-    parts = zip(spans, nats.split(_sizes(spans)), likeliest.split(_sizes(spans)), strict=True)
+    parts = zip(spans, torch.split(nats, sizes), torch.split(likeliest, sizes), strict=True)
     return {span: (losses.mean().item(), bool(hits.all())) for span, losses, hits in parts}
 
 
@@ -226,7 +227,7 @@ def _moved(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
     if device.type != "cuda":
         return [tensor.to(device) for tensor in tensors]
     flat = torch.cat([tensor.flatten() for tensor in tensors]).pin_memory().to(device, non_blocking=True)
-    parts = flat.split([tensor.numel() for tensor in tensors])
+    parts = torch.split(flat, [tensor.numel() for tensor in tensors])
     return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 
 
