@@ -86,13 +86,16 @@ def steps(asked: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [step(**arguments) for arguments in asked]
 
 
-def step(depth: int, fp8: bool = False, backend: str = "fa3", **flags: Any) -> dict[str, Any]:
+def step(
+    depth: int, fp8: bool = False, backend: str = "fa3", updates: bool = True, **flags: Any
+) -> dict[str, Any]:
     """Bytes and kernels of a whole training step of the first of 8 ranks, model and updates compiled.
 
     Args:
         depth: of the model.
         fp8: of the plan.
         backend: of attention.
+        updates: count the updates too, which take a third of the time at depth 4.
         flags: others of the plan.
 
     Returns:
@@ -100,7 +103,7 @@ def step(depth: int, fp8: bool = False, backend: str = "fa3", **flags: Any) -> d
         "first": launches and gigabytes of the first micro-batch by phase ("forward", "loss", "backward") and
         kind;
         "next": likewise of every other one, whose gradients are added to those before;
-        "update": by kind, of all that a step does once.
+        "update": by kind, of all that a step does once, with `updates`.
     """
     plan = planning.plan(TrainArgs(depth=depth, fp8=fp8, **flags), VOCABULARY, RANKS)
     world, watch = fake_world(RANKS), inductor.watched()
@@ -109,7 +112,8 @@ def step(depth: int, fp8: bool = False, backend: str = "fa3", **flags: Any) -> d
     with FakeTensorMode():
         state = fake_state(plan, world, backend, micro_batches=2)
         state.model.compile_for(plan.device_batch_size)
-        state.optimizer.compile_updates()
+        if updates:
+            state.optimizer.compile_updates()
         watch.phase = "update"
         name_phases(state.model, watch, ("first ", "next "))
         update = state.optimizer.step
@@ -125,7 +129,8 @@ def step(depth: int, fp8: bool = False, backend: str = "fa3", **flags: Any) -> d
     answer: dict[str, Any] = {"shape": shape_of(plan, backend), "first": {}, "next": {}}
     for phase, kinds in found.items():
         which, _, part = phase.rpartition(" ")
-        (answer[which] if which else answer)[part] = kinds
+        if which or updates:
+            (answer[which] if which else answer)[part] = kinds
     return answer
 
 
@@ -150,20 +155,20 @@ def cubins(depth: int, fp8: bool = False, backend: str = "fa3", **flags: Any) ->
         state.model.compile_for(plan.device_batch_size)
         state.optimizer.compile_updates()
         run.train_step(plan, state, world)
-    used = {key: [resources(cubin) for cubin in found] for key, found in watch.cubins.items()}
+    used = {key: [resources(cubin) for cubin, _ in found] for key, found in watch.cubins.items()}
     every = [usage for found in used.values() for usage in found]
     stacks = {name: min(usage["STACK"] for usage in found) for (_, name), found in used.items()}
     return {
         "kernels": len(used),
         "cubins": len(every),
         "registers": max(usage["REG"] for usage in every),
-        "shared": max(usage["SHARED"] for usage in every),
+        "shared": max(shared for found in watch.cubins.values() for _, shared in found),
         "spilling": {name: stack for name, stack in stacks.items() if stack},
     }
 
 
 def resources(cubin: bytes) -> dict[str, int]:
-    """Registers and stack of a thread, shared memory of a block: {"REG", "STACK", "SHARED", ...}."""
+    """Registers and bytes of stack of a thread: {"REG", "STACK", ...}."""
     import triton.backends.nvidia as backend
 
     tool = Path(backend.__file__).parent / "bin" / "cuobjdump"

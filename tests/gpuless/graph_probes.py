@@ -28,7 +28,6 @@ FACTORS: dict[str, Sequence[Any]] = {
     "recompute": ("none", "mlp", "block"),
     "bigram": (False, True),
     "attention_kind": tuple(ATTENTION_KINDS),
-    "fp8": (False, True),
 }
 SCORED = ((3, 70), (8, 33), (1, 700), (24, 9))  # rows and positions of batches of tasks, of every size
 
@@ -52,15 +51,16 @@ class Counted:
 
 
 def passes(pairs_only: bool, backends: Sequence[str] = BACKENDS) -> dict[str, Any]:
-    """Forward passes of two layers, with gradients and without, under combinations of FACTORS.
+    """Forward passes of two layers under combinations of FACTORS, each in one graph or not.
 
     Args:
-        pairs_only: few combinations, among which are all pairs of values; else every combination.
+        pairs_only: few combinations, among which are all pairs of values, with gradients; else every one,
+            with gradients and without.
         backends: of attention, without those whose package has no stub here.
 
     Returns:
-        "backends" that were tried, the number of "combinations", and of these the "wrong" ones, which are not
-        one graph each with gradients and without: what they gave.
+        "backends" that were tried, the number of "combinations", and of these the "wrong" ones: what they
+        gave instead of one graph.
     """
     import torch._dynamo
 
@@ -72,8 +72,9 @@ def passes(pairs_only: bool, backends: Sequence[str] = BACKENDS) -> dict[str, An
         counted.graphs, tried = 0, tried + 1
         try:
             with fake:
-                _pass(**choice)
-            problem = "" if counted.graphs == 2 else f"{counted.graphs} graphs instead of 2"
+                _pass(evaluates=not pairs_only, **choice)
+            wanted = 1 if pairs_only else 2
+            problem = "" if counted.graphs == wanted else f"{counted.graphs} graphs instead of {wanted}"
         except Exception as error:
             problem = f"{type(error).__name__}: {str(error)[:600]}"
         if problem:
@@ -81,14 +82,15 @@ def passes(pairs_only: bool, backends: Sequence[str] = BACKENDS) -> dict[str, An
     return {"backends": known, "combinations": tried, "wrong": wrong}
 
 
-def _pass(backend: str, **flags: Any) -> None:
+def _pass(backend: str, evaluates: bool, **flags: Any) -> None:
     plan = planning.plan(TrainArgs(depth=2, **flags), VOCABULARY, 8)
     model = fake_model(plan, backend)
     model.compile_for(4)
     ids = torch.zeros(4, plan.model.sequence_len, dtype=torch.int64, device=GPU)
     model._hidden(ids)
-    with torch.no_grad():
-        model._hidden(ids)
+    if evaluates:
+        with torch.no_grad():
+            model._hidden(ids)
 
 
 def combinations(factors: dict[str, Sequence[Any]], pairs_only: bool) -> Iterator[dict[str, Any]]:
@@ -109,12 +111,12 @@ def _pairs(choice: dict[str, Any]) -> set[Any]:
     return set(itertools.combinations(choice.items(), 2))
 
 
-def recipes(backend: str, depth: int = 2) -> dict[str, dict[str, int]]:
-    """Graphs of a run of each recipe: at its start, by stage of training and validation, and of scoring.
+def recipes(backend: str, names: Sequence[str] = tuple(RECIPES)) -> dict[str, dict[str, int]]:
+    """Graphs of a run of each recipe at depth 2: of its start, its stages, and of scoring.
 
     Args:
         backend: of attention.
-        depth: of the models.
+        names: of recipes.
 
     Returns:
         By recipe the graphs counted "before" the first step (passes of later stages, as a run makes them),
@@ -124,15 +126,16 @@ def recipes(backend: str, depth: int = 2) -> dict[str, dict[str, int]]:
     import torch._dynamo
 
     counted, world, found = Counted(), fake_world(8), {}
-    for name in RECIPES:
+    for name in names:
         torch._dynamo.reset()
         counted.graphs = 0
-        found[name] = _run(counted, world, name, backend, depth)
+        found[name] = _run(counted, world, name, backend)
     return found
 
 
-def _run(counted: Counted, world: Any, recipe: str, backend: str, depth: int) -> dict[str, int]:
-    plan = planning.plan(TrainArgs(depth=depth, recipe=recipe, total_batch_size=393_216), VOCABULARY, 8)
+def _run(counted: Counted, world: Any, recipe: str, backend: str) -> dict[str, int]:
+    flags = TrainArgs(depth=2, recipe=recipe, total_batch_size=393_216, device_batch_size=4)
+    plan = planning.plan(flags, VOCABULARY, 8)
     stages = [first for first, _ in plan.schedule.window_stages] or [0]
     graphs = dict.fromkeys(("before", "step", "second", "validation", "again", "core", "decoding"), 0)
 

@@ -51,12 +51,13 @@ class Watch:
     Attributes:
         graphs: in the order of their making.
         phase: under which calls are filed from here on.
-        cubins: of each Triton kernel, where they are assembled: one a configuration that is tried on a GPU.
+        cubins: of each Triton kernel, where they are assembled: one a configuration that is tried on a GPU,
+            and bytes of its shared memory.
     """
 
     graphs: list[Graph] = field(default_factory=list)
     phase: str = ""
-    cubins: dict[tuple[int, str], list[bytes]] = field(default_factory=dict)
+    cubins: dict[tuple[int, str], list[tuple[bytes, int]]] = field(default_factory=dict)
 
 
 @functools.cache
@@ -108,7 +109,9 @@ def watched(assemble: bool = False) -> Watch:
 
     def precompiled(self: Any, config: Any) -> Any:
         result = assembled(self, config)
-        watch.cubins.setdefault((id(self), self.fn.__name__), []).append(result.kernel.asm["cubin"])
+        kernel = result.kernel
+        found = watch.cubins.setdefault((id(self), self.fn.__name__), [])
+        found.append((kernel.asm["cubin"], kernel.metadata.shared))
         return result
 
     GraphLowering._compile_to_module = lowered  # type: ignore[method-assign]

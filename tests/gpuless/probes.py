@@ -69,6 +69,11 @@ class Watch(TorchDispatchMode):
         self.now -= self.alive.pop(key, 0)
 
 
+def steps(asked: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The answers of `step` for several sets of arguments, in one process."""
+    return [step(**arguments) for arguments in asked]
+
+
 def step(depth: int, ranks: int = 8, backend: str = "sdpa", **flags: Any) -> dict[str, Any]:
     """One whole `train_step` of the first of several ranks: crossings, and gigabytes beside the estimate."""
     plan = planning.plan(TrainArgs(depth=depth, **flags), VOCABULARY, ranks)

@@ -1,6 +1,6 @@
 """The file of bytes and kernels of a training step: figures that may fall, and may not grow unnoticed.
 
-    python -m tests.gpuless.ratchet                        # counts depth 4 anew, beside what the file has
+    python -m tests.gpuless.ratchet                        # small models, beside what the file has
     python -m tests.gpuless.ratchet --write                # and writes it
     python -m tests.gpuless.ratchet --write d24 d24-fp8    # only these, in several minutes each
 
@@ -10,7 +10,7 @@ The file is dev/bench/bytes.json: {"torch": version, "steps": {name: step}}. A s
     "shape": {"depth", "width", "vocabulary", "rows", "tokens" of a micro-batch on one rank,
               "micro_batches" of a step, "ranks", "attention": the backend}
     "first", "next": {"forward" | "loss" | "backward": {kind: {"kernels": launches, "gb": gigabytes}}}
-    "update": {kind: {"kernels", "gb"}}
+    "update": {kind: {"kernels", "gb"}}, not of every step
 
 A step moves first + (micro_batches - 1) x next + update. Gigabytes of elementwise passes grow with tokens x
 width x depth, those of the loss with tokens x vocabulary, those of the update with the parameters.
@@ -32,6 +32,7 @@ from tests.gpuless import pretended
 
 FILE = REPO / "dev" / "bench" / "bytes.json"
 STEPS: dict[str, dict[str, Any]] = {
+    "d2-fp8": {"depth": 2, "fp8": True, "updates": False},
     "d4": {"depth": 4},
     "d4-fp8": {"depth": 4, "fp8": True},
     "d24": {"depth": 24},
@@ -42,9 +43,17 @@ NOTHING_GB = 0.001  # a figure below this may grow by as much
 TIMEOUT = 1800.0  # seconds
 
 
-def count(gpu: dict[str, str], name: str) -> dict[str, Any]:
-    """A step as it is now, on the pretended device."""
-    return pretended.probe(gpu, "bytes_probes.step", TIMEOUT, **STEPS[name])  # type: ignore[no-any-return]
+def count(gpu: dict[str, str], *names: str) -> list[dict[str, Any]]:
+    """Steps as they are now, on the pretended device."""
+    asked = [STEPS[name] for name in names]
+    return pretended.probe(gpu, "bytes_probes.steps", TIMEOUT, asked=asked)  # type: ignore[no-any-return]
+
+
+def complaints(gpu: dict[str, str], *names: str) -> list[str]:
+    """What has grown in these steps since the file was written, in words."""
+    held = written()["steps"]
+    found = zip(names, count(gpu, *names), strict=True)
+    return [f"{name} {line}" for name, now in found for line in grown(held[name], now)]
 
 
 def written() -> dict[str, Any]:
@@ -95,19 +104,21 @@ def table(name: str, before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 def main(arguments: list[str]) -> None:
     """Count steps, print them, and write them if asked to."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("names", nargs="*", default=["d4", "d4-fp8"], choices=list(STEPS), metavar="STEP")
+    parser.add_argument(
+        "names", nargs="*", default=["d2-fp8", "d4", "d4-fp8"], choices=list(STEPS), metavar="STEP"
+    )
     parser.add_argument("--write", action="store_true")
     args = parser.parse_args(arguments)
     if lacking := pretended.missing():
         sys.exit(f"cannot pretend a GPU: {lacking}")
-    file = written()
     with tempfile.TemporaryDirectory() as folder:
         gpu = pretended.build(Path(folder))
         for name in args.names:
-            now = count(gpu, name)
-            print(*table(name, file.get("steps", {}).get(name, {}), now), sep="\n", flush=True)
-            file = {"torch": version(), "steps": {**file.get("steps", {}), name: now}}
+            (now,) = count(gpu, name)
+            held = written().get("steps", {})
+            print(*table(name, held.get(name, {}), now), sep="\n", flush=True)
             if args.write:  # each as it is counted
+                file = {"torch": version(), "steps": {**held, name: now}}
                 FILE.write_text(json.dumps(file, indent=1) + "\n")
 
 
