@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import math
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -23,6 +24,7 @@ from nanochat.model.attention import (
 from nanochat.model.attention_backends import available_backends, choose_backend, window_hint
 from nanochat.model.sdpa_attention import _stacked_chunks
 from tests.attention_reference import attention_reference
+from tests.conftest import REPO
 
 
 def naive(q, k, v, window):
@@ -265,6 +267,13 @@ def test_the_namespace_of_flash_attention_4_is_not_taken_for_flash_attention_2(t
     assert importlib.util.find_spec("flash_attn") is not None
     reasons = available_backends(torch.device("cuda", 7))
     assert reasons["fa2"] == "the module flash_attn.flash_attn_interface is not installed"
+
+
+def test_the_extra_gpu_is_built_already():
+    """flash-attn is published as its sources alone: it wants a CUDA compiler, and an hour."""
+    line = re.search("^gpu = .*]", (REPO / "pyproject.toml").read_text("utf-8"), re.MULTILINE)
+    assert line is not None
+    assert line[0] == 'gpu = ["kernels>=0.16"]'  # before 0.16 it selects no build for torch 2.13 and later
 
 
 def test_ranks_of_several_architectures_walk_the_order_of_the_oldest(monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend
 
 from nanochat.common.machine import Precision
 from nanochat.config import plan as planning
@@ -34,8 +36,8 @@ def _packages(which: list[str]) -> None:
     sys.path[:0] = [str(STUBS if name == "flash" else STUBS / name) for name in which]
 
 
-def _model(backend: str, **flags: Any) -> GPT:
-    plan = planning.plan(TrainArgs(depth=2, max_seq_len=1024, **flags), VOCABULARY, 1)
+def _model(backend: str, depth: int = 2, **flags: Any) -> GPT:
+    plan = planning.plan(TrainArgs(depth=depth, max_seq_len=1024, **flags), VOCABULARY, 1)
     with GPU:
         bos = 0 if plan.model.document_mask else None
         return GPT(plan.model, Precision(torch.bfloat16, backend), bos)
@@ -85,25 +87,28 @@ def graphs(backends: list[str], kinds: list[str], packages: list[str]) -> dict[s
     return found
 
 
-def row_starts(depth: int = 4) -> dict[str, int]:
-    """How often a compiled pass by varlen makes the starts of its rows, and calls the kernel."""
-    calls: dict[str, int] = {"arange": 0, "varlen": 0}
+def varlen_calls(documents: bool, depth: int = 4) -> dict[str, int]:
+    """How often a compiled pass by varlen makes row starts, and calls the flash kernel or another one."""
+    calls: Counter[str] = Counter()
+    import torch.nn.attention.varlen  # registers the operator
+
+    schema = torch.ops.torch_attn._varlen_attn.default._schema
+    flash = SDPBackend.FLASH_ATTENTION.value
 
     def count(module: torch.fx.GraphModule, inputs: Any) -> Any:
         for node in module.graph.nodes:
-            if node.op == "call_function":
-                calls["arange"] += "arange" in str(node.target) or "iota" in str(node.target)
-                calls["varlen"] += "_varlen_attn.default" in str(node.target)
+            calls["arange"] += "arange" in str(node.target) or "iota" in str(node.target)
+            if "_varlen_attn.default" in str(node.target):
+                given = dict(zip((a.name for a in schema.arguments), node.args, strict=False))
+                calls["flash" if given.get("backend", flash) == flash else "other"] += 1
         return module.forward
 
-    plan = planning.plan(TrainArgs(depth=depth, max_seq_len=1024), VOCABULARY, 1)
     with FakeTensorMode():
-        with GPU:
-            model = GPT(plan.model, Precision(torch.bfloat16, "varlen"))
+        model = _model("varlen", depth, document_mask=documents)
         ids = torch.zeros(ROWS, 1024, dtype=torch.int64, device=GPU)
         inductor_like = aot_autograd(fw_compiler=count, partition_fn=min_cut_rematerialization_partition)
         torch.compile(model.forward, backend=inductor_like, dynamic=False)(ids)
-    return calls
+    return +calls
 
 
 def scoring(backend: str, documents: bool) -> dict[str, int]:
