@@ -17,10 +17,12 @@ from nanochat.model.fp8 import (
     fits,
     linear,
     quantize,
+    quantize_both,
     quantize_input,
     quantize_weight,
     sampled_scale,
     scale_for,
+    turned,
 )
 from nanochat.model.gpt import GPT
 from nanochat.model.layers import Linear, constant, norm
@@ -130,6 +132,12 @@ def test_a_weight_that_was_quantized_before_gives_its_gradient_to_the_leaf():
     want = torch.ones(256, 32) @ x.float()
     assert leaf.grad.dtype == torch.bfloat16
     assert (leaf.grad.float() - want).norm() < 0.07 * want.norm()
+
+
+def test_the_operators_have_the_shapes_that_a_compiler_is_told():
+    x, scale = heavy_tailed(32, 64).bfloat16(), torch.tensor(0.1)
+    torch.library.opcheck(quantize_both, (x, scale, E5M2), test_utils="test_faketensor")
+    torch.library.opcheck(turned, (quantize(x, scale, E4M3),), test_utils="test_faketensor")
 
 
 def test_backward_reads_what_forward_quantized():

@@ -85,3 +85,25 @@ def test_the_fused_kernels_are_for_whole_tiles_in_bf16_on_hopper(
     assert is_fused(x, 4 * shape[1]) is answer
     with torch.no_grad():
         assert not is_fused(x, 4 * shape[1])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("eight", [False, True])
+def test_the_fused_kernels_compute_what_the_formula_says(eight):
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs Hopper")
+    g = torch.Generator("cuda").manual_seed(2)
+    shapes = ((4096, 768), (3072, 768), (768, 3072), (4096, 768))
+    x, up, down, grad = (torch.randn(*s, generator=g, device="cuda") / s[1] ** 0.5 for s in shapes)
+    x, grad = F.rms_norm(x, (768,)).bfloat16(), (1e-6 * grad).bfloat16()
+    leaves = [x.requires_grad_(), up.bfloat16().requires_grad_(), down.bfloat16().requires_grad_()]
+    assert is_fused(x, 3072)
+    weights = (quantize_weight(up), quantize_weight(down)) if eight else ()
+    out = mlp(*leaves, *weights)
+    got = [out, *torch.autograd.grad(out, leaves, grad)]
+    exact = [t.detach().double().requires_grad_() for t in leaves]
+    want = (exact[0] @ exact[1].t()).relu().square() @ exact[2].t()
+    wanted = [want, *torch.autograd.grad(want, exact, grad.double())]
+    for a, b in zip(got, wanted, strict=True):
+        assert (a.double() - b).norm() < (0.12 if eight else 0.01) * b.norm()
