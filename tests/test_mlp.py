@@ -1,14 +1,17 @@
 """The MLP on a CPU: bit for bit what it was, what is kept, which kernels are taken."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+from torch._dynamo.backends.common import aot_autograd
 
 from nanochat.model import mlp as module
 from nanochat.model.fp8 import linear, quantize_weight
-from nanochat.model.mlp import ReluSquared, is_fused, keeps_square, mlp
+from nanochat.model.mlp import ReluSquared, is_fused, keeps_square, mlp, plain_mlp
 
 
 def factors(dtype):
@@ -52,6 +55,23 @@ def test_on_cuda_the_square_alone_is_kept_which_the_next_product_keeps_anyway(mo
     assert torch.equal(kept, square)
     torch.testing.assert_close(got, want, rtol=2**-8, atol=0)  # the square was rounded to bf16
     assert kept_by(monkeypatch, "cuda", z.half())[0][0].equal(z.half().relu())  # its squares vanish
+
+
+def test_compiled_for_a_gpu_one_tensor_of_four_widths_is_kept(monkeypatch):
+    """With r two were: 20.2 C a token and layer at depth 24, for 16.2 C."""
+    monkeypatch.setattr(module, "keeps_square", lambda _, dtype: keeps_square("cuda", dtype))
+    inputs = []
+
+    def take(graph, given):
+        inputs.append([tuple(t.shape) for t in given])
+        return make_boxed_func(graph.forward)
+
+    split = partial(min_cut_rematerialization_partition, compiler="inductor")
+    backend = aot_autograd(fw_compiler=take, bw_compiler=take, partition_fn=split)
+    torch._dynamo.reset()
+    x, up, down = factors(torch.bfloat16)
+    torch.compile(plain_mlp, backend=backend, fullgraph=True)(x, up, down).sum().backward()
+    assert [shape for shape in inputs[1] if shape in ((32, 512), (2, 16, 512))] == [(2, 16, 512)]
 
 
 def test_in_fp8_both_products_are(monkeypatch):
