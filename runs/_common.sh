@@ -198,6 +198,23 @@ scored() { # RUN_FOLDER PARTS: base_eval.json has these parts of the newest chec
 
 count_gpus() { if have nvidia-smi; then nvidia-smi -L | grep -c '^GPU' || true; else say 0; fi; }
 
+gpu_query() { # FIELD: of each GPU, a line; what an old nvidia-smi does not know is an error, on one line
+  if have nvidia-smi; then nvidia-smi --query-gpu="$1" --format=csv,noheader || true; fi
+}
+
+has_fp8() { # every GPU is a Hopper or newer: compute capability 9
+  gpu_query compute_cap | awk '$1 + 0 < 9 { older = 1 } END { exit !(NR && !older) }'
+}
+
+device_type() { # what to ask for by name where GPUs are listed: "auto" is for a machine without
+  if [ -n "${CUDA_VISIBLE_DEVICES-all}" ] && [ "$(count_gpus)" -gt 0 ]; then say cuda; else say auto; fi
+}
+
+ensure_training() { # EXTRA...: the environment to train in on DEVICE_TYPE
+  if [ "$DEVICE_TYPE" = cuda ]; then set -- "$@" gpu; fi
+  ensure_environment "$@"
+}
+
 launch() { # NPROC MODULE FLAG...: on so many ranks
   local ranks=$1 module=$2
   shift 2
@@ -232,6 +249,40 @@ def main() -> None:
     kept = 1.0 if args.keep_tails else 0.65
     needed = math.ceil(tokens / 100e6) if remote.vocabulary else max(8, math.ceil(tokens * 4.8 / kept / 250e6))
     print(min(needed, remote.last))
+
+
+main()
+PYTHON
+}
+
+# The time that our code would take on these GPUs, from FLOPs and bytes. No figure of it is measured.
+projected() { # CORPUS NPROC TRAIN_FLAG...
+  "$PYTHON" - "$(gpu_query name | sed -n 1p)" "$@" <<'PYTHON'
+import sys
+
+from dev.bench import roofline
+from nanochat.common import errors
+from nanochat.config import arguments
+from nanochat.config import plan as planning
+from nanochat.data.hub_corpora import HUB_CORPORA
+
+
+@errors.cli
+def main() -> None:
+    name, corpus, ranks, *flags = sys.argv[1:]
+    args = arguments.parse(arguments.TrainArgs, flags)
+    vocab_size = 50265 if corpus in HUB_CORPORA and HUB_CORPORA[corpus].vocabulary else 32768
+    plan = planning.plan(args, vocab_size, world_size=int(ranks))
+    flops = plan.tokens * plan.flops_per_token
+    size = f"{plan.steps:,} steps, {plan.tokens / 1e9:.2f}e9 tokens, {flops:.2e} FLOPs"
+    card = next((card for card in roofline.CARDS.values() if card.name in name.lower()), None)
+    if card is None:
+        print(f"Ours: {size}. dev/bench/roofline.py has no rates of {name or 'this GPU'} to project a time with.")
+        return
+    found = roofline.project(plan, card, roofline.traffic_of(args.fp8))
+    time = f"{found.hours:.2f} hours" if found.hours >= 1 else f"{60 * found.hours:.1f} minutes"
+    print(f"Ours: not measured yet. {size}: {time} of training on {ranks} x {name}, MFU {found.mfu:.0%}.")
+    print("  This is a projection from FLOPs and bytes (dev/bench/roofline.py).")
 
 
 main()

@@ -16,9 +16,10 @@ NPROC=${NPROC:-$(count_gpus)}   # ranks; one without a GPU
 EVAL_BUNDLE=${EVAL_BUNDLE:-}    # the CORE tasks; by default eval_bundle of the base directory, or the small suite
 EVAL_TOKENS=${EVAL_TOKENS:-10485760}
 TABLE=$ROOT/out/$NAME.csv
+DEVICE_TYPE=${DEVICE_TYPE:-$(device_type)}
 if [ "$NPROC" -lt 1 ]; then NPROC=1; fi
 
-ensure_environment plots
+ensure_training plots
 if [ -z "$EVAL_BUNDLE" ] && [ ! -f "$(base_dir)/eval_bundle/core.yaml" ]; then EVAL_BUNDLE=mini; fi
 
 deepest=0
@@ -31,12 +32,12 @@ for depth in $DEPTHS; do
   folder=$(run_dir "$run")
   runs+=("$run")
   if ! finished "$folder"; then
-    step "training $run" launch "$NPROC" scripts.base_train --depth "$depth" "$@" --run "$run" --corpus "$CORPUS" \
-      --eval-tokens "$EVAL_TOKENS" --resume auto
+    step "training $run" launch "$NPROC" scripts.base_train --device-type "$DEVICE_TYPE" --depth "$depth" "$@" \
+      --run "$run" --corpus "$CORPUS" --eval-tokens "$EVAL_TOKENS" --resume auto
   fi
   if ! scored "$folder" core,bpb; then
-    step "evaluation of $run" launch "$NPROC" scripts.base_eval --run "$run" --eval core,bpb \
-      --eval-bundle "$EVAL_BUNDLE" --eval-tokens "$EVAL_TOKENS"
+    step "evaluation of $run" launch "$NPROC" scripts.base_eval --device-type "$DEVICE_TYPE" --run "$run" \
+      --eval core,bpb --eval-bundle "$EVAL_BUNDLE" --eval-tokens "$EVAL_TOKENS"
     "$PYTHON" -m scripts.report --run "$run"
   fi
   step "table" write_table "$TABLE" "${runs[@]}"

@@ -19,9 +19,10 @@ CORPUS=${CORPUS:-fineweb-edu}
 TOKENIZER=${TOKENIZER:-$CORPUS}
 NPROC=${NPROC:-$(count_gpus)}   # ranks; one without a GPU
 EVAL_TOKENS=${EVAL_TOKENS:-10485760}
+DEVICE_TYPE=${DEVICE_TYPE:-$(device_type)}
 if [ "$NPROC" -lt 1 ]; then NPROC=1; fi
 
-ensure_environment plots dev
+ensure_training plots dev
 
 # The smallest model sees the most tokens: the shards are counted for it, with the largest budget.
 smallest=$(printf '%s\n' $DEPTHS | sort -n | head -n 1)
@@ -35,7 +36,8 @@ for budget in $BUDGETS; do
       run=$NAME-c$budget-d$depth-s$seed
       runs+=("$run")
       if finished "$(run_dir "$run")"; then continue; fi
-      step "training $run" launch "$NPROC" scripts.base_train --depth "$depth" --target-flops "$budget" "$@" \
+      step "training $run" launch "$NPROC" scripts.base_train --device-type "$DEVICE_TYPE" \
+        --depth "$depth" --target-flops "$budget" "$@" \
         --run "$run" --seed "$seed" --corpus "$CORPUS" --tokenizer "$TOKENIZER" --eval-tokens "$EVAL_TOKENS" \
         --eval-every 0 --sample-every 0 --save-every 0 --save-minutes 10 --keep-last 1 --resume auto
     done

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import stat
 import subprocess
@@ -34,6 +35,7 @@ TOOLS = (
     "mkdir",
     "rm",
     "sed",
+    "seq",
     "sort",
     "uname",
 )
@@ -221,18 +223,33 @@ def test_it_works_from_any_directory_and_a_relative_base_directory_is_meant_from
     assert result.stdout.split() == [str(machine.repo), str(elsewhere / "here")]
 
 
-# Tells the folders, counts 20 shards, writes down what it is asked to run; fails where $HOME/fail says so.
+# Tells the folders, counts 20 shards, projects a time, writes down what it is asked to run; fails where
+# $HOME/fail says so.
 PYTHON = """
 case "$1" in
   -c) case "$2" in
         *base_dir*) echo "$NANOCHAT_BASE_DIR" ;;
         *run_dir*) echo "$NANOCHAT_BASE_DIR/runs/$3" ;;
       esac ;;
-  -) cat >/dev/null; echo 20 ;;
+  -) case "$(cat)" in
+       *roofline*) echo "Ours: so long, $*" ;;
+       *) echo 20 ;;
+     esac ;;
   -m) echo "$*" >>"$HOME/calls"
       if [ -f "$HOME/fail" ] && grep -qxF -- "$*" "$HOME/fail"; then exit 9; fi ;;
 esac
 """
+
+
+def smi(name: str, capability: str, gpus: int = 8) -> str:
+    """An nvidia-smi that lists these GPUs, and tells of each its name and its compute capability."""
+    each = f"for i in $(seq {gpus}); do echo"
+    return f"""case "$1" in
+  -L) {each} "GPU $i: {name} (UUID: GPU-$i)"; done ;;
+  *=name) {each} "{name}"; done ;;
+  *=compute_cap) {each} "{capability}"; done ;;
+  *) echo "not asked before"; exit 2 ;;
+esac"""
 
 
 @pytest.fixture
@@ -240,7 +257,7 @@ def gpus(machine: Machine) -> Machine:
     """A machine with eight GPUs, the CORE tasks, and a python that only writes down what it is asked."""
     machine.put("uv", UV)
     machine.put("python3", PYTHON)
-    machine.put("nvidia-smi", 'for i in 0 1 2 3 4 5 6 7; do echo "GPU $i: H100"; done')
+    machine.put("nvidia-smi", smi("NVIDIA H100 80GB HBM3", "9.0"))
     bundle = machine.repo.parent / "base" / "eval_bundle"
     bundle.mkdir(parents=True)
     (bundle / "core.yaml").touch()
@@ -254,15 +271,58 @@ def calls(machine: Machine) -> list[str]:
 def test_speedrun_chains_the_stages_and_fetches_shards_meanwhile(gpus: Machine) -> None:
     result = gpus.driver("speedrun.sh")
     assert result.returncode == 0, result.stderr
+    assert gpus.installs() == [".[plots,gpu]"]
     made = calls(gpus)
     ranks = "-m torch.distributed.run --standalone --nproc_per_node=8 -m scripts"
     assert made[0] == "-m scripts.dataset --corpus fineweb-edu -n 20 --first 8"
     made.remove("-m scripts.dataset --corpus fineweb-edu -n 20")  # in the background: its place may differ
     assert made[1] == "-m scripts.tok_train --corpus fineweb-edu"
-    name = "speedrun-d24"
-    assert made[2] == f"{ranks}.base_train -- --depth 24 --run {name} --corpus fineweb-edu --resume auto"
-    assert made[3].startswith(f"{ranks}.base_eval -- --run {name} --eval core,bpb,sample")
+    name = "speedrun-d26"
+    recipe = "--recipe nanochat-2026-01 --target-param-data-ratio 7.25 --total-batch-size 524288 --fp8"
+    flags = f"--depth 26 {recipe} --device-type cuda --run {name} --corpus fineweb-edu"
+    assert made[2] == f"{ranks}.base_train -- {flags} --resume auto"
+    scoring = f"--run {name} --eval core,bpb,sample --eval-bundle  --device-type cuda"
+    assert made[3] == f"{ranks}.base_eval -- {scoring}"
     assert made[4:] == [f"-m scripts.report --run {name}"]
+    told = result.stdout[: result.stdout.index("== first shards")]  # before anything is fetched
+    assert f"Recipe: {flags}\n" in told
+    assert "2.49 hours, CORE 0.2626 and 0.2729" in told
+    assert "pull request 516 of karpathy/nanochat" in told
+    assert "otherwise" not in told
+    assert f"Ours: so long, - NVIDIA H100 80GB HBM3 fineweb-edu 8 {flags}\n" in told
+
+
+def test_speedrun_on_the_text_of_the_record_has_its_recipe(gpus: Machine) -> None:
+    gpus.environment["CORPUS"] = "climbmix"
+    result = gpus.driver("speedrun.sh")
+    assert result.returncode == 0, result.stderr
+    recipe = "--depth 24 --recipe nanochat-2026-07 --target-param-data-ratio 8 --fp8 --device-type cuda"
+    assert [call for call in calls(gpus) if f"-- {recipe} --run speedrun-d24 --corpus climbmix " in call]
+    assert "1.65 hours, CORE 0.2626 (mean of five runs)" in result.stdout
+    assert "run 6 of the leaderboard of karpathy/nanochat" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("capability", "fp8"), [("9.0", True), ("10.0", True), ("8.0", False), ("Field is not valid", False)]
+)
+def test_fp8_is_for_gpus_that_have_it(gpus: Machine, capability: str, fp8: bool) -> None:
+    gpus.put("nvidia-smi", smi("NVIDIA GPU", capability))
+    result = gpus.driver("speedrun.sh")
+    assert result.returncode == 0, result.stderr
+    (trained,) = [call for call in calls(gpus) if "base_train" in call]
+    assert ("--fp8" in trained.split()) is fp8
+    assert ("bf16 instead of fp8" in result.stdout) is not fp8
+
+
+def test_flags_and_numbers_of_the_user_win_and_the_published_figures_are_not_for_them(gpus: Machine) -> None:
+    gpus.environment |= {"DEPTH": "20", "NPROC": "4", "RUN": "mine"}
+    result = gpus.bash(str(gpus.repo / "runs" / "speedrun.sh"), "--target-param-data-ratio", "8", "--no-fp8")
+    assert result.returncode == 0, result.stderr
+    (trained,) = [call for call in calls(gpus) if "base_train" in call]
+    assert "--nproc_per_node=4 " in trained
+    assert trained.index("ratio 7.25") < trained.index("--target-param-data-ratio 8 --no-fp8 --run mine")
+    unlike = "otherwise: depth 20, GPUs: 4, --target-param-data-ratio 8 --no-fp8. Those figures are not for"
+    assert unlike in result.stdout
 
 
 def test_the_race_trains_every_seed_on_all_gpus_and_makes_one_row(gpus: Machine) -> None:
@@ -271,15 +331,20 @@ def test_the_race_trains_every_seed_on_all_gpus_and_makes_one_row(gpus: Machine)
     result = gpus.driver("speedrun_124m.sh")
     assert result.returncode == 0, result.stderr
     ranks = "-m torch.distributed.run --standalone --nproc_per_node=8 -m scripts"
-    train = f"{ranks}.base_train -- --recipe speedrun-124m --depth 12 --corpus fineweb10B-gpt2"
+    flags = "--recipe speedrun-124m --depth 12 --device-type cuda --corpus fineweb10B-gpt2"
+    train = f"{ranks}.base_train -- {flags}"
     expected = ["-m scripts.dataset --corpus fineweb10B-gpt2 -n 20"]
     for seed in (0, 1):
         name = f"speedrun-124m-s{seed}"
         expected += [
             f"{train} --seed {seed} --run {name} --resume auto",
-            f"{ranks}.base_eval -- --run {name} --eval bpb,sample",
+            f"{ranks}.base_eval -- --run {name} --eval bpb,sample --device-type cuda",
             f"-m scripts.report --run {name}",
         ]
+    told = result.stdout[: result.stdout.index("== 20 shards")]
+    assert "record 89 of modded-nanogpt" in told
+    assert f"Ours: so long, - NVIDIA H100 80GB HBM3 fineweb10B-gpt2 8 {flags}\n" in told
+    assert gpus.installs() == [".[plots,gpu]"]
     row = "-m dev.leaderboard --race loss speedrun-124m-s0 speedrun-124m-s1"
     made = calls(gpus)
     declared = made.index("-m dev.significance --declare 2 speedrun-124m-s0")
@@ -316,7 +381,7 @@ def test_the_race_runs_from_shards_to_row(tmp_path: Path, shared_data: Path) -> 
     python.write_text(f'#!{BASH}\nexec "{sys.executable}" "$@"\n', "utf-8")
     gpu = tmp_path / "bin" / "nvidia-smi"
     gpu.parent.mkdir()
-    gpu.write_text(f"#!{BASH}\necho 'GPU 0: none'\n", "utf-8")
+    gpu.write_text(f"#!{BASH}\n{smi('NVIDIA H100', '9.0', gpus=1)}\n", "utf-8")
     for program in (python, gpu):
         program.chmod(0o755)
     gpt2 = Tokenizer.from_gpt2_file(shared_data / "bpe" / "encoder.json")
@@ -327,6 +392,7 @@ def test_the_race_runs_from_shards_to_row(tmp_path: Path, shared_data: Path) -> 
     server.model_files["openai-community/gpt2/vocab.json"] = vocabulary
     base = tmp_path / "base"
     env = environment(server, base) | {"PATH": f"{gpu.parent}:{os.environ['PATH']}", "SEEDS": "0 1"}
+    env["DEVICE_TYPE"] = "cpu"
     key = subprocess.run(
         [str(BASH), "-c", f'source "{repo}/runs/_common.sh"; install_key'],
         env=env,
@@ -337,7 +403,7 @@ def test_the_race_runs_from_shards_to_row(tmp_path: Path, shared_data: Path) -> 
     flags = (
         "--depth 2 --max-seq-len 32 --aspect-ratio 16 --head-dim 16 --total-batch-size 768 --dtype float32 "
     )
-    flags += "--num-iterations 6 --eval-tokens 512 --eval-every 3 --device-type cpu --save-every 0"
+    flags += "--num-iterations 6 --eval-tokens 512 --eval-every 3 --save-every 0"
     driver = [str(BASH), str(repo / "runs" / "speedrun_124m.sh"), *flags.split()]
     try:
         done = subprocess.run(driver, env=env, capture_output=True, text=True, timeout=500)
@@ -352,6 +418,7 @@ def test_the_race_runs_from_shards_to_row(tmp_path: Path, shared_data: Path) -> 
         assert summary["val_loss"] == pytest.approx(scores["loss"]["val"], rel=0.05)
         assert (folder / "report.html").is_file()
     assert "| date | commit |" in done.stdout
+    assert re.search(r"Ours: not measured yet. 6 steps, .* of training on 1 x NVIDIA H100, MFU ", done.stdout)
 
 
 @pytest.mark.parametrize(
@@ -389,7 +456,9 @@ def test_miniseries_does_not_train_again_what_is_finished(gpus: Machine) -> None
     made = calls(gpus)
     trained = [call.split("--run ")[1].split()[0] for call in made if "base_train" in call]
     assert trained == [f"miniseries-d{depth}" for depth in (10, 12, 14, 16, 18, 20)]
-    assert [call for call in made if "base_eval -- --run miniseries-d8 " in call]
+    assert all(" --device-type cuda " in call for call in made if "base_" in call)
+    assert gpus.installs() == [".[plots,gpu]"]
+    assert [call for call in made if "base_eval -- --device-type cuda --run miniseries-d8 " in call]
     assert not [call for call in made if "tok_train" in call]
 
 
@@ -537,6 +606,50 @@ def test_the_table_of_runs_has_a_row_a_run_and_gaps_where_nothing_is_measured(tm
 def test_shards_follow_from_the_plan(flags: str, expected: int) -> None:
     result = call_here(f"shards_needed {flags}")
     assert result.stdout.strip() == str(expected), result.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "steps", "unit"),
+    [
+        # Steps of run 6, of pull request 516, and of the race.
+        ("climbmix 8 --depth 24 --target-param-data-ratio 8 --fp8", "5,568", "hours"),
+        (
+            "fineweb-edu 8 --depth 26 --recipe nanochat-2026-01 --target-param-data-ratio 7.25 --fp8 "
+            "--total-batch-size 524288",
+            "12,700",
+            "hours",
+        ),
+        pytest.param(
+            "fineweb10B-gpt2 8 --depth 12 --recipe speedrun-124m", "3,063", "minutes", marks=pytest.mark.slow
+        ),
+    ],
+)
+def test_the_plan_is_the_published_one_and_its_time_is_called_a_projection(
+    flags: str, steps: str, unit: str
+) -> None:
+    result = call_here(f'gpu_query() {{ echo "NVIDIA H100 80GB HBM3"; }}; projected {flags}')
+    assert result.returncode == 0, result.stderr
+    said = (
+        rf"Ours: not measured yet. {steps} steps, .* FLOPs: [\d.]+ {unit} of training on 8 x NVIDIA H100 80GB"
+    )
+    assert re.match(said, result.stdout), result.stdout
+    assert "This is a projection from FLOPs and bytes" in result.stdout
+
+
+def test_a_card_without_known_rates_has_no_projection() -> None:
+    said = call_here(
+        'gpu_query() { echo "Some GPU"; }; projected climbmix 1 --depth 4 --num-iterations 7'
+    ).stdout
+    assert said.startswith("Ours: 7 steps, ")
+    assert "no rates of Some GPU" in said
+
+
+def test_a_gpu_is_asked_for_by_name_where_one_is_listed(machine: Machine) -> None:
+    assert machine.call("device_type").stdout == "auto\n"
+    machine.put("nvidia-smi", smi("NVIDIA GPU", "8.0", gpus=1))
+    assert machine.call("device_type").stdout == "cuda\n"
+    machine.environment["CUDA_VISIBLE_DEVICES"] = ""  # hidden on purpose
+    assert machine.call("device_type").stdout == "auto\n"
 
 
 def test_a_wrong_flag_stops_before_anything_is_fetched() -> None:
