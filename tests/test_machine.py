@@ -90,7 +90,7 @@ def root_with(folder: Path, driver: str, gpus: int = 1, words: str = CLOSED) -> 
             "470.57.02",
             "12.8",
             CLOSED,
-            "needs 525 or newer. Install a driver of 580 or newer, or take",
+            "needs 525 or newer. Install a driver of 580 or newer, or",
             "torch>=",
         ),
         ("580.65.06", None, OPEN, "is built without CUDA. Install a torch>=2.9 for CUDA 13 (", "a driver of"),
@@ -117,7 +117,7 @@ def test_a_gpu_that_torch_cannot_use_is_an_error_with_a_remedy(
         machine.detect_device(device_type, root=root)
     said = str(caught.value)
     assert said.startswith(f"--device-type={device_type}: there is a GPU with the NVIDIA driver {driver}, ")
-    assert said.endswith("or take --device-type=cpu.")
+    assert ", or take the CPU: --device-type=cpu, or for all commands CUDA_VISIBLE_DEVICES= in" in said
     assert told in said
     assert "\n" not in said
     assert not untold or untold not in said

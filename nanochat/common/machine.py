@@ -88,7 +88,10 @@ def detect_device(device_type: str = "auto", local_rank: int = 0, root: Path = P
     present = {"cuda": has_cuda, "mps": torch.backends.mps.is_available(), "cpu": True}
     there = [kind for kind, is_there in present.items() if is_there]
     if device_type in ("auto", "cuda") and not has_cuda and (driver := nvidia_driver(root)):
-        raise UserError(f"--device-type={device_type}: {_why_no_cuda(driver)}, or take --device-type=cpu.")
+        raise UserError(
+            f"--device-type={device_type}: {_why_no_cuda(driver)}, or take the CPU: --device-type=cpu, or for "
+            "all commands CUDA_VISIBLE_DEVICES= in the environment."
+        )
     chosen = there[0] if device_type == "auto" else device_type
     if chosen not in there:
         has = ", ".join(there)
