@@ -652,6 +652,20 @@ def test_a_gpu_is_asked_for_by_name_where_one_is_listed(machine: Machine) -> Non
     assert machine.call("device_type").stdout == "auto\n"
 
 
+def test_several_machines_ask_for_their_gpus_by_name_and_flags_win(machine: Machine) -> None:
+    (machine.bin / "head").symlink_to(str(shutil.which("head")))
+    machine.put("scontrol", "echo node1; echo node2")
+    machine.put("srun", 'echo "$*" >>"$HOME/calls"')
+    slurm = {"SUBMIT_DIR": str(machine.repo), "JOB_NODELIST": "node[1-2]", "NNODES": "2", "JOB_ID": "7"}
+    machine.environment = {f"SLURM_{name}": value for name, value in slurm.items()}
+    result = machine.bash(str(machine.repo / "runs" / "multinode.sbatch"), "--depth=24", "--device-type=cpu")
+    assert result.returncode == 0, result.stderr
+    (started,) = calls(machine)
+    assert "--nnodes=2 --nproc_per_node=8 " in started
+    assert "--rdzv-endpoint=node1:29400 --rdzv-id=job-7" in started
+    assert started.endswith("-m scripts.base_train -- --device-type=cuda --depth=24 --device-type=cpu")
+
+
 def test_a_wrong_flag_stops_before_anything_is_fetched() -> None:
     result = call_here("shards=$(shards_needed fineweb-edu 1 --depth 0); echo went on")
     assert result.returncode == 2

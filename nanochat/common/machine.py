@@ -89,8 +89,8 @@ def detect_device(device_type: str = "auto", local_rank: int = 0, root: Path = P
     there = [kind for kind, is_there in present.items() if is_there]
     if device_type in ("auto", "cuda") and not has_cuda and (driver := nvidia_driver(root)):
         raise UserError(
-            f"--device-type={device_type}: {_why_no_cuda(driver)}, or take the CPU: --device-type=cpu, or for "
-            "all commands CUDA_VISIBLE_DEVICES= in the environment."
+            f"--device-type={device_type}: {_why_no_cuda(driver)}, or take the CPU: --device-type=cpu, or "
+            "for all commands CUDA_VISIBLE_DEVICES= in the environment."
         )
     chosen = there[0] if device_type == "auto" else device_type
     if chosen not in there:
