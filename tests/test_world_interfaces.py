@@ -86,7 +86,7 @@ def test_ranks_of_one_machine_need_no_interface() -> None:
 
 def test_an_interface_that_cannot_be_told_is_asked_for() -> None:
     store = dist.HashStore()
-    assert interfaces.announce(store, 0, "no-such-machine.invalid", 29500) == ""
+    assert interfaces.announce(store, 0, "fe80::1%no-such", 29500) == ""
     for address in ("", "192.0.2.77"):  # of a network for examples: nobody has it
         with pytest.raises(UserError, match="Set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME .* has: .*lo"):
             interfaces.find(store, address, 0, 2, 29500)

@@ -77,10 +77,16 @@ def address_toward(host: str, port: int) -> str:
     Raises:
         OSError: the name is not known, or there is no route.
     """
-    family, kind, _, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
-    with socket.socket(family, kind) as route:
-        route.connect(place)
-        return str(route.getsockname()[0])
+    error = OSError(f"{host} has no address")
+    for family, kind, _, _, place in socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM):
+        with socket.socket(family, kind) as route:
+            try:
+                route.connect(place)
+            except OSError as unreachable:  # a name may have an address of IPv6 where only IPv4 leads out
+                error = unreachable
+                continue
+            return str(route.getsockname()[0])
+    raise error
 
 
 def is_loopback(address: str) -> bool:
