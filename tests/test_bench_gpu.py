@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import json
 import os
 import signal
@@ -52,6 +53,10 @@ def test_the_most_valuable_measurements_come_first() -> None:
         ("step d20 bf16 varlen", "step d12 bf16 sdpa"),
     ):
         assert listed.index(earlier) < listed.index(later)
+
+
+def test_the_examples_in_the_documentation() -> None:
+    assert doctest.testmod(gpu).failed == 0
 
 
 def test_what_counts_most_fits_the_budget() -> None:
@@ -174,7 +179,7 @@ def test_the_batches_of_a_step_are_those_of_the_plan() -> None:
 
 
 def command(path: Path) -> list[str]:
-    toys = ["--device", "cpu", "--depths", "2", "--json", str(path)]
+    toys = ["--device-type", "cpu", "--depths", "2", "--json", str(path)]
     return [sys.executable, "-m", "dev.bench.gpu", *toys]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import json
 import sys
 from pathlib import Path
@@ -36,6 +37,10 @@ def test_the_first_count_gives_the_table_of_the_review(dtype: str) -> None:
     assert ms["loss"] == pytest.approx(review["loss"], rel=0.01)
     assert {part: ms[part] for part in REVIEW_BOTH} == pytest.approx(REVIEW_BOTH, rel=0.03)
     assert 1e3 * found.seconds == pytest.approx(review["step"], rel=0.02)
+
+
+def test_the_examples_in_the_documentation() -> None:
+    assert doctest.testmod(roofline).failed == 0
 
 
 def test_a_run_follows_from_its_step() -> None:

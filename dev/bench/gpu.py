@@ -5,8 +5,8 @@
 A rented GPU is often had for ten minutes, and gone without a word. So every measurement is a process of its
 own, since an error of CUDA ends all work of its process; its rows are in the file before the next one begins;
 one that fails is a row with its error; and none begins that the time left is too short for. Run again on the
-same commit and machine, it goes on with what is missing. With --device cpu all sizes are toys: that tests
-this program, and measures nothing.
+same commit and machine, it goes on with what is missing. With --device-type cpu all sizes are toys, which
+tests this program and measures nothing.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def in_process_of_its_own(measurement: Measurement, device: str, log: Path, limi
     with tempfile.TemporaryDirectory() as folder, log.open("a+", encoding="utf-8") as output:
         answer = Path(folder) / "rows.json"
         task = json.dumps([os.getpid(), measurement.figures, measurement.setting, str(answer)])
-        command = [sys.executable, "-m", "dev.bench.gpu", "--device", device, "--measure", task]
+        command = [sys.executable, "-m", "dev.bench.gpu", "--device-type", device, "--measure", task]
         print(f"\n== {measurement.name}", file=output, flush=True)
         begun = output.tell()
         process = subprocess.Popen(
@@ -207,7 +207,7 @@ def shown(row: Row) -> str:
     """A row in words.
 
     >>> shown({"metric": "step_time", "ours": 1.4, "unit": "s", "depth": 24, "dtype": "bf16"})
-    'step_time                         1.4 s           depth 24, dtype bf16'
+    'step_time                         1.4 s               depth 24, dtype bf16'
     >>> shown({"error": "exit code 1: out of memory"})
     'FAILED: exit code 1: out of memory'
     """
@@ -254,12 +254,10 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=Path("out/gpu.json"), help="the file of figures")
     parser.add_argument("--budget", type=float, default=BUDGET_S, help="seconds for all of it")
     parser.add_argument("--depths", type=int, nargs="+", default=DEPTHS, help="the second counts most")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: toys, for tests")
+    parser.add_argument("--device-type", choices=("cuda", "cpu"), default="cuda", help="cpu: toys, for tests")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("no CUDA: nothing to measure. Run it on a machine with an NVIDIA GPU.")
-    device = torch.device(args.device)
+    device = machine.detect_device(args.device_type)
     if args.measure:
         measure_here(args.measure, device)
         return
@@ -273,7 +271,7 @@ def main() -> None:
     log = args.json.with_suffix(".log")
 
     def measure(measurement: Measurement, limit_s: float) -> list[Row]:
-        return in_process_of_its_own(measurement, args.device, log, limit_s)
+        return in_process_of_its_own(measurement, device.type, log, limit_s)
 
     for line in measure_all(listed, results, args.budget, measure):
         print(line, flush=True)

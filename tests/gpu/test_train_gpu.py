@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.utils
 
 from nanochat.checkpoint.state import TrainState
 from nanochat.common import files
@@ -57,6 +58,21 @@ def test_a_compiled_step_has_the_loss_of_a_plain_one(tmp_path: Path) -> None:
         losses.append([train_run.train_step(plan, state, world).loss.item() for _ in range(3)])
         state.loader.close()
     assert losses[0] == pytest.approx(losses[1], abs=0.02)
+
+
+def test_steps_after_the_first_compile_nothing(tmp_path: Path) -> None:
+    plan, state, world = prepare(tmp_path)
+    torch._dynamo.utils.counters.clear()
+    state.model.compile_for(plan.device_batch_size)
+    state.optimizer.compile_updates()
+    train_run.train_step(plan, state, world)
+    counted = {name: dict(values) for name, values in torch._dynamo.utils.counters.items()}
+    for _ in range(3):
+        state.step += 1
+        train_run.train_step(plan, state, world)
+    assert torch._dynamo.utils.counters == counted
+    assert not counted.get("graph_break")
+    state.loader.close()
 
 
 def test_a_small_model_gets_the_rows_of_the_plan(tmp_path: Path) -> None:
