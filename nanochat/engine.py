@@ -241,7 +241,7 @@ class Engine:
         running: dict[int, list[int]] = {row: [] for row in range(len(rows))}
         for count in range(1, sampling.max_tokens + 1):
             tokens = choose_tokens(logits, sampling, draws[:, count - 1])
-            chosen = tokens.tolist()  # the only wait for the device in a step
+            chosen = tokens.cpu().tolist()  # the only wait for the device in a step
             full: Reason | None = "context" if cache.length == context else None
             limit: Reason | None = "length" if count == sampling.max_tokens else full
             for row, added in list(running.items()):
