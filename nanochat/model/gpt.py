@@ -27,7 +27,6 @@ from nanochat.model.layers import (
     Embedding,
     Init,
     Linear,
-    ReluSquared,
     Spec,
     constant,
     norm,
@@ -39,6 +38,8 @@ from nanochat.model.layers import (
     uniform,
 )
 from nanochat.model.loss import Reduction, softcapped_cross_entropy, token_losses
+from nanochat.model.mlp import mlp
+from nanochat.model.table_rows import order_of
 
 # Of the forward pass in one process: windows that grow, with gradients and without, rows that are halved.
 # Past torch's own limit of 8 everything would run uncompiled, and only a warning would say so.
@@ -135,9 +136,9 @@ class Attention(nn.Module):
         self.gate_channels, self.gate_scale = config.value_gate_width, config.value_gate_scale
         width, kv_width = config.n_embd, config.n_kv_head * config.head_dim
         init, zero, fp8 = uniform_of_width(width), constant(0.0), precision.fp8
-        self.q = Linear(width, config.n_head * config.kind.maps * config.qk_dim, init, fp8=fp8)
-        self.k = Linear(width, kv_width, init, fp8=fp8)
-        self.v = Linear(width, kv_width, init, fp8=fp8)
+        self.q = Linear(width, config.n_head * config.kind.maps * config.qk_dim, init, fp8=fp8, normed=True)
+        self.k = Linear(width, kv_width, init, fp8=fp8, normed=True)
+        self.v = Linear(width, kv_width, init, fp8=fp8, normed=True)
         self.out = Linear(config.n_head * config.head_dim, width, zero, fp8=fp8)
         gate = uniform(0.0, config.value_gate_init)
         has_gate = config.has_value_embedding(layer)
@@ -174,7 +175,8 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
-        return self.down(ReluSquared.apply(self.up(x)))  # type: ignore[no-any-return]
+        weights = self.up.working(x.dtype), self.down.working(x.dtype)
+        return mlp(x, *weights, self.up.in_fp8(), self.down.in_fp8())
 
 
 class Block(nn.Module):
@@ -310,8 +312,9 @@ class GPT(nn.Module):
         if self.bigram is not None:
             before = F.pad(ids[:, :-1], (1, 0), value=-1) if cache is None else cache.shift_ids(ids)
             pairs = self.bigram(pair_rows(ids, before, self.config.bigram_rows))
-        values = {int(layer): table(ids) for layer, table in self.value_embeds.items()}
-        return Rows(self.embed(ids), pairs, values)
+        order = order_of(ids)
+        values = {int(layer): table(ids, order) for layer, table in self.value_embeds.items()}
+        return Rows(self.embed(ids, order), pairs, values)
 
     def _blocks_pass(self, ids: Tensor, rows: Rows, cache: DecodeCache | None = None) -> Tensor:
         """Everything between the tables and the head: (B, T, C)."""
@@ -410,6 +413,7 @@ class GPT(nn.Module):
             c.softcap,
             vocab_size=c.vocab_size,
             reduction=reduction,
+            cast=head.working(hidden.dtype).detach(),
         )
         return loss.view_as(targets) if reduction == "none" else loss
 

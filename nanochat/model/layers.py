@@ -1,4 +1,4 @@
-"""Layers: linear, embedding, RMS norm, rotary positions, squared ReLU; a parameter and its initial values.
+"""Layers: linear, embedding, RMS norm, rotary positions; a parameter and its initial values.
 
 A parameter says where it is made which optimizer group it belongs to and how it is initialized, so that a new
 one is declared in one place. Legend: B rows, T positions, H heads, D head width. Master weights are fp32.
@@ -6,6 +6,7 @@ one is declared in one place. Legend: B rows, T positions, H heads, D head width
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanochat.model.fp8 import fits
-from nanochat.model.fp8 import linear as fp8_linear
+from nanochat.model import fp8 as eight
+from nanochat.model import kernels
+from nanochat.model.table_rows import RowOrder, lookup
 
 # The framework's default where it computes in fp32; named, so that all dtypes, devices and versions agree.
 NORM_EPS = torch.finfo(torch.float32).eps
@@ -68,28 +70,38 @@ class Linear(nn.Module):
     products are in that while training, if both sides are wide enough; evaluation is not in fp8.
 
     Attributes:
+        fp8: whether training computes the products in fp8.
         holds: keep the gradient of a micro-batch in the compute dtype, and add it with that of the next:
             two passes over the master's gradient become one.
         is_refreshed: whether a compiled pass reads the copy, since somebody calls `refresh` before each.
     """
 
     def __init__(
-        self, in_features: int, out_features: int, init: Init, kind: str = "matrix", fp8: bool = False
+        self,
+        in_features: int,
+        out_features: int,
+        init: Init,
+        kind: str = "matrix",
+        fp8: bool = False,
+        normed: bool = False,
     ) -> None:
-        """Declare the weight (out, in)."""
+        """Declare the weight (out, in). Inputs that are `normed` come from an RMS norm, which bounds them."""
         super().__init__()
-        self.fp8 = fp8 and fits(in_features, out_features)
+        self.fp8 = fp8 and eight.fits(in_features, out_features)
+        self._bound = math.sqrt(in_features) if normed else None
         self.weight = parameter(out_features, in_features, kind=kind, init=init)
         self.holds = self.is_refreshed = False
         self._held: Tensor | None = None
         self._copy: Tensor | None = None
-        self._copied = (0, 0)  # the master that the copy is of, and its version
+        self._eighth: eight.Fp8Weight | None = None
+        self._copied = (0, 0)  # the master that the copies are of, and its version
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
-        if self.fp8 and torch.is_grad_enabled():
-            return fp8_linear(x, self.weight)
-        return F.linear(x, self.working(x.dtype))
+        weight = self.working(x.dtype)
+        if (eighth := self.in_fp8()) is not None:
+            return eight.linear(x, weight, eighth, self._bound)
+        return F.linear(x, weight)
 
     def working(self, dtype: torch.dtype) -> Tensor:
         """The weight (out, in) in a dtype."""
@@ -98,8 +110,16 @@ class Linear(nn.Module):
         self.refresh(dtype)
         return self.weight if dtype == self.weight.dtype or self._copy is None else self._copy
 
+    def in_fp8(self) -> eight.Fp8Weight | None:
+        """The weight in fp8 where this pass computes in it; after `working`, which makes both."""
+        if not self.fp8 or not torch.is_grad_enabled():
+            return None
+        if torch.compiler.is_compiling() and not self.is_refreshed:
+            return eight.quantize_weight(self.weight)
+        return self._eighth
+
     def refresh(self, dtype: torch.dtype) -> None:
-        """Make the copy again if the master is another, or has changed, since it was made."""
+        """Make the copies again if the master is another, or has changed, since they were made."""
         weight, copy = self.weight, self._copy
         if dtype == weight.dtype:
             return
@@ -113,6 +133,7 @@ class Linear(nn.Module):
                 self._copy, self._copied = copy, (0, 0)
             if self._copied != (id(weight), weight._version):
                 copy.copy_(weight)
+                self._eighth = eight.quantize_weight(weight) if self.fp8 else None
                 self._copied = (id(weight), weight._version)
 
     def _add_grad(self, leaf: Tensor) -> None:
@@ -134,7 +155,7 @@ class Linear(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copied or pickled layer makes a copy of its own master."""
-        return {**self.__dict__, "_copy": None, "_held": None}
+        return {**self.__dict__, "_copy": None, "_eighth": None, "_held": None}
 
 
 def add_gradients(master: nn.Parameter, grads: list[Tensor]) -> None:
@@ -142,7 +163,7 @@ def add_gradients(master: nn.Parameter, grads: list[Tensor]) -> None:
 
     Afterwards whoever waits for it is called: `grad_ready` of the master, where it has that attribute.
     """
-    if master.is_cuda:
+    if kernels.run_on(master.device):
         from nanochat.model import gradient_kernel  # here: Triton is on machines with CUDA only
 
         fresh = master.grad is None
@@ -168,9 +189,9 @@ class Embedding(nn.Module):
         self.weight = parameter(rows, width, kind=kind, init=init)
         self.dtype = dtype
 
-    def forward(self, ids: Tensor) -> Tensor:
-        """(B, T) int64 -> (B, T, width)."""
-        return F.embedding(ids, self.weight).to(self.dtype)
+    def forward(self, ids: Tensor, order: RowOrder | None = None) -> Tensor:
+        """(B, T) int64, and their order if other tables share it -> (B, T, width)."""
+        return lookup(self.weight, ids, order, self.dtype)
 
 
 def norm(x: Tensor) -> Tensor:
@@ -193,23 +214,3 @@ def pair_rows(ids: Tensor, before: Tensor, rows: int) -> Tensor:
         rows: of the table.
     """
     return ((36313 * ids) ^ (27191 * before)) % rows
-
-
-class ReluSquared(torch.autograd.Function):
-    """max(z, 0)^2, of which only r = max(z, 0) is kept: the derivative is 2 r.
-
-    F.relu and square take six passes over the widest activation, forward and backward, instead of four.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, z: Tensor) -> Tensor:
-        """Any shape -> the same."""
-        r = F.relu(z)
-        ctx.save_for_backward(r)
-        return r * r
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        """2 r times the gradient."""
-        (r,) = ctx.saved_tensors
-        return (grad * r).mul_(2)

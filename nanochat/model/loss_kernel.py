@@ -20,7 +20,7 @@ BLOCK, WARPS = 4096, 8  # columns that a program holds at a time: 16 a thread, t
 MAX_SOFTCAP = 70.0
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def row_losses(
     z: tl.tensor,
     targets: tl.tensor,

@@ -19,7 +19,7 @@ PROGRAMS = 2048  # of `add_pieces`, by block of columns: 16 a multiprocessor of 
 PIECE = 256
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def gather(
     table: tl.tensor,
     ids: tl.tensor,
@@ -39,7 +39,7 @@ def gather(
     tl.store(at, rows.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def add_pieces(
     total: tl.tensor,
     partial: tl.tensor,
@@ -97,7 +97,7 @@ def add_pieces(
         start = tl.load(starts + piece, mask=piece < count, other=count)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def add_partial(
     total: tl.tensor,
     partial: tl.tensor,

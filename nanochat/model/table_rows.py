@@ -78,6 +78,12 @@ class TableRows(torch.autograd.Function):
         return None, None, None, None
 
 
+def order_of(ids: Tensor) -> RowOrder | None:
+    """The order of (B, T) int64 ids for the lookups of this pass, None where none of them reads it."""
+    reads = torch.is_grad_enabled() and not torch.compiler.is_compiling() and kernels.run_on(ids.device)
+    return RowOrder.of(ids) if reads else None
+
+
 def lookup(table: nn.Parameter, ids: Tensor, order: RowOrder | None, dtype: torch.dtype) -> Tensor:
     """Rows of a table in the compute dtype, outside of a compiled graph.
 
@@ -90,7 +96,7 @@ def lookup(table: nn.Parameter, ids: Tensor, order: RowOrder | None, dtype: torc
     Returns:
         (B, T, C).
     """
-    if not kernels.run_on(table.device):
+    if torch.compiler.is_compiling() or not kernels.run_on(table.device):
         return F.embedding(ids, table).to(dtype)
     rows: Tensor = TableRows.apply(table, ids, order, dtype)
     return rows

@@ -50,9 +50,8 @@ class Reductions:
         """Around the last backward pass of a step: within, a shard is reduced once its gradients are whole.
 
         A parameter has the attribute `grad_ready` within, for whoever makes its gradient outside of autograd
-        to call with it; one whose gradient is made so is marked by an attribute `has_copy`. In a graph of
-        torch.compile the gradients of all that is in it come at once at the end: then only what is outside,
-        such as the head, overlaps.
+        to call with it. In a graph of torch.compile the gradients of all that is in it come at once at the
+        end: then only what is outside, such as the head, overlaps.
         """
         if not self.is_early:
             yield
@@ -60,8 +59,7 @@ class Reductions:
         hooks = []
         for p in self.params:
             p.grad_ready = self.ready  # type: ignore[attr-defined]
-            if not hasattr(p, "has_copy"):
-                hooks.append(p.register_post_accumulate_grad_hook(self.ready))  # type: ignore[no-untyped-call]
+            hooks.append(p.register_post_accumulate_grad_hook(self.ready))  # type: ignore[no-untyped-call]
         try:
             yield
         finally:

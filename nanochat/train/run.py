@@ -56,6 +56,7 @@ def create_state(
         world,
         precision.compute_dtype,
         MatrixOptions(plan.polar_norm_factor, plan.args.soap_every, plan.args.soap_sides),
+        getattr(torch, plan.args.grad_reduce_dtype),
     )
     loader = TrainLoader(
         corpus,
@@ -80,10 +81,12 @@ def train_step(plan: Plan, state: TrainState, world: World) -> StepResult:
 
     def passes(micro_batches: list[Batch]) -> Tensor:
         loss = torch.zeros((), device=world.device)
-        for left, (inputs, targets) in zip(reversed(range(len(micro_batches))), micro_batches, strict=True):
-            state.model.hold_gradients(left > 0)
+        for i, (inputs, targets) in enumerate(micro_batches, 1):
+            is_last = i == len(micro_batches)
+            state.model.hold_gradients(not is_last)
             micro_loss = state.model.loss(inputs, targets) / len(micro_batches)
-            state.loss_scale.up(micro_loss).backward()  # type: ignore[no-untyped-call]
+            with state.optimizer.reductions.early() if is_last else contextlib.nullcontext():
+                state.loss_scale.up(micro_loss).backward()  # type: ignore[no-untyped-call]
             loss += micro_loss.detach()
         return loss
 
