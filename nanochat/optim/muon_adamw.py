@@ -31,6 +31,7 @@ from nanochat.optim.reductions import Reducible, Reductions
 
 # AdamW tensors below this are averaged together, and updated by every rank (RECIPE 1.6).
 SMALL_ELEMENTS = 1024
+TABLES = ("embedding", "value_embedding")  # kinds that a forward pass looks up before all else
 
 
 @dataclass(frozen=True)
@@ -347,7 +348,8 @@ class MuonAdamW:
         self._sizes = [params[name].numel() for name in self.names]
         # fp16 gradients are scaled back after the passes, and with one rank nothing travels.
         early = world.size > 1 and compute_dtype != torch.float16
-        self.reductions = Reductions(shards, params, early)
+        order = sorted(params, key=lambda name: kinds[name] not in TABLES)
+        self.reductions = Reductions(shards, {name: params[name] for name in order}, early)
 
     @torch.no_grad()
     def step(
