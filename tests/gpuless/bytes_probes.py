@@ -25,7 +25,6 @@ from typing import Any
 
 import torch
 import torch._dynamo
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nanochat.config import plan as planning
 from nanochat.config.arguments import TrainArgs
@@ -33,7 +32,7 @@ from nanochat.model.gpt import GPT
 from nanochat.train import run
 from tests.gpuless import inductor
 from tests.gpuless.eager import Counter
-from tests.gpuless.probes import GPU, VOCABULARY, fake_model, fake_state, fake_world
+from tests.gpuless.probes import GPU, VOCABULARY, fake_model, fake_state, fake_tensors, fake_world
 
 RANKS = 8
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "_scaled_mm")
@@ -63,7 +62,7 @@ def traffic(
     """
     plan = planning.plan(TrainArgs(depth=depth, fp8=fp8, **flags), VOCABULARY, RANKS)
     watch = inductor.watched()
-    with FakeTensorMode():
+    with fake_tensors():
         model = fake_model(plan, backend)
         model.compile_for(plan.device_batch_size)
         ids = torch.zeros(plan.device_batch_size, plan.model.sequence_len, dtype=torch.int64, device=GPU)
@@ -109,7 +108,7 @@ def step(
     world, watch = fake_world(RANKS), inductor.watched()
     watch.graphs.clear()  # of the steps before
     torch._dynamo.reset()
-    with FakeTensorMode():
+    with fake_tensors():
         state = fake_state(plan, world, backend, micro_batches=2)
         state.model.compile_for(plan.device_batch_size)
         if updates:
@@ -150,7 +149,7 @@ def cubins(depth: int, fp8: bool = False, backend: str = "fa3", **flags: Any) ->
     """
     plan = planning.plan(TrainArgs(depth=depth, fp8=fp8, **flags), VOCABULARY, RANKS)
     world, watch = fake_world(RANKS), inductor.watched(assemble=True)
-    with FakeTensorMode():
+    with fake_tensors():
         state = fake_state(plan, world, backend, micro_batches=1)
         state.model.compile_for(plan.device_batch_size)
         state.optimizer.compile_updates()

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nanochat.config import plan as planning
 from nanochat.config.arguments import TrainArgs
@@ -18,7 +17,7 @@ from nanochat.engine import KVCache
 from nanochat.model.attention import BACKENDS
 from nanochat.model.gpt import GPT
 from nanochat.train import run
-from tests.gpuless.probes import GPU, VOCABULARY, fake_model, fake_state, fake_world
+from tests.gpuless.probes import GPU, VOCABULARY, fake_model, fake_state, fake_tensors, fake_world
 
 # What a compiled pass depends on, and all its values.
 FACTORS: dict[str, Sequence[Any]] = {
@@ -66,12 +65,11 @@ def passes(pairs_only: bool, backends: Sequence[str] = BACKENDS) -> dict[str, An
 
     counted, wrong, tried = Counted(), [], 0
     known = [name for name in backends if name != "fa2" or importlib.util.find_spec("flash_attn")]
-    fake = FakeTensorMode()  # one for all: masks of flex attention are kept between models
     for choice in combinations(FACTORS | {"backend": known}, pairs_only):
         torch._dynamo.reset()
         counted.graphs, tried = 0, tried + 1
         try:
-            with fake:
+            with fake_tensors():
                 _pass(evaluates=not pairs_only, **choice)
             wanted = 1 if pairs_only else 2
             problem = "" if counted.graphs == wanted else f"{counted.graphs} graphs instead of {wanted}"
@@ -134,7 +132,7 @@ def recipes(backend: str, names: Sequence[str] = tuple(RECIPES)) -> dict[str, di
 
 
 def _run(counted: Counted, world: Any, recipe: str, backend: str) -> dict[str, int]:
-    flags = TrainArgs(depth=2, recipe=recipe, total_batch_size=393_216, device_batch_size=4)
+    flags = TrainArgs(depth=2, recipe=recipe, total_batch_size=393_216, device_batch_size=1)
     plan = planning.plan(flags, VOCABULARY, 8)
     stages = [first for first, _ in plan.schedule.window_stages] or [0]
     graphs = dict.fromkeys(("before", "step", "second", "validation", "again", "core", "decoding"), 0)
@@ -143,8 +141,8 @@ def _run(counted: Counted, world: Any, recipe: str, backend: str) -> dict[str, i
         graphs[part] += counted.graphs
         counted.graphs = 0
 
-    with FakeTensorMode():
-        state = fake_state(plan, world, backend, micro_batches=2)
+    with fake_tensors():
+        state = fake_state(plan, world, backend, micro_batches=1)
         model, ids = state.model, state.loader.next_batch()[0][0]
         model.compile_for(len(ids))
         state.optimizer.compile_updates()

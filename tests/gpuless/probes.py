@@ -6,6 +6,7 @@ that an operator checks is checked, and reading a value fails.
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections import Counter
 from types import SimpleNamespace
@@ -78,7 +79,7 @@ def step(depth: int, ranks: int = 8, backend: str = "sdpa", **flags: Any) -> dic
     """One whole `train_step` of the first of several ranks: crossings, and gigabytes beside the estimate."""
     plan = planning.plan(TrainArgs(depth=depth, **flags), VOCABULARY, ranks)
     world = fake_world(ranks)
-    with FakeTensorMode():
+    with fake_tensors():
         state = fake_state(plan, world, backend)
         model, optimizer = state.model, state.optimizer
         watch = Watch()
@@ -88,6 +89,12 @@ def step(depth: int, ranks: int = 8, backend: str = "sdpa", **flags: Any) -> dic
             run.train_step(plan, state, world)
     needed = memory.estimate(plan, plan.device_batch_size, torch.bfloat16, "cuda")
     return {"crossings": watch.crossings, "peak_gb": watch.peak / 1e9, "estimate_gb": needed.total / 1e9}
+
+
+@functools.cache
+def fake_tensors() -> FakeTensorMode:
+    """The mode that makes them: one a process, for masks and tables are kept from one model to the next."""
+    return FakeTensorMode()
 
 
 def fake_world(ranks: int) -> World:
@@ -159,7 +166,7 @@ def graphs(backend: str, windows: int = 1, halvings: int = 0, **flags: Any) -> d
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     plan = planning.plan(TrainArgs(depth=4, **flags), VOCABULARY, 8)
     counts = []
-    with FakeTensorMode():
+    with fake_tensors():
         model = fake_model(plan, backend)
         for halving in range(halvings + 1):
             rows = 8 >> halving
