@@ -68,22 +68,22 @@ def graphs(backends: list[str], kinds: list[str], packages: list[str]) -> dict[s
         attention_backends.choose_backend(GPU)
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     found = {}
-    for backend, kind, documents in itertools.product(backends, kinds, (False, True)):
-        torch._dynamo.reset()
-        counters.clear()
-        traced: list[str] = []
+    with FakeTensorMode():  # one: masks are kept from model to model
+        for backend, kind, documents in itertools.product(backends, kinds, (False, True)):
+            torch._dynamo.reset()
+            counters.clear()
+            traced: list[str] = []
 
-        def count(module: torch.fx.GraphModule, inputs: Any, traced: list[str] = traced) -> Any:
-            traced.append("")
-            return module.forward
+            def count(module: torch.fx.GraphModule, inputs: Any, traced: list[str] = traced) -> Any:
+                traced.append("")
+                return module.forward
 
-        with FakeTensorMode():
             model = _model(backend, attention_kind=kind, document_mask=documents)
             ids = torch.zeros(ROWS, 1024, dtype=torch.int64, device=GPU)
             hidden = torch.compile(model.forward, backend=count, fullgraph=True, dynamic=False)(ids)
             hidden.sum().backward()
-        breaks = sum(counters["graph_break"].values())
-        found[f"{backend} {kind} {'documents' if documents else 'rows'}"] = [len(traced), breaks]
+            breaks = sum(counters["graph_break"].values())
+            found[f"{backend} {kind} {'documents' if documents else 'rows'}"] = [len(traced), breaks]
     return found
 
 
