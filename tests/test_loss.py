@@ -97,6 +97,20 @@ def test_padded_rows_take_no_part():
     assert torch.equal(torch.autograd.grad(again, x)[0], grad_x)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_weight_that_is_cast_already_changes_nothing(dtype):
+    x, weight, targets = problem(dtype=dtype)
+    cast = weight.detach().to(dtype)
+    answers = []
+    for given in (None, cast):
+        loss = softcapped_cross_entropy(x, weight, targets, SOFTCAP, vocab_size=64, cast=given)
+        losses = token_losses(x, weight, targets, SOFTCAP, 64, cast=given)
+        answers.append((loss, *torch.autograd.grad(loss, (x, weight)), *losses))
+    for plain, given in zip(*answers, strict=True):
+        assert torch.equal(plain, given)
+    assert answers[1][2].dtype == torch.float32  # the gradient is the master's
+
+
 def test_without_any_target_the_loss_and_gradients_are_zero():
     x, weight, _ = problem()
     loss = softcapped_cross_entropy(x, weight, torch.full((50,), -1), SOFTCAP)

@@ -41,7 +41,7 @@ class Traffic(TorchDispatchMode):
                 moved += (
                     _size(args[0]) if args[-1] else -_size(args[0])
                 )  # read twice, or once and not written
-            if "gather" in name or "scatter" in name:
+            if name.startswith(("aten.gather", "aten.scatter")):
                 moved = 0  # one logit a row
             self.bytes[name] += moved
             self.kernels[name] += 1

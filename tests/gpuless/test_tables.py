@@ -21,16 +21,16 @@ needs_pretended = pytest.mark.skipif(bool(pretended.missing()), reason=pretended
 KINDS = ("kind", "tokens", "rows", "width", "dtype")
 FEW = [
     ("zipf", 60, 50_257, 40, "float32"),
-    ("zipf", 60, 30, 40, "bfloat16"),
-    ("same", 600, 30, 40, "float16"),  # three pieces of one id
+    ("zipf", 100, 30, 40, "bfloat16"),
+    ("same", 320, 30, 16, "float32"),  # ten pieces of one id: more than a program adds at a time
+    ("runs", 0, 50, 40, "float16"),
     ("different", 20, 50, 300, "float16"),  # two blocks of columns
     ("different", 1, 50, 16, "float32"),
 ]
 MANY = [
-    ("zipf", 3000, 50_257, 768, "bfloat16"),
-    ("runs", 0, 50, 100, "bfloat16"),
-    ("same", 4096, 30, 100, "float32"),  # sixteen pieces: more than a program adds at a time
-    ("different", 700, 1000, 1536, "float16"),
+    ("zipf", 150, 50_257, 768, "bfloat16"),
+    ("same", 600, 30, 100, "bfloat16"),
+    ("different", 50, 1000, 1536, "float16"),
 ]
 
 
