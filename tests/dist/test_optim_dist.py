@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+import torch._dynamo.testing
 import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from nanochat.optim.rates import MatrixOptions
 from nanochat.optim.muon_adamw import MuonAdamW
@@ -160,3 +162,24 @@ def test_one_rank_and_fp16_reduce_nothing_before_the_step(size, dtype):
         sum(p.sum() for p in params.values()).backward()
     optimizer.reductions.catch_up()
     assert all(p.grad is not None for p in params.values())
+
+
+def test_reductions_that_begin_early_compile_no_graph_anew():
+    counter = torch._dynamo.testing.CompileCounter()
+    params, kinds = random_problem()
+    function = torch.compile(lambda: sum(p.square().sum() for p in params.values()), backend=counter)
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        world = World(0, 2, torch.device("cpu"), "gloo")
+        optimizer = MuonAdamW(params, kinds, GROUPS, world, torch.float32, OPTIONS)
+        for _ in range(2):
+            function().backward()
+            loss = function()
+            assert all(p.grad is not None for p in params.values())
+            with optimizer.reductions.early():
+                loss.backward()
+            assert all(p.grad is None for p in params.values())
+            optimizer.reductions.abandon()
+    finally:
+        dist.destroy_process_group()
+    assert counter.frame_count == 1
