@@ -96,6 +96,10 @@ def test_a_counted_step_takes_the_place_of_the_first_count(tmp_path: Path) -> No
     step = project(plan_for(24, 8, H100), H100, traffic)
     assert 1e3 * step.seconds == pytest.approx(REVIEW["bf16"]["step"], rel=0.02)
     assert roofline.traffic_of(True, path) == FIRST_COUNT["fp8"]
+    without_update = {name: value for name, value in counted().items() if name != "update"}
+    steps = {"d24": counted(), "d24-fp8": without_update}
+    path.write_text(json.dumps({"torch": "2.15", "steps": steps}), "utf-8")
+    assert roofline.traffic_of(True, path).muon == traffic.muon
 
 
 def test_fewer_bytes_make_a_shorter_step() -> None:

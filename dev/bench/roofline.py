@@ -183,8 +183,10 @@ def traffic_of(fp8: bool, file: Path = COUNTED) -> Traffic:
         file: what tests/gpuless/ratchet.py writes.
     """
     steps = files.read_json(file)["steps"] if file.exists() else {}
-    step = steps.get("d24-fp8" if fp8 else "d24")
-    return units_of(step, fp8) if step else FIRST_COUNT["fp8" if fp8 else "bf16"]
+    counted = steps.get("d24-fp8" if fp8 else "d24")
+    if counted is None:
+        return FIRST_COUNT["fp8" if fp8 else "bf16"]
+    return units_of({**steps.get("d24", {}), **counted}, fp8)  # updates may be counted in bf16 alone
 
 
 def units_of(step: dict[str, Any], fp8: bool) -> Traffic:
