@@ -117,7 +117,7 @@ def test_nothing_but_the_plan_is_made_of_a_recipe() -> None:
             assert "recipe" not in names, path
     planners = {"arguments", "plan", "small_text"}  # flags, what follows from them, and what makes flags
     # The others take an old name of a recipe for the new one, and the class that a plan's group names.
-    assert {name for module, name in users if module not in planners} == {"OLD_NAMES", "MATRIX_OPTIMIZERS"}
+    assert {name for module, name in users if module not in planners} == {"current_name", "MATRIX_OPTIMIZERS"}
 
 
 @pytest.fixture(scope="module")

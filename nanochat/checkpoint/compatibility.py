@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from nanochat.config.recipes import OLD_NAMES
+from nanochat.config.recipes import current_name
 
 # Versions up to f4eb7ef (November 2026) wrote down the name of a recipe and none of its constants.
 _JULY: dict[str, Any] = {
@@ -76,16 +76,12 @@ def completed(plan: dict[str, Any]) -> dict[str, Any]:
     constants = RECIPE_CONSTANTS.get(recipe, {})
     if constants and args.get("document_mask") is True:  # a flag of the run, then
         constants = constants | {"document_mask": True}
-    out = plan | {"model": constants | model | _renamed(model), "args": args | _renamed(args)}
+    for part in (model, args):
+        if "recipe" in part:
+            part["recipe"] = current_name(part["recipe"])
+    out = plan | {"model": constants | model, "args": args}
     if isinstance(schedule, dict):
         out["schedule"] = EARLY_SCHEDULE | schedule
     if recipe in POLAR_NORM_FACTOR:
         out.setdefault("polar_norm_factor", POLAR_NORM_FACTOR[recipe])
     return out
-
-
-def _renamed(values: dict[str, Any]) -> dict[str, Any]:
-    """The recipe by its name of today, where an older version gave it another."""
-    return {
-        name: OLD_NAMES[old] for name, old in values.items() if name == "recipe" and old in tuple(OLD_NAMES)
-    }

@@ -32,10 +32,10 @@ def flag(default: Any, help: str, *domain: float, **metadata: Any) -> Any:
     """A field with a default, a line of help, and what else is known of it in `metadata`.
 
     A number has a lower bound, `above` or `at_least`, and may have an upper one, `at_most`; `domain` is the
-    last two in order. `choices` are all that is taken, and `aliases` are older names of some. `pattern`
-    matches what is taken, which `expected` says in words. `names` says in which part of the base directory a
-    text names something, `path` that it is a path and may have any bytes. `short` is a one-letter form,
-    `positional` a value without a flag.
+    last two in order. `choices` are all that is taken, and `reads` makes one of them of an older name.
+    `pattern` matches what is taken, which `expected` says in words. `names` says in which part of the base
+    directory a text names something, `path` that it is a path and may have any bytes. `short` is a one-letter
+    form, `positional` a value without a flag.
 
     A resumed run has to be given the value that the run began with, unless the flag is `planned` or `free`.
     """
@@ -178,8 +178,7 @@ def _add_flag(parser: argparse.ArgumentParser, item: dataclasses.Field[Any], hin
     elif hint is bool:
         options["action"] = argparse.BooleanOptionalAction
     else:
-        aliases = item.metadata.get("aliases", {})
-        options["type"] = (lambda text: aliases.get(text, text)) if aliases else hint
+        options["type"] = item.metadata.get("reads", hint)
     if item.metadata.get("positional"):
         parser.add_argument(item.name, **options)
         return
@@ -206,6 +205,9 @@ def from_dict(cls: type[Args], values: dict[str, Any], path: Path) -> Args:
     for name, value in values.items():
         if wrong := typed_json.mismatch(value, hints[name], name):
             raise UserError(f"{path}: {wrong}. It is damaged: use another checkpoint.")
-    known = {item.name: item.metadata.get("aliases", {}) for item in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    plain = {name: known[name].get(value, value) if known[name] else value for name, value in values.items()}
-    return _filled(cls, plain)
+    reads = {item.name: item.metadata.get("reads", _as_it_is) for item in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    return _filled(cls, {name: reads[name](value) for name, value in values.items()})
+
+
+def _as_it_is(value: Any) -> Any:
+    return value

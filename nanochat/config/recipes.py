@@ -167,3 +167,8 @@ RECIPES = {
     "speedrun-124m": SPEEDRUN_124M,
 }
 OLD_NAMES = {"july": "nanochat-2026-07", "january": "nanochat-2026-01"}  # before 0.2
+
+
+def current_name(name: Any) -> Any:
+    """The name that a recipe has today, of the one that it had; whatever is no old name is left as it is."""
+    return OLD_NAMES.get(name, name) if isinstance(name, str) else name
