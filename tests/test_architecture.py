@@ -103,6 +103,22 @@ def at_import(body: list[ast.stmt]) -> Iterator[ast.stmt]:
                 yield from at_import(getattr(node, inner, []))
 
 
+def values_at_import(node: ast.stmt) -> Iterator[ast.expr]:
+    """Expressions of one statement that are evaluated at import: values, defaults, decorators, conditions."""
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+        defaults = [default for default in node.args.kw_defaults if default is not None]
+        yield from (*node.decorator_list, *node.args.defaults, *defaults)
+    else:
+        yield from (child for child in ast.iter_child_nodes(node) if isinstance(child, ast.expr))
+
+
+def names_called(node: ast.expr) -> Iterator[str]:
+    """Last names of what an expression calls: of `Path(x).read_text()`, read_text and Path."""
+    for part in ast.walk(node):
+        if isinstance(part, ast.Call):
+            yield ast.unparse(part.func).rpartition(".")[2]
+
+
 def module_of(path: Path) -> str:
     """nanochat/data/corpus.py -> nanochat.data.corpus; of a package, the package."""
     return ".".join(path.relative_to(REPO).with_suffix("").parts).removesuffix(".__init__")
@@ -223,8 +239,11 @@ def test_optional_packages_are_imported_where_they_are_used(path: Path) -> None:
 
 @pytest.mark.parametrize("path", CODE, ids=name_of)
 def test_a_module_does_no_work_at_import(path: Path) -> None:
-    """Statements that run at import define names; none is called for its effect."""
+    """Statements that run at import define names; none is called for its effect, and none reads a file."""
     for node in at_import(tree_of(path).body):
+        reads = {"open", "read_text", "read_bytes", "read_json", "iterdir", "glob", "rglob", "exists", "stat"}
+        called = {name for value in values_at_import(node) for name in names_called(value)}
+        assert not called & reads, f"line {node.lineno}: {ast.unparse(node)[:60]}"
         is_docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
         assert is_docstring or not isinstance(node, ast.Expr | ast.For | ast.While | ast.With), (
             f"line {node.lineno}: {ast.unparse(node)[:60]}"

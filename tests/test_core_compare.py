@@ -13,7 +13,7 @@ from nanochat.distributed.world import World
 from nanochat.evaluation import base_eval
 from nanochat.evaluation.core import compare
 from nanochat.evaluation.core import statistics as core_statistics
-from nanochat.evaluation.core.results import GPT2_ACCURACY
+from nanochat.evaluation.core.results import gpt2_accuracy
 
 
 def write_run(name, answers, core, passage=2, **changes):
@@ -101,7 +101,7 @@ def test_a_run_that_was_not_scored_is_named_with_the_command_that_scores_it():
 
 
 def test_seeds_are_combined_with_the_verdict_of_few(capsys):
-    answers = {label: [1, 0] for label in GPT2_ACCURACY}
+    answers = {label: [1, 0] for label in gpt2_accuracy()}
     for name, core in zip(("s0", "s1", "s2"), (0.2525, 0.2625, 0.2725), strict=True):
         write_run(name, answers, core)
     values, claims = compare.combine(["s0", "s1", "s2"])
@@ -132,7 +132,7 @@ def test_the_comparison_is_printed(capsys):
 
 
 def test_a_recipe_is_judged_on_these_questions_and_at_such_questions(capsys):
-    answers = {label: [1, 0] for label in GPT2_ACCURACY}
+    answers = {label: [1, 0] for label in gpt2_accuracy()}
     for name, core in zip(("s0", "s1", "s2"), (0.2575, 0.2625, 0.2675), strict=True):
         write_run(name, answers, core, core_stderr=0.0063)
     these, such = compare.combine(["s0", "s1", "s2"])[1]

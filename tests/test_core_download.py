@@ -39,7 +39,7 @@ PUBLIC = zip_of({f"eval_bundle/{name}": data for name, data in CONTENTS.items()}
 def server(base_dir, monkeypatch):
     """A server of the zip, whose files are taken for the public ones."""
     digests = {name: hashlib.sha256(data).hexdigest() for name, data in CONTENTS.items()}
-    monkeypatch.setattr(download, "SHA256", digests)
+    monkeypatch.setattr(download, "public_files", lambda: digests)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setattr(download, "TIMEOUT_S", 1.0)
     server = Hub({ZIP: PUBLIC})
@@ -156,14 +156,14 @@ def test_what_cannot_be_an_answer_is_refused_at_once(server, base_dir, monkeypat
 # The command with the hashes of the bundle that is served here.
 COMMAND = (
     "import json, sys; from nanochat.evaluation.core import download as core_download\n"
-    "core_download.SHA256 = json.loads(sys.argv.pop(1))\n"
+    "hashes = json.loads(sys.argv.pop(1)); core_download.public_files = lambda: hashes\n"
     "from scripts.core_download import main; main()"
 )
 
 
 def started(server):
     url = f"--url={server.url}/elsewhere/{ZIP}"
-    command = [sys.executable, "-c", COMMAND, json.dumps(download.SHA256), url]
+    command = [sys.executable, "-c", COMMAND, json.dumps(download.public_files()), url]
     environment = os.environ | {"NANOCHAT_BASE_DIR": str(files.base_dir())}
     return subprocess.Popen(command, env=environment, stdout=-1, stderr=-1, text=True)
 
@@ -261,9 +261,9 @@ def test_an_address_that_is_none_is_one_clear_error(base_dir, url):
 def test_the_hashes_are_those_of_the_real_bundle(shared_data):
     lines = (shared_data / "eval_bundle.sha256").read_text().splitlines()
     known = {name.removeprefix("eval_bundle/"): digest for digest, name in map(str.split, lines)}
-    assert download.SHA256.items() <= known.items()
+    assert download.public_files().items() <= known.items()
     tasks = {name for name in known if name.endswith(".jsonl")} | {"core.yaml", "eval_meta_data.csv"}
-    assert set(download.SHA256) == tasks
+    assert set(download.public_files()) == tasks
     assert len(tasks) == 23
 
 

@@ -8,6 +8,7 @@ Of the zip the files below are read and nothing else, and only if all have the b
 
 from __future__ import annotations
 
+import functools
 import http.client
 import os
 import re
@@ -32,9 +33,13 @@ MAX_ZIP_BYTES = 1 << 30  # the public one has about 160 MB
 UNPACKED_BYTES = 50_000_000  # of the files below
 LENGTH = re.compile(r"[0-9]{1,18}")
 
-# In the format of sha256sum, which can check a bundle too.
-HASHES = Path(__file__).with_name("public_bundle.sha256").read_text("utf-8")
-SHA256 = {member: digest for digest, member in map(str.split, HASHES.splitlines())}
+
+@functools.cache
+def public_files() -> dict[str, str]:
+    """SHA-256 of each file of the public bundle that is read, by its name in it."""
+    # In the format of sha256sum, which can check a bundle too.
+    lines = Path(__file__).with_name("public_bundle.sha256").read_text("utf-8").splitlines()
+    return {member: digest for digest, member in map(str.split, lines)}
 
 
 def fetch(url: str = BUNDLE_URL, retry_delays_s: Sequence[float] = RETRY_DELAYS_S) -> Path:
@@ -67,8 +72,8 @@ def fetch(url: str = BUNDLE_URL, retry_delays_s: Sequence[float] = RETRY_DELAYS_
                 part.unlink()
     if wrong := differences(folder):
         raise UserError(
-            f"{folder}: {len(wrong)} of {len(SHA256)} files are missing or not the public bundle's, the "
-            f"first is {wrong[0]}. Move the folder away to fetch them again."
+            f"{folder}: {len(wrong)} of {len(public_files())} files are missing or not the public bundle's, "
+            f"the first is {wrong[0]}. Move the folder away to fetch them again."
         )
     return folder
 
@@ -77,7 +82,7 @@ def differences(folder: Path) -> list[str]:
     """Files of the public bundle that a folder lacks or has with other bytes."""
     return [
         member
-        for member, digest in SHA256.items()
+        for member, digest in public_files().items()
         if not (folder / member).is_file() or files.sha256(folder / member) != digest
     ]
 
@@ -172,7 +177,7 @@ def _unpack(archive: Path, folder: Path) -> None:
     """Write the files that are known, and only those, if all of them are right; all or none."""
     bundle = core_bundle.open_bundle(archive)
     with files.atomic_dir(folder) as temporary:
-        for member in SHA256:
+        for member in public_files():
             target = temporary / member
             target.parent.mkdir(parents=True, exist_ok=True)
             with target.open("xb") as sink:
