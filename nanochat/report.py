@@ -19,7 +19,7 @@ import jinja2
 from nanochat.common import charts, files, run_files
 from nanochat.common.charts import Series
 from nanochat.common.errors import UserError
-from nanochat.evaluation.core.results import GPT2_ACCURACY, centre, is_core, verdict
+from nanochat.evaluation.core.results import centre, gpt2_accuracy, is_core, verdict
 
 TABLE_ROWS = 25  # of a curve, where it cannot be drawn
 
@@ -176,7 +176,7 @@ def _core_chart(tasks: dict[str, Any]) -> str:
     marks = {}
     if is_core(tasks):
         for model, name in enumerate(("GPT-2 124M", "GPT-2 1558M")):
-            marks[name] = [centre(GPT2_ACCURACY[label][model], 100 * baselines[label]) for label in tasks]
+            marks[name] = [centre(gpt2_accuracy()[label][model], 100 * baselines[label]) for label in tasks]
     label = "centered accuracy: 0 is the random baseline, 1 is perfect; bars of one standard error"
     return charts.bar_chart(
         "core", list(tasks), [task["centered"] for task in tasks.values()], errors, label, marks

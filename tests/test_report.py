@@ -17,7 +17,7 @@ from nanochat.common import charts, files
 from nanochat.common.errors import UserError
 from nanochat.config import plan as planning
 from nanochat.config.arguments import TrainArgs
-from nanochat.evaluation.core.results import GPT2_ACCURACY
+from nanochat.evaluation.core.results import gpt2_accuracy
 from nanochat.report import RunFiles, render, write_report
 from scripts import report as report_command
 
@@ -93,7 +93,7 @@ def task(centered: float, accuracy: float = 0.5) -> dict[str, Any]:
 
 
 def write_scores(folder: Path, bundle: str, tasks: int, core: float = 0.3, **changes: Any) -> None:
-    labels = list(GPT2_ACCURACY) if tasks == 22 else [f"task_{i}" for i in range(tasks)]
+    labels = list(gpt2_accuracy()) if tasks == 22 else [f"task_{i}" for i in range(tasks)]
     scores: dict[str, Any] = {
         "core_metric": core,
         "core_stderr": 0.005,

@@ -11,7 +11,7 @@ from scipy import stats as scipy_stats
 from dev import leaderboard, significance
 from nanochat.common import files
 from nanochat.common.errors import UserError
-from nanochat.evaluation.core.results import GPT2_ACCURACY
+from nanochat.evaluation.core.results import gpt2_accuracy
 
 ARGS = {"depth": 12, "recipe": "speedrun-124m", "num_iterations": 100}
 
@@ -41,7 +41,7 @@ def a_run(name: str, seed: int, loss: float | None = 3.27, core: float | None = 
     }
     files.write_json(folder / "summary.json", summary)
     if core is not None:
-        scores = {"core_metric": core, "tasks": dict.fromkeys(changes.get("tasks", GPT2_ACCURACY), {})}
+        scores = {"core_metric": core, "tasks": dict.fromkeys(changes.get("tasks", gpt2_accuracy()), {})}
         files.write_json(folder / "base_eval.json", scores)
 
 

@@ -139,7 +139,8 @@ def tiny_run(name: str, steps: int = 2) -> list[str]:
 FETCH = """
 import json, sys
 from nanochat.evaluation.core import download as core_download
-core_download.SHA256 = json.loads(sys.argv.pop(1))
+hashes = json.loads(sys.argv.pop(1))
+core_download.public_files = lambda: hashes
 core_download.RETRY_DELAYS_S = (0.1,)
 core_download.fetch.__defaults__ = (core_download.BUNDLE_URL, (0.1,))
 from scripts.core_download import main

@@ -12,7 +12,7 @@ from nanochat.common.flags import flag, free, planned, require_domain
 from nanochat.common.flags import from_dict as from_dict  # read with config, in one breath
 from nanochat.common.flags import parse as parse
 from nanochat.config.model_config import ATTENTION_KINDS, ModelFlags
-from nanochat.config.recipes import MATRIX_OPTIMIZERS, OLD_NAMES, RECIPES
+from nanochat.config.recipes import MATRIX_OPTIMIZERS, RECIPES, current_name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +70,7 @@ class TrainArgs(ModelFlags, MachineFlags):
     )
     # Optimization
     recipe: str = planned(
-        "nanochat-2026-07", "set of constants (docs/recipe.md)", choices=tuple(RECIPES), aliases=OLD_NAMES
+        "nanochat-2026-07", "set of constants (docs/recipe.md)", choices=tuple(RECIPES), reads=current_name
     )
     total_batch_size: int | None = planned(
         None, "tokens in a global batch; by default from the horizon", 1, 2**40
