@@ -170,7 +170,7 @@ class EvalArgs(CheckpointFlags, MachineFlags):
     core_crop_tokens: int | None = flag(
         None, "keep the last tokens of longer CORE prompts; by default what the model reads", 2, 2**24
     )
-    eval_batch_tokens: int = flag(16384, "positions in a forward pass of CORE at most", 1)
+    eval_batch_tokens: int = flag(32768, "positions in a forward pass of CORE at most", 1)
     keep_going: bool = flag(False, "skip tasks of CORE whose file is faulty; then there is no CORE metric")
     compare: tuple[str, ...] = flag(
         (), "two scored runs: test their difference example by example", names="runs"
