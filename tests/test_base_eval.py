@@ -295,8 +295,9 @@ def test_the_example_in_the_docstring_holds():
 
 @pytest.mark.slow
 def test_two_ranks_find_what_one_finds(state, base_dir):
-    """CORE by gloo: answers and losses are those of one rank, whatever the batch."""
+    """By gloo: CORE's answers and losses are those of one rank, whatever the batch; samples to the letter."""
     alone = {}
+    samples = base_eval.run(args(eval="sample"), World.single_process())["samples"]
     for batch_tokens in (64, 16384):
         base_eval.run(
             args(eval="core", eval_bundle="mini", core_metric_max_per_task=9, eval_batch_tokens=batch_tokens),
@@ -304,11 +305,18 @@ def test_two_ranks_find_what_one_finds(state, base_dir):
         )
         alone[batch_tokens] = predictions_of("tiny")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += [str(REPO / "scripts" / "base_eval.py"), "--", "--run=tiny", "--eval=core"]
+    command += [
+        str(REPO / "scripts" / "base_eval.py"),
+        "--",
+        "--run=tiny",
+        "--eval=core,sample",
+        "--max-new-tokens=4",
+    ]
     command += ["--eval-bundle=mini", "--core-metric-max-per-task=9", "--device-type=cpu", "--dtype=float32"]
     subprocess.run(command, check=True, capture_output=True, timeout=240)
     both = predictions_of("tiny")
-    assert files.read_json(files.run_dir("tiny") / "base_eval.json")["world_size"] == 2
+    scores = files.read_json(files.run_dir("tiny") / "base_eval.json")
+    assert (scores["world_size"], scores["samples"]) == (2, samples)
     assert len(both) == 54
     for other in alone.values():
         for one, two in zip(both, other, strict=True):
