@@ -51,7 +51,8 @@ def train_as_asked() -> str:
         precision, reason = attention_backends.choose_precision(
             ranks.device, args.dtype, args.attention, args.fp8, ranks
         )
-        for line in (reason, *planning.describe(plan), *plan.notices):
+        hint = attention_backends.window_hint(plan.model, precision.attention, ranks.device)
+        for line in (reason, *planning.describe(plan), *plan.notices, *([hint] if hint else [])):
             ranks.print0(line)
         summary = train_run.run(plan, corpus, tokenizer, precision, ranks)
         status = str(summary["status"])

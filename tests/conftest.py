@@ -26,6 +26,8 @@ def pytest_configure(config: pytest.Config) -> None:
     """One thread a process, children included: on a busy machine threads wait for each other for minutes."""
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
+    if not torch.cuda.is_available():  # a GPU that torch cannot use would end every command
+        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 
 def pytest_sessionfinish() -> None:

@@ -62,6 +62,7 @@ OPTIONAL = {
     "datasets",
     "flash_attn",
     "flash_attn_interface",
+    "kernels",
     "matplotlib",
     "tiktoken",
     "tokenizers",

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from nanochat.common import files
 from nanochat.common.machine import peak_memory_bytes
-from nanochat.model.attention import attention, band_mask
+from nanochat.model.attention import attention
+from nanochat.model.sdpa_attention import band_mask
 
 T, WINDOW, HEADS, HEAD_DIM = 8192, 512, 4, 128
 WAYS = ("window", "full", "mask")

@@ -257,6 +257,7 @@ def main() -> None:
     parser.add_argument("--device-type", choices=("cuda", "cpu"), default="cuda", help="cpu: toys, for tests")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    machine.grow_segments()
     device = machine.detect_device(args.device_type)
     if args.measure:
         measure_here(args.measure, device)

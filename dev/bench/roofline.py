@@ -36,6 +36,8 @@ from nanochat.train import memory
 VOCAB = 32_768
 TILE = 128  # keys and queries that a flash kernel takes at a time, or skips
 POLAR_STEPS = 5
+PASSES = ("fused", "eager", "triton")  # kinds of kernels whose time is that of memory
+BATCHES = ("first", "next")  # micro-batches of a step in bytes.json
 TABLE_DEPTHS, TABLE_RANKS, TABLE_CARD = (12, 20, 24, 26), 8, "h100"
 COUNTED, README = (Path(__file__).with_name(name) for name in ("bytes.json", "README.md"))
 BEGIN, END = "<!-- projections -->", "<!-- end of projections -->"
@@ -106,9 +108,9 @@ class Traffic:
     Attributes:
         forward: fused kernels of the blocks, a token, layer and channel.
         backward: the same of the backward pass.
-        weights: casts and quantisation of weights and of their gradients, a matrix weight and micro-batch.
+        weights: copies of weights in the dtypes of products, a matrix weight and step.
         loss: softcap and cross-entropy with their gradients, a logit.
-        accumulation: gradients added to earlier ones, a parameter and micro-batch after the first.
+        accumulation: rows of tables, and gradients added to earlier ones, a parameter and micro-batch.
         stacks: matrices and gradients copied into stacks and back, a matrix weight and step.
         muon: Muon's kernels, a matrix weight of the rank's shard and step.
         adam: AdamW's kernels, another parameter of the rank's shard and step.
@@ -120,9 +122,9 @@ class Traffic:
 
     forward: float
     backward: float
-    weights: float = 12.0
+    weights: float = 48.0
     loss: float = 60.0
-    accumulation: float = 12.0
+    accumulation: float = 9.0
     stacks: float = 16.0
     muon: float = 320.0
     adam: float = 28.0
@@ -136,7 +138,7 @@ class Traffic:
 # blocks moved 69.1 + 97.6 GB in bf16 and 89.8 + 152.3 GB in fp8, weights included.
 FIRST_COUNT = {
     "bf16": Traffic(forward=53.8, backward=77.4),
-    "fp8": Traffic(forward=70.4, backward=118.8, weights=20.0),
+    "fp8": Traffic(forward=70.4, backward=118.8, weights=80.0),
 }
 
 
@@ -192,36 +194,31 @@ def traffic_of(fp8: bool, file: Path = COUNTED) -> Traffic:
 def units_of(step: dict[str, Any], fp8: bool) -> Traffic:
     """What a counted step moves, by the units that it grows with.
 
-    Casts of weights are counted with the kernels of the blocks, which they are fused with: for a depth with
-    other micro-batches than those counted, that is wrong by less than a hundredth of the step.
-
     Args:
         step: an entry of bytes.json, with the bytes of products and collectives beside the others.
         fp8: of the products.
     """
     shape = step["shape"]
     plan = planning.plan(TrainArgs(depth=shape["depth"], fp8=fp8), shape["vocabulary"], shape["ranks"])
-    first = {phase: _passes(kinds) for phase, kinds in step["first"].items()}
-    added = sum(_passes(kinds) for kinds in step["next"].values()) - sum(first.values())
     default = Traffic(0, 0)
-    update = _passes(step["update"]) / update_bytes(plan, default)
+    update = _bytes(step["update"], PASSES) / update_bytes(plan, default)
     blocks, logits = shape["tokens"] * shape["depth"] * shape["width"], shape["tokens"] * shape["vocabulary"]
+    # What runs outside of the compiled blocks: copies of weights at the first micro-batch, tables, gradients.
+    first, every = (sum(_bytes(step[one][p], ("eager",)) for p in ("forward", "backward")) for one in BATCHES)
     return Traffic(
-        forward=first["forward"] / blocks,
-        backward=first["backward"] / blocks,
-        weights=0.0,
-        # The loss is an operator of ours in some builds, and no attention is in its phase.
-        loss=(first["loss"] + 1e9 * step["first"]["loss"].get("operators", {"gb": 0.0})["gb"]) / logits,
-        accumulation=added / plan.params.total,
+        forward=_bytes(step["next"]["forward"], ("fused", "triton")) / blocks,
+        backward=_bytes(step["next"]["backward"], ("fused", "triton")) / blocks,
+        weights=max(0.0, first - every) / plan.params.matrix,
+        loss=_bytes(step["next"]["loss"], PASSES) / logits,
+        accumulation=every / plan.params.total,
         stacks=default.stacks * update,
         muon=default.muon * update,
         adam=default.adam * update,
     )
 
 
-def _passes(kinds: dict[str, dict[str, float]]) -> float:
-    """Bytes of the kernels whose time is that of memory: not products, attention or collectives."""
-    return 1e9 * sum(kind["gb"] for name, kind in kinds.items() if name in ("fused", "eager", "triton"))
+def _bytes(kinds: dict[str, dict[str, float]], wanted: tuple[str, ...]) -> float:
+    return 1e9 * sum(kind["gb"] for name, kind in kinds.items() if name in wanted)
 
 
 def update_bytes(plan: Plan, traffic: Traffic) -> float:
@@ -259,12 +256,13 @@ def project(plan: Plan, card: Card, traffic: Traffic) -> Projection:
     kinds = {
         "fused kernels of the blocks": (traffic.forward + traffic.backward)
         * (tokens * model.n_layer * model.n_embd),
-        "casts of weights": traffic.weights * params.matrix * plan.grad_accum_steps,
+        "copies of weights": traffic.weights * params.matrix,
         "loss": traffic.loss * tokens * model.padded_vocab_size,
-        "accumulation of gradients": traffic.accumulation * params.total * (plan.grad_accum_steps - 1),
+        "tables, sums of gradients": traffic.accumulation * params.total * plan.grad_accum_steps,
     }
     update = update_bytes(plan, traffic) / card.memory_rate + muon_flops(model, ranks) / card.gemm
-    exposed = traffic.reduce * traffic.reduce_exposed + traffic.gather * traffic.gather_exposed
+    reduced = traffic.reduce / 2 if plan.args.grad_reduce_dtype == "bfloat16" else traffic.reduce
+    exposed = reduced * traffic.reduce_exposed + traffic.gather * traffic.gather_exposed
     return Projection(
         plan,
         card,

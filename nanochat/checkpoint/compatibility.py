@@ -54,7 +54,13 @@ POLAR_NORM_FACTOR = {"july": 1.01, "january": 1.02, "speedrun-124m": 1.01}
 # Flags and fields that came after the first checkpoints, with what was done before there was a choice.
 EARLY_MODEL = {"window_pattern": "SSSL", "recipe": "july", "attention_kind": "softmax", "bigram": False}
 EARLY_SCHEDULE: dict[str, Any] = {"batch_stages": [], "window_stages": []}
-EARLY_FLAGS = {"keep_tails": False, "fp8": False, "soap_every": 10, "soap_sides": 2}
+EARLY_FLAGS: dict[str, Any] = {
+    "keep_tails": False,
+    "fp8": False,
+    "soap_every": 10,
+    "soap_sides": 2,
+    "grad_reduce_dtype": "float32",
+}
 
 # Flags that this version has no more, with the value at which they did nothing: a run that had another is
 # scored as any, and finished with the version that began it.

@@ -5,10 +5,10 @@ that loses nothing while a kernel runs. Kinds of kernels:
 
     fused       written by Inductor: elementwise passes, reductions, casts, lookups
     template    flex attention, as Inductor writes it
-    triton      Triton kernels of this project within a compiled graph
+    triton      passes by Triton kernels of this project within a compiled graph
     products    products of matrices, by cuBLAS
-    operators   what is opaque: attention of a package, operators of this project
-    eager       operators of torch that run uncompiled
+    operators   attention, and products of this project with something fused to them
+    eager       passes outside of a compiled graph, by torch or by Triton kernels of this project
     wire        collectives
 
 A step of M micro-batches moves first + (M - 1) x next + update (see `step`).
@@ -36,6 +36,8 @@ from tests.gpuless.probes import GPU, VOCABULARY, fake_model, fake_state, fake_t
 
 RANKS = 8
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "_scaled_mm")
+# Operators of this project that memory bounds; the others are products with something fused to them.
+PASSES = ("quantize_both", "turned", "gather_rows", "add_rows", "add_gradients", "softcapped_losses")
 # Rows of the answers: launches and bytes by phase and kind.
 Rows = dict[str, dict[str, list[int]]]
 
@@ -219,6 +221,8 @@ def kind_of(name: str) -> str:
     space, _, rest = name.rpartition("::") if "::" in name else name.partition(".")
     if rest.split(".")[0] in PRODUCTS:
         return "products"
+    if space == "nanochat" and rest.split(".")[0] in PASSES:
+        return "passes"
     return {"aten": "eager", "_c10d_functional": "wire", "c10d": "wire"}.get(space, "operators")
 
 
@@ -228,10 +232,11 @@ def by_kind(watch: inductor.Watch, counter: Counter) -> Rows:
     for phase, kernel, calls in kernels(watch):
         kind = "fused" if kernel.kind in inductor.FUSED else kernel.kind
         if kind == "extern":
-            kind = "products" if kind_of(kernel.name) == "products" else "operators"
+            kind = {"products": "products", "passes": "triton"}.get(kind_of(kernel.name), "operators")
         add(rows[phase][kind], calls, kernel.bytes)
     for (phase, name), (launches, count) in counter.found.items():
-        add(rows[phase][kind_of(name)], launches, count, once=True)
+        kind = kind_of(name)
+        add(rows[phase]["eager" if kind == "passes" else kind], launches, count, once=True)
     return rows
 
 
