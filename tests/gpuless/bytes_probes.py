@@ -7,7 +7,8 @@ that loses nothing while a kernel runs. Kinds of kernels:
     template    flex attention, as Inductor writes it
     triton      passes by Triton kernels of this project within a compiled graph
     products    products of matrices, by cuBLAS
-    operators   attention, and products of this project with something fused to them
+    attention   operators of a package or of torch, by their names
+    operators   products of this project with something fused to them
     eager       passes outside of a compiled graph, by torch or by Triton kernels of this project
     wire        collectives
 
@@ -38,6 +39,7 @@ RANKS = 8
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "_scaled_mm")
 # Operators of this project that memory bounds; the others are products with something fused to them.
 PASSES = ("quantize_both", "turned", "gather_rows", "add_rows", "add_gradients", "softcapped_losses")
+ATTENTION = re.compile("attention|attn|flash|fa[234]|varlen")
 # Rows of the answers: launches and bytes by phase and kind.
 Rows = dict[str, dict[str, list[int]]]
 
@@ -223,6 +225,8 @@ def kind_of(name: str) -> str:
         return "products"
     if space == "nanochat" and rest.split(".")[0] in PASSES:
         return "passes"
+    if ATTENTION.search(name):
+        return "attention"
     return {"aten": "eager", "_c10d_functional": "wire", "c10d": "wire"}.get(space, "operators")
 
 
@@ -232,7 +236,9 @@ def by_kind(watch: inductor.Watch, counter: Counter) -> Rows:
     for phase, kernel, calls in kernels(watch):
         kind = "fused" if kernel.kind in inductor.FUSED else kernel.kind
         if kind == "extern":
-            kind = {"products": "products", "passes": "triton"}.get(kind_of(kernel.name), "operators")
+            found = kind_of(kernel.name)
+            found = "triton" if found == "passes" else found
+            kind = found if found in ("products", "attention", "triton") else "operators"
         add(rows[phase][kind], calls, kernel.bytes)
     for (phase, name), (launches, count) in counter.found.items():
         kind = kind_of(name)
