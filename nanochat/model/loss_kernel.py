@@ -18,6 +18,9 @@ from torch import Tensor
 BLOCK, WARPS = 4096, 8  # columns that a program holds at a time: 16 a thread, two loads of 128 bits in bf16
 # exp(softcap) times the vocabulary must be a finite fp32 number, and exp(-softcap) no denormal one.
 MAX_SOFTCAP = 70.0
+# A quarter of a derivative is at most 1/4; times this it is below the largest number of fp8 e5m2, 57,344, and
+# 1 / (4 V), which most are about, is far above the smallest: no largest element has to be looked for.
+NARROW_BOOST = 2.0**17
 
 
 @triton.jit
@@ -26,17 +29,22 @@ def row_losses(
     targets: tl.tensor,
     losses: tl.tensor,
     hits: tl.tensor,
+    narrow: tl.tensor,
     row_stride: tl.tensor,
     vocab: tl.tensor,
     columns: tl.tensor,
     inner: tl.tensor,
     outer: tl.tensor,
     boost: tl.tensor,
+    narrow_boost: tl.tensor,
     WITH_GRAD: tl.constexpr,
     WITH_HIT: tl.constexpr,
+    WITH_NARROW: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
     """Fill the loss of row `program_id`, and as asked its hit and its derivative, which replaces z.
+
+    The derivative times `narrow_boost` is written to `narrow` besides, if that is there.
 
     With s = sigmoid(2 z / softcap), the softcapped logit is outer * (s - 1/2) in units of log 2, for which
     the device has its exponential; `inner` is -2 / softcap in the same unit.
@@ -74,9 +82,12 @@ def row_losses(
             p = tl.where(column == target, p - 1.0, p) * (factor * s * (1.0 - s))
             p = tl.where(column < vocab, p, 0.0)
             tl.store(z + column, p.to(z.dtype.element_ty), mask=column < columns)
+            if WITH_NARROW:
+                at = narrow + row * columns + column
+                tl.store(at, (p * narrow_boost).to(narrow.dtype.element_ty), mask=column < columns)
 
 
-@torch.library.custom_op("nanochat::softcapped_losses", mutates_args=("z", "losses", "hits"))
+@torch.library.custom_op("nanochat::softcapped_losses", mutates_args=("z", "losses", "hits", "narrow"))
 def softcapped_losses(
     z: Tensor,
     targets: Tensor,
@@ -86,6 +97,7 @@ def softcapped_losses(
     vocab_size: int,
     boost: float,
     with_grad: bool,
+    narrow: Tensor | None = None,
 ) -> None:
     """Cross-entropy of softcapped logits, as one kernel; an operator of torch, so that fake tensors pass it.
 
@@ -99,6 +111,7 @@ def softcapped_losses(
         vocab_size: V.
         boost: factor on the derivatives.
         with_grad: whether z turns into them.
+        narrow: (R, V') fp8 e5m2, filled with the derivatives times NARROW_BOOST.
     """
     assert z.stride(1) == 1, "rows of logits must be contiguous"
     assert 0 < softcap <= MAX_SOFTCAP, f"softcap {softcap}"
@@ -107,14 +120,17 @@ def softcapped_losses(
         targets,
         losses,
         hits,
+        narrow,
         z.stride(0),
         vocab_size,
         z.size(1),
         -2 / softcap / math.log(2),
         2 * softcap / math.log(2),
         boost,
+        NARROW_BOOST / boost,
         WITH_GRAD=with_grad,
         WITH_HIT=hits is not None,
+        WITH_NARROW=narrow is not None,
         BLOCK=BLOCK,
         num_warps=WARPS,
         enable_fp_fusion=True,
@@ -131,5 +147,6 @@ def _(
     vocab_size: int,
     boost: float,
     with_grad: bool,
+    narrow: Tensor | None = None,
 ) -> None:
     """Nothing is made: what is filled exists."""

@@ -24,6 +24,9 @@ def test_the_kernel_equals_the_operations() -> None:
     cases = [dict(zip(names, setting, strict=True)) for setting in settings]
     interpreter = {**os.environ, "TRITON_INTERPRET": "1"}
     answer = pretended.probe(interpreter, "loss_probes.numbers", cases=cases, dtypes=dtypes)
+    assert answer["fp8"]["loss"] < 0.005
+    assert answer["fp8"]["weight"] < 0.05
+    assert answer["fp8"]["derivatives"] <= 0.13  # half a unit in the last place, and the rounding of bf16
     for case, found in zip(cases, answer["kernel"], strict=True):
         assert found["losses"] < 1e-5, case
         assert found["gradient"] < 1e-7, case  # beyond one unit in the last place; fp16 has denormal numbers
@@ -39,23 +42,28 @@ def test_the_kernel_equals_the_operations() -> None:
 def test_the_elementwise_part_moves_seven_bytes_a_logit(gpu: dict[str, str]) -> None:
     d24 = {"tokens": 32_768, "vocabulary": 32_768, "padded": 32_768, "width": 1536}
     race = {**d24, "vocabulary": 50_257, "padded": 50_304, "width": 768}
-    cases: list[dict[str, Any]] = [d24, race, {**d24, "grad": False}, {**d24, "kernel": False}]
-    train, other, evaluation, before = pretended.probe(gpu, "loss_probes.traffics", cases=cases)
+    cases: list[dict[str, Any]] = [d24, race, {**d24, "fp8": True}]
+    cases += [{**d24, "grad": False}, {**d24, "kernel": False}]
+    train, other, fp8, evaluation, before = pretended.probe(gpu, "loss_probes.traffics", cases=cases)
     assert 6 <= train["a_logit"] < 7
     assert 6 <= other["a_logit"] < 7
+    of_kernel = dict(fp8["bytes"])["nanochat.softcapped_losses"] / 32_768**2
+    assert 7 <= of_kernel < 7.01  # a byte for the derivatives in e5m2; the rest quantises x and the head
+    assert fp8["a_logit"] < 11.5
+    assert fp8["products"] == {"aten.mm": 0, "aten.addmm": 4, "aten._scaled_mm": 8}
     assert evaluation["a_logit"] < 2.01  # the logits are read once, for the likeliest token too
     assert before["a_logit"] > 50
     assert train["kernels"] <= 40
     assert before["kernels"] > 400
     # Three products a chunk; that of the weight adds to the fp32 gradient, and no other pass does.
-    assert train["products"] == {"aten.mm": 8, "aten.addmm": 4}
+    assert train["products"] == {"aten.mm": 8, "aten.addmm": 4, "aten._scaled_mm": 0}
     assert train["grads"] == ["torch.bfloat16", "torch.float32"]
 
 
 POINTERS = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32"}
 
 
-def compiled(folder: Path, dtype: str, with_hit: bool, capability: int = 90) -> Any:
+def compiled(folder: Path, dtype: str, with_hit: bool, capability: int, fp8: bool = False) -> Any:
     from nanochat.model import loss_kernel
     from tests.gpuless.sass import compile_for
 
@@ -64,13 +72,15 @@ def compiled(folder: Path, dtype: str, with_hit: bool, capability: int = 90) -> 
         "targets": "*i64*",
         "losses": "*fp32*",
         "hits": "*i1*" if with_hit else "constexpr",
+        "narrow": "*fp8e5*" if fp8 else "constexpr",
         "row_stride": "i32*",
         "vocab": "i32",
         "columns": "i32*",
-        **dict.fromkeys(("inner", "outer", "boost"), "fp32"),
-        **dict.fromkeys(("WITH_GRAD", "WITH_HIT", "BLOCK"), "constexpr"),
+        **dict.fromkeys(("inner", "outer", "boost", "narrow_boost"), "fp32"),
+        **dict.fromkeys(("WITH_GRAD", "WITH_HIT", "WITH_NARROW", "BLOCK"), "constexpr"),
     }
     constants = {"WITH_GRAD": not with_hit, "WITH_HIT": with_hit, "BLOCK": loss_kernel.BLOCK}
+    constants |= {"WITH_NARROW": fp8} if fp8 else {"WITH_NARROW": fp8, "narrow": None}
     constants |= {} if with_hit else {"hits": None}
     warps = loss_kernel.WARPS
     return compile_for(loss_kernel.row_losses, signature, constants, folder, warps, capability)
@@ -100,3 +110,12 @@ def test_the_kernel_compiles_to_wide_loads_and_few_registers(
     passes = 1 if with_hit else 2
     assert (kernel.count("LDG 128"), kernel.count("LDG")) == (wide * passes, wide * passes + 2)
     assert kernel.count("STG 128") == (0 if with_hit else wide)
+
+
+@needs_pretended
+def test_with_a_head_in_fp8_the_kernel_writes_a_byte_more(tmp_path: Path) -> None:
+    kernel = compiled(tmp_path, "bfloat16", False, 90, fp8=True)
+    assert kernel.registers <= 64
+    assert kernel.spills == 0
+    assert kernel.count("LDG 128") == 4
+    assert kernel.count("STG 128") + kernel.count("STG 64") >= 3
