@@ -1,6 +1,6 @@
 """The MLP's mathematics, C -> H -> C with relu squared between: as torch's operators, and fused for Hopper.
 
-The activation between is the widest of a block: at depth 24, 20 of the 69 passes over (N, C) that a layer's
+The activation between is the widest of a block: at depth 24, 20 of the 67 passes over (N, C) that a layer's
 elementwise kernels make are those of relu squared. Where nothing is fused, backward keeps the square alone,
 which the gradient of the second weight needs anyway: its root is the derivative. On Hopper the first product
 squares in its epilogue, and backward's product multiplies by the root in its own; in fp8 they write what the
