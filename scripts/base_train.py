@@ -49,7 +49,7 @@ def train_as_asked() -> str:
             ranks.print0(json.dumps(plan.to_dict(), indent=2))
             return "planned"
         precision, reason = attention_backends.choose_precision(
-            ranks.device, args.dtype, args.attention, args.fp8, ranks
+            ranks.device, args.dtype, args.attention, args.fp8, ranks, args.fp8_head
         )
         hint = attention_backends.window_hint(plan.model, precision.attention, ranks.device)
         for line in (reason, *planning.describe(plan), *plan.notices, *([hint] if hint else [])):

@@ -16,7 +16,7 @@ from nanochat.config import plan as planning
 from nanochat.config.arguments import TrainArgs
 from nanochat.config.plan import Plan
 
-FIXED = {"corpus", "keep_tails", "seed", "soap_every", "soap_sides", "dtype", "fp8", "grad_reduce_dtype"}
+FIXED = {"corpus", "keep_tails", "seed", "soap_every", "soap_sides", "dtype", "grad_reduce_dtype"} | {"fp8", "fp8_head"}
 FREE = (
     {"run", "tokenizer", "target_loss", "device_batch_size", "on_nonfinite", "device_type", "attention"}
     | {"compile", "profile", "recompute", "dist_timeout", "eval_every", "eval_tokens", "core_metric_every"}
@@ -78,7 +78,7 @@ def test_a_flag_that_acts_through_the_plan_is_refused_there(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [("corpus", "x"), ("keep_tails", True), ("seed", 1), ("soap_every", 5), ("soap_sides", 1)]
-    + [("dtype", "bfloat16"), ("fp8", True), ("grad_reduce_dtype", "bfloat16")],
+    + [("dtype", "bfloat16"), ("fp8", True), ("fp8_head", True), ("grad_reduce_dtype", "bfloat16")],
 )
 def test_a_fixed_flag_is_refused_by_its_name(name: str, value: Any) -> None:
     flag = f"--{name.replace('_', '-')}"

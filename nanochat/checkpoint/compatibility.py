@@ -57,6 +57,7 @@ EARLY_SCHEDULE: dict[str, Any] = {"batch_stages": [], "window_stages": []}
 EARLY_FLAGS: dict[str, Any] = {
     "keep_tails": False,
     "fp8": False,
+    "fp8_head": False,
     "soap_every": 10,
     "soap_sides": 2,
     "grad_reduce_dtype": "float32",

@@ -61,11 +61,13 @@ class Precision:
         compute_dtype: dtype of activations and matrix products; master weights stay fp32.
         attention: name of the attention backend (`nanochat.model.attention`).
         fp8: whether training computes the products of wide linear layers in fp8 (`nanochat.model.fp8`).
+        fp8_head: whether also two of the three of the output head.
     """
 
     compute_dtype: torch.dtype
     attention: str
     fp8: bool = False
+    fp8_head: bool = False
 
 
 def detect_device(device_type: str = "auto", local_rank: int = 0, root: Path = Path("/")) -> torch.device:

@@ -104,6 +104,7 @@ class TrainArgs(ModelFlags, MachineFlags):
     )
     # Machine
     fp8: bool = flag(False, "fp8 matrix products in wide linear layers (Hopper and later)")
+    fp8_head: bool = flag(False, "the output head's too, with --fp8")
     compile: str = free("auto", "torch.compile; auto is on for CUDA", choices=("auto", "on", "off"))
     profile: bool = free(False, "write a torch.profiler trace of steps 4 to 6 to the run's trace.json")
     recompute: str = free(
@@ -271,5 +272,7 @@ def require_possible(args: TrainArgs) -> None:
             f"/ {kind.qk_divisor} wide with --attention-kind={args.attention_kind}, and rotary embeddings "
             "pair their halves."
         )
+    if args.fp8_head and not args.fp8:
+        raise UserError("--fp8-head: goes with --fp8. Give both, or leave it out.")
     if not args.window_pattern or set(args.window_pattern) - {"S", "L"}:
         raise UserError(f"--window-pattern={args.window_pattern!r}: expected letters S and L, such as SSSL.")

@@ -218,6 +218,7 @@ def choose_precision(
     backend: str = "auto",
     fp8: bool = False,
     world: World | None = None,
+    fp8_head: bool = False,
 ) -> tuple[Precision, str]:
     """How a model computes on a device, and a line that says why.
 
@@ -227,6 +228,7 @@ def choose_precision(
         backend: the value of --attention.
         fp8: the value of --fp8.
         world: the ranks that take the same backend.
+        fp8_head: the value of --fp8-head.
 
     Raises:
         UserError: one of them is unknown, or not available here.
@@ -234,10 +236,11 @@ def choose_precision(
     compute_dtype, dtype_reason = choose_dtype(device, dtype)
     if fp8:
         require_fp8(device, compute_dtype)
-        dtype_reason += ", wide linear layers in fp8 while training"
+        wide = "wide linear layers and the head" if fp8_head else "wide linear layers"
+        dtype_reason += f", {wide} in fp8 while training"
     name, reason = choose_backend(device, backend, compute_dtype, world)
     line = f"computing in {compute_dtype} ({dtype_reason}), attention by {name} ({reason})"
-    return Precision(compute_dtype, name, fp8), line
+    return Precision(compute_dtype, name, fp8, fp8_head), line
 
 
 def window_hint(config: GPTConfig, backend: str, device: torch.device) -> str:

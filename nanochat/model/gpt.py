@@ -258,7 +258,9 @@ class GPT(nn.Module):
             if c.has_value_embedding(layer)
         }
         self.value_embeds = nn.ModuleDict(tables)
-        self.head = Linear(width, rows, normal(c.head_std), "unembedding")
+        self.head = Linear(
+            width, rows, normal(c.head_std), "unembedding", fp8=precision.fp8_head, normed=True
+        )
         self.linears = [module for module in self.modules() if isinstance(module, Linear)]
         self.specs: dict[str, Spec] = {name: p.spec for name, p in self.named_parameters()}  # type: ignore[attr-defined]
         self.reserve_positions(c.sequence_len)
@@ -414,6 +416,7 @@ class GPT(nn.Module):
             vocab_size=c.vocab_size,
             reduction=reduction,
             cast=head.working(hidden.dtype).detach(),
+            eighth=head.in_fp8(),
         )
         return loss.view_as(targets) if reduction == "none" else loss
 

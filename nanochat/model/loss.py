@@ -19,13 +19,15 @@ logit in bf16 where the operations above take 60.
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from nanochat.model import kernels
-from nanochat.model.fp8 import E4M3, E5M2, by_columns, quantize
+from nanochat.model.fp8 import E4M3, E5M2, Fp8Weight, quantize
+from nanochat.model.fp8 import product as scaled_product
 
 Reduction = Literal["mean", "sum", "none"]
 IGNORED = -1  # the target that does not count
@@ -53,7 +55,7 @@ def softcapped_cross_entropy(
     reduction: Reduction = "mean",
     chunk_rows: int | None = None,
     cast: Tensor | None = None,
-    fp8: bool = False,
+    eighth: Fp8Weight | None = None,
 ) -> Tensor:
     """Cross-entropy in nats of softcap * tanh(x @ weight.T / softcap) against the targets.
 
@@ -70,8 +72,8 @@ def softcapped_cross_entropy(
             (N,) losses, zero where ignored, and no gradient.
         chunk_rows: rows whose logits are held at a time; by default chosen for the device.
         cast: (V', C) the weight in the dtype of x, where the caller has it; by default it is cast here.
-        fp8: whether the logits and the gradient of x are products in fp8 where gradients are wanted, on a GPU
-            that has it, with C and V' multiples of 16.
+        eighth: the weight in fp8: the logits and the gradient of x are then products in that, where gradients
+            are wanted and the kernel runs. x must come from an RMS norm, which bounds it.
 
     Returns:
         fp32 scalar, or (N,) fp32 for reduction "none".
@@ -81,7 +83,7 @@ def softcapped_cross_entropy(
     constants = (softcap, vocab_size, chunk_rows)
     if wants_grad:
         assert reduction != "none", "per-token losses carry no gradient: call under torch.no_grad()"
-        total: Tensor = _SummedLoss.apply(x, weight, targets, cast, fp8, *constants)
+        total: Tensor = _SummedLoss.apply(x, weight, targets, cast, eighth, *constants)
     else:
         losses, _ = token_losses(x, weight, targets, *constants, with_argmax=False, cast=cast)
         if reduction == "none":
@@ -139,7 +141,7 @@ class _SummedLoss(torch.autograd.Function):
         weight: Tensor,
         targets: Tensor,
         cast: Tensor | None,
-        fp8: bool,
+        eighth: Fp8Weight | None,
         softcap: float,
         vocab_size: int,
         chunk_rows: int | None,
@@ -155,7 +157,8 @@ class _SummedLoss(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight) if want_weight else None
         product = None if grad_weight is None else _product_buffer(grad_weight, head)
         chunk = chunk_rows or _default_rows(CHUNK_ELEMENTS, x, head.size(0))
-        products = (_Fp8Products if fp8 and fused else _Products)(x, head, min(chunk, x.size(0)))
+        most = min(chunk, x.size(0))
+        products = _Fp8Products(x, head, most, eighth) if eighth and fused else _Products(x, head, most)
         for rows in _spans(x.size(0), chunk):
             z = products.logits(rows)
             if fused:
@@ -217,28 +220,28 @@ class _Fp8Products(_Products):
     and a pass over the fp32 gradient a chunk, which takes the time that it wins.
     """
 
-    def __init__(self, x: Tensor, head: Tensor, most_rows: int) -> None:
+    def __init__(self, x: Tensor, head: Tensor, most_rows: int, weight: Fp8Weight) -> None:
         from nanochat.model.loss_kernel import NARROW_BOOST
 
         super().__init__(x, head, most_rows)
-        (self.x8, self.x_scale), (self.head8, self.head_scale) = quantize(x, E4M3), quantize(head, E4M3)
-        self.head8_columns = by_columns(self.head8)
+        self.weight, bound = weight, math.sqrt(x.size(1))
+        self.x_scale = torch.full((), bound / torch.finfo(E4M3).max, device=x.device)
+        self.x8 = quantize(x, self.x_scale, E4M3)
         self.z_scale = torch.full((), _boost(x.dtype) / NARROW_BOOST, device=x.device)
 
     def _buffer(self, most_rows: int) -> Tensor:
         return torch.empty(most_rows, self.head.size(0), dtype=E5M2, device=self.x.device)
 
     def logits(self, rows: slice) -> Tensor:
-        factors, scales = (self.x8[rows], self.head8.t()), (self.x_scale, self.head_scale)
-        z: Tensor = torch._scaled_mm(*factors, *scales, out_dtype=self.x.dtype, use_fast_accum=True)
-        return z
+        weight = self.weight
+        return scaled_product(self.x8[rows], self.x_scale, weight.rows, weight.scale, self.x.dtype, fast=True)
 
     def narrow(self, rows: slice) -> Tensor | None:
         return self.buffer[: rows.stop - rows.start]
 
     def fill_grad_x(self, z: Tensor, out: Tensor) -> None:
-        factors, scales = (self.buffer[: z.size(0)], self.head8_columns), (self.z_scale, self.head_scale)
-        out.copy_(torch._scaled_mm(*factors, *scales, out_dtype=out.dtype))
+        factors = self.buffer[: z.size(0)], self.z_scale, self.weight.columns, self.weight.scale
+        out.copy_(scaled_product(*factors, out.dtype, fast=False))
 
 
 def _is_fused(x: Tensor) -> bool:

@@ -12,6 +12,8 @@ from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanochat.model import loss
+from nanochat.model.fp8 import quantize_weight
+from nanochat.model.layers import norm
 
 GPU = torch.device("cuda:0")
 SOFTCAP = 15.0
@@ -96,7 +98,11 @@ def traffic(
         watch = Traffic()
         with watch:
             if grad:
-                given = {"vocab_size": vocabulary, "cast": cast, "fp8": fp8}
+                given = {
+                    "vocab_size": vocabulary,
+                    "cast": cast,
+                    "eighth": quantize_weight(weight) if fp8 else None,
+                }
                 loss.softcapped_cross_entropy(x, weight, targets, SOFTCAP, **given).backward()
             else:
                 loss.token_losses(x, weight, targets, SOFTCAP, vocabulary, cast=cast)
@@ -191,14 +197,15 @@ def fp8_against_bf16() -> dict[str, float]:
     from nanochat.model.loss_kernel import NARROW_BOOST, softcapped_losses
 
     random = torch.Generator().manual_seed(1)
-    x = torch.randn(96, 64, generator=random).bfloat16().requires_grad_()
+    x = norm(torch.randn(96, 64, generator=random)).bfloat16().requires_grad_()
     weight = (torch.randn(256, 64, generator=random) * 0.3).requires_grad_()
     targets = torch.randint(0, 250, (96,), generator=random)
     targets[::9] = loss.IGNORED
     loss._is_fused = lambda x: True  # type: ignore[assignment]
     answers = []
     for fp8 in (False, True):
-        given = {"vocab_size": 250, "chunk_rows": 32, "fp8": fp8}
+        eighth = quantize_weight(weight) if fp8 else None
+        given = {"vocab_size": 250, "chunk_rows": 32, "eighth": eighth}
         total = loss.softcapped_cross_entropy(x, weight, targets, SOFTCAP, **given)  # type: ignore[arg-type]
         answers.append([total, torch.autograd.grad(total, (x, weight))[1]])
     z = (x @ weight.bfloat16().t()).detach()

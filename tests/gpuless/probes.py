@@ -130,7 +130,7 @@ def fake_model(plan: planning.Plan, backend: str) -> GPT:
     """The model of a plan on the device, without values."""
     with GPU:
         bos = 0 if plan.model.document_mask else None
-        model = GPT(plan.model, Precision(torch.bfloat16, backend, plan.args.fp8), bos)
+        model = GPT(plan.model, Precision(torch.bfloat16, backend, plan.args.fp8, plan.args.fp8_head), bos)
     model.recompute = plan.args.recompute
     return model
 
