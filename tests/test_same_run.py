@@ -16,7 +16,9 @@ from nanochat.config import plan as planning
 from nanochat.config.arguments import TrainArgs
 from nanochat.config.plan import Plan
 
-FIXED = {"corpus", "keep_tails", "seed", "soap_every", "soap_sides", "dtype", "grad_reduce_dtype"} | {"fp8", "fp8_head"}
+FIXED = {"corpus", "keep_tails", "seed", "soap_every", "soap_sides", "dtype", "grad_reduce_dtype", "fp8"} | {
+    "fp8_head"
+}
 FREE = (
     {"run", "tokenizer", "target_loss", "device_batch_size", "on_nonfinite", "device_type", "attention"}
     | {"compile", "profile", "recompute", "dist_timeout", "eval_every", "eval_tokens", "core_metric_every"}
