@@ -38,8 +38,6 @@ def row_losses(
     boost: tl.tensor,
     narrow_boost: tl.tensor,
     WITH_GRAD: tl.constexpr,
-    WITH_HIT: tl.constexpr,
-    WITH_NARROW: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
     """Fill the loss of row `program_id`, and as asked its hit and its derivative, which replaces z.
@@ -64,13 +62,13 @@ def row_losses(
         logit = logit.to(tl.float32)
         s = 1.0 / (1.0 + tl.exp2(inner * logit))
         sums += tl.where(column < vocab, tl.exp2(outer * (s - 0.5)), 0.0)
-        if WITH_HIT:
+        if hits is not None:
             before = (logit == z_target) & (column < target)  # of equal logits the first is the likeliest
             better += (((logit > z_target) | before) & (column < vocab)).to(tl.int32)
     log_sum = tl.log2(tl.sum(sums, 0))
     loss = (log_sum - capped_target) * 0.6931471805599453
     tl.store(losses + row, tl.where(counts, loss, 0.0))
-    if WITH_HIT:
+    if hits is not None:
         tl.store(hits + row, counts & (tl.sum(better, 0) == 0) & (loss == loss))
     if WITH_GRAD:
         factor = tl.where(counts, boost, 0.0)
@@ -82,7 +80,7 @@ def row_losses(
             p = tl.where(column == target, p - 1.0, p) * (factor * s * (1.0 - s))
             p = tl.where(column < vocab, p, 0.0)
             tl.store(z + column, p.to(z.dtype.element_ty), mask=column < columns)
-            if WITH_NARROW:
+            if narrow is not None:
                 at = narrow + row * columns + column
                 tl.store(at, (p * narrow_boost).to(narrow.dtype.element_ty), mask=column < columns)
 
@@ -129,8 +127,6 @@ def softcapped_losses(
         boost,
         NARROW_BOOST / boost,
         WITH_GRAD=with_grad,
-        WITH_HIT=hits is not None,
-        WITH_NARROW=narrow is not None,
         BLOCK=BLOCK,
         num_warps=WARPS,
         enable_fp_fusion=True,

@@ -77,10 +77,10 @@ def compiled(folder: Path, dtype: str, with_hit: bool, capability: int, fp8: boo
         "vocab": "i32",
         "columns": "i32*",
         **dict.fromkeys(("inner", "outer", "boost", "narrow_boost"), "fp32"),
-        **dict.fromkeys(("WITH_GRAD", "WITH_HIT", "WITH_NARROW", "BLOCK"), "constexpr"),
+        **dict.fromkeys(("WITH_GRAD", "BLOCK"), "constexpr"),
     }
-    constants = {"WITH_GRAD": not with_hit, "WITH_HIT": with_hit, "BLOCK": loss_kernel.BLOCK}
-    constants |= {"WITH_NARROW": fp8} if fp8 else {"WITH_NARROW": fp8, "narrow": None}
+    constants = {"WITH_GRAD": not with_hit, "BLOCK": loss_kernel.BLOCK}
+    constants |= {} if fp8 else {"narrow": None}
     constants |= {} if with_hit else {"hits": None}
     warps = loss_kernel.WARPS
     return compile_for(loss_kernel.row_losses, signature, constants, folder, warps, capability)
