@@ -28,9 +28,9 @@ FEW = [
     ("different", 1, 50, 16, "float32"),
 ]
 MANY = [
-    ("zipf", 150, 50_257, 768, "bfloat16"),
-    ("same", 600, 30, 100, "bfloat16"),
-    ("different", 50, 1000, 1536, "float16"),
+    ("zipf", 60, 50_257, 768, "bfloat16"),
+    ("same", 300, 30, 100, "bfloat16"),
+    ("different", 12, 1000, 1536, "float16"),
 ]
 
 
