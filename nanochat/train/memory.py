@@ -23,10 +23,10 @@ from nanochat.model.loss import CHUNK_ELEMENTS
 # Activations in multiples of C a token: those kept for the backward pass, by layer, and those that one
 # layer needs beside them while it runs backward. CPU: counted by saved_tensors_hooks at depths 4 and 6, 25.1
 # in bf16 and 20.2 in fp32, 14.1 in bf16 without the MLPs', 1.0 without any. CUDA: peaks of storages at depths
-# 12 and 24, bf16, sdpa (tests/gpuless): 23.1 + 7, 14.5 + 3, 1.3 + 25; a flash kernel keeps 19.5.
+# 12 and 24, bf16, sdpa (tests/gpuless): 18.7 + 7, 14.2 + 3, 1.3 + 25; a flash kernel keeps 15.
 ACTIVATIONS = {
     "cpu": {"none": (26, 36), "mlp": (15, 36), "block": (1, 36)},
-    "cuda": {"none": (24, 8), "mlp": (15, 8), "block": (2, 26)},
+    "cuda": {"none": (20, 8), "mlp": (15, 8), "block": (2, 26)},
 }
 # More of those kept where attention is differential: on a CPU 6.1 (diff1) and 7.1 (diff2) in bf16, on CUDA
 # 7.9 and 9.6 by sdpa, 5.1 and 4.0 by a flash kernel.

@@ -36,8 +36,8 @@ def test_a_step_of_eight_ranks_meets_every_rule_and_never_waits(
 ) -> None:
     for arguments, answer in zip(asked, pretended.probe(gpu, "probes.steps", asked=asked), strict=True):
         assert answer["crossings"] == {}, arguments
-        # At depth 4 a chunk of the loss, with its fp32 tile, is a third of all.
-        least, most = (0.7, 1.05) if arguments["depth"] == 4 else (0.8, 1.0)
+        # At depth 4 a chunk of the loss is a third of all, and the estimate has room for more.
+        least, most = (0.6, 1.05) if arguments["depth"] == 4 else (0.8, 1.0)
         assert least < answer["peak_gb"] / answer["estimate_gb"] < most, arguments
         assert answer["estimate_gb"] < 75, arguments  # which fits a card of 80 GB
 
