@@ -124,3 +124,25 @@ def test_installed_alone_it_imports_and_encodes(wheel: Path, tmp_path: Path) -> 
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == "ok"
+
+
+def test_the_extra_of_a_gpu_is_installed_as_it_is_built(tmp_path: Path) -> None:
+    """Its packages are wheels: nobody needs a compiler of CUDA, or an hour, to install a fast kernel."""
+    if tomllib is None:
+        pytest.skip("this Python reads no TOML")
+    wanted = tomllib.loads((REPO / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        "--only-binary=:all:",
+        "-d",
+        str(tmp_path),
+    ]
+    done = subprocess.run([*command, *wanted["gpu"]], capture_output=True, text=True, timeout=120)
+    if done.returncode and "Temporary failure in name resolution" in done.stderr:
+        pytest.skip("there is no network")
+    assert done.returncode == 0, done.stderr
+    assert [path.suffix for path in tmp_path.iterdir()] == [".whl"] * len(wanted["gpu"])
