@@ -423,9 +423,10 @@ class GPT(nn.Module):
     @torch.no_grad()
     def token_losses(self, ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """(B, T) losses in nats, 0 where the target is -1; (B, T) bool, target is the likeliest token."""
-        hidden, softcap = self(ids).flatten(0, 1), self.config.softcap
+        c, head, hidden = self.config, self.head, self(ids).flatten(0, 1)
+        cast = head.working(hidden.dtype)
         losses, is_argmax = token_losses(
-            hidden, self.head.weight, targets.flatten(), softcap, self.config.vocab_size
+            hidden, head.weight, targets.flatten(), c.softcap, c.vocab_size, cast=cast
         )
         return losses.view_as(targets), is_argmax.view_as(targets)
 

@@ -104,9 +104,15 @@ class GPTScorer:
 
     def losses(self, hidden: Tensor, targets: Tensor, with_argmax: bool) -> tuple[Tensor, Tensor]:
         """Losses of the softcapped head."""
-        config, head = self.model.config, self.model.head.weight
+        config, head = self.model.config, self.model.head
         return loss.token_losses(
-            hidden, head, targets, config.softcap, vocab_size=config.vocab_size, with_argmax=with_argmax
+            hidden,
+            head.weight,
+            targets,
+            config.softcap,
+            vocab_size=config.vocab_size,
+            with_argmax=with_argmax,
+            cast=head.working(hidden.dtype),
         )
 
     def flops(self, tokens: int, outputs: int) -> float:
