@@ -21,6 +21,7 @@ from nanochat.evaluation.core import evaluate, scoring
 from nanochat.evaluation.core.bundle import Bundle, Example, Task
 from nanochat.evaluation.core.prompt_tokens import Prompts
 from nanochat.model.gpt import GPT
+from nanochat.model.layers import Linear, constant
 from nanochat.tokenizer.tokenizer import PATTERN
 from tests.bundles import bundle_of
 
@@ -230,7 +231,7 @@ class Fixed:
     block_masks: dict = {}
 
     def __init__(self, table):
-        self.head = torch.nn.Linear(1, 1)
+        self.head = Linear(*table.shape, constant(0.0))
         self.head.weight.data = table
         self.config = type("C", (Fixed.config,), {"vocab_size": len(table)})
 

@@ -37,7 +37,6 @@ VOCAB = 32_768
 TILE = 128  # keys and queries that a flash kernel takes at a time, or skips
 POLAR_STEPS = 5
 PASSES = ("fused", "eager", "triton")  # kinds of kernels whose time is that of memory
-BATCHES = ("first", "next")  # micro-batches of a step in bytes.json
 TABLE_DEPTHS, TABLE_RANKS, TABLE_CARD = (12, 20, 24, 26), 8, "h100"
 COUNTED, README = (Path(__file__).with_name(name) for name in ("bytes.json", "README.md"))
 BEGIN, END = "<!-- projections -->", "<!-- end of projections -->"
@@ -202,15 +201,16 @@ def units_of(step: dict[str, Any], fp8: bool) -> Traffic:
     plan = planning.plan(TrainArgs(depth=shape["depth"], fp8=fp8), shape["vocabulary"], shape["ranks"])
     default = Traffic(0, 0)
     update = _bytes(step["update"], PASSES) / update_bytes(plan, default)
-    blocks, logits = shape["tokens"] * shape["depth"] * shape["width"], shape["tokens"] * shape["vocabulary"]
-    # What runs outside of the compiled blocks: copies of weights at the first micro-batch, tables, gradients.
-    first, every = (sum(_bytes(step[one][p], ("eager",)) for p in ("forward", "backward")) for one in BATCHES)
+    batches, tokens = step["batches"], shape["tokens"] * shape["micro_batches"]
+    blocks, logits = tokens * shape["depth"] * shape["width"], tokens * shape["vocabulary"]
+    # What runs beside the compiled blocks: rows of tables, and sums of gradients.
+    beside = sum(_bytes(batches[phase], ("eager",)) for phase in ("forward", "backward"))
     return Traffic(
-        forward=_bytes(step["next"]["forward"], ("fused", "triton")) / blocks,
-        backward=_bytes(step["next"]["backward"], ("fused", "triton")) / blocks,
-        weights=max(0.0, first - every) / plan.params.matrix,
-        loss=_bytes(step["next"]["loss"], PASSES) / logits,
-        accumulation=every / plan.params.total,
+        forward=_bytes(batches["forward"], ("fused", "triton")) / blocks,
+        backward=_bytes(batches["backward"], ("fused", "triton")) / blocks,
+        weights=_bytes(step["copies"], PASSES) / plan.params.matrix,
+        loss=_bytes(batches["loss"], PASSES) / logits,
+        accumulation=beside / shape["micro_batches"] / plan.params.total,
         stacks=default.stacks * update,
         muon=default.muon * update,
         adam=default.adam * update,

@@ -12,7 +12,7 @@ that loses nothing while a kernel runs. Kinds of kernels:
     eager       passes outside of a compiled graph, by torch or by Triton kernels of this project
     wire        collectives
 
-A step of M micro-batches moves first + (M - 1) x next + update (see `step`).
+A step moves what its micro-batches move together, copies and update (see `step`).
 """
 
 from __future__ import annotations
@@ -103,38 +103,47 @@ def step(
 
     Returns:
         "shape": of a micro-batch, and how many make a step;
-        "first": launches and gigabytes of the first micro-batch by phase ("forward", "loss", "backward") and
-        kind;
-        "next": likewise of every other one, whose gradients are added to those before;
-        "update": by kind, of all that a step does once, with `updates`.
+        "batches": launches and gigabytes of all micro-batches together, two at least, by phase ("forward",
+        "loss", "backward") and kind;
+        "copies": by kind, of the copies of weights that products read, once a step;
+        "update": by kind, of what else a step does once, with `updates`.
     """
     plan = planning.plan(TrainArgs(depth=depth, fp8=fp8, **flags), VOCABULARY, RANKS)
     world, watch = fake_world(RANKS), inductor.watched()
     watch.graphs.clear()  # of the steps before
     torch._dynamo.reset()
     with fake_tensors():
-        state = fake_state(plan, world, backend, micro_batches=2)
+        count = max(2, plan.grad_accum_steps)
+        state = fake_state(plan, world, backend, micro_batches=count)
         state.model.compile_for(plan.device_batch_size)
         if updates:
             state.optimizer.compile_updates()
         watch.phase = "update"
-        name_phases(state.model, watch, ("first ", "next "))
-        update = state.optimizer.step
-
-        def updated(*args: Any, **options: Any) -> Any:
-            watch.phase = "update"
-            return update(*args, **options)
-
-        state.optimizer.step = updated
+        name_phases(state.model, watch)
+        within(watch, "update", state.optimizer, "step")
+        within(watch, "update", state.optimizer.reductions, "_begin_next")
         with Counter(watch) as counter:
             run.train_step(plan, state, world)
     found = in_gigabytes(by_kind(watch, counter))
-    answer: dict[str, Any] = {"shape": shape_of(plan, backend), "first": {}, "next": {}}
-    for phase, kinds in found.items():
-        which, _, part = phase.rpartition(" ")
-        if which or updates:
-            (answer[which] if which else answer)[part] = kinds
-    return answer
+    once = {phase: found.pop(phase) for phase in ("copies", "update")}
+    shape = shape_of(plan, backend) | {"micro_batches": count}
+    return {"shape": shape, "batches": found, "copies": once["copies"]} | (
+        {"update": once["update"]} if updates else {}
+    )
+
+
+def within(watch: inductor.Watch, phase: str, owner: Any, name: str) -> None:
+    """Let a method of an object run in a phase of its own."""
+    method = getattr(owner, name)
+
+    def renamed(*args: Any, **options: Any) -> Any:
+        before, watch.phase = watch.phase, phase
+        try:
+            return method(*args, **options)
+        finally:
+            watch.phase = before
+
+    setattr(owner, name, renamed)
 
 
 def cubins(depth: int, fp8: bool = False, backend: str = "fa3", **flags: Any) -> dict[str, Any]:
@@ -196,26 +205,25 @@ def shape_of(plan: planning.Plan, backend: str) -> dict[str, Any]:
     }
 
 
-def name_phases(model: GPT, watch: inductor.Watch, batches: tuple[str, ...] = ("",)) -> None:
-    """Let a model tell which phase of a step runs, with the name of the micro-batch before it."""
-    run_layers, loss_of, names = model._hidden, model.loss, iter(batches)
-    batch = ""
+def name_phases(model: GPT, watch: inductor.Watch) -> None:
+    """Let a model tell which phase of a step runs."""
+    run_layers, loss_of = model._hidden, model.loss
 
     def hidden(ids: torch.Tensor) -> torch.Tensor:
-        nonlocal batch
-        batch = next(names)
-        watch.phase = batch + "forward"
+        watch.phase = "forward"
         out = run_layers(ids)
-        watch.phase = batch + "loss"
+        watch.phase = "loss"
         return out
 
     def loss(*args: Any, **options: Any) -> torch.Tensor:
         out = loss_of(*args, **options)
-        watch.phase = batch + "backward"
+        watch.phase = "backward"
         return out
 
     model._hidden = hidden  # type: ignore[method-assign]
     model.loss = loss  # type: ignore[method-assign]
+    for layer in model.linears:
+        within(watch, "copies", layer, "refresh")
 
 
 def kind_of(name: str) -> str:

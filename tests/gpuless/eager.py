@@ -22,6 +22,8 @@ FREE = (
 )
 FILLS = ("new_full", "new_zeros", "zeros_like", "ones_like", "full_like")
 BY_ROW = ("embedding.", "gather", "index.", "index_select", "scatter", "index_put", "index_add")
+# Of 32,768 tokens of FineWeb-edu under a vocabulary of 32,768: 5,970 to 7,151 in 20 stretches.
+DISTINCT_IDS = 6_720 / 32_768
 WRITES_ONLY = ("copy_", "zero_", "fill_", "_foreach_copy_", "_foreach_zero_", "normal_", "uniform_")
 
 
@@ -68,6 +70,13 @@ def moved(func: Any, name: str, args: Any, kwargs: Any, out: Any) -> int:
         return _bytes(out)
     if name.startswith(BY_ROW):
         return _moved_by_row(name, args, kwargs, out)
+    if name.startswith("nanochat.add_rows"):  # the gradient of a table, of tokens, and their order
+        table, rows, *order = args
+        row_bytes = table.size(1) * table.element_size()
+        return _bytes((rows, order)) + round(2 * DISTINCT_IDS * rows.size(0) * row_bytes)
+    if name.startswith("nanochat.add_gradients"):  # a total that is fresh is written alone
+        total, first, second, fresh = args
+        return _bytes((first, second)) + (1 if fresh else 2) * _bytes(total)
     total, arguments = 0, func._schema.arguments
     given = dict(zip((a.name for a in arguments), args, strict=False)) | kwargs
     for argument in arguments:

@@ -9,10 +9,11 @@ The file is dev/bench/bytes.json: {"torch": version, "steps": {name: step}}. A s
 
     "shape": {"depth", "width", "vocabulary", "rows", "tokens" of a micro-batch on one rank,
               "micro_batches" of a step, "ranks", "attention": the backend}
-    "first", "next": {"forward" | "loss" | "backward": {kind: {"kernels": launches, "gb": gigabytes}}}
+    "batches": {"forward" | "loss" | "backward": {kind: {"kernels": launches, "gb": gigabytes}}}
+    "copies": {kind: {"kernels", "gb"}}
     "update": {kind: {"kernels", "gb"}}, not of every step
 
-A step moves first + (micro_batches - 1) x next + update. Gigabytes of elementwise passes grow with tokens x
+A step moves the sum of them. Gigabytes of elementwise passes grow with tokens x
 width x depth, those of the loss with tokens x vocabulary, those of the update with the parameters.
 """
 

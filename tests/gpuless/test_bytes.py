@@ -36,13 +36,13 @@ def test_a_figure_that_has_grown_by_a_fiftieth_is_told() -> None:
     before: dict[str, Any] = ratchet.written()["steps"]["d4"]
     now = copy.deepcopy(before)
     assert ratchet.grown(before, now) == []
-    now["next"]["forward"]["fused"]["gb"] *= 1.02
+    now["batches"]["forward"]["fused"]["gb"] *= 1.02
     now["update"]["products"]["kernels"] += 1
-    now["next"]["loss"]["triton"] = {"kernels": 1, "gb": 0.5}
+    now["batches"]["loss"]["triton"] = {"kernels": 1, "gb": 0.5}
     assert [line.split(":")[0] for line in ratchet.grown(before, now)] == [
-        "next forward fused",
-        "next loss triton",
-        "next loss triton",
+        "batches forward fused",
+        "batches loss triton",
+        "batches loss triton",
         "update products",
     ]
 
