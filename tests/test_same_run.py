@@ -80,12 +80,17 @@ def test_a_flag_that_acts_through_the_plan_is_refused_there(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [("corpus", "x"), ("keep_tails", True), ("seed", 1), ("soap_every", 5), ("soap_sides", 1)]
-    + [("dtype", "bfloat16"), ("fp8", True), ("fp8_head", True), ("grad_reduce_dtype", "bfloat16")],
+    + [("dtype", "bfloat16"), ("fp8", True), ("grad_reduce_dtype", "bfloat16")],
 )
 def test_a_fixed_flag_is_refused_by_its_name(name: str, value: Any) -> None:
     flag = f"--{name.replace('_', '-')}"
     with pytest.raises(UserError, match=rf"{flag}: {getattr(plan().args, name)!r} then, {value!r} now"):
         compare(plan(), plan(**{name: value}))
+
+
+def test_the_head_in_fp8_is_refused_by_its_name() -> None:
+    with pytest.raises(UserError, match="--fp8-head: False then, True now"):
+        compare(plan(fp8=True), plan(fp8=True, fp8_head=True))
 
 
 def test_a_flag_that_nobody_classified_is_refused() -> None:

@@ -8,7 +8,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from nanochat.common.machine import Precision
+from nanochat.config import plan as planning
+from nanochat.config.arguments import TrainArgs
+from nanochat.distributed.world import World
+from nanochat.model.gpt import GPT
 from nanochat.model.layers import Linear, normal
+from nanochat.optim.muon_adamw import MuonAdamW
+from nanochat.optim.rates import MatrixOptions
 
 BF16 = torch.bfloat16
 
@@ -87,3 +94,21 @@ def test_what_is_evaluated_first_can_be_trained() -> None:
         layer(x)
     layer(x).float().sum().backward()
     assert layer.weight.grad is not None
+
+
+@pytest.mark.parametrize("rule", ["muon", "soap", "adamw"])
+def test_every_update_of_the_optimizer_is_seen(rule: str) -> None:
+    plan = planning.plan(TrainArgs(depth=1, max_seq_len=16, num_iterations=9, matrix_optimizer=rule), 512)
+    model = GPT(plan.model, Precision(BF16, "sdpa"))
+    model.init_weights(0)
+    params, kinds = dict(model.named_parameters()), model.parameter_kinds()
+    optimizer = MuonAdamW(params, kinds, plan.groups, World.single_process(), BF16, MatrixOptions(1.01))
+    ids = torch.arange(32).view(2, 16)
+    for index in range(3):
+        model.loss(ids, ids).backward()
+        before = {name: p.detach().clone() for name, p in params.items()}
+        optimizer.step(1.0, 0.9, 0.1, index=index)
+        for name, layer in model.named_modules():
+            if isinstance(layer, Linear):
+                assert torch.equal(layer.working(BF16), layer.weight.to(BF16)), name
+    assert all(not torch.equal(before[name], p) for name, p in params.items() if kinds[name] != "share")

@@ -85,4 +85,5 @@ def adamw_update(
             maximize=False,
         )
         square += sum_of_squares(before.sub_(p)[None])
+    torch.autograd.graph.increment_version(param)  # the fused kernel does not, and copies are made by it
     return square
