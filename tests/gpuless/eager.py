@@ -74,6 +74,9 @@ def moved(func: Any, name: str, args: Any, kwargs: Any, out: Any) -> int:
         table, rows, *order = args
         row_bytes = table.size(1) * table.element_size()
         return _bytes((rows, order)) + round(2 * DISTINCT_IDS * rows.size(0) * row_bytes)
+    if name.startswith("nanochat.softcapped_losses"):  # with gradients, logits are read twice and written
+        logits, with_grad = args[0], args[7]
+        return _bytes(args[1:]) + (3 if with_grad else 1) * _bytes(logits)
     if name.startswith("nanochat.add_gradients"):  # a total that is fresh is written alone
         total, first, second, fresh = args
         return _bytes((first, second)) + (1 if fresh else 2) * _bytes(total)
