@@ -71,3 +71,15 @@ def test_every_flag_it_names_exists() -> None:
     for cls in (TrainArgs, EvalArgs, TokTrainArgs, DatasetArgs, GenerateArgs, ExportArgs):
         known |= {"--" + item.name.replace("_", "-") for item in dataclasses.fields(cls)}
     assert sorted(set(re.findall(r"--[a-z][\w-]*", README)) - known) == []
+
+
+def test_the_page_of_cuda_names_tests_that_exist() -> None:
+    page = (REPO / "docs" / "cuda.md").read_text("utf-8")
+    named = set(re.findall(r"`(test_\w+)(?:\[[\w-]+\])?`", page))
+    files = [*(REPO / "tests").rglob("test_*.py")]
+    there = {name for path in files for name in re.findall(r"^def (test_\w+)", path.read_text("utf-8"), re.M)}
+    assert len(named) > 20
+    assert named <= there
+    assert set(re.findall(r"`(?:tests/)?(?:\w+/)*(test_\w+\.py)`", page)) <= {
+        path.name for path in files
+    }
