@@ -337,6 +337,23 @@ def table() -> Iterator[str]:
                 f"{found.tokens_per_s:,.0f} | {found.mfu:.1%} | {found.plan.steps:,} | {found.hours:.2f} | "
                 f"{found.hours * TABLE_RANKS * card.dollars:,.0f} |"
             )
+    yield ""
+    yield from parts_table()
+
+
+def parts_table(depth: int = 24) -> Iterator[str]:
+    """Parts of a projected step, with the bytes of the first count and of now, in Markdown."""
+    card = CARDS[TABLE_CARD]
+    columns = [
+        project(plan_for(depth, TABLE_RANKS, card, fp8=fp8), card, traffic)
+        for fp8, dtype in ((False, "bf16"), (True, "fp8"))
+        for traffic in (FIRST_COUNT[dtype], traffic_of(fp8))
+    ]
+    yield f"| part of a step at depth {depth}, ms | bf16, first count | bf16 now | fp8, first count | fp8 now |"
+    yield "|---|---|---|---|---|"
+    for part in columns[0].parts:
+        yield f"| {part} | {' | '.join(f'{1e3 * found.parts[part]:,.1f}' for found in columns)} |"
+    yield f"| step | {' | '.join(f'{1e3 * found.seconds:,.0f}' for found in columns)} |"
 
 
 def write_table(readme: Path = README) -> None:
