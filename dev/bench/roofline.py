@@ -349,7 +349,8 @@ def parts_table(depth: int = 24) -> Iterator[str]:
         for fp8, dtype in ((False, "bf16"), (True, "fp8"))
         for traffic in (FIRST_COUNT[dtype], traffic_of(fp8))
     ]
-    yield f"| part of a step at depth {depth}, ms | bf16, first count | bf16 now | fp8, first count | fp8 now |"
+    heads = "bf16, first count | bf16 now | fp8, first count | fp8 now"
+    yield f"| part of a step at depth {depth}, ms | {heads} |"
     yield "|---|---|---|---|---|"
     for part in columns[0].parts:
         yield f"| {part} | {' | '.join(f'{1e3 * found.parts[part]:,.1f}' for found in columns)} |"
