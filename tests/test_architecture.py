@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import graphlib
+import importlib.util
 import json
 import os
 import re
@@ -329,6 +330,10 @@ os.write(report, json.dumps(told).encode())
 def test_importing_any_module_leaves_no_file_no_output_and_no_connection(tmp_path: Path) -> None:
     base = tmp_path / "base"
     modules = [*MODULES, *(f"scripts.{path.stem}" for path in SCRIPTS)]
+    if importlib.util.find_spec("triton") is None:  # as on a Mac: kernels are imported where they run
+        line = "\nimport triton\n"
+        needing = {name for name, path in MODULES.items() if line in path.read_text("utf-8")}
+        modules = [name for name in modules if name not in needing]
     result = subprocess.run(
         [sys.executable, "-B", "-c", WATCH, str(base), *modules],
         cwd=REPO,
