@@ -80,6 +80,4 @@ def test_the_page_of_cuda_names_tests_that_exist() -> None:
     there = {name for path in files for name in re.findall(r"^def (test_\w+)", path.read_text("utf-8"), re.M)}
     assert len(named) > 20
     assert named <= there
-    assert set(re.findall(r"`(?:tests/)?(?:\w+/)*(test_\w+\.py)`", page)) <= {
-        path.name for path in files
-    }
+    assert set(re.findall(r"`(?:tests/)?(?:\w+/)*(test_\w+\.py)`", page)) <= {path.name for path in files}
