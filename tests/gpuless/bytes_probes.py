@@ -18,10 +18,7 @@ A step moves what its micro-batches move together, copies and update (see `step`
 from __future__ import annotations
 
 import re
-import subprocess
-import tempfile
 from collections import defaultdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,7 +28,7 @@ from nanochat.config import plan as planning
 from nanochat.config.arguments import TrainArgs
 from nanochat.model.gpt import GPT
 from nanochat.train import run
-from tests.gpuless import inductor
+from tests.gpuless import inductor, sass
 from tests.gpuless.eager import Counter
 from tests.gpuless.probes import GPU, VOCABULARY, fake_model, fake_state, fake_tensors, fake_world
 
@@ -167,7 +164,7 @@ def cubins(depth: int, fp8: bool = False, backend: str = "fa3", **flags: Any) ->
         state.model.compile_for(plan.device_batch_size)
         state.optimizer.compile_updates()
         run.train_step(plan, state, world)
-    used = {key: [resources(cubin) for cubin, _ in found] for key, found in watch.cubins.items()}
+    used = {key: [sass.resources(cubin) for cubin, _ in found] for key, found in watch.cubins.items()}
     every = [usage for found in used.values() for usage in found]
     stacks = {name: min(usage["STACK"] for usage in found) for (_, name), found in used.items()}
     return {
@@ -177,18 +174,6 @@ def cubins(depth: int, fp8: bool = False, backend: str = "fa3", **flags: Any) ->
         "shared": max(shared for found in watch.cubins.values() for _, shared in found),
         "spilling": {name: stack for name, stack in stacks.items() if stack},
     }
-
-
-def resources(cubin: bytes) -> dict[str, int]:
-    """Registers and bytes of stack of a thread: {"REG", "STACK", ...}."""
-    import triton.backends.nvidia as backend
-
-    tool = Path(backend.__file__).parent / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        out = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True)
-    return {name: int(value) for name, value in re.findall(r"\b([A-Z]+):(\d+)", out.stdout)}
 
 
 def shape_of(plan: planning.Plan, backend: str) -> dict[str, Any]:

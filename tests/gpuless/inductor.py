@@ -15,7 +15,6 @@ import torch
 from torch.utils import _pytree
 
 FUSED = ("pointwise", "reduction")  # kinds of kernels that Inductor writes itself, and that only move bytes
-PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "_scaled_mm")
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +11,7 @@ from torch import Tensor
 from nanochat.model import mlp
 from nanochat.model import mlp_kernels as kernels
 from nanochat.model.fp8 import quantize_weight
-from tests.gpuless import pretended
+from tests.gpuless.sass import resources
 
 N, C, H = 256, 128, 512
 NAMES = {
@@ -164,13 +161,8 @@ def cubin(kernel: Any, types: dict[str, str], constants: dict[str, Any]) -> dict
     known = {key: constants.get(key) for key, kind in signature.items() if kind == "constexpr"}
     source = ASTSource(fn=kernel, signature=signature, constexprs=known, attrs=attributes)
     made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.cubin"
-        path.write_bytes(made.asm["cubin"])
-        tool = pretended.headers().parent / "bin" / "cuobjdump"
-        command = [str(tool), "-res-usage", str(path)]
-        used = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found = {word: int(re.findall(rf"{word}:(\d+)", used)[0]) for word in ("REG", "STACK", "LOCAL")}
+    used = resources(made.asm["cubin"])
+    found = {word: used[word] for word in ("REG", "STACK", "LOCAL")}
     code = made.asm["ptx"]
     products = set(re.findall(r"wgmma\.mma_async\.sync\.aligned\.(\w+)\.f32\.(\w+)\.(\w+)", code))
     wide = [len(re.findall(rf"{word}\.global[.\w]*\.v4\.b32", code)) for word in ("ld", "st")]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 import subprocess
+import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from tests.gpuless import pretended
@@ -30,7 +30,6 @@ def compile_for(
     kernel: Any,
     signature: dict[str, str],
     constants: dict[str, Any],
-    folder: Path,
     warps: int,
     capability: int = 90,
 ) -> Compiled:
@@ -41,7 +40,6 @@ def compile_for(
         signature: type of each argument in order; of those in `constants`, "constexpr". A number that a
             multiple of 16 is promised of has a star behind, as has a pointer that is aligned.
         constants: values of the constexpr arguments.
-        folder: for the cubin.
         warps: of a program.
         capability: 90 is Hopper.
     """
@@ -58,15 +56,21 @@ def compile_for(
     source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=attributes)
     options = {"num_warps": warps, "enable_fp_fusion": True}
     made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    path = folder / f"{kernel.__name__}-{capability}.cubin"
-    path.write_bytes(made.asm["cubin"])
-    used, code = (_dump(path, option) for option in ("-res-usage", "-sass"))
-    registers, stack, shared, local = (
-        int(re.findall(rf"{word}:(\d+)", used)[0]) for word in ("REG", "STACK", "SHARED", "LOCAL")
-    )
-    return Compiled(registers, stack + local, shared, code)
+    used = resources(made.asm["cubin"])
+    code = _dump(made.asm["cubin"], "-sass")
+    return Compiled(used["REG"], used["STACK"] + used["LOCAL"], used["SHARED"], code)
 
 
-def _dump(path: Path, option: str) -> str:
+def resources(cubin: bytes) -> dict[str, int]:
+    """Registers, and bytes of stack, local and shared memory: {"REG", "STACK", "LOCAL", "SHARED", ...}."""
+    used = _dump(cubin, "-res-usage")
+    return {name: int(value) for name, value in re.findall(r"\b([A-Z]+):(\d+)", used)}
+
+
+def _dump(cubin: bytes, option: str) -> str:
     tool = pretended.headers().parent / "bin" / "cuobjdump"
-    return subprocess.run([tool, option, path], capture_output=True, text=True, check=True).stdout
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        done = subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True)
+    return done.stdout

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 import pytest
 
@@ -17,13 +16,13 @@ def test_it_adds_one_or_two_gradients_to_a_total_in_their_order() -> None:
     assert found == dict.fromkeys(("torch.bfloat16", "torch.float16", "torch.float32"), 0.0)
 
 
-def test_on_hopper_it_reads_128_bits_at_a_time_and_keeps_all_in_registers(tmp_path: Path) -> None:
+def test_on_hopper_it_reads_128_bits_at_a_time_and_keeps_all_in_registers() -> None:
     from nanochat.model import gradient_kernel
 
     pointers = {"total": "*fp32*", "first": "*bf16*", "second": "*bf16*"}
     flags = {"FRESH": False, "PAIR": True, "BLOCK": gradient_kernel.BLOCK}
     signature = {**pointers, "count": "i32*", **dict.fromkeys(flags, "constexpr")}
-    made = sass.compile_for(gradient_kernel.add, signature, flags, tmp_path, gradient_kernel.WARPS)
+    made = sass.compile_for(gradient_kernel.add, signature, flags, gradient_kernel.WARPS)
     assert made.spills == 0
     assert made.registers <= 64
     assert made.count("LDG 128") >= 4  # 8 bf16 of either gradient, 2 x 4 fp32 of the total

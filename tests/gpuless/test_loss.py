@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -63,7 +62,7 @@ def test_the_elementwise_part_moves_seven_bytes_a_logit(gpu: dict[str, str]) -> 
 POINTERS = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32"}
 
 
-def compiled(folder: Path, dtype: str, with_hit: bool, capability: int, fp8: bool = False) -> Any:
+def compiled(dtype: str, with_hit: bool, capability: int, fp8: bool = False) -> Any:
     from nanochat.model import loss_kernel
     from tests.gpuless.sass import compile_for
 
@@ -83,7 +82,7 @@ def compiled(folder: Path, dtype: str, with_hit: bool, capability: int, fp8: boo
     constants |= {} if fp8 else {"narrow": None}
     constants |= {} if with_hit else {"hits": None}
     warps = loss_kernel.WARPS
-    return compile_for(loss_kernel.row_losses, signature, constants, folder, warps, capability)
+    return compile_for(loss_kernel.row_losses, signature, constants, warps, capability)
 
 
 @needs_pretended
@@ -100,9 +99,9 @@ def compiled(folder: Path, dtype: str, with_hit: bool, capability: int, fp8: boo
     ],
 )
 def test_the_kernel_compiles_to_wide_loads_and_few_registers(
-    tmp_path: Path, dtype: str, with_hit: bool, capability: int
+    dtype: str, with_hit: bool, capability: int
 ) -> None:
-    kernel = compiled(tmp_path, dtype, with_hit, capability)
+    kernel = compiled(dtype, with_hit, capability)
     assert kernel.registers <= 64  # eight warps of 64 registers: four programs on a multiprocessor
     assert kernel.spills == 0
     # Sixteen logits a thread and pass, in loads of 128 bits; besides, the target and its logit.
@@ -113,8 +112,8 @@ def test_the_kernel_compiles_to_wide_loads_and_few_registers(
 
 
 @needs_pretended
-def test_with_a_head_in_fp8_the_kernel_writes_a_byte_more(tmp_path: Path) -> None:
-    kernel = compiled(tmp_path, "bfloat16", False, 90, fp8=True)
+def test_with_a_head_in_fp8_the_kernel_writes_a_byte_more() -> None:
+    kernel = compiled("bfloat16", False, 90, fp8=True)
     assert kernel.registers <= 64
     assert kernel.spills == 0
     assert kernel.count("LDG 128") == 4

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -77,7 +76,7 @@ def test_no_micro_batch_fills_or_adds_a_dense_gradient(gpu: dict[str, str]) -> N
     assert dense["megabytes"] > 1500
 
 
-def compiled(folder: Path, capability: int, dtype: str) -> dict[str, Any]:
+def compiled(capability: int, dtype: str) -> dict[str, Any]:
     from nanochat.model import table_kernel as kernel
     from tests.gpuless.sass import compile_for
 
@@ -91,9 +90,9 @@ def compiled(folder: Path, capability: int, dtype: str) -> dict[str, Any]:
     add = {**sums, "grad": half, "ids": "*i32*", "tokens": "*i64*", "starts": "*i64*", **sizes, **of_blocks}
     partial = {**sums, "ids": "*i32*", **sizes, **of_blocks}
     return {
-        "gather": compile_for(kernel.gather, gather, gathered, folder, 4, capability),
-        "add": compile_for(kernel.add_pieces, add, blocks, folder, 1, capability),
-        "partial": compile_for(kernel.add_partial, partial, blocks, folder, 1, capability),
+        "gather": compile_for(kernel.gather, gather, gathered, 4, capability),
+        "add": compile_for(kernel.add_pieces, add, blocks, 1, capability),
+        "partial": compile_for(kernel.add_partial, partial, blocks, 1, capability),
     }
 
 
@@ -106,10 +105,8 @@ def compiled(folder: Path, capability: int, dtype: str) -> dict[str, Any]:
         *(pytest.param(capability, "bfloat16", marks=pytest.mark.slow) for capability in (80, 100, 120)),
     ],
 )
-def test_the_kernels_compile_to_wide_loads_and_no_atomic_addition(
-    tmp_path: Path, capability: int, dtype: str
-) -> None:
-    made = compiled(tmp_path, capability, dtype)
+def test_the_kernels_compile_to_wide_loads_and_no_atomic_addition(capability: int, dtype: str) -> None:
+    made = compiled(capability, dtype)
     wide = 1 if dtype != "float32" else 2
     for kernel in made.values():
         assert kernel.spills == 0
