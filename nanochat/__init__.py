@@ -6,4 +6,5 @@ optim, model, data: Muon and AdamW; the transformer; corpora, shards, packed bat
 checkpoint, engine: the state of a run on the disk; generation with a KV cache.
 evaluation: bits per byte, samples, DCLM CORE.
 export, report, train: the folder for transformers; report.html; the loop.
+chat: conversations, SFT, tools, evaluation, RL.
 """

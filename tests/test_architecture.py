@@ -37,6 +37,7 @@ ORDER = (
     "export",
     "report",
     "train",
+    "chat",
 )
 COMMANDS_OF_0_1 = ("dataset", "core_download", "__main__")  # they lead to scripts/
 

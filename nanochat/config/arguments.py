@@ -258,6 +258,113 @@ class ReportArgs:
     run: str = flag("", "name of the run", names="runs")
 
 
+@dataclass(frozen=True)
+class ChatDataArgs:
+    """Make or fetch a corpus of conversations."""
+
+    corpus: str = flag(
+        "made", "made, smoltalk, mmlu, gsm8k, arc-easy, arc-challenge, humaneval or local", names="data"
+    )
+    files: tuple[str, ...] = flag((), "jsonl files of conversations, or folders (corpus local)", path=True)
+    val_file: str = flag("", "the file among them that is for validation (corpus local)", path=True)
+    name: str = flag("", "name of the corpus folder; by default the corpus's name", names="data")
+    conversations: int = flag(40_000, "training conversations (corpus made)", 1, 10**8)
+    seed: int = flag(0, "seed of the conversations (corpus made)", 0)
+    skip_bad: bool = flag(False, "leave out conversations that cannot be used, and say how many")
+    list: bool = flag(False, "list the chat corpora that are there")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneFlags(MachineFlags):
+    """Flags of SFT and RL: the run to begin with, and what every training run has."""
+
+    base: str = flag("", "name of the run to begin with", names="runs")
+    base_step: int | None = flag(None, "checkpoint of it to begin with; by default the newest", 0)
+    run: str = free("", "name of the new run; by default that of the base with -sft or -rl", names="runs")
+    num_iterations: int | None = flag(None, "number of optimizer steps; by default one epoch", 1)
+    device_batch_size: int | None = free(
+        None, "rows in a micro-batch of one rank; by default from depth and memory", 1, 2**24
+    )
+    seed: int = flag(0, "seed of the order of the data and of the samples", 0)
+    compile: str = free("auto", "torch.compile; auto is on for CUDA", choices=("auto", "on", "off"))
+    recompute: str = free(
+        "none", "activation checkpointing: of MLPs, or of whole blocks", choices=("none", "mlp", "block")
+    )
+    on_nonfinite: str = free("stop", "if loss or gradient is not finite", choices=("stop", "skip"))
+    dist_timeout: float = free(600.0, "seconds until a collective times out", 1, 10**7)
+    chat_eval_every: int | None = free(None, "steps between evaluations of the tasks; by default none", 0)
+    chat_eval_tasks: str = free("made", "tasks of these evaluations: made, chatcore, or names with commas")
+    chat_eval_max_per_task: int = free(100, "items of each task in these evaluations; 0 means all", 0)
+    save_every: int = free(1000, "steps between checkpoints; 0 means only at the end", 0)
+    keep_last: int = free(2, "checkpoints to keep", 1)
+    resume: str = free(
+        "",
+        "continue from a checkpoint: auto (the newest valid one, if any) or a step",
+        pattern="auto|[0-9]{1,15}",
+        expected="auto or the step of a checkpoint",
+    )
+    wandb: str = free("off", "also log to Weights & Biases", choices=("off", "online", "offline"))
+    dry_run: bool = free(False, "print the plan and stop")
+
+
+@dataclass(frozen=True)
+class SftArgs(FinetuneFlags):
+    """Finetune a base model on conversations (SFT): the loss counts the replies alone."""
+
+    data: tuple[str, ...] = flag(
+        ("made",), "chat corpora, or a TOML file of a mixture (docs/chat.md)", path=True
+    )
+    total_batch_size: int | None = flag(
+        None, "tokens in a global batch; by default that of the base", 1, 2**40
+    )
+    init_lr_frac: float = flag(0.8, "factor on the base run's learning rates", 0, 1000)
+    warmdown_ratio: float = flag(0.5, "fraction of steps in the final linear learning-rate decay", 0, 1)
+    document_mask: bool = flag(True, "attention within conversations, where a row holds several")
+    skip_bad: bool = flag(False, "leave out conversations that cannot be used, and say how many")
+    eval_every: int = free(100, "steps between validations", 0)
+    eval_tokens: int = free(131_072, "validation tokens of each evaluation, by source", 1)
+
+
+@dataclass(frozen=True)
+class RlArgs(FinetuneFlags):
+    """Reinforce right replies (RL): on-policy policy gradient with verifiable rewards."""
+
+    task: str = flag("bigsum", "what is asked: bigsum (made on the spot) or gsm8k")
+    prompts: int = flag(16, "prompts of a step", 1, 2**20)
+    samples: int = flag(8, "replies to each prompt", 2, 2**16)
+    max_new_tokens: int = flag(256, "tokens of a reply at most", 1, 2**24)
+    init_lr_frac: float = flag(0.05, "factor on the base run's learning rates", 0, 1000)
+
+
+@dataclass(frozen=True)
+class ChatEvalArgs(CheckpointFlags, MachineFlags):
+    """Score a chat model: ARC, MMLU, GSM8K, HumanEval, SpellingBee and the made tasks."""
+
+    tasks: str = flag("made", "tasks: made, chatcore, or names with commas")
+    max_per_task: int = flag(0, "items of each task; 0 means all (400 of a made task)", 0)
+    num_samples: int = flag(1, "replies to each item, for pass@k", 1, 2**16)
+    temperature: float = flag(0.0, "sampling temperature; 0 takes the likeliest token", 0)
+    top_k: int = flag(0, "sample among this many likeliest tokens; 0 means all", 0)
+    max_new_tokens: int = flag(256, "tokens of a reply at most", 1, 2**24)
+    tools: bool = flag(True, "let replies use the calculator")
+    seed: int = flag(0, "seed of the samples and of the made items", 0)
+    compare: tuple[str, ...] = flag((), "two scored runs: test their difference item by item", names="runs")
+    dist_timeout: float = flag(1800.0, "seconds until a collective times out", 1, 10**7)
+
+
+@dataclass(frozen=True)
+class ChatCliArgs(CheckpointFlags, MachineFlags):
+    """Talk to a chat model in the terminal."""
+
+    prompt: str = flag("", "one message: print its reply and leave", short="-p")
+    system: str = flag("", "system text before the first message")
+    temperature: float = flag(0.6, "sampling temperature; 0 takes the likeliest token", 0)
+    top_k: int = flag(50, "sample among this many likeliest tokens; 0 means all", 0)
+    max_new_tokens: int = flag(256, "tokens of a reply at most", 1, 2**24)
+    tools: bool = flag(True, "let replies use the calculator")
+    seed: int = flag(0, "seed of the samples", 0)
+
+
 def require_possible(args: TrainArgs) -> None:
     """Refuse arguments that no run can have.
 

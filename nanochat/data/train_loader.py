@@ -23,7 +23,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -40,9 +40,21 @@ from nanochat.data.row_stream import Rows, RowStream, fit_streams
 from nanochat.distributed.world import World
 from nanochat.tokenizer.tokenizer import Tokenizer
 
-Batch = tuple[Tensor, Tensor]
-
 FORMAT = 1
+
+
+class Batch(NamedTuple):
+    """A micro-batch: what one forward and backward pass takes.
+
+    Attributes:
+        inputs: (B, T) int64 token ids.
+        targets: (B, T) int64, -1 where none counts.
+        weights: (B, T) fp32 factors on the losses, whose weighted sum is then minimized; None for their mean.
+    """
+
+    inputs: Tensor
+    targets: Tensor
+    weights: Tensor | None = None
 
 
 class TrainLoader:
@@ -133,7 +145,7 @@ class TrainLoader:
             self._streams[index].move(cursor)
 
     def next_batch(self) -> list[Batch]:
-        """This rank's micro-batches of the next global batch: [(inputs (B, T), targets (B, T))], int64."""
+        """This rank's micro-batches of the next global batch."""
         if not self._fetched:
             self.fetch(1)
         return self._fetched.pop(0)
@@ -145,12 +157,17 @@ class TrainLoader:
         tokens = _moved(np.stack([taken[stream][row] for stream, row in self._mine]), self._world.device)
         inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
         size = self.device_batch_size
-        return [(inputs[i : i + size], targets[i : i + size]) for i in range(0, len(tokens), size)]
+        return [Batch(inputs[i : i + size], targets[i : i + size]) for i in range(0, len(tokens), size)]
 
     @property
     def epoch(self) -> float:
         """Times that this rank's streams have gone through their row groups, on average."""
         return sum(stream.progress() for stream in self._streams.values()) / len(self._streams)
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """What the line of a step says of the data."""
+        return {"epoch": self.epoch}
 
     def close(self) -> None:
         """Stop the threads; what they have begun is dropped."""
@@ -273,8 +290,8 @@ class ValBatches:
         self._max_rows = math.inf if max_tokens is None else max(1, -(-max_tokens // sequence_len))
         self._rows: NDArray[np.int32] | None = None  # (n, T + 1); -1 where the documents ran out
 
-    def __iter__(self) -> Iterator[Batch]:
-        """This rank's batches."""
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """This rank's batches: (inputs, targets), (B, T) int64 each."""
         if self._rows is None:
             self._rows = self._pack()
         for start in range(0, len(self._rows), self._batch_rows):

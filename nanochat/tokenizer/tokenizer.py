@@ -176,6 +176,10 @@ class Tokenizer:
             tokenizer._contents = contents
         return tokenizer
 
+    def special_id(self, name: str) -> int:
+        """Id of a special token, which no text is encoded to: `special_id("<|user_start|>")`."""
+        return self.bos_id + SPECIALS.index(name)
+
     def save(self, folder: Path) -> None:
         """Write `folder`/tokenizer.json, whole or not at all."""
         files.atomic_write(folder / FILE_NAME, self._contents)

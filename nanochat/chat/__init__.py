@@ -1,0 +1,6 @@
+"""Chat: conversations, their data, supervised finetuning, tools, evaluation and reinforcement learning.
+
+Rooms, in reading order: conversation, tools, replies, made, sources, corpus, packing, loader, sft, tasks,
+evaluate, rollouts, rl, sandbox, terminal.
+Doors: conversation, corpus, evaluate, rl, sft, terminal.
+"""
