@@ -35,6 +35,7 @@ def train_as_asked() -> str:
     from nanochat.tokenizer.tokenizer import Tokenizer
     from nanochat.train import run as train_run
     from nanochat.train import small_text
+    from nanochat.train.stage import Pretraining
 
     args = arguments.parse(TrainArgs)
     with world.join(args.device_type, args.dist_timeout) as ranks:
@@ -54,7 +55,7 @@ def train_as_asked() -> str:
         hint = attention_backends.window_hint(plan.model, precision.attention, ranks.device)
         for line in (reason, *planning.describe(plan), *plan.notices, *([hint] if hint else [])):
             ranks.print0(line)
-        summary = train_run.run(plan, corpus, tokenizer, precision, ranks)
+        summary = train_run.run(plan, Pretraining(corpus, tokenizer), precision, ranks)
         status = str(summary["status"])
         if ranks.is_main:
             ended = status.replace("_", " ")

@@ -16,6 +16,7 @@ from nanochat.data.corpus import Corpus
 from nanochat.distributed.world import World
 from nanochat.tokenizer.tokenizer import Tokenizer
 from nanochat.train import run as train_run
+from nanochat.train.stage import Pretraining
 from tests.tiny import tiny_args
 
 SHAPE = {"max_seq_len": 128, "aspect_ratio": 64, "total_batch_size": 32 * 128, "device_batch_size": 32}
@@ -27,7 +28,7 @@ def main() -> None:
     tokenizer = Tokenizer.load(files.tokenizer_dir("local"))
     plan = planning.plan(tiny_args(**SHAPE), tokenizer.vocab_size)
     world, precision = World.single_process(), Precision(torch.float32, "sdpa")
-    state = train_run.create_state(plan, Corpus.open("local"), tokenizer, precision, world)
+    state = train_run.create_state(plan, Pretraining(Corpus.open("local"), tokenizer), precision, world)
     losses = [train_run.train_step(plan, state, world).loss.item()]
     state.step = 1
     if spare := int(sys.argv[1]):

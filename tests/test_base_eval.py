@@ -23,6 +23,7 @@ from nanochat.evaluation import base_eval
 from nanochat.evaluation.bits_per_byte import evaluate
 from nanochat.tokenizer.tokenizer import Tokenizer
 from nanochat.train import run as train_run
+from nanochat.train.stage import Pretraining
 from tests.bundles import bundle_of
 from tests.conftest import REPO
 from tests.tiny import tiny_args, tokenizer_named, write_text
@@ -41,7 +42,9 @@ def state(base_dir, tmp_path):
     tokenizer = tokenizer_named("local")
     plan = planning.plan(tiny_args(), tokenizer.vocab_size, 1)
     world = World.single_process()
-    state = train_run.create_state(plan, corpus, tokenizer, Precision(torch.float32, "sdpa"), world)
+    state = train_run.create_state(
+        plan, Pretraining(corpus, tokenizer), Precision(torch.float32, "sdpa"), world
+    )
     with torch.no_grad():
         for parameter in state.model.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)) * 0.1)

@@ -171,7 +171,7 @@ def test_the_batches_of_a_step_are_those_of_the_plan() -> None:
     plan = gpu_figures.step_plan(gpu_figures.TOY, 2)
     loader = gpu_figures.RandomBatches(plan, CPU)
     batches = loader.next_batch()
-    assert sum(len(inputs) for inputs, _ in batches) == plan.batch_rows
+    assert sum(len(batch.inputs) for batch in batches) == plan.batch_rows
     assert torch.equal(batches[0][0][:, 1:], batches[0][1][:, :-1])
     rows = gpu_figures.training_step(CPU, 2, "bf16")
     assert rows[0]["tokens"] == plan.batch_tokens

@@ -21,6 +21,7 @@ from nanochat.evaluation.core import bundle as core_bundle
 from nanochat.evaluation.core.scoring import ROTARY_CONTEXTS
 from nanochat.tokenizer.tokenizer import Tokenizer
 from nanochat.train import run as train_run
+from nanochat.train.stage import Pretraining
 from tests.conftest import REPO
 from tests.test_base_eval import predictions_of
 from tests.tiny import tiny_args, train_tiny
@@ -42,7 +43,9 @@ def make_run(shared_data, trained):
         train_tiny(**SHAPE, device_batch_size=64, num_iterations=256, eval_every=256, save_every=256)
     else:
         plan = planning.plan(tiny_args(**SHAPE), tokenizer.vocab_size, 1)
-        state = train_run.create_state(plan, corpus, tokenizer, PRECISION, World.single_process())
+        state = train_run.create_state(
+            plan, Pretraining(corpus, tokenizer), PRECISION, World.single_process()
+        )
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
             for parameter in state.model.parameters():

@@ -112,7 +112,7 @@ def loaders(corpus: Corpus, size: int, **changes: Any) -> list[TrainLoader]:
 
 def rows_of(batches: list[Batch]) -> NDArray[np.int64]:
     """The (n, T + 1) rows of some micro-batches."""
-    return torch.cat([torch.cat([inputs, targets[:, -1:]], 1) for inputs, targets in batches]).numpy()
+    return torch.cat([torch.cat([batch.inputs, batch.targets[:, -1:]], 1) for batch in batches]).numpy()
 
 
 def global_batch(ranks: list[TrainLoader]) -> NDArray[np.int64]:
@@ -227,7 +227,7 @@ def test_every_row_is_full_and_made_of_whole_spans_of_documents(monkeypatch: pyt
     [loader] = loaders(corpus, 1)
     texts = [document("train", i) for i in range(300)]
     for _ in range(20):
-        for inputs, targets in loader.next_batch():
+        for inputs, targets, _ in loader.next_batch():
             assert inputs.shape == targets.shape == (2, T)
             assert inputs.dtype == targets.dtype == torch.int64
             assert (inputs[:, 0] == Letters.bos_id).all()

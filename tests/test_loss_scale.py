@@ -20,6 +20,7 @@ from nanochat.optim import loss_scale
 from nanochat.optim.loss_scale import LossScale
 from nanochat.tokenizer.tokenizer import Tokenizer
 from nanochat.train import run as train_run
+from nanochat.train.stage import Pretraining
 from tests.test_train import stop_after, weights
 from tests.tiny import read_metrics, tiny_args, tiny_corpus
 
@@ -30,7 +31,9 @@ CPU = torch.device("cpu")
 def train_in(precision: Precision, **changes: object) -> dict[str, Any]:
     tokenizer = Tokenizer.load(files.tokenizer_dir("local"))
     plan = planning.plan(tiny_args(**changes), tokenizer.vocab_size)
-    return train_run.run(plan, Corpus.open("local"), tokenizer, precision, World.single_process())
+    return train_run.run(
+        plan, Pretraining(Corpus.open("local"), tokenizer), precision, World.single_process()
+    )
 
 
 def steps_of(run: str) -> list[dict[str, Any]]:

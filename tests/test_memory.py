@@ -25,6 +25,7 @@ from nanochat.model.gpt import GPT
 from nanochat.tokenizer.tokenizer import Tokenizer
 from nanochat.train import memory
 from nanochat.train import run as train_run
+from nanochat.train.stage import Pretraining
 from tests.conftest import REPO
 from tests.dist.launch import digest
 from tests.dist.world import run_ranks, train_rank
@@ -91,7 +92,10 @@ def test_the_moments_are_those_of_the_optimizer(flags: dict[str, Any], tmp_path:
     tokenizer = Tokenizer.load(files.tokenizer_dir("local"))
     plan = planning.plan(tiny_args(**flags), tokenizer.vocab_size)
     state = train_run.create_state(
-        plan, Corpus.open("local"), tokenizer, Precision(torch.float32, "sdpa"), World.single_process()
+        plan,
+        Pretraining(Corpus.open("local"), tokenizer),
+        Precision(torch.float32, "sdpa"),
+        World.single_process(),
     )
     held = 4 * moments_held(state.optimizer)
     assert held == pytest.approx(memory.estimate(plan, 1, torch.float32, "cpu").optimizer, rel=0.03)
@@ -164,7 +168,7 @@ def test_one_row_that_does_not_fit_is_the_users_to_mend(tmp_path: Path) -> None:
     tokenizer = Tokenizer.load(files.tokenizer_dir("local"))
     plan = planning.plan(tiny_args(device_batch_size=1), tokenizer.vocab_size)
     precision, world = Precision(torch.float32, "sdpa"), World.single_process()
-    state = train_run.create_state(plan, Corpus.open("local"), tokenizer, precision, world)
+    state = train_run.create_state(plan, Pretraining(Corpus.open("local"), tokenizer), precision, world)
 
     def passes(micro_batches: list[Batch]) -> torch.Tensor:
         raise MemoryError

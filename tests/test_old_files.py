@@ -29,6 +29,7 @@ from nanochat.distributed.world import World
 from nanochat.evaluation import base_eval
 from nanochat.tokenizer.tokenizer import Tokenizer
 from nanochat.train import run as train_run
+from nanochat.train.stage import Pretraining
 from tests.conftest import REPO
 from tests.test_train import CLOCK
 from tests.tiny import read_metrics
@@ -62,7 +63,7 @@ def go_on(**changes: Any) -> dict[str, Any]:
     args = dataclasses.replace(asked_then(), resume="auto", **changes)
     tokenizer = Tokenizer.load(files.tokenizer_dir(args.tokenizer_name))
     plan = planning.plan(args, tokenizer.vocab_size)
-    return train_run.run(plan, Corpus.open(args.corpus), tokenizer, FP32, World.single_process())
+    return train_run.run(plan, Pretraining(Corpus.open(args.corpus), tokenizer), FP32, World.single_process())
 
 
 def metrics() -> list[dict[str, Any]]:
@@ -137,7 +138,9 @@ def test_its_rows_of_a_micro_batch_are_kept() -> None:
     args = asked_then()
     tokenizer = Tokenizer.load(files.tokenizer_dir("texts"))
     plan = planning.plan(args, tokenizer.vocab_size)
-    state = train_run.create_state(plan, Corpus.open("texts"), tokenizer, FP32, World.single_process())
+    state = train_run.create_state(
+        plan, Pretraining(Corpus.open("texts"), tokenizer), FP32, World.single_process()
+    )
     hashes = {"corpus": Corpus.open("texts").fingerprint, "tokenizer": tokenizer.fingerprint}
     checkpoint_state.load(state, checkpoint_format.folder_of("old", 4), plan, hashes)
     assert state.resumed == checkpoint_state.MicroBatch(rows=4, asked=None)
@@ -161,8 +164,7 @@ def test_another_run_is_refused(changes: dict[str, Any], named: str) -> None:
         with pytest.raises(UserError, match=f"{named}: .* then, .* now"):
             train_run.run(
                 planning.plan(asked, tokenizer.vocab_size),
-                Corpus.open("texts"),
-                tokenizer,
+                Pretraining(Corpus.open("texts"), tokenizer),
                 half,
                 World.single_process(),
             )

@@ -19,6 +19,7 @@ from nanochat.data.corpus import Corpus
 from nanochat.distributed.world import World
 from nanochat.tokenizer.tokenizer import Tokenizer
 from nanochat.train import run as train_run
+from nanochat.train.stage import Pretraining
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -88,7 +89,10 @@ def train_tiny(**changes: object) -> dict[str, Any]:
     tokenizer = Tokenizer.load(files.tokenizer_dir("local"))
     plan = planning.plan(args, tokenizer.vocab_size)
     return train_run.run(
-        plan, Corpus.open("local"), tokenizer, Precision(torch.float32, "sdpa"), World.single_process()
+        plan,
+        Pretraining(Corpus.open("local"), tokenizer),
+        Precision(torch.float32, "sdpa"),
+        World.single_process(),
     )
 
 

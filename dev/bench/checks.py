@@ -80,7 +80,7 @@ def measure(folder: Path, suffix: str, tokenizer: Path, compared: bool) -> dict[
     loader.next_batch()
     began, worked, tokens, spent[0] = time.perf_counter(), time.process_time(), 0, 0.0
     while tokens < TOKENS[suffix]:
-        tokens += sum(inputs.numel() for inputs, _ in loader.next_batch())
+        tokens += sum(batch.inputs.numel() for batch in loader.next_batch())
     seconds, busy = time.perf_counter() - began, time.process_time() - worked
     loader.close()
     return {"tokens_per_second": tokens / seconds, "share_percent": 100 * spent[0] / busy}

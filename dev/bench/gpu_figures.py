@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -180,7 +180,7 @@ def fp8_rates(device: torch.device) -> list[Row]:
 class RandomBatches:
     """In the place of the loader: the same random tokens each step, in documents where the model masks."""
 
-    epoch = 0.0
+    metrics: ClassVar[dict[str, float]] = {}
 
     def __init__(self, plan: Plan, device: torch.device) -> None:
         """Draw the rows of a batch, or of its unit where it grows."""
@@ -193,7 +193,7 @@ class RandomBatches:
     def next_batch(self) -> list[Batch]:
         """Micro-batches of (inputs, targets), each (rows, T) int64."""
         parts = torch.split(self._tokens, self.device_batch_size)
-        return [(part[:, :-1].contiguous(), part[:, 1:].contiguous()) for part in parts]
+        return [Batch(part[:, :-1].contiguous(), part[:, 1:].contiguous()) for part in parts]
 
 
 def state_of(plan: Plan, precision: Precision, world: World) -> TrainState:

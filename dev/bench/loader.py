@@ -69,7 +69,7 @@ def ours(corpus: Corpus, tokenizer: Tokenizer, threads: int) -> dict[str, float]
     )
     tokens = 0
     while tokens < OUR_TOKENS:
-        tokens += sum(inputs.numel() for inputs, _ in loader.next_batch())
+        tokens += sum(batch.inputs.numel() for batch in loader.next_batch())
     seconds = time.perf_counter() - started
     loader.close()
     return {"tokens_per_second": tokens / seconds, "cropped_share": our_cropped_share(corpus, tokenizer)}

@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -63,7 +63,7 @@ TRAIN_CHARS = 20_000_000  # for the vocabulary
 class RandomBatches:
     """In the place of the loader: the same random tokens each step."""
 
-    epoch = 0.0
+    metrics: ClassVar[dict[str, float]] = {}
 
     def __init__(self, plan: Plan) -> None:
         """Draw them."""
@@ -74,7 +74,7 @@ class RandomBatches:
     def next_batch(self) -> list[Batch]:
         """Micro-batches."""
         parts = torch.split(self._tokens, self.device_batch_size)
-        return [(part[:, :-1].contiguous(), part[:, 1:].contiguous()) for part in parts]
+        return [Batch(part[:, :-1].contiguous(), part[:, 1:].contiguous()) for part in parts]
 
 
 def unfused_loss(model: GPT, ids: Tensor, targets: Tensor) -> Tensor:

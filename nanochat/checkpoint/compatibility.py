@@ -86,7 +86,7 @@ def completed(plan: dict[str, Any]) -> dict[str, Any]:
     for part in (model, args):
         if "recipe" in part:
             part["recipe"] = current_name(part["recipe"])
-    out = plan | {"model": constants | model, "args": args}
+    out = {"finetune": None} | plan | {"model": constants | model, "args": args}
     if isinstance(schedule, dict):
         out["schedule"] = EARLY_SCHEDULE | schedule
     if recipe in POLAR_NORM_FACTOR:

@@ -12,7 +12,7 @@ import math
 import typing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ from nanochat.config import arguments
 from nanochat.config.arguments import TrainArgs
 from nanochat.config.model_config import ATTENTION_KINDS, GPTConfig, count_params
 from nanochat.config.plan import Plan
-from nanochat.data.train_loader import TrainLoader
+from nanochat.data.train_loader import Batch
 from nanochat.distributed.world import World
 from nanochat.model.gpt import GPT
 from nanochat.optim.loss_scale import LossScale
@@ -49,6 +49,38 @@ class MicroBatch:
 
     rows: int
     asked: int | None
+
+
+class Loader(Protocol):
+    """The batches of a run, whatever its stage: drawn between two steps, with a position to go on from.
+
+    Attributes:
+        device_batch_size: rows of a micro-batch; may be changed between two steps.
+    """
+
+    device_batch_size: int
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """What the line of a step says of the batch that was handed out last."""
+
+    def fetch(self, batches: int) -> None:
+        """Draw the next global batches, for `next_batch` to hand out; `Stopped` leaves nothing drawn."""
+
+    def put_back(self) -> None:
+        """Take back what `fetch` has drawn."""
+
+    def next_batch(self) -> list[Batch]:
+        """This rank's micro-batches of the next global batch."""
+
+    def close(self) -> None:
+        """Stop what runs beside the training."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the next batch begins, the same on all ranks. A collective."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state` was taken, on any number of ranks; `UserError` if it is not such a state."""
 
 
 @dataclass
@@ -76,7 +108,7 @@ class TrainState:
     step: int
     model: GPT
     optimizer: MuonAdamW
-    loader: TrainLoader
+    loader: Loader
     loss_scale: LossScale
     skipped_steps: int = 0
     smoothed_loss: float = 0.0

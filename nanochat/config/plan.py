@@ -56,6 +56,25 @@ def _not_compared() -> Any:
     return field(metadata={"resume": "free"})
 
 
+@dataclass(frozen=True)
+class Finetune:
+    """What a run of SFT or RL begins with and learns from.
+
+    Attributes:
+        stage: "sft" or "rl".
+        base: name of the run whose weights and moments it begins with.
+        base_step: the step of its checkpoint.
+        base_sha256: hex digest of the manifest of that checkpoint.
+        settings: the flags of the stage that decide what is learned, by name.
+    """
+
+    stage: str
+    base: str
+    base_step: int
+    base_sha256: str
+    settings: dict[str, Any]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """Everything derived from the arguments. config.json holds it whole.
@@ -77,6 +96,7 @@ class Plan:
         groups: how each kind of parameter is updated.
         polar_norm_factor: Muon's safety factor on the norm before Polar Express.
         schedule: shape of the run over its steps.
+        finetune: what SFT or RL begins with; None for pretraining.
         notices: what was adjusted, for the console.
     """
 
@@ -94,6 +114,7 @@ class Plan:
     groups: dict[str, GroupPlan]
     polar_norm_factor: float
     schedule: Schedule
+    finetune: Finetune | None = None
     notices: tuple[str, ...] = _not_compared()
 
     @property

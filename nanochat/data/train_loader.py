@@ -56,6 +56,11 @@ class Batch(NamedTuple):
     targets: Tensor
     weights: Tensor | None = None
 
+    def split(self, rows: int) -> list[Batch]:
+        """The same in micro-batches of `rows` rows, the last of what is left."""
+        starts = range(0, len(self.inputs), rows)
+        return [Batch(*(None if part is None else part[at : at + rows] for part in self)) for at in starts]  # type: ignore[arg-type]
+
 
 class TrainLoader:
     """An endless sequence of global batches, of which each rank draws its rows."""
@@ -155,9 +160,8 @@ class TrainLoader:
             stream.start()
         taken = {i: stream.take(self._rows_per_stream, stop_requested) for i, stream in self._streams.items()}
         tokens = _moved(np.stack([taken[stream][row] for stream, row in self._mine]), self._world.device)
-        inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-        size = self.device_batch_size
-        return [Batch(inputs[i : i + size], targets[i : i + size]) for i in range(0, len(tokens), size)]
+        batch = Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
+        return batch.split(self.device_batch_size)
 
     @property
     def epoch(self) -> float:

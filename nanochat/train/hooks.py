@@ -1,4 +1,4 @@
-"""Hooks of the training loop: comparing ranks, saving, validation, samples and CORE, each at its cadence.
+"""Hooks of the training loop, each at its cadence; those of pretraining: validation, samples, CORE, saving.
 
 They run between steps, so that a step does nothing but train.
 """
@@ -17,7 +17,7 @@ from nanochat.data.corpus import Corpus
 from nanochat.distributed.weight_check import require_equal
 from nanochat.distributed.world import World
 from nanochat.engine import sample_texts
-from nanochat.evaluation.bits_per_byte import batches_of, evaluate
+from nanochat.evaluation.bits_per_byte import Validation, batches_of, evaluate
 from nanochat.evaluation.core import evaluate as core_evaluate
 from nanochat.evaluation.core import scoring
 from nanochat.tokenizer.tokenizer import Tokenizer
@@ -47,9 +47,42 @@ class Hook:
         return self.also() or (self.every > 0 and step % self.every == 0)
 
 
+def saving(plan: Plan, saver: Saver, world: World) -> list[Hook]:
+    """The hooks of every stage: the comparison of ranks, if asked for, and saving.
+
+    Ranks are compared before: those that differ must not become a checkpoint.
+    """
+
+    def compare_ranks(state: TrainState) -> None:
+        require_equal(dict(state.model.named_parameters()), world, state.step)
+
+    every = plan.args.check_ranks_every
+    compare = [Hook(compare_ranks, every)] if every else []
+    return [*compare, Hook(saver.save, plan.args.save_every, also=saver.is_time)]
+
+
+def record_validation(plan: Plan, state: TrainState, found: Validation, log: RunLog) -> None:
+    """Keep validation figures in the state, and log them; what is not finite is null, as JSON has no NaN."""
+    state.val_bpb, state.val_loss = (
+        value if math.isfinite(value) else None for value in (found.bpb, found.loss)
+    )
+    known = [bpb for bpb in (state.val_bpb, state.min_val_bpb) if bpb is not None]
+    state.min_val_bpb = min(known, default=None)
+    log.record(
+        "eval",
+        state.step,
+        f"step {state.step:5d}/{plan.steps} | validation {found.bpb:.4f} bits per byte, "
+        f"{found.loss:.4f} nats per token | {state.train_seconds:,.1f} s of training",
+        val_bpb=state.val_bpb,
+        val_loss=state.val_loss,
+        tokens=plan.tokens_until(state.step),
+        train_seconds=state.train_seconds,
+    )
+
+
 @dataclass(eq=False)
-class Hooks:
-    """The hooks of base_train, in their order.
+class PretrainingHooks:
+    """The hooks of base_train.
 
     Saving comes before evaluation, which then cannot lose the weights. Evaluations look now and then
     whether a signal has come, and raise `Stopped` on all ranks if it has on any.
@@ -63,50 +96,32 @@ class Hooks:
     log: RunLog
 
     def __post_init__(self) -> None:
-        """Make the list. A bundle of CORE that is absent is missed now, and not hours later."""
+        """Find the data of the evaluations: what is absent is missed now, and not hours later."""
         args = self.plan.args
         self.token_bytes = self.tokenizer.token_bytes()
         length, rows = self.plan.model.sequence_len, self.plan.device_batch_size
         self.batches = batches_of(
             self.corpus, self.tokenizer, args, length, rows, self.world, args.eval_tokens
         )
-        self._all = [
-            Hook(self.saver.save, args.save_every, also=self.saver.is_time),
+        if args.core_metric_every is not None:
+            self.bundle = core_evaluate.find_bundle(args.eval_bundle)
+
+    def all(self) -> list[Hook]:
+        """The hooks in their order."""
+        args = self.plan.args
+        hooks = [
+            *saving(self.plan, self.saver, self.world),
             Hook(self.validate, args.eval_every, at_start=True),
             Hook(self.sample, args.sample_every),
         ]
-        if args.check_ranks_every:  # before saving: ranks that differ must not become a checkpoint
-            self._all.insert(0, Hook(self.compare_ranks, args.check_ranks_every))
         if args.core_metric_every is not None:
-            self.bundle = core_evaluate.find_bundle(args.eval_bundle)
-            self._all.append(Hook(self.score, args.core_metric_every))
-
-    def due(self, step: int) -> list[Hook]:
-        """The hooks whose time it is, when `step` steps are done."""
-        return [hook for hook in self._all if hook.due(step, self.plan.steps)]
-
-    def compare_ranks(self, state: TrainState) -> None:
-        """End the run if the weights of two ranks differ."""
-        require_equal(dict(state.model.named_parameters()), self.world, state.step)
+            hooks.append(Hook(self.score, args.core_metric_every))
+        return hooks
 
     def validate(self, state: TrainState) -> None:
-        """Validation loss and bits per byte; a figure that is not finite is null, as JSON has no NaN."""
+        """Validation loss and bits per byte."""
         found = evaluate(state.model, self.batches, self.token_bytes, self.world, requested)
-        state.val_bpb, state.val_loss = (
-            value if math.isfinite(value) else None for value in (found.bpb, found.loss)
-        )
-        known = [bpb for bpb in (state.val_bpb, state.min_val_bpb) if bpb is not None]
-        state.min_val_bpb = min(known, default=None)
-        self.log.record(
-            "eval",
-            state.step,
-            f"step {state.step:5d}/{self.plan.steps} | validation {found.bpb:.4f} bits per byte, "
-            f"{found.loss:.4f} nats per token | {state.train_seconds:,.1f} s of training",
-            val_bpb=state.val_bpb,
-            val_loss=state.val_loss,
-            tokens=self.plan.tokens_until(state.step),
-            train_seconds=state.train_seconds,
-        )
+        record_validation(self.plan, state, found, self.log)
 
     def score(self, state: TrainState) -> None:
         """CORE, of a part of each task."""

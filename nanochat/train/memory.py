@@ -176,7 +176,7 @@ def halve_until_it_fits(
         state.optimizer.reductions.catch_up()  # here, where what a failed pass held is free again
         if not world.any_rank(result is None) and result is not None:
             return result
-        rows = len(micro_batches[0][0])
+        rows = len(micro_batches[0].inputs)
         if rows == 1:
             raise UserError("out of memory with one row in a micro-batch. Lower --max-seq-len or --depth.")
         smaller = divisor_below(rows, rows)
@@ -188,8 +188,4 @@ def halve_until_it_fits(
         state.loader.device_batch_size = smaller
         if state.model.is_compiled:
             state.model.compile_for(smaller)
-        micro_batches = [
-            pair
-            for inputs, targets in micro_batches
-            for pair in zip(inputs.split(smaller), targets.split(smaller), strict=True)  # type: ignore[no-untyped-call]
-        ]
+        micro_batches = [part for batch in micro_batches for part in batch.split(smaller)]

@@ -24,30 +24,28 @@ from nanochat.common.stop_signals import Stopped, keep_work, requested, stop_sig
 from nanochat.config import plan as planning
 from nanochat.config.plan import Plan
 from nanochat.config.schedule import lr_multiplier, muon_momentum, muon_weight_decay
-from nanochat.data.corpus import Corpus
-from nanochat.data.train_loader import Batch, TrainLoader
+from nanochat.data.train_loader import Batch
 from nanochat.distributed.watchdog import Watchdog
 from nanochat.distributed.world import World
 from nanochat.model.gpt import GPT
 from nanochat.optim.loss_scale import LossScale
 from nanochat.optim.muon_adamw import MuonAdamW
 from nanochat.optim.rates import MatrixOptions
-from nanochat.tokenizer.tokenizer import Tokenizer
 from nanochat.train import memory
-from nanochat.train.hooks import Hooks
+from nanochat.train.hooks import Hook
 from nanochat.train.profiling import collector_held, traced
 from nanochat.train.run_log import RunLog
+from nanochat.train.stage import Stage
 from nanochat.train.step_metrics import StepReporter, StepResult
 
 
-def create_state(
-    plan: Plan, corpus: Corpus, tokenizer: Tokenizer, precision: machine.Precision, world: World
-) -> TrainState:
+def create_state(plan: Plan, stage: Stage, precision: machine.Precision, world: World) -> TrainState:
     """A run at step 0: initial weights from the seed, empty moments, the beginning of the data."""
     with torch.device("meta"):
-        model = GPT(plan.model, precision, tokenizer.bos_id if plan.model.document_mask else None)
+        model = GPT(plan.model, precision, stage.tokenizer.bos_id if plan.model.document_mask else None)
     model.to_empty(device=world.device)
     model.init_weights(plan.args.seed)
+    model.isolates_documents = plan.finetune is not None
     model.recompute = plan.args.recompute
     optimizer = MuonAdamW(
         dict(model.named_parameters()),
@@ -58,18 +56,18 @@ def create_state(
         MatrixOptions(plan.polar_norm_factor, plan.args.soap_every, plan.args.soap_sides),
         getattr(torch, plan.args.grad_reduce_dtype),
     )
-    loader = TrainLoader(
-        corpus,
-        tokenizer,
-        sequence_len=plan.model.sequence_len,
-        rows_per_batch=plan.batch_rows,
-        streams=plan.lanes,
-        seed=plan.args.seed,
-        world=world,
-        device_batch_size=plan.device_batch_size,
-        keep_tails=bool(plan.args.keep_tails),
-    )
+    loader = stage.make_loader(plan, model, world)
     return TrainState(0, model, optimizer, loader, LossScale(precision.compute_dtype, world.device))
+
+
+def micro_batch_loss(model: GPT, batch: Batch, micro_batches: int) -> Tensor:
+    """The part of a micro-batch in this rank's loss of a step: a 0-dim tensor in nats.
+
+    Without weights every micro-batch has as many targets: the mean of their means is the mean of all.
+    """
+    if batch.weights is None:
+        return model.loss(batch.inputs, batch.targets) / micro_batches
+    return model.loss(batch.inputs, batch.targets, weights=batch.weights)
 
 
 def train_step(plan: Plan, state: TrainState, world: World) -> StepResult:
@@ -77,14 +75,14 @@ def train_step(plan: Plan, state: TrainState, world: World) -> StepResult:
 
     A loss or gradient that is not finite, on any rank, never reaches the weights.
     """
-    micro_batches = [pair for _ in range(plan.units_at(state.step)) for pair in state.loader.next_batch()]
+    micro_batches = [batch for _ in range(plan.units_at(state.step)) for batch in state.loader.next_batch()]
 
     def passes(micro_batches: list[Batch]) -> Tensor:
         loss = torch.zeros((), device=world.device)
-        for i, (inputs, targets) in enumerate(micro_batches, 1):
+        for i, batch in enumerate(micro_batches, 1):
             is_last = i == len(micro_batches)
             state.model.hold_gradients(not is_last)
-            micro_loss = state.model.loss(inputs, targets) / len(micro_batches)
+            micro_loss = micro_batch_loss(state.model, batch, len(micro_batches))
             with state.optimizer.reductions.early() if is_last else contextlib.nullcontext():
                 state.loss_scale.up(micro_loss).backward()  # type: ignore[no-untyped-call]
             loss += micro_loss.detach()
@@ -102,10 +100,10 @@ def train_step(plan: Plan, state: TrainState, world: World) -> StepResult:
     )
     mean_loss = world.all_reduce_sum(loss) / world.size
     overflow = state.loss_scale.adjust(update.applied, mean_loss)
-    return StepResult(mean_loss, update, overflow, plan.groups["matrix"].lr * lr_mult, state.loader.epoch)
+    return StepResult(mean_loss, update, overflow, plan.groups["matrix"].lr * lr_mult, state.loader.metrics)
 
 
-def train(plan: Plan, state: TrainState, world: World, reporter: StepReporter, hooks: Hooks) -> str:
+def train(plan: Plan, state: TrainState, world: World, reporter: StepReporter, hooks: list[Hook]) -> str:
     """Step until the plan's end, or until a signal on any rank stops all of them at the same step.
 
     Hooks run between steps, in their order. A run that goes on from a checkpoint runs again those that are
@@ -118,7 +116,7 @@ def train(plan: Plan, state: TrainState, world: World, reporter: StepReporter, h
     with collector_held(), traced(trace) as step_traced, contextlib.suppress(Stopped):
         while True:
             state.model.use_windows(plan.windows_at(state.step))
-            if due := hooks.due(state.step):
+            if due := [hook for hook in hooks if hook.due(state.step, plan.steps)]:
                 reporter.flush(state)
                 for hook in due:
                     if world.any_rank(requested()):
@@ -144,9 +142,7 @@ def train(plan: Plan, state: TrainState, world: World, reporter: StepReporter, h
     return "stopped"
 
 
-def run(
-    plan: Plan, corpus: Corpus, tokenizer: Tokenizer, precision: machine.Precision, world: World
-) -> dict[str, Any]:
+def run(plan: Plan, stage: Stage, precision: machine.Precision, world: World) -> dict[str, Any]:
     """Train a plan from its start or its checkpoint to its end, and leave the files of a run behind.
 
     Returns:
@@ -159,7 +155,7 @@ def run(
     plan = planning.with_precision(plan, str(precision.compute_dtype).removeprefix("torch."), precision.fp8)
     memory.require_room(plan, world, precision.compute_dtype)
     with stop_signals(), _sole_owner(plan, world):
-        return _run(plan, corpus, tokenizer, precision, world)
+        return _run(plan, stage, precision, world)
 
 
 @contextlib.contextmanager
@@ -180,14 +176,13 @@ def _sole_owner(plan: Plan, world: World) -> Iterator[None]:
         yield
 
 
-def _run(
-    plan: Plan, corpus: Corpus, tokenizer: Tokenizer, precision: machine.Precision, world: World
-) -> dict[str, Any]:
-    folder = files.run_dir(plan.args.run_name)
-    fingerprints = {"corpus": corpus.fingerprint, "tokenizer": tokenizer.fingerprint}
+def _run(plan: Plan, stage: Stage, precision: machine.Precision, world: World) -> dict[str, Any]:
+    folder, fingerprints = files.run_dir(plan.args.run_name), stage.fingerprints
     start = resume.starting_point(plan, world)
-    state = create_state(plan, corpus, tokenizer, precision, world)
-    if start is not None:
+    state = create_state(plan, stage, precision, world)
+    if start is None:
+        stage.begin(state, world)
+    else:
         for change in checkpoint_state.load(state, start, plan, fingerprints):
             world.print0(f"extended: {change}")
         if (summary := resume.summary_of_finished(plan, state.step, world)) is not None:
@@ -208,8 +203,7 @@ def _run(
     ):
         reporter = StepReporter(plan, world, log, speed)
         saver = Saver(plan, fingerprints, world, log.say, saved_step=state.step if start else None)
-        hooks = Hooks(plan, corpus, tokenizer, saver, world, log)
-        status = train(plan, state, world, reporter, hooks)
+        status = train(plan, state, world, reporter, stage.hooks(plan, saver, world, log))
         if status != "finished":
             reason = "stopped by a signal" if status == "stopped" else "the target loss is reached"
             log.say(f"{reason} after step {state.step}")

@@ -22,6 +22,7 @@ from nanochat.distributed.world import World
 from nanochat.optim.muon_adamw import UpdateResult
 from nanochat.train.run_log import RunLog
 
+SHOWN = ("epoch", "reward")  # of what the loader says, on the console
 SMOOTHING = 0.9  # of the training loss that the console shows
 MOST_SKIPPED = 10  # steps in a row, after which no later one will do better
 
@@ -36,14 +37,14 @@ class StepResult:
         overflow: 0-dim bool, the update was held back because fp16 gradients overflowed; the loss scale has
             been halved.
         lr: learning rate of the matrices.
-        epoch: of the data.
+        data: what the loader says of the batch, by name: "epoch", or "reward" and others.
     """
 
     loss: Tensor
     update: UpdateResult
     overflow: Tensor
     lr: float
-    epoch: float
+    data: dict[str, float]
 
     def on_device(self) -> Tensor:
         """(4 + P,) fp32: loss, gradient norm, applied, overflow, squares of the update by parameter."""
@@ -143,16 +144,16 @@ class StepReporter:
         mfu = tokens_per_s / self._peak_tokens_per_s
         of_matmul = mfu * self._speed.peak_flops / self._speed.matmul_flops
         left_s = (plan.tokens - tokens) * state.train_seconds / tokens
+        told = " | ".join(f"{name} {result.data[name]:.2f}" for name in SHOWN if name in result.data)
         skipped = f" | skipped {state.skipped_steps}" if state.skipped_steps else ""
         self._log.record(
             "step",
             step,
             f"step {step + 1:5d}/{plan.steps} | loss {smoothed:.4f} | lr {result.lr:.2e} | "
             f"{tokens_per_s:,.0f} tok/s | mfu {100 * mfu:.1f}% ({100 * of_matmul:.1f}% of a matmul) | "
-            f"epoch {result.epoch:.2f} | eta {left_s / 60:.1f} min{skipped}",
+            f"{told} | eta {left_s / 60:.1f} min{skipped}",
             loss=loss,
             grad_norm=None if overflow else grad_norm,
-            epoch=result.epoch,
             smoothed_loss=smoothed,
             lr=result.lr,
             tokens_per_second=tokens_per_s,
@@ -160,6 +161,7 @@ class StepReporter:
             tokens=tokens,
             train_seconds=state.train_seconds,
             skipped_steps=state.skipped_steps,
+            **result.data,
             **{f"update_rms_{kind}": rms for kind, rms in state.optimizer.rms_by_kind(squares).items()},
         )
 

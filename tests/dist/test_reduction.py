@@ -23,6 +23,7 @@ from nanochat.distributed.world import World
 from nanochat.tokenizer.tokenizer import Tokenizer
 from nanochat.train import memory
 from nanochat.train import run as train_run
+from nanochat.train.stage import Pretraining
 from tests.dist.world import run_ranks
 from tests.tiny import tiny_args, tiny_corpus
 
@@ -36,7 +37,7 @@ def state_of(world: World) -> TrainState:
     tokenizer = Tokenizer.load(tokenizer_dir("local"))
     plan = planning.plan(tiny_args(device_batch_size=ROWS), tokenizer.vocab_size, world.size)
     precision = Precision(torch.float32, "sdpa")
-    return train_run.create_state(plan, Corpus.open("local"), tokenizer, precision, world)
+    return train_run.create_state(plan, Pretraining(Corpus.open("local"), tokenizer), precision, world)
 
 
 def record_begun() -> list[int]:

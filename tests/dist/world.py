@@ -25,6 +25,7 @@ from nanochat.common.files import tokenizer_dir
 from nanochat.common.machine import Precision
 from nanochat.tokenizer.tokenizer import Tokenizer
 from nanochat.distributed.world import World
+from nanochat.train.stage import Pretraining
 from tests.tiny import tiny_args, train_tiny
 
 
@@ -65,7 +66,7 @@ def train_rank(world: World, changes: dict[str, Any], stop_at: int | None) -> No
         train_run.train_step = step
     tokenizer = Tokenizer.load(tokenizer_dir("local"))
     plan = planning.plan(tiny_args(**changes), tokenizer.vocab_size, world.size)
-    train_run.run(plan, Corpus.open("local"), tokenizer, Precision(torch.float32, "sdpa"), world)
+    train_run.run(plan, Pretraining(Corpus.open("local"), tokenizer), Precision(torch.float32, "sdpa"), world)
 
 
 def train_world(size: int, folder: Path, stop_at: int | None = None, **changes: Any) -> None:

@@ -19,6 +19,7 @@ from nanochat.distributed.world import World
 from nanochat.tokenizer.tokenizer import Tokenizer
 from nanochat.train import memory
 from nanochat.train import run as train_run
+from nanochat.train.stage import Pretraining
 from tests.tiny import tiny_args, tiny_corpus
 
 pytestmark = [
@@ -32,7 +33,11 @@ def prepare(tmp_path: Path, **changes: Any) -> tuple[Plan, TrainState, World]:
     tokenizer, world = Tokenizer.load(files.tokenizer_dir("local")), World.single_process("cuda")
     plan = planning.plan(tiny_args(**changes), tokenizer.vocab_size)
     precision = Precision(torch.bfloat16, "sdpa")
-    return plan, train_run.create_state(plan, Corpus.open("local"), tokenizer, precision, world), world
+    return (
+        plan,
+        train_run.create_state(plan, Pretraining(Corpus.open("local"), tokenizer), precision, world),
+        world,
+    )
 
 
 def test_a_step_waits_for_nothing(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from nanochat.common.machine import Precision
 from nanochat.config import plan as planning
 from nanochat.config.arguments import TrainArgs
+from nanochat.data.train_loader import Batch
 from nanochat.distributed.world import World
 from nanochat.model.gpt import GPT
 from nanochat.optim.loss_scale import LossScale
@@ -120,8 +121,8 @@ def fake_state(plan: planning.Plan, world: World, backend: str, micro_batches: i
     params, kinds = dict(model.named_parameters()), model.parameter_kinds()
     optimizer = MuonAdamW(params, kinds, plan.groups, world, torch.bfloat16, options)
     ids = torch.zeros(plan.device_batch_size, plan.model.sequence_len, dtype=torch.int64, device=GPU)
-    pairs = [(ids, ids)] * (micro_batches or min(2, plan.grad_accum_steps))
-    loader = SimpleNamespace(next_batch=lambda: pairs, epoch=0.0)
+    pairs = [Batch(ids, ids)] * (micro_batches or min(2, plan.grad_accum_steps))
+    loader = SimpleNamespace(next_batch=lambda: pairs, metrics={})
     scale = LossScale(torch.bfloat16, GPU)
     return SimpleNamespace(step=1, model=model, optimizer=optimizer, loader=loader, loss_scale=scale)
 

@@ -64,7 +64,7 @@ class Trainer:
         self.loader.load_state_dict(self.state)
         digest, end = hashlib.sha256(), self.loader.epoch + 1
         while self.loader.epoch < end:
-            for inputs, _ in self.loader.next_batch():
+            for inputs, *_ in self.loader.next_batch():
                 digest.update(inputs.numpy().tobytes())
         return digest.hexdigest()
 

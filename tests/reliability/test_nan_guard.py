@@ -29,6 +29,7 @@ from nanochat.optim import muon_adamw
 from nanochat.tokenizer.tokenizer import Tokenizer
 from nanochat.train import run as train_run
 from nanochat.train.run_log import RunLog
+from nanochat.train.stage import Pretraining
 from nanochat.train.step_metrics import StepReporter
 from tests.tiny import tiny_args, tiny_corpus
 
@@ -41,7 +42,9 @@ def prepare(world: World) -> tuple[Plan, TrainState]:
     tokenizer = Tokenizer.load(files.tokenizer_dir("local"))
     plan = planning.plan(tiny_args(), tokenizer.vocab_size, world.size)
     corpus = Corpus.open("local")
-    state = train_run.create_state(plan, corpus, tokenizer, Precision(torch.float32, "sdpa"), world)
+    state = train_run.create_state(
+        plan, Pretraining(corpus, tokenizer), Precision(torch.float32, "sdpa"), world
+    )
     for _ in range(2):
         assert train_run.train_step(plan, state, world).update.applied
         state.step += 1
