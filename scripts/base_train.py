@@ -24,7 +24,6 @@ def main() -> None:
 
 def train_as_asked() -> str:
     """Parse, plan, train, report; the status of the run."""
-    from nanochat import report
     from nanochat.common import files
     from nanochat.config import arguments
     from nanochat.config import plan as planning
@@ -56,15 +55,7 @@ def train_as_asked() -> str:
         for line in (reason, *planning.describe(plan), *plan.notices, *([hint] if hint else [])):
             ranks.print0(line)
         summary = train_run.run(plan, Pretraining(corpus, tokenizer), precision, ranks)
-        status = str(summary["status"])
-        if ranks.is_main:
-            ended = status.replace("_", " ")
-            print(f"{ended} after {summary['steps']} steps, validation bpb {summary['val_bpb']}")
-            try:
-                print(f"report: {report.write_report(args.run_name)}")
-            except (errors.UserError, OSError) as error:  # it can be made again; the exit code is the run's
-                errors.warn(f"no report: {error}; python -m scripts.report --run {args.run_name} makes it")
-    return status
+        return train_run.conclude(summary, ranks)
 
 
 if __name__ == "__main__":

@@ -112,7 +112,7 @@ def loaders(corpus: Corpus, size: int, **changes: Any) -> list[TrainLoader]:
 
 def rows_of(batches: list[Batch]) -> NDArray[np.int64]:
     """The (n, T + 1) rows of some micro-batches."""
-    return torch.cat([torch.cat([batch.inputs, batch.targets[:, -1:]], 1) for batch in batches]).numpy()
+    return torch.cat([torch.cat([inputs, targets[:, -1:]], 1) for inputs, targets, *_ in batches]).numpy()
 
 
 def global_batch(ranks: list[TrainLoader]) -> NDArray[np.int64]:

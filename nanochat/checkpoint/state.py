@@ -185,16 +185,20 @@ def load(state: TrainState, folder: Path, plan: Plan, fingerprints: dict[str, st
     weights = checkpoint_format.read_tensors(folder / MODEL)
     _require_fit(weights, state.model, folder / MODEL)
     state.model.load_state_dict(weights)
-    moments = checkpoint_format.read_tensors(folder / OPTIMIZER)
-    try:
-        state.optimizer.load_state_tensors(moments)
-    except UserError as error:
-        raise UserError(f"{folder / OPTIMIZER}: {error}") from None
+    _load_moments(state, folder)
     state.loader.load_state_dict(meta["loader"])
     state.loss_scale.load(meta["loss_scale"])
     for name in COUNTERS:
         setattr(state, name, meta[name])
     return extended
+
+
+def _load_moments(state: TrainState, folder: Path) -> None:
+    moments = checkpoint_format.read_tensors(folder / OPTIMIZER)
+    try:
+        state.optimizer.load_state_tensors(moments)
+    except UserError as error:
+        raise UserError(f"{folder / OPTIMIZER}: {error}") from None
 
 
 def _require_fit(tensors: dict[str, Tensor], model: GPT, path: Path) -> None:
@@ -243,12 +247,7 @@ def _load_model(
 ) -> tuple[GPT, Tokenizer, dict[str, Any]]:
     meta = checkpoint_format.read_state(folder)
     args = arguments_of(meta, folder)
-    tokenizer = Tokenizer.load(files.tokenizer_dir(args.tokenizer_name))
-    if tokenizer.fingerprint != meta["fingerprints"].get("tokenizer"):
-        raise UserError(
-            f"tokenizer {args.tokenizer_name!r} is not the one that run {run!r} was trained with. "
-            "Put the old tokenizer.json back, or train again."
-        )
+    tokenizer = _tokenizer_of(run, args, meta)
     weights = checkpoint_format.read_tensors(folder / MODEL)
     shape = _model_config(completed(meta["plan"])["model"], weights, folder / STATE)
     with torch.device("meta"):
@@ -261,6 +260,86 @@ def _load_model(
         if parameter.dim() > 1:
             parameter.data = parameter.data.to(precision.compute_dtype)
     return model.eval(), tokenizer, meta
+
+
+@dataclass(frozen=True)
+class Base:
+    """A trained run that another begins with.
+
+    Attributes:
+        run: its name.
+        step: of the checkpoint.
+        folder: the checkpoint.
+        sha256: hex digest of its manifest, which has those of all its files.
+        args: the arguments of the run.
+        model: the shape of the model.
+        weights: fp32, by name, in host memory.
+        tokenizer: of the run.
+        finetune: what the run has begun with itself; None for a base model.
+    """
+
+    run: str
+    step: int
+    folder: Path
+    sha256: str
+    args: TrainArgs
+    model: GPTConfig
+    weights: dict[str, Tensor]
+    tokenizer: Tokenizer
+    finetune: dict[str, Any] | None
+
+    def warm_start(self, state: TrainState) -> None:
+        """Give a run at step 0 these weights and moments; counters and data stay at their beginning.
+
+        Raises:
+            UserError: the checkpoint is of another shape, or damaged.
+        """
+        _require_fit(self.weights, state.model, self.folder / MODEL)
+        state.model.load_state_dict(self.weights)
+        _load_moments(state, self.folder)
+
+
+def read_base(run: str, step: int | None) -> Base:
+    """The run that another is to begin with.
+
+    Args:
+        run: its name.
+        step: of its checkpoint; None for the newest that verifies.
+
+    Raises:
+        UserError: unknown run, no usable checkpoint, or a tokenizer that is not its own.
+    """
+    require_run(run)
+    if base := checkpoint_format.read_newest(run, step, lambda folder: _read_base(run, folder)):
+        return base
+    raise UserError(f"run {run!r} has no checkpoint yet. Train it first.")
+
+
+def _read_base(run: str, folder: Path) -> Base:
+    meta = checkpoint_format.read_state(folder)
+    args = arguments_of(meta, folder)
+    plan, weights = completed(meta["plan"]), checkpoint_format.read_tensors(folder / MODEL)
+    return Base(
+        run,
+        meta["step"],
+        folder,
+        files.sha256(folder / checkpoint_format.MANIFEST),
+        args,
+        _model_config(plan["model"], weights, folder / STATE),
+        weights,
+        _tokenizer_of(run, args, meta),
+        plan["finetune"],
+    )
+
+
+def _tokenizer_of(run: str, args: TrainArgs, meta: dict[str, Any]) -> Tokenizer:
+    tokenizer = Tokenizer.load(files.tokenizer_dir(args.tokenizer_name))
+    if tokenizer.fingerprint != meta["fingerprints"].get("tokenizer"):
+        raise UserError(
+            f"tokenizer {args.tokenizer_name!r} is not the one that run {run!r} was trained with. "
+            "Put the old tokenizer.json back, or train again."
+        )
+    return tokenizer
 
 
 def arguments_of(meta: dict[str, Any], folder: Path) -> TrainArgs:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nanochat import report
 from nanochat.checkpoint import resume
 from nanochat.checkpoint import state as checkpoint_state
 from nanochat.checkpoint.async_saver import Saver
@@ -217,6 +218,19 @@ def _run(plan: Plan, stage: Stage, precision: machine.Precision, world: World) -
             except OSError as error:
                 warn(f"{path} could not be written ({error.strerror}); {remedy}")
     return summary
+
+
+def conclude(summary: dict[str, Any], world: World) -> str:
+    """Say how a run has ended and write its report; returns the status of the run."""
+    run, status = str(summary["run"]), str(summary["status"])
+    if world.is_main:
+        ended = status.replace("_", " ")
+        print(f"{ended} after {summary['steps']} steps, validation bpb {summary['val_bpb']}")
+        try:
+            print(f"report: {report.write_report(run)}")
+        except (UserError, OSError) as error:  # it can be made again; the exit code is the run's
+            warn(f"no report: {error}; python -m scripts.report --run {run} makes it")
+    return status
 
 
 def _prepare(plan: Plan, state: TrainState, precision: machine.Precision, world: World) -> Plan:
