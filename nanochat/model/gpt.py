@@ -216,6 +216,9 @@ class GPT(nn.Module):
     Attributes:
         recompute: what a backward pass computes again instead of keeping it: "none", "mlp" (of every block)
             or "block" (all but the stream between blocks). May be changed between passes.
+        document_bos: the id with which documents begin, if attention is to stay within them.
+        isolates_documents: whether smear and pairs stay within them, too, so that a document is read as if it
+            were alone. Pretraining lets both reach from a BOS to the token before it, as nanochat does.
     """
 
     cos: Tensor
@@ -233,7 +236,7 @@ class GPT(nn.Module):
         self.config = config
         self.dtype = precision.compute_dtype
         self.recompute = "none"
-        self.document_bos = document_bos
+        self.document_bos, self.isolates_documents = document_bos, False
         self.windows = config.windows
         self.backend = precision.attention
         self.block_masks: dict[int, Any] = {}
@@ -309,10 +312,12 @@ class GPT(nn.Module):
         return self._blocks_pass(ids, self._lookup(ids, cache), cache)
 
     def _lookup(self, ids: Tensor, cache: DecodeCache | None = None) -> Rows:
-        """The rows of the tables; as smear does, pairs reach over a BOS."""
+        """The rows of the tables; pairs reach over a BOS where smear does."""
         pairs = None
         if self.bigram is not None:
             before = F.pad(ids[:, :-1], (1, 0), value=-1) if cache is None else cache.shift_ids(ids)
+            if (starts := self._isolated_starts(ids, cache)) is not None:
+                before = before.masked_fill(starts, -1)
             pairs = self.bigram(pair_rows(ids, before, self.config.bigram_rows))
         order = order_of(ids)
         values = {int(layer): table(ids, order) for layer, table in self.value_embeds.items()}
@@ -327,6 +332,8 @@ class GPT(nn.Module):
         x = norm(rows.tokens)
         before = F.pad(x[:, :-1], (0, 0, 1, 0)) if cache is None else cache.shift(x)
         gate = torch.sigmoid(self.smear_gate(x[..., : self.config.smear_gate_width]))
+        if (starts := self._isolated_starts(ids, cache)) is not None:
+            gate = gate.masked_fill(starts[..., None], 0)
         x = x0 = x + self.smear_scale * gate * before
         middle = x
         whole_layers = self.recompute == "block" and cache is None and torch.is_grad_enabled()
@@ -338,6 +345,12 @@ class GPT(nn.Module):
         if cache is not None:
             cache.advance(count)
         return norm(x - self.backout_scale * middle)
+
+    def _isolated_starts(self, ids: Tensor, cache: DecodeCache | None) -> Tensor | None:
+        """(B, T) bool: where the token before is none of this document; None where that is not asked."""
+        if self.isolates_documents and self.document_bos is not None and cache is None:
+            return ids == self.document_bos
+        return None
 
     def _layout(self, ids: Tensor, cache: DecodeCache | None) -> Layout:
         """Where documents begin; a prompt behind a cache is one document, whatever is in it."""
@@ -395,14 +408,18 @@ class GPT(nn.Module):
         for layer in self.linears:
             layer.drop_gradients()
 
-    def loss(self, ids: Tensor, targets: Tensor, reduction: Reduction = "mean") -> Tensor:
-        """Cross-entropy in nats.
+    def loss(
+        self, ids: Tensor, targets: Tensor, reduction: Reduction = "mean", weights: Tensor | None = None
+    ) -> Tensor:
+        """Cross-entropy in nats; by weights, the one loss of pretraining, finetuning and RL.
 
         Args:
             ids: (B, T) int64.
             targets: (B, T) int64, -1 where it does not count.
             reduction: "mean" over the targets that count, "sum", or "none" for (B, T) losses without
                 gradient.
+            weights: (B, T) fp32 factors on the losses, of either sign, whose weighted sum is returned in the
+                place of "mean" or "sum". That of a target of -1 is not read.
 
         Returns:
             fp32 scalar, or (B, T) fp32.
@@ -417,6 +434,7 @@ class GPT(nn.Module):
             reduction=reduction,
             cast=head.working(hidden.dtype).detach(),
             eighth=head.in_fp8(),
+            weights=None if weights is None else weights.flatten(),
         )
         return loss.view_as(targets) if reduction == "none" else loss
 

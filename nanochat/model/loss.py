@@ -56,6 +56,7 @@ def softcapped_cross_entropy(
     chunk_rows: int | None = None,
     cast: Tensor | None = None,
     eighth: Fp8Weight | None = None,
+    weights: Tensor | None = None,
 ) -> Tensor:
     """Cross-entropy in nats of softcap * tanh(x @ weight.T / softcap) against the targets.
 
@@ -74,6 +75,8 @@ def softcapped_cross_entropy(
         cast: (V', C) the weight in the dtype of x, where the caller has it; by default it is cast here.
         eighth: the weight in fp8: the logits and the gradient of x are then products in that, where gradients
             are wanted and the kernel runs. x must come from an RMS norm, which bounds it.
+        weights: (N,) fp32 factors on the losses, of either sign, whose weighted sum is then returned in the
+            place of "mean" or "sum". That of an ignored target is not read.
 
     Returns:
         fp32 scalar, or (N,) fp32 for reduction "none".
@@ -81,15 +84,18 @@ def softcapped_cross_entropy(
     wants_grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     vocab_size = weight.size(0) if vocab_size is None else vocab_size
     constants = (softcap, vocab_size, chunk_rows)
+    if weights is not None:
+        assert reduction != "none", "weights are for a sum"
+        weights = weights.masked_fill(targets == IGNORED, 0)
     if wants_grad:
         assert reduction != "none", "per-token losses carry no gradient: call under torch.no_grad()"
-        total: Tensor = _SummedLoss.apply(x, weight, targets, cast, eighth, *constants)
+        total: Tensor = _SummedLoss.apply(x, weight, targets, weights, cast, eighth, *constants)
     else:
         losses, _ = token_losses(x, weight, targets, *constants, with_argmax=False, cast=cast)
         if reduction == "none":
             return losses
-        total = losses.sum()
-    if reduction == "sum":
+        total = losses.sum() if weights is None else (losses * weights).sum()
+    if reduction == "sum" or weights is not None:
         return total
     return total / (targets != IGNORED).sum().clamp(min=1)
 
@@ -116,14 +122,15 @@ def token_losses(
     vocab_size = weight.size(0) if vocab_size is None else vocab_size
     losses, valid = _new_losses(x), targets != IGNORED
     is_argmax = torch.zeros_like(valid)
-    fused = _is_fused(x)
+    if fused := _is_fused(x):
+        from nanochat.model.loss_kernel import softcapped_losses  # here: Triton is for GPUs
     head = _head(weight, cast, x.dtype, weight.size(0) if fused else vocab_size)
     safe = targets.clamp(0, vocab_size - 1)
     for rows in _spans(x.size(0), chunk_rows or _default_rows(CHUNK_ELEMENTS, x, head.size(0))):
         z = x[rows] @ head.t()
         if fused:
             hits = is_argmax[rows] if with_argmax else None
-            _fill_by_kernel(z, targets[rows], losses[rows], hits, softcap, vocab_size, False, None)
+            softcapped_losses(z, targets[rows], losses[rows], hits, softcap, vocab_size, 1.0, False)
             continue
         if with_argmax:
             is_argmax[rows] = z.argmax(dim=-1) == safe[rows]
@@ -132,7 +139,12 @@ def token_losses(
 
 
 class _SummedLoss(torch.autograd.Function):
-    """The sum of the losses; its gradients are ready when the forward pass ends."""
+    """The sum of the losses, by weights if they are given; its gradients are ready when forward ends.
+
+    A weight may be as small as one part in the tokens of a step. So rows are multiplied by their weight
+    relative to the largest, which bf16, fp16 and fp8 hold as they hold no weight, and the largest goes on
+    the gradients at the end.
+    """
 
     @staticmethod
     def forward(
@@ -140,6 +152,7 @@ class _SummedLoss(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         targets: Tensor,
+        weights: Tensor | None,
         cast: Tensor | None,
         eighth: Fp8Weight | None,
         softcap: float,
@@ -147,12 +160,16 @@ class _SummedLoss(torch.autograd.Function):
         chunk_rows: int | None,
     ) -> Tensor:
         want_x, want_weight = ctx.needs_input_grad[:2]
-        losses, valid = _new_losses(x), (targets != IGNORED)[:, None]
-        fused = _is_fused(x)
+        losses, factors, largest = _new_losses(x), targets != IGNORED, None
+        if weights is not None:
+            largest = weights.abs().amax().clamp(min=torch.finfo(weights.dtype).tiny)
+            factors = weights / largest
+        if fused := _is_fused(x):
+            from nanochat.model.loss_kernel import softcapped_losses
         head = _head(weight, cast, x.dtype, weight.size(0) if fused else vocab_size)
         safe = targets.clamp(0, vocab_size - 1)
-        # An ignored row adds nothing to the weight's gradient; the kernel makes its derivatives zero.
-        counted = x * valid if want_weight and not fused else x
+        # The kernel multiplies derivatives by their row's factor. Elsewhere x does, and its gradient.
+        counted = x if fused or not want_weight else torch.mul(x, factors[:, None], out=torch.empty_like(x))
         grad_x = torch.empty_like(x) if want_x else None
         grad_weight = torch.zeros_like(weight) if want_weight else None
         product = None if grad_weight is None else _product_buffer(grad_weight, head)
@@ -162,8 +179,9 @@ class _SummedLoss(torch.autograd.Function):
         for rows in _spans(x.size(0), chunk):
             z = products.logits(rows)
             if fused:
-                kernel_args = (None, softcap, vocab_size, True, products.narrow(rows))
-                _fill_by_kernel(z, targets[rows], losses[rows], *kernel_args)
+                constants = (None, softcap, vocab_size, _boost(x.dtype), True, products.narrow(rows))
+                by_row = None if weights is None else factors[rows]
+                softcapped_losses(z, targets[rows], losses[rows], *constants, by_row)
             else:
                 _losses_of_chunk(z, safe[rows], softcap, losses[rows], with_grad=want_x or want_weight)
             if grad_x is not None:
@@ -172,9 +190,10 @@ class _SummedLoss(torch.autograd.Function):
                 _add_product(grad_weight[: head.size(0)], z.t(), counted[rows], product)
             del z  # before the next chunk's are there
         if grad_x is not None and not fused:
-            grad_x.mul_(valid)
-        ctx.grads, ctx.boost = (grad_x, grad_weight), _boost(x.dtype)
-        return (losses * valid[:, 0]).sum()
+            grad_x.mul_(factors[:, None])
+        ctx.grads, ctx.boost, ctx.largest = (grad_x, grad_weight), _boost(x.dtype), largest
+        total = (losses * factors).sum()
+        return total if largest is None else total * largest
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
@@ -183,10 +202,12 @@ class _SummedLoss(torch.autograd.Function):
         )
         (grad_x, grad_weight), ctx.grads = ctx.grads, None
         factor = 4 / ctx.boost * grad  # the 4 of 4 s (1 - s), left out of the pass over the logits
+        if ctx.largest is not None:
+            factor = (factor * ctx.largest)[None, None]  # of no dimensions, it would be rounded to bf16
         return (
             None if grad_x is None else grad_x.mul_(factor),
             None if grad_weight is None else grad_weight.mul_(factor),
-            *(None,) * 6,
+            *(None,) * 7,
         )
 
 
@@ -256,22 +277,6 @@ def _head(weight: Tensor, cast: Tensor | None, dtype: torch.dtype, rows: int) ->
     50,257. Their logits count for nothing and their derivatives are zero.
     """
     return weight[:rows].to(dtype) if cast is None else cast[:rows]
-
-
-def _fill_by_kernel(
-    z: Tensor,
-    targets: Tensor,
-    losses: Tensor,
-    hits: Tensor | None,
-    softcap: float,
-    vocab_size: int,
-    with_grad: bool,
-    narrow: Tensor | None,
-) -> None:
-    """As `_losses_of_chunk`, with padding columns, ignored targets, and (R,) hits if they are asked for."""
-    from nanochat.model.loss_kernel import softcapped_losses  # here: Triton is for GPUs
-
-    softcapped_losses(z, targets, losses, hits, softcap, vocab_size, _boost(z.dtype), with_grad, narrow)
 
 
 def _product_buffer(total: Tensor, head: Tensor) -> Tensor | None:

@@ -30,6 +30,7 @@ def row_losses(
     losses: tl.tensor,
     hits: tl.tensor,
     narrow: tl.tensor,
+    weights: tl.tensor,
     row_stride: tl.tensor,
     vocab: tl.tensor,
     columns: tl.tensor,
@@ -42,6 +43,7 @@ def row_losses(
 ) -> None:
     """Fill the loss of row `program_id`, and as asked its hit and its derivative, which replaces z.
 
+    The derivative is multiplied by the row's weight, if there are any, before it is rounded.
     The derivative times `narrow_boost` is written to `narrow` besides, if that is there.
 
     With s = sigmoid(2 z / softcap), the softcapped logit is outer * (s - 1/2) in units of log 2, for which
@@ -71,6 +73,8 @@ def row_losses(
     if hits is not None:
         tl.store(hits + row, counts & (tl.sum(better, 0) == 0) & (loss == loss))
     if WITH_GRAD:
+        if weights is not None:
+            boost *= tl.load(weights + row)
         factor = tl.where(counts, boost, 0.0)
         for start in range(0, columns, BLOCK):
             column = start + tl.arange(0, BLOCK)
@@ -96,6 +100,7 @@ def softcapped_losses(
     boost: float,
     with_grad: bool,
     narrow: Tensor | None = None,
+    weights: Tensor | None = None,
 ) -> None:
     """Cross-entropy of softcapped logits, as one kernel; an operator of torch, so that fake tensors pass it.
 
@@ -110,6 +115,7 @@ def softcapped_losses(
         boost: factor on the derivatives.
         with_grad: whether z turns into them.
         narrow: (R, V') fp8 e5m2, filled with the derivatives times NARROW_BOOST.
+        weights: (R,) fp32 factors on the derivatives, from -1 to 1; the losses stay as they are.
     """
     assert z.stride(1) == 1, "rows of logits must be contiguous"
     assert 0 < softcap <= MAX_SOFTCAP, f"softcap {softcap}"
@@ -119,6 +125,7 @@ def softcapped_losses(
         losses,
         hits,
         narrow,
+        weights,
         z.stride(0),
         vocab_size,
         z.size(1),
@@ -144,5 +151,6 @@ def _(
     boost: float,
     with_grad: bool,
     narrow: Tensor | None = None,
+    weights: Tensor | None = None,
 ) -> None:
     """Nothing is made: what is filled exists."""

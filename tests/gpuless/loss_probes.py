@@ -77,6 +77,7 @@ def traffic(
     kernel: bool = True,
     grad: bool = True,
     fp8: bool = False,
+    weighted: bool = False,
 ) -> dict[str, Any]:
     """Bytes a logit and kernels of a micro-batch's loss in bf16, of the elementwise part and of products.
 
@@ -88,6 +89,7 @@ def traffic(
         kernel: False for the path of devices that Triton does not compile for.
         grad: False for evaluation, with the likeliest token.
         fp8: of the head's products.
+        weighted: by weights of the tokens.
     """
     loss._is_fused = lambda x: kernel  # type: ignore[assignment]
     with FakeTensorMode():
@@ -102,6 +104,7 @@ def traffic(
                     "vocab_size": vocabulary,
                     "cast": cast,
                     "eighth": quantize_weight(weight) if fp8 else None,
+                    "weights": torch.ones(tokens, device=GPU) if weighted else None,
                 }
                 loss.softcapped_cross_entropy(x, weight, targets, SOFTCAP, **given).backward()
             else:

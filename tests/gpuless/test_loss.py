@@ -42,8 +42,10 @@ def test_the_elementwise_part_moves_seven_bytes_a_logit(gpu: dict[str, str]) -> 
     d24 = {"tokens": 32_768, "vocabulary": 32_768, "padded": 32_768, "width": 1536}
     race = {**d24, "vocabulary": 50_257, "padded": 50_304, "width": 768}
     cases: list[dict[str, Any]] = [d24, race, {**d24, "fp8": True}]
-    cases += [{**d24, "grad": False}, {**d24, "kernel": False}]
-    train, other, fp8, evaluation, before = pretended.probe(gpu, "loss_probes.traffics", cases=cases)
+    cases += [{**d24, "grad": False}, {**d24, "kernel": False}, {**d24, "weighted": True}]
+    train, other, fp8, evaluation, before, weighted = pretended.probe(
+        gpu, "loss_probes.traffics", cases=cases
+    )
     assert 6 <= train["a_logit"] < 7
     assert 6 <= other["a_logit"] < 7
     of_kernel = dict(fp8["bytes"])["nanochat.softcapped_losses"] / 32_768**2
@@ -54,6 +56,10 @@ def test_the_elementwise_part_moves_seven_bytes_a_logit(gpu: dict[str, str]) -> 
     assert before["a_logit"] > 50
     assert train["kernels"] <= 40
     assert before["kernels"] > 400
+    of_weights = (weighted["a_logit"] - train["a_logit"]) * 32_768  # bytes a token, of which x has 3,072
+    assert weighted["bytes"][0] == [train["bytes"][0][0], train["bytes"][0][1] + 4 * 32_768]
+    assert 0 < of_weights < 40  # six passes over (N,) numbers, and none over (N, C) or (N, V)
+    assert weighted["products"] == train["products"]
     # Three products a chunk; that of the weight adds to the fp32 gradient, and no other pass does.
     assert train["products"] == {"aten.mm": 8, "aten.addmm": 4, "aten._scaled_mm": 0}
     assert train["grads"] == ["torch.bfloat16", "torch.float32"]
@@ -62,7 +68,7 @@ def test_the_elementwise_part_moves_seven_bytes_a_logit(gpu: dict[str, str]) -> 
 POINTERS = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32"}
 
 
-def compiled(dtype: str, with_hit: bool, capability: int, fp8: bool = False) -> Any:
+def compiled(dtype: str, with_hit: bool, capability: int, fp8: bool = False, weighted: bool = False) -> Any:
     from nanochat.model import loss_kernel
     from tests.gpuless.sass import compile_for
 
@@ -72,6 +78,7 @@ def compiled(dtype: str, with_hit: bool, capability: int, fp8: bool = False) -> 
         "losses": "*fp32*",
         "hits": "*i1*" if with_hit else "constexpr",
         "narrow": "*fp8e5*" if fp8 else "constexpr",
+        "weights": "*fp32*" if weighted else "constexpr",
         "row_stride": "i32*",
         "vocab": "i32",
         "columns": "i32*",
@@ -80,6 +87,7 @@ def compiled(dtype: str, with_hit: bool, capability: int, fp8: bool = False) -> 
     }
     constants = {"WITH_GRAD": not with_hit, "BLOCK": loss_kernel.BLOCK}
     constants |= {} if fp8 else {"narrow": None}
+    constants |= {} if weighted else {"weights": None}
     constants |= {} if with_hit else {"hits": None}
     warps = loss_kernel.WARPS
     return compile_for(loss_kernel.row_losses, signature, constants, warps, capability)
@@ -109,6 +117,14 @@ def test_the_kernel_compiles_to_wide_loads_and_few_registers(
     passes = 1 if with_hit else 2
     assert (kernel.count("LDG 128"), kernel.count("LDG")) == (wide * passes, wide * passes + 2)
     assert kernel.count("STG 128") == (0 if with_hit else wide)
+
+
+@needs_pretended
+def test_a_weight_of_a_row_is_one_load_more() -> None:
+    kernel = compiled("bfloat16", False, 90, weighted=True)
+    assert kernel.registers <= 64
+    assert kernel.spills == 0
+    assert (kernel.count("LDG 128"), kernel.count("LDG"), kernel.count("STG 128")) == (4, 4 + 3, 2)
 
 
 @needs_pretended
