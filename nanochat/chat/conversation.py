@@ -26,7 +26,7 @@ from nanochat.tokenizer.tokenizer import SPECIALS, Tokenizer
 Role = Literal["system", "user", "assistant"]
 Kind = Literal["text", "python", "python_output"]
 
-KINDS: tuple[Kind, ...] = ("text", "python", "python_output")
+KINDS = ("text", "python", "python_output")
 TOOL = "calculator"  # the one function that a tool call may name
 SHAREGPT = {"human": "user", "gpt": "assistant"}  # its names of the roles
 NEXT: dict[str, tuple[str, ...]] = {  # which roles may follow one; "" is the beginning
@@ -138,8 +138,7 @@ def read(row: object, where: str) -> Conversation:
 
 def read_prompt(row: object, where: str) -> Conversation:
     """Read a conversation that may end with the user's message; otherwise as `read`."""
-    if wrong := mismatch(row, _Known, "the line" if not isinstance(row, dict) else ""):
-        _refuse(where, wrong)
+    _require(row, _Known, "the line" if not isinstance(row, dict) else "", where)
     fields = cast(dict[str, Any], row)
     key = "messages" if "messages" in fields else "conversations"
     if key not in fields:
@@ -178,21 +177,19 @@ class _Reader:
         Raises:
             UserError: a role that may not stand here, or a content that cannot be used.
         """
-        if wrong := mismatch(entry, _Known, name):
-            _refuse(self.where, wrong)
+        _require(entry, dict, name, self.where)
         key, allowed = "from" if "from" in entry else "role", NEXT[self._last]
         given = entry.get(key)
         role = SHAREGPT.get(given, given) if isinstance(given, str) else ""
         if role not in allowed:
             _refuse(self.where, f"{name}.{key} is {shown(given)}, expected {' or '.join(allowed)}")
-        if role == "tool":
-            self._add_result(entry, name)
-            return
         parts = self._parts(entry, name, role)
-        if role == "assistant" and self._last == "result":
-            self.turns[-1][1].extend(parts)
-        else:
-            self.turns.append((cast(Role, role), parts))
+        if role == "tool":
+            self._add_result(entry, name, "".join(part.text for part in parts))
+            return
+        if self._last != "result" or role == "user":
+            self.turns.append((cast(Role, role), []))
+        self.turns[-1][1].extend(parts)
         self._last = role
         if role == "assistant" and entry.get("tool_calls"):
             self._add_calls(entry["tool_calls"], f"{name}.tool_calls")
@@ -204,12 +201,11 @@ class _Reader:
         content, name = entry.get(key), f"{name}.{key}"
         if content is None and role == "assistant" and entry.get("tool_calls"):
             return []
-        if wrong := mismatch(content, str | list[_PartFields], name):
-            _refuse(self.where, wrong)
         if isinstance(content, str):
             return [Part("text", self._text(content, name))]
+        _require(content, str | list[_PartFields], name, self.where)
         kinds = KINDS if role == "assistant" else KINDS[:1]
-        parts: list[Part] = []
+        parts = []
         for index, part in enumerate(cast(list[dict[str, Any]], content)):
             if (kind := part["type"]) not in kinds:
                 at = f"{name}[{index}].type"
@@ -226,8 +222,8 @@ class _Reader:
         return text
 
     def _add_calls(self, calls: list[dict[str, Any]], name: str) -> None:
-        if wrong := mismatch(calls, list[_Call], name) or mismatch(calls, list[_Known], name):
-            _refuse(self.where, wrong)
+        _require(calls, list[_Call], name, self.where)
+        _require(calls, list[_Known], name, self.where)
         for index, call in enumerate(calls):
             at, function = f"{name}[{index}].function", call["function"]
             if function["name"] != TOOL:
@@ -237,22 +233,25 @@ class _Reader:
                 arguments = typed_json.parse(arguments) if isinstance(arguments, str) else arguments
             except ValueError as error:
                 _refuse(self.where, f"{at} is not JSON ({error})")
-            if wrong := mismatch(arguments, _Arguments, at):
-                _refuse(self.where, wrong)
+            _require(arguments, _Arguments, at, self.where)
             key = call.get("id") or str(index)
             if key in self.calls:
                 _refuse(self.where, f"{name}[{index}].id is {shown(key)}, as that of another call")
             self.calls[key] = self._text(arguments["expression"], f"{at}.expression")
 
-    def _add_result(self, entry: dict[str, Any], name: str) -> None:
-        parts = self._parts(entry, name, "tool")
+    def _add_result(self, entry: dict[str, Any], name: str, output: str) -> None:
+        _require(entry, _Known, name, self.where)
         key = entry.get("tool_call_id") or next(iter(self.calls))
         if key not in self.calls:
             at = f"{name}.tool_call_id is {shown(key)}"
             _refuse(self.where, f"{at}, expected the id of a call that has no result yet")
-        code, output = Part("python", self.calls.pop(key)), "".join(part.text for part in parts)
-        self.turns[-1][1].extend((code, Part("python_output", output)))
+        self.turns[-1][1].extend((Part("python", self.calls.pop(key)), Part("python_output", output)))
         self._last = "call" if self.calls else "result"
+
+
+def _require(value: object, shape: Any, name: str, where: str) -> None:
+    if wrong := mismatch(value, shape, name):
+        _refuse(where, wrong)
 
 
 def _refuse(where: str, what: str) -> NoReturn:
