@@ -1,8 +1,9 @@
 """Generation: KV cache, sampling, and streaming of text.
 
-The cache is the only decode state. Rows of one length decode together and prompts of other lengths form other
-groups, so no padding ever enters a cache. What a row draws depends on its prompt's index, its sample's number
-and the seed, never on what is decoded beside it.
+The cache is the only decode state. Its rows have one length, so no padding ever enters it: prompts of other
+lengths form other groups, or, under a `Steering`, the ends of the longer prompts are fed a token at a time in
+place of draws. What a row draws depends on its prompt's index, its sample's number and the seed, never on
+what is decoded beside it.
 
 The prompt and what is added share the model's context T. A longer prompt is an error; a text that fills the
 context ends there with the reason "context" and never loses its beginning.
@@ -12,11 +13,13 @@ from __future__ import annotations
 
 import codecs
 import random
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Literal, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from nanochat.common.errors import UserError
@@ -24,7 +27,8 @@ from nanochat.distributed.world import World
 from nanochat.model.gpt import GPT
 from nanochat.tokenizer.tokenizer import Tokenizer
 
-Reason = Literal["stop", "length", "context"]
+Ending = Literal["stop", "forbidden"]
+Reason = Literal["stop", "forbidden", "length", "context"]
 Prompts = Sequence[Sequence[int]]  # token ids
 
 CACHE_BYTES = 1 << 30  # of the rows that decode together; more samples follow one another
@@ -41,9 +45,10 @@ SAMPLE_PROMPTS = (
 
 
 class KVCache:
-    """Keys and values of every layer for rows of one length; the last embedding and id, for what mixes two.
+    """Keys and values of every layer for rows of one length; embeddings and ids, for what mixes two.
 
-    Implements gpt.DecodeCache.
+    Implements gpt.DecodeCache. What lies behind `length` is never read: a smaller length cuts the cache back,
+    and a forward pass that was interrupted leaves nothing in it.
 
     Attributes:
         length: positions stored.
@@ -56,20 +61,21 @@ class KVCache:
         self.length = 0
         self._k = torch.empty(shape, dtype=dtype, device=device)
         self._v = torch.empty(shape, dtype=dtype, device=device)
-        self._last = torch.zeros(rows, 1, config.n_embd, dtype=dtype, device=device)
-        self._last_id = torch.full((rows, 1), -1, device=device)
+        # A place earlier than theirs, since each position reads what precedes it.
+        self._x = torch.zeros(rows, capacity + 1, config.n_embd, dtype=dtype, device=device)
+        self._ids = torch.full((rows, capacity + 1), -1, device=device)
 
     def shift(self, x: Tensor) -> Tensor:
-        """Return what precedes each of the new positions x (B, T, C), and keep the last of them."""
-        before = torch.cat((self._last, x[:, :-1]), dim=1)
-        self._last = x[:, -1:].clone()
-        return before
+        """Return what precedes each of the new positions x (B, T, C), and keep them."""
+        end = self.length + x.size(1)
+        self._x[:, self.length + 1 : end + 1] = x
+        return self._x[:, self.length : end]
 
     def shift_ids(self, ids: Tensor) -> Tensor:
-        """Return the id before each of the new ones (B, T), -1 before the first, and keep the last one."""
-        before = torch.cat((self._last_id, ids[:, :-1]), dim=1)
-        self._last_id = ids[:, -1:].clone()
-        return before
+        """Return the id before each of the new ones (B, T), -1 before the first, and keep them."""
+        end = self.length + ids.size(1)
+        self._ids[:, self.length + 1 : end + 1] = ids
+        return self._ids[:, self.length : end]
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store (B, T, Hkv, D) keys and values behind earlier ones; return all, (B, length + T, Hkv, D)."""
@@ -86,9 +92,17 @@ class KVCache:
     def take_rows(self, rows: Tensor) -> None:
         """Let row i be a copy of the former row rows[i]; rows is (B,) int64."""
         rows = rows.to(self._k.device)
-        self._k, self._v = self._k.index_select(1, rows), self._v.index_select(1, rows)
-        self._last = self._last.index_select(0, rows)
-        self._last_id = self._last_id.index_select(0, rows)
+        self._k, self._v, self._x, self._ids = (
+            self._rows_of(kept, dim, rows)
+            for kept, dim in ((self._k, 1), (self._v, 1), (self._x, 0), (self._ids, 0))
+        )
+
+    def _rows_of(self, kept: Tensor, dim: int, rows: Tensor) -> Tensor:
+        """Those rows, (..., B, capacity, ...); only what is stored is copied."""
+        shape = (*kept.shape[:dim], len(rows), *kept.shape[dim + 1 :])
+        taken, stored = kept.new_empty(shape), min(self.length + 1, shape[dim + 1])
+        taken.narrow(dim + 1, 0, stored).copy_(kept.narrow(dim + 1, 0, stored).index_select(dim, rows))
+        return taken
 
 
 @dataclass(frozen=True)
@@ -113,12 +127,96 @@ class Completion:
     """What was added to a prompt.
 
     Attributes:
-        ids: new tokens, without the BOS that may have ended them.
-        reason: "stop" at a BOS, "length" at max_tokens, "context" where the context was full.
+        ids: new tokens, without the one that may have ended them.
+        reason: "stop" at a BOS or what else ends a text, "forbidden" at a token that may not come, which is
+            the last of the ids, "length" at max_tokens, "context" where the context was full.
+        sampled: for each of the ids, whether it was drawn; False where a rule put it in place of a draw.
     """
 
     ids: tuple[int, ...]
     reason: Reason
+    sampled: tuple[bool, ...]
+
+
+class RowRules(Protocol):
+    """Interface of what decides about one row: which tokens it may draw, which it is given, where it ends.
+
+    Attributes:
+        mode: the row of `Steering.masks` that holds for the next draw.
+    """
+
+    @property
+    def mode(self) -> int:
+        """See above."""
+        ...
+
+    def take(self, drawn: int) -> tuple[int, bool, Ending | None]:
+        """Put one more token into the row.
+
+        Args:
+            drawn: what was sampled.
+
+        Returns:
+            The token that comes; whether it is the drawn one; whether it ends the row, and why.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Steering:
+    """What decides about rows other than the model.
+
+    Attributes:
+        rules: makes those of a new row.
+        masks: (modes, n) fp32, added to the logits of the last n ids of the vocabulary; -inf forbids one.
+    """
+
+    rules: Callable[[], RowRules]
+    masks: Tensor | None = None
+
+
+class _EndsAtBos:
+    """Rules of plain text: anything may come, and a BOS ends it."""
+
+    mode = 0
+
+    def __init__(self, bos_id: int) -> None:
+        self.bos_id = bos_id
+
+    def take(self, drawn: int) -> tuple[int, bool, Ending | None]:
+        return drawn, True, "stop" if drawn == self.bos_id else None
+
+
+@dataclass
+class _Row:
+    """One row under way.
+
+    Attributes:
+        number: of the row among those that began together.
+        rules: of the row.
+        unread: tokens of its prompt that are still to be fed, the next one last.
+        ids: what was added.
+        sampled: for each of them, whether it was drawn.
+        done: whether it has ended.
+    """
+
+    number: int
+    rules: RowRules
+    unread: list[int]
+    ids: list[int] = field(default_factory=list)
+    sampled: list[bool] = field(default_factory=list)
+    done: bool = False
+
+    def take(self, drawn: int, most: int, is_full: bool) -> tuple[int, Reason | None]:
+        """The token that comes, and the reason if the row ends with it."""
+        token, sampled, ending = self.rules.take(drawn)
+        limit: Reason | None = "context" if is_full else None
+        limit = "length" if len(self.ids) + 1 == most else limit
+        if ending != "stop":
+            self.ids.append(token)
+            self.sampled.append(sampled)
+        self.done = bool(ending or limit)
+        return token, ending or limit
 
 
 class Engine:
@@ -153,28 +251,35 @@ class Engine:
         sampling: Sampling,
         num_samples: int = 1,
         lengths: Collection[int] | None = None,
+        steering: Steering | None = None,
+        names: Sequence[object] | None = None,
     ) -> Iterator[tuple[int, Completion]]:
         """Yield (index of the prompt, completion) as they come: those of one prompt in the order of samples.
 
-        Prompts of the same length are done together, as many rows at a time as CACHE_BYTES hold.
+        Prompts of the same length are done together, as many rows at a time as CACHE_BYTES hold; with a
+        steering those of nearly the same length, too.
 
         Args:
             prompts: as in `generate`.
             sampling: as in `generate`.
             num_samples: as in `generate`.
             lengths: of the prompts to continue; by default all.
+            steering: rules of every row; by default a BOS ends it.
+            names: of the prompts; the draws depend on a prompt's name. By default its index.
 
         Raises:
             UserError: as `generate`, at the first.
         """
-        groups: dict[int, list[int]] = {}
-        for index, prompt in enumerate(prompts):
-            self._check(prompt)
-            if lengths is None or len(prompt) in lengths:
-                groups.setdefault(len(prompt), []).append(index)
+        for prompt in prompts:
+            self.check(prompt)
+        chosen = [i for i, prompt in enumerate(prompts) if lengths is None or len(prompt) in lengths]
+        # A token by which prompts differ costs a step: at most a quarter of those of the replies.
+        spread = sampling.max_tokens // 4 if steering else 0
         config = self.model.config
-        for length, indices in groups.items():
-            capacity = min(config.sequence_len, length + sampling.max_tokens)
+        for indices in _groups([len(prompts[i]) for i in chosen], spread):
+            indices = [chosen[i] for i in indices]
+            longest = max(len(prompts[i]) for i in indices)
+            capacity = min(config.sequence_len, longest + sampling.max_tokens)
             row_bytes = 2 * config.n_layer * capacity * config.n_kv_head * config.head_dim
             at_once = max(1, CACHE_BYTES // (row_bytes * self.model.dtype.itemsize))
             together = max(1, at_once // num_samples)
@@ -182,7 +287,7 @@ class Engine:
                 for start in range(0, num_samples, at_once):
                     samples = range(start, min(start + at_once, num_samples))
                     rows = [(i, sample) for i in indices[first : first + together] for sample in samples]
-                    steps = self._decode(prompts, rows, sampling)
+                    steps = self.decode(prompts, rows, sampling, steering, names)
                     done = {row: step for row, step in steps if isinstance(step, Completion)}
                     yield from ((index, done[row]) for row, (index, _) in enumerate(rows))
 
@@ -192,15 +297,20 @@ class Engine:
         Raises:
             UserError: as `generate`, at the first piece.
         """
-        self._check(prompt)
+        self.check(prompt)
         text = codecs.getincrementaldecoder("utf-8")("replace")
-        for _, step in self._decode([prompt], [(0, 0)], sampling):
+        for _, step in self.decode([prompt], [(0, 0)], sampling):
             if isinstance(step, int) and (piece := text.decode(self.tokenizer.decode_bytes([step]))):
                 yield piece
         if piece := text.decode(b"", final=True):
             yield piece
 
-    def _check(self, prompt: Sequence[int]) -> None:
+    def check(self, prompt: Sequence[int]) -> None:
+        """Refuse a prompt that the model cannot continue.
+
+        Raises:
+            UserError: it is empty, longer than the context, or has an id outside the vocabulary.
+        """
         config = self.model.config
         if not prompt:
             raise UserError("the prompt has no tokens. Begin it with a BOS.")
@@ -216,51 +326,121 @@ class Engine:
             )
 
     @torch.no_grad()
-    def _decode(
-        self, prompts: Prompts, rows: Sequence[tuple[int, int]], sampling: Sampling
+    def decode(
+        self,
+        prompts: Prompts,
+        rows: Sequence[tuple[int, int]],
+        sampling: Sampling,
+        steering: Steering | None = None,
+        names: Sequence[object] | None = None,
+        cache: KVCache | None = None,
     ) -> Iterator[tuple[int, int | Completion]]:
         """Yield (row, token) as tokens come and (row, completion) when a row ends.
 
         Args:
-            prompts: of which the rows name some of one length.
+            prompts: of any lengths, checked; those of the rows should differ little.
             rows: the index of the prompt and the number of the sample, those of a prompt side by side.
             sampling: how.
+            steering: rules of the rows; by default a BOS ends them.
+            names: of the prompts, as in `completions`.
+            cache: of one row, which holds the beginning of its prompt, but not all of it.
         """
         model, context = self.model, self.model.config.sequence_len
+        cache, logits = self._prefill(prompts, rows, sampling, cache)
+        device, read = logits.device, cache.length
+        draws = _draws_of_rows(prompts, rows, sampling, names, read, context).to(device)
+        rules = steering.rules if steering else partial(_EndsAtBos, self.tokenizer.bos_id)
+        live = [_Row(i, rules(), list(prompts[index][read:])[::-1]) for i, (index, _) in enumerate(rows)]
+        for step in range(draws.size(1)):
+            if steering and steering.masks is not None:
+                modes = torch.tensor([row.rules.mode for row in live], device=device)
+                logits[:, -steering.masks.size(1) :] += steering.masks[modes]
+            tokens = choose_tokens(logits, sampling, draws[:, step])
+            drawn = tokens.cpu().tolist()  # the only wait for the device in a step
+            fed = list(drawn)
+            yield from _take(live, fed, sampling.max_tokens, cache.length == context)
+            if fed != drawn:
+                tokens = torch.tensor(fed, device=device)
+            running = [place for place, row in enumerate(live) if not row.done]
+            if not running:
+                return
+            # Rows that have ended go on unseen until they are half: dropping them copies the cache.
+            if steering and 2 * len(running) <= len(live):
+                kept = torch.tensor(running, device=device)
+                cache.take_rows(kept)
+                tokens, draws, live = tokens[kept], draws[kept], [live[place] for place in running]
+            logits = model.logits(tokens[:, None], cache, last_only=True)[:, 0]
+
+    def _prefill(
+        self, prompts: Prompts, rows: Sequence[tuple[int, int]], sampling: Sampling, cache: KVCache | None
+    ) -> tuple[KVCache, Tensor]:
+        """Read what the prompts of the rows have up to the shortest: a cache of it, (B, V) logits."""
         indices = list(dict.fromkeys(index for index, _ in rows))
-        ids = torch.tensor([prompts[index] for index in indices], device=model.head.weight.device)
-        cache = KVCache(model, len(indices), min(context, ids.size(1) + sampling.max_tokens - 1))
-        logits = model.logits(ids, cache, last_only=True)[:, 0]
+        lengths = [len(prompts[index]) for index in indices]
+        if cache is None:
+            capacity = min(self.model.config.sequence_len, max(lengths) + sampling.max_tokens - 1)
+            cache = KVCache(self.model, len(indices), capacity)
+        device = self.model.head.weight.device
+        ids = [prompts[index][cache.length : min(lengths)] for index in indices]
+        logits = self.model.logits(torch.tensor(ids, device=device), cache, last_only=True)[:, 0]
         if len(rows) > len(indices):  # a prompt is read once, whatever the number of its samples
-            copies = torch.arange(len(indices), device=ids.device)
+            copies = torch.arange(len(indices), device=device)
             copies = copies.repeat_interleave(len(rows) // len(indices))
             logits = logits[copies]
             cache.take_rows(copies)
-        most = min(sampling.max_tokens, context - ids.size(1) + 1)
-        draws = torch.stack([_draws(most, sampling.seed, *row) for row in rows]).to(ids.device)
-        running: dict[int, list[int]] = {row: [] for row in range(len(rows))}
-        for count in range(1, sampling.max_tokens + 1):
-            tokens = choose_tokens(logits, sampling, draws[:, count - 1])
-            chosen = tokens.cpu().tolist()  # the only wait for the device in a step
-            full: Reason | None = "context" if cache.length == context else None
-            limit: Reason | None = "length" if count == sampling.max_tokens else full
-            for row, added in list(running.items()):
-                token = chosen[row]
-                reason: Reason | None = "stop" if token == self.tokenizer.bos_id else limit
-                if reason != "stop":
-                    added.append(token)
-                    yield row, token
-                if reason:
-                    yield row, Completion(tuple(running.pop(row)), reason)
-            if not running:
-                return
-            # Rows that have ended go on unseen: dropping them would copy the cache.
-            logits = model.logits(tokens[:, None], cache, last_only=True)[:, 0]
+        return cache, logits
 
 
-def _draws(count: int, seed: int, index: int, sample: int) -> Tensor:
+def _take(
+    live: Sequence[_Row], fed: list[int], most: int, is_full: bool
+) -> Iterator[tuple[int, int | Completion]]:
+    """Give each row its draw in `fed`, and put there what comes in its place; yields as `decode`."""
+    for place, row in enumerate(live):
+        if row.unread:
+            fed[place] = row.unread.pop()
+        elif not row.done:
+            fed[place], reason = row.take(fed[place], most, is_full)
+            if reason != "stop":
+                yield row.number, fed[place]
+            if reason:
+                yield row.number, Completion(tuple(row.ids), reason, tuple(row.sampled))
+
+
+def _groups(lengths: Sequence[int], spread: int) -> Iterator[list[int]]:
+    """Indices of lengths that differ by at most `spread`, in the order of the first of each group."""
+    leaders: dict[int, int] = {}
+    shortest = -1
+    for length in sorted(set(lengths)):
+        if shortest < 0 or length - shortest > spread:
+            shortest = length
+        leaders[length] = shortest
+    groups: dict[int, list[int]] = {}
+    for index, length in enumerate(lengths):
+        groups.setdefault(leaders[length], []).append(index)
+    yield from groups.values()
+
+
+def _draws_of_rows(
+    prompts: Prompts,
+    rows: Sequence[tuple[int, int]],
+    sampling: Sampling,
+    names: Sequence[object] | None,
+    read: int,
+    context: int,
+) -> Tensor:
+    """What each row draws at each step after `read` tokens of its prompt, (rows, steps) fp32."""
+    drawn = []
+    for index, sample in rows:
+        length = len(prompts[index])
+        most = min(sampling.max_tokens, context - length + 1)
+        own = _draws(most, sampling.seed, names[index] if names else index, sample)
+        drawn.append(F.pad(own, (length - read, 0)))
+    return torch.nn.utils.rnn.pad_sequence(drawn, batch_first=True)
+
+
+def _draws(count: int, seed: int, name: object, sample: int) -> Tensor:
     """The uniform numbers of one row, (count,) fp32: made on the CPU, so that every device has the same."""
-    state = random.Random(f"{seed}/{index}/{sample}").getrandbits(63)  # noqa: S311
+    state = random.Random(f"{seed}/{name}/{sample}").getrandbits(63)  # noqa: S311
     return torch.rand(count, generator=torch.Generator().manual_seed(state))
 
 
