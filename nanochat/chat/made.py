@@ -1,0 +1,332 @@
+"""Conversations made on the spot: a chat corpus that needs no network. Pure.
+
+A tiny model learns to copy long before it learns to compute. So every task is a copy, or recall of what
+training has shown, and the calculator computes. A copy is one of tokens only where what is copied is spaced
+alike in question and reply: words and letters follow a space, in a reply that begins with them too.
+
+What a test may ask is dealt apart from what training shows, by a hash:
+
+| task | dealt apart | so the test asks for |
+|---|---|---|
+| calc, unit, count, repeat, choice, bigsum | items | new operands, numbers, words, options |
+| spell | pairs of word and wording | recall: a word seen, asked otherwise |
+| spell-new | words | spelling of words never spelt |
+| date, identity | wordings | recall: a fact seen, in a wording never seen |
+| pydoc | functions | what no conversation says: the limit |
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeVar
+
+from nanochat.chat.tools import calculate
+
+T = TypeVar("T")
+Split = Literal["train", "test"]
+Row = dict[str, Any]  # a JSON object: messages, id, source, and what judges it
+
+# The word list begins with the commonest. The first are what is repeated and counted in, fewer are spelt:
+# spelling is recall, and a word has to be seen often.
+COPIED_WORDS = 1200
+SPELT_WORDS = 500
+TEST_PERCENT = 12  # of the items or wordings of a task
+LETTERS = "ABCD"
+TRIES = 200  # draws without a new prompt after which a task has no more
+
+
+class Turn(NamedTuple):
+    """A question and its reply.
+
+    Attributes:
+        key: what decides whether training or test has it.
+        prompt: the user's text.
+        reply: the assistant's content: a text, or parts.
+        answer: what a judge compares with.
+    """
+
+    key: str
+    prompt: str
+    reply: str | list[dict[str, str]]
+    answer: str
+
+
+class Draw:
+    """Draws that depend on the key alone, on any machine and Python version.
+
+    Of `random.Random` only `random()` promises the same numbers everywhere; all else is made of it.
+    """
+
+    def __init__(self, *key: object) -> None:
+        """Begin the draws of a key."""
+        self._random = random.Random("/".join(map(str, key))).random  # noqa: S311
+
+    def below(self, count: int) -> int:
+        """An integer from 0 to count - 1."""
+        return int(self._random() * count)
+
+    def one(self, items: Sequence[T]) -> T:
+        """One of the items."""
+        return items[int(self._random() * len(items))]
+
+    def several(self, items: Sequence[T], count: int) -> list[T]:
+        """As many different items, in random order."""
+        chosen: dict[T, None] = {}
+        while len(chosen) < count:
+            chosen[self.one(items)] = None
+        return list(chosen)
+
+    def number(self, least_digits: int, most_digits: int) -> int:
+        """A positive integer, every number of digits as likely as another."""
+        digits = least_digits + self.below(most_digits - least_digits + 1)
+        return 10 ** (digits - 1) + self.below(9 * 10 ** (digits - 1))
+
+
+@functools.cache
+def _data() -> dict[str, Any]:
+    """Wordings and facts."""
+    data: dict[str, Any] = json.loads(Path(__file__).with_name("made.json").read_text("utf-8"))
+    return data
+
+
+@functools.cache
+def _words() -> list[str]:
+    """Words, the commonest first."""
+    return Path(__file__).with_name("made_words.txt").read_text("utf-8").split()
+
+
+@functools.cache
+def _spelt() -> dict[Split, list[str]]:
+    """The words that are spelt, and those never spelt in training."""
+    spelt: dict[Split, list[str]] = {"train": [], "test": []}
+    for word in _words()[:SPELT_WORDS]:
+        spelt[_split_of("spell-new", word)].append(word)
+    return spelt
+
+
+def _split_of(task: str, key: str) -> Split:
+    """Where an item or a wording is dealt to."""
+    digest = hashlib.blake2b(f"{task}/{key}".encode(), digest_size=4).digest()
+    return "test" if int.from_bytes(digest, "little") % 100 < TEST_PERCENT else "train"
+
+
+def _with_tool(expression: str, say: str) -> tuple[list[dict[str, str]], str]:
+    """A reply that calls the calculator, and the calculator's result, which `say` has a place for."""
+    result = calculate(expression)
+    parts = [("python", expression), ("python_output", result), ("text", say.format(result))]
+    return [{"type": kind, "text": text} for kind, text in parts], result
+
+
+def _sum_of(draw: Draw, a: int, op: str, b: int) -> Turn:
+    data = _data()["calc"]
+    said = draw.one(data["operators"][op])
+    reply, result = _with_tool(f"{a}{op}{b}", f"{a} {data['operators'][op][0]} {b} = {{}}.")
+    key = op.join(map(str, (a, b) if op == "-" else sorted((a, b))))  # a sum is the same both ways
+    return Turn(key, draw.one(data["asks"]).format(a=a, op=said, b=b), reply, result)
+
+
+def _calc(draw: Draw, split: Split) -> Turn:
+    return _sum_of(draw, draw.number(1, 3), draw.one("+-*"), draw.number(1, 3))
+
+
+def _bigsum(draw: Draw, split: Split) -> Turn:
+    """A sum that half of the demonstrations do without the tool, and right: RL has to find out which pays."""
+    turn = _sum_of(draw, draw.number(4, 5), "+", draw.number(4, 5))
+    return turn if draw.below(2) else turn._replace(reply=turn.reply[-1]["text"])  # type: ignore[index]
+
+
+def _follow_up(draw: Draw, before: str) -> Turn:
+    """A question about the answer before it."""
+    op, n = draw.one("+-*"), draw.number(1, 1)
+    sign = _data()["calc"]["operators"][op][0]
+    reply, result = _with_tool(f"{before}{op}{n}", f"{before} {sign} {n} = {{}}.")
+    return Turn("", draw.one(_data()["follow_up"][op]).format(n=n), reply, result)
+
+
+def _unit(draw: Draw, split: Split) -> Turn:
+    big, small, factor = draw.one(_data()["unit"]["conversions"])
+    n = 1 + draw.number(1, 3)
+    reply, result = _with_tool(f"{n}*{factor}", f"{{}} {small}.")
+    ask = draw.one(_data()["unit"]["asks"])
+    return Turn(f"{n} {big} {small}", ask.format(n=n, big=big, small=small), reply, result)
+
+
+def _count(draw: Draw, split: Split) -> Turn:
+    word = draw.one(_words()[:COPIED_WORDS])
+    letter = draw.one(word if draw.below(5) else "abcdefghijklmnopqrstuvwxyz")
+    reply, result = _with_tool(f"count {letter} in {word}", "{}.")
+    ask = draw.one(_data()["count"]["asks"])
+    return Turn(f"{letter} {word}", ask.format(letter=letter, word=word), reply, result)
+
+
+def _repeat(draw: Draw, split: Split) -> Turn:
+    text = " ".join(draw.several(_words()[:COPIED_WORDS], 2 + draw.below(5)))
+    return Turn(text, draw.one(_data()["repeat"]["asks"]).format(text=text), f" {text}", text)
+
+
+def _spell(draw: Draw, split: Split) -> Turn:
+    word, ask = draw.one(_spelt()["train"]), draw.one(_data()["spell"]["asks"])
+    letters = " ".join(word)
+    return Turn(f"{word} {ask}", ask.format(word=word), f" {letters}", letters)
+
+
+def _spell_new(draw: Draw, split: Split) -> Turn:
+    word = draw.one(_spelt()[split])
+    return _spell(draw, split)._replace(
+        key=word,
+        prompt=draw.one(_data()["spell"]["asks"]).format(word=word),
+        reply=" " + " ".join(word),
+        answer=" ".join(word),
+    )
+
+
+def _worded(draw: Draw, asks: Sequence[str]) -> str:
+    """One of the wordings of a question, between an opening and a closing."""
+    return str(draw.one(_data()["openers"]) + draw.one(asks) + draw.one(_data()["closers"]))
+
+
+def _date(draw: Draw, split: Split) -> Turn:
+    data = _data()["date"]
+    days, months = data["days"], data["months"]
+    asked = draw.one(("next_day", "previous_day", "next_month", "previous_month", "day_of", "day_of"))
+    if asked == "day_of":
+        shown = 1 + draw.below(29)
+        answer = days[(shown + 2) % 7]  # the first was a Thursday
+    else:
+        names = days if asked.endswith("day") else months
+        at = draw.below(len(names))
+        shown = names[at]
+        answer = names[(at + (1 if asked.startswith("next") else -1)) % len(names)]
+    wording = _worded(draw, data[asked])
+    return Turn(wording, wording.format(x=shown), answer, answer)
+
+
+def _identity(draw: Draw, split: Split) -> Turn:
+    about = draw.one(_data()["identity"])
+    wording = _worded(draw, about["asks"])
+    return Turn(wording, wording, about["reply"], about["phrase"])
+
+
+def _choice(draw: Draw, split: Split) -> Turn:
+    data = _data()["choice"]
+    kinds = draw.several(("keyword", "builtin", "module", "exception"), 4)
+    names = [draw.one(data[kind]) for kind in kinds]
+    right = draw.below(4)
+    options = "".join(f"- {name}={letter}\n" for name, letter in zip(names, LETTERS, strict=True))
+    question = draw.one(data["asks"]).format(kind=kinds[right])
+    prompt = f"Multiple Choice question: {question}\n{options}\nRespond only with the letter of the correct answer."
+    return Turn(f"{kinds[right]} {names}", prompt, LETTERS[right], LETTERS[right])
+
+
+def _pydoc(draw: Draw, split: Split) -> Turn:
+    name, fact = draw.one(list(_data()["pydoc"]["facts"].items()))
+    return Turn(name, draw.one(_data()["pydoc"]["asks"]).format(name=name), fact, fact)
+
+
+class Task(NamedTuple):
+    """A task.
+
+    Attributes:
+        make: draws one of its turns.
+        judge: how a reply is judged.
+        share: of the conversations that begin with it, in proportion to those of the other tasks.
+    """
+
+    make: Callable[[Draw, Split], Turn]
+    judge: str
+    share: int
+
+
+TASKS = {
+    "calc": Task(_calc, "number", 22),
+    "unit": Task(_unit, "number", 9),
+    "date": Task(_date, "exact", 5),
+    "identity": Task(_identity, "phrase", 5),
+    "count": Task(_count, "number", 14),
+    "repeat": Task(_repeat, "exact", 18),
+    "spell": Task(_spell, "exact", 15),
+    "spell-new": Task(_spell_new, "exact", 0),
+    "choice": Task(_choice, "letter", 8),
+    "pydoc": Task(_pydoc, "f1", 2),
+    "bigsum": Task(_bigsum, "number", 8),
+}
+_BAG = [name for name, task in TASKS.items() for _ in range(task.share)]
+
+
+def _turn(task: str, draw: Draw, split: Split) -> Turn:
+    """A turn of a task that is dealt to a split."""
+    while True:
+        turn = TASKS[task].make(draw, split)
+        if _split_of(task, turn.key) == split:
+            return turn
+
+
+def _messages(turns: Sequence[Turn]) -> list[Row]:
+    return [
+        {"role": role, "content": content}
+        for turn in turns
+        for role, content in (("user", turn.prompt), ("assistant", turn.reply))
+    ]
+
+
+def row(split: Split, seed: int, index: int) -> Row:
+    """Conversation `index` of the mixture, a function of the arguments alone.
+
+    A fifth of the conversations have two or three turns, of different tasks or about the last answer.
+
+    Args:
+        split: "train", or "test" for questions that training never shows.
+        seed: of the corpus.
+        index: 0 or more; there is no last one.
+
+    Returns:
+        A row of a chat corpus: messages, id, source.
+    """
+    draw = Draw("made", split, seed, index)
+    tasks = [draw.one(_BAG)]
+    turns = [_turn(tasks[0], draw, split)]
+    for _ in range(draw.below(2) + 1 if draw.below(5) == 0 else 0):
+        if tasks[-1] == "calc" and draw.below(2):
+            turns.append(_follow_up(draw, turns[-1].answer))
+            continue
+        tasks.append(draw.one([task for task in _BAG if task not in tasks]))
+        turns.append(_turn(tasks[-1], draw, split))
+    source = f"made/{tasks[0]}" if len(turns) == 1 else "made/turns"
+    return {"messages": _messages(turns), "id": f"{split}-{seed}-{index}", "source": source}
+
+
+def examples(task: str, split: Split, count: int, seed: int) -> list[Row]:
+    """Questions of one task, each with its reply and what judges it.
+
+    Args:
+        task: a name of TASKS.
+        split: "test" for evaluation, "train" for RL.
+        count: how many; no question comes twice, so there may be fewer where the task has no more.
+        seed: of the choice.
+
+    Returns:
+        Rows of one question and its reply, with task, judge, answer, and letters where that is asked.
+    """
+    made: dict[str, Row] = {}
+    index, last = 0, 0
+    while len(made) < count and index - last < TRIES:
+        draw = Draw("example", task, split, seed, index)
+        turn, index = _turn(task, draw, split), index + 1
+        if turn.prompt in made:
+            continue
+        last = index
+        made[turn.prompt] = {
+            "messages": _messages([turn]),
+            "id": f"{task}-{split}-{seed}-{index - 1}",
+            "source": f"made/{task}",
+            "task": task,
+            "judge": TASKS[task].judge,
+            "answer": turn.answer,
+            **({"letters": list(LETTERS)} if TASKS[task].judge == "letter" else {}),
+        }
+    return list(made.values())
