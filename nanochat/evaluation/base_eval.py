@@ -85,7 +85,7 @@ def run(args: EvalArgs, world: World) -> dict[str, Any]:
     step = meta["step"]
     trained = checkpoint_state.arguments_of(meta, checkpoint_format.folder_of(args.run, step))
     corpus = Corpus.open(trained.corpus) if "bpb" in parts else None  # before hours are spent on CORE
-    about = {"run": args.run, "step": step, "weights": _weights_of(args.run, step)}
+    about = {"run": args.run, "step": step, "weights": weights_of(args.run, step)}
     about["attention"] = precision.attention
     sheet = _open_sheet(about, precision.compute_dtype, world, started)
     world.print0(f"run {args.run}, step {step}, on {world.device} x {world.size}; {reason}")
@@ -97,7 +97,7 @@ def run(args: EvalArgs, world: World) -> dict[str, Any]:
     if "sample" in parts:
         texts = sample_texts(model, tokenizer, world, max_tokens=args.max_new_tokens)
         for text in texts if world.is_main else ():
-            _show("-" * 40, printable(text))
+            show("-" * 40, printable(text))
         scores = sheet.add("sample", {"samples": texts})
     _end(sheet, world)
     return scores
@@ -141,7 +141,7 @@ def _end(sheet: ScoreFiles, world: World) -> None:
     world.barrier()
 
 
-def _weights_of(run: str, step: int) -> str | None:
+def weights_of(run: str, step: int) -> str | None:
     """The hash of a checkpoint's weights, by which its scores are known; None if it was pruned meanwhile."""
     folder = checkpoint_format.folder_of(run, step)
     try:
@@ -161,7 +161,7 @@ def is_scored(run: str, parts: str) -> bool:
     except UserError:  # damaged, or not there
         return False
     newest = max(checkpoint_format.steps_of(run), default=scores.get("step"))
-    weights = None if newest is None else _weights_of(run, newest)
+    weights = None if newest is None else weights_of(run, newest)
     # Older versions wrote neither the weights nor the parts, and all parts at once.
     same = scores.get("step") == newest and scores.get("weights", weights) == weights
     return same and set(parse_parts(parts)) <= set(scores.get("parts", PARTS))
@@ -254,7 +254,7 @@ def _score_bpb(
     return fields
 
 
-def _show(*parts: Table | str) -> None:
+def show(*parts: Table | str) -> None:
     """Print tables and lines as they are."""
     console = Console()
     if not console.is_terminal:
@@ -263,16 +263,16 @@ def _show(*parts: Table | str) -> None:
         console.print(part, highlight=False, markup=False, emoji=False)
 
 
-def _table(
+def table(
     title: str, headings: Sequence[str], cells: Sequence[str], rows: Iterable[Mapping[str, Any]]
 ) -> Table:
     """A table of formatted fields; cells gives the format of each column."""
-    table = Table(title=title, box=SIMPLE)
+    made = Table(title=title, box=SIMPLE)
     for number, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if number else "left")
+        made.add_column(heading, justify="right" if number else "left")
     for row in rows:
-        table.add_row(*(cell.format_map(row) for cell in cells))
-    return table
+        made.add_row(*(cell.format_map(row) for cell in cells))
+    return made
 
 
 def show_core(core: CoreResult, fields: Mapping[str, Any]) -> None:
@@ -300,7 +300,7 @@ def show_core(core: CoreResult, fields: Mapping[str, Any]) -> None:
         "matrix products: {flops:.2e} FLOP, at the rate of a large one, {measured_flops_per_s:.2e} FLOP/s, "
         "{share:.0%} of the time of forward and scoring".format_map(fields["core_matmul"]),
     ]
-    _show(_table(f"CORE, {core.bundle}", headings, cells, rows), *lines)
+    show(table(f"CORE, {core.bundle}", headings, cells, rows), *lines)
 
 
 def show_difference(runs: Sequence[str], differences: Sequence[compare.Difference]) -> None:
@@ -318,8 +318,8 @@ def show_difference(runs: Sequence[str], differences: Sequence[compare.Differenc
     for row, task in zip(rows[1:], tasks, strict=True):
         row |= {"star": "", "holm": f"{task.p_holm:.3f}{star(task.p_holm)}"}
     gain = core.second - core.first
-    _show(
-        _table(f"{runs[1]} against {runs[0]}, by example", (*headings, "p", "p (Holm)"), cells, rows),
+    show(
+        table(f"{runs[1]} against {runs[0]}, by example", (*headings, "p", "p (Holm)"), cells, rows),
         f"* p below {SIGNIFICANT}: of CORE by itself; of a task after Holm's correction for {len(tasks)}",
         f"CORE of {runs[1]} is {gain:+.4f} +- {core.stderr:.4f} from that of {runs[0]}: higher with "
         f"probability {probability_above(gain, core.stderr, 0.0):.3f}, before the spread between seeds.",
@@ -328,7 +328,7 @@ def show_difference(runs: Sequence[str], differences: Sequence[compare.Differenc
 
 def show_combined(values: Mapping[str, float], claims: Sequence[compare.Claim]) -> None:
     """Print the mean of several seeds."""
-    _show(*(f"  {name:30s} CORE {value:.4f}" for name, value in values.items()))
+    show(*(f"  {name:30s} CORE {value:.4f}" for name, value in values.items()))
     for claim in claims:
         mean = f"CORE {claim.mean:.4f} +- {claim.stderr:.4f}, {claim.what} of {len(values)} runs"
-        _show(": ".join(filter(None, [mean, claim.verdict])))
+        show(": ".join(filter(None, [mean, claim.verdict])))
