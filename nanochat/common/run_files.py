@@ -22,7 +22,21 @@ class Shape(TypedDict):
     vocab_size: int
 
 
-class Config(TypedDict):
+class Finetune(TypedDict):
+    """What SFT or RL begins with."""
+
+    stage: str
+    base: str
+    base_step: int
+
+
+class Stages(TypedDict, total=False):
+    """What config.json of an older version lacks."""
+
+    finetune: Finetune | None
+
+
+class Config(Stages):
     """config.json: what was asked and all that followed from it."""
 
     args: dict[str, Any]
@@ -89,11 +103,63 @@ class Scores(TypedDict, total=False):
     samples: list[str] | None
 
 
+class Mean(TypedDict):
+    """A mean of centered accuracies, as ChatCORE is."""
+
+    value: float
+    stderr: float
+
+
+class ChatTask(TypedDict):
+    """The scores of a chat task; null where it could not be judged."""
+
+    examples: int
+    unjudged: int
+    baseline: float
+    accuracy: float | None
+    stderr: float | None
+    centered: float | None
+    commonest: float | None
+
+
+class ChatScores(TypedDict):
+    """chat_eval.json."""
+
+    step: int
+    settings: dict[str, Any]
+    tasks: dict[str, ChatTask]
+    means: dict[str, Mean | None]
+    answers_sha256: str
+
+
+class Part(TypedDict):
+    """A part of a reply."""
+
+    type: str
+    text: str
+
+
+class ChatAnswerLine(TypedDict):
+    """A line of chat_answers.jsonl."""
+
+    task: str
+    id: str
+    sample: int
+    judge: str
+    prompt: str
+    reply: list[Part]
+    right: bool | None
+    sampled: int
+    reason: str
+
+
 class Measured(TypedDict, total=False):
     """What lines of some kinds have."""
 
     tokens: float
     text: str
+    source: str
+    scores: dict[str, float]
 
 
 class MetricsLine(Measured):
@@ -144,6 +210,18 @@ def read_scores(run: str) -> dict[str, Any]:
             where = files.run_dir(run) / "base_eval.json"
             raise UserError(f"{where}: task {label}: baseline {baseline}, expected a share below 1. {advice}")
     return scores
+
+
+def read_chat_scores(run: str) -> dict[str, Any]:
+    """chat_eval.json of a run.
+
+    Raises:
+        UserError: it is absent or damaged.
+    """
+    again = f"python -m scripts.chat_eval --run {run}"
+    if not (path := files.run_dir(run) / "chat_eval.json").is_file():
+        raise UserError(f"run {run!r}: there is no {path}. Score it: {again}")
+    return _read(run, path.name, ChatScores, f"Delete it, then score the run again: {again}")
 
 
 def _read(run: str, name: str, shape: Any, advice: str) -> dict[str, Any]:

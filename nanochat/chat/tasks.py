@@ -1,0 +1,123 @@
+"""Tasks of the chat evaluation: which items are asked, and whether a reply to one is right.
+
+A verdict is a function of the item and the reply alone, so that evaluation and reinforcement learning agree.
+Items of the made tasks are made on the spot; those of the hub's data sets come from chat corpora on the disk.
+"""
+
+from __future__ import annotations
+
+import functools
+import random
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from decimal import Decimal
+from typing import Any
+
+from nanochat.chat import corpus, made, sandbox
+from nanochat.chat.conversation import Part
+from nanochat.common.errors import UserError
+
+Row = Mapping[str, Any]  # a conversation that can be judged: messages, id, task, judge, answer
+
+CHATCORE = ("arc-easy", "arc-challenge", "mmlu", "gsm8k", "humaneval")  # the five of karpathy/nanochat
+CHATCORE6 = (*CHATCORE, "spellingbee")  # its six, until July 2026
+WITH_FLOOR = ("calc", "unit", "date", "identity", "count", "repeat", "spell", "choice")
+BASELINES = dict.fromkeys(("arc-easy", "arc-challenge", "mmlu", "choice"), 0.25)  # of a guess; 0 elsewhere
+GROUPS: dict[str, Iterable[str]] = {"made": made.TASKS, "chatcore": CHATCORE6}
+MADE_ITEMS = 400  # of a task that is made on the spot, where --max-per-task does not say
+
+F1_BAR = 0.5
+NUMBER = re.compile(r"(?<![\d.])-?(?:\d+(?:,\d{3})+|\d+)(?:\.\d+)?")
+FINAL = re.compile(r"#### (-?[\d.,]+)")  # GSM8K's form of a final answer
+FENCED = re.compile(r"```(?:python)?[ \t]*\n(.*?)```", re.DOTALL)
+
+
+def parse(text: str) -> tuple[str, ...]:
+    """The names of the tasks that a flag asks for, each once, in its order.
+
+    Raises:
+        UserError: a task that does not exist, or none.
+    """
+    asked = [name.strip() for name in text.split(",") if name.strip()]
+    names = dict.fromkeys(name for group in asked for name in GROUPS.get(group, (group,)))
+    known = [*GROUPS, *made.TASKS, *CHATCORE6]
+    if unknown := [name for name in names if name not in known]:
+        raise UserError(f"--tasks={text}: there is no task {unknown[0]}. There are {', '.join(known)}.")
+    if not names:
+        raise UserError(f"--tasks={text}: names no task. There are {', '.join(known)}.")
+    return tuple(names)
+
+
+def questions(text: str, max_per_task: int, seed: int) -> dict[str, list[Row]]:
+    """The test items of the tasks that a flag asks for, by the name of the task.
+
+    Args:
+        text: names or groups of tasks, with commas.
+        max_per_task: items of each; 0 means all, and `MADE_ITEMS` of a task that is made on the spot.
+        seed: of the made items. Of a data set, a smaller number is always the same draw.
+
+    Raises:
+        UserError: an unknown task, or one whose data set is not on the disk.
+    """
+    return {name: _items(name, max_per_task, seed) for name in parse(text)}
+
+
+def _items(task: str, most: int, seed: int) -> list[Row]:
+    if task == "spellingbee":  # counting letters with the tool; upstream's words and wordings are not to be had
+        rows = made.examples("count", "test", most or MADE_ITEMS, seed + 1)
+        return [{**row, "task": task} for row in rows]
+    if task in made.TASKS:
+        return list(made.examples(task, "test", most or MADE_ITEMS, seed))
+    rows = list(corpus.rows(task, "test"))
+    # A draw, because the questions of MMLU are sorted by their subject.
+    return random.Random(task).sample(rows, most) if 0 < most < len(rows) else rows  # noqa: S311
+
+
+def right(row: Row, reply: Sequence[Part]) -> bool | None:
+    """Whether a reply answers a row rightly; None where it could not be judged, as there is no sandbox."""
+    text = "".join(part.text for part in reply if part.kind == "text")
+    if row["judge"] == "code":
+        return _passes(row, text)
+    return JUDGES[row["judge"]](text, str(row["answer"]))
+
+
+def _same_number(text: str, answer: str) -> bool:
+    """Whether the last number of a text is the answer."""
+    numbers = NUMBER.findall(text)
+    return bool(numbers) and Decimal(numbers[-1].replace(",", "")) == Decimal(answer.replace(",", ""))
+
+
+def _same_final(text: str, answer: str) -> bool:
+    """Whether what follows the first #### is the answer, to the letter but for commas (GSM8K's rule)."""
+    found = FINAL.search(text)
+    return found is not None and found[1].replace(",", "") == answer.replace(",", "")
+
+
+def _overlaps(text: str, answer: str) -> bool:
+    """Whether F1, the harmonic mean of precision and recall of the words, is at least `F1_BAR`."""
+    said, meant = (Counter(re.findall(r"\w+", one.casefold())) for one in (text, answer))
+    common = (said & meant).total()
+    return common > 0 and 2 * common / (said.total() + meant.total()) >= F1_BAR
+
+
+JUDGES: dict[str, Callable[[str, str], bool]] = {
+    "number": _same_number,
+    "gsm8k": _same_final,
+    "f1": _overlaps,
+    "phrase": lambda text, answer: answer.casefold() in text.casefold(),
+    "exact": lambda text, answer: text.strip() == answer.strip(),
+    "letter": lambda text, answer: text.strip() == answer.strip(),
+}
+
+cannot_judge_code = functools.cache(sandbox.probe)
+
+
+def _passes(row: Row, text: str) -> bool | None:
+    """Whether the program of a reply passes HumanEval's tests: the first fenced block, or all of the text."""
+    if cannot_judge_code() is not None:
+        return None
+    fenced = FENCED.search(text)
+    imports = [line for line in row["prompt"].splitlines() if line.startswith(("import ", "from "))]
+    program = [*imports, fenced[1] if fenced else text, row["test"], f"check({row['entry_point']})"]
+    return sandbox.run("\n".join(program)).passed
