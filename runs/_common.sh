@@ -196,6 +196,23 @@ scored() { # RUN_FOLDER PARTS: base_eval.json has these parts of the newest chec
       "${1##*/}" "$2"
 }
 
+chat_scored() { # RUN_FOLDER TASKS: chat_eval.json has these tasks of the newest checkpoint
+  [ -f "$1/chat_eval.json" ] &&
+    "$PYTHON" -c 'import sys; from nanochat.chat import evaluate; sys.exit(not evaluate.is_scored(*sys.argv[1:]))' \
+      "${1##*/}" "$2"
+}
+
+ensure_chat_scores() { # RUN TASKS FLAG...: of a chat model, unless they are there; NPROC ranks
+  local run=$1 tasks=$2 folder
+  shift 2
+  folder=$(run_dir "$run")
+  if chat_scored "$folder" "$tasks"; then
+    printf '\n%s is scored already; to score it again, delete %s/chat_eval.json.\n' "$run" "$folder"
+  else
+    step "answers of $run" launch "${NPROC:-1}" scripts.chat_eval --run "$run" --tasks "$tasks" "$@"
+  fi
+}
+
 count_gpus() { if have nvidia-smi; then nvidia-smi -L | grep -c '^GPU' || true; else say 0; fi; }
 
 gpu_query() { # FIELD: of each GPU, a line; what an old nvidia-smi does not know is an error, on one line

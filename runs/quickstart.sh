@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# From nothing to a language model that is trained, scored and heard: on any machine, without a GPU, with text
-# that is already there (Python's own sources and help). Takes some minutes after the installation.
+# From nothing to a language model that answers: on any machine, without a GPU, with text that is already there
+# (Python's own sources and help) and conversations that are made on the spot. Ten minutes or so on two cores
+# after the installation.
 #
 #   bash runs/quickstart.sh
 #
@@ -27,6 +28,13 @@ TRAIN=(
 # How it is scored: with the small suite made on the spot.
 EVAL=(--eval "core,bpb,sample" --eval-bundle mini --eval-tokens 65536)
 
+# What it learns then: to answer (SFT), and to reach for the calculator where that is right (RL).
+SFT_RUN=$RUN-sft
+RL_RUN=$RUN-rl
+SFT=(--data made --save-every 100)
+RL=(--task bigsum --num-iterations 60 --save-every 20)
+QUESTION="What is 347 + 589?"
+
 ensure_environment plots
 BASE=$(base_dir)
 FOLDER=$(run_dir "$RUN")
@@ -42,18 +50,34 @@ else
 fi
 step "report" "$PYTHON" -m scripts.report --run "$RUN"
 
+step "conversations" "$PYTHON" -m scripts.chat_data --corpus made
+ensure_chat_scores "$RUN" made --max-per-task 100 # what it answers before it has seen a conversation
+step "SFT" "$PYTHON" -m scripts.chat_sft --base "$RUN" --run "$SFT_RUN" "${SFT[@]}" --resume auto
+ensure_chat_scores "$SFT_RUN" made,bigsum
+step "RL" "$PYTHON" -m scripts.chat_rl --base "$SFT_RUN" --run "$RL_RUN" "${RL[@]}" --resume auto
+ensure_chat_scores "$RL_RUN" made,bigsum
+step "what RL changed" "$PYTHON" -m scripts.chat_eval --compare "$SFT_RUN" "$RL_RUN"
+for run in "$SFT_RUN" "$RL_RUN"; do
+  step "report of $run" "$PYTHON" -m scripts.report --run "$run"
+done
+step "a question: $QUESTION" "$PYTHON" -m scripts.chat_cli --run "$RL_RUN" --temperature 0 -p "$QUESTION"
+
 cat <<END
 
 Done in $(minutes). Everything is in $BASE (NANOCHAT_BASE_DIR chooses another place):
-  data/$CORPUS                  the text
+  data/$CORPUS, data/made      the text, and the conversations
   tokenizers/$CORPUS            the tokenizer, in the format of Hugging Face
-  runs/$RUN/checkpoints     the model
-  runs/$RUN/base_eval.json  its scores, and core_predictions.jsonl: every answer
-  runs/$RUN/report.html     curves, scores, samples and configuration: open it in a browser
+  runs/$RUN             the base model: checkpoints, base_eval.json, core_predictions.jsonl
+  runs/$SFT_RUN         after SFT: checkpoints, chat_eval.json, chat_answers.jsonl (every answer)
+  runs/$RL_RUN          after RL: the same
+  report.html of each       curves, scores, samples and configuration: open it in a browser
 
-What to type next:
+Talk to it:
+  .venv/bin/python -m scripts.chat_cli --run $RL_RUN
+
+What else to type:
   .venv/bin/python -m scripts.generate --run $RUN "def read_file(path):"
-  .venv/bin/python -m scripts.base_train --help
+  .venv/bin/python -m scripts.chat_sft --help
   bash runs/test.sh
-With 8 GPUs: bash runs/speedrun.sh trains a model of GPT-2's class.
+With 8 GPUs: bash runs/speedrun.sh trains a model of GPT-2's class, and then to answer.
 END

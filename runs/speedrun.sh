@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # To GPT-2 on a machine with 8 H100, the fastest published way that our parts reproduce: tokenizer, text, base_train,
-# base_eval. What is published of it, and what is projected for these GPUs, is said before anything starts.
+# base_eval; then to a model that answers: conversations, chat_sft, chat_eval. What is published of the training, and
+# what is projected for these GPUs, is said before anything starts.
 #
 #   bash runs/speedrun.sh                                # FineWeb-edu
 #   CORPUS=climbmix bash runs/speedrun.sh                # the record of karpathy/nanochat
@@ -66,4 +67,15 @@ else
     --device-type "$DEVICE_TYPE"
 fi
 step "report" "$PYTHON" -m scripts.report --run "$RUN"
+
+# The mixture of karpathy/nanochat, the tasks of ChatCORE, and made conversations for spelling and identity.
+for corpus in made smoltalk mmlu gsm8k arc-easy arc-challenge humaneval; do
+  step "conversations: $corpus" "$PYTHON" -m scripts.chat_data --corpus "$corpus"
+done
+step "SFT" launch "$NPROC" scripts.chat_sft --base "$RUN" --run "$RUN-sft" --data runs/chat_mixture.toml \
+  --device-type "$DEVICE_TYPE" --resume auto
+ensure_chat_scores "$RUN-sft" chatcore --device-type "$DEVICE_TYPE"
+step "report of $RUN-sft" "$PYTHON" -m scripts.report --run "$RUN-sft"
+
 printf '\nDone in %s. Curves and scores, with GPT-2 beside them: %s/report.html\n' "$(minutes)" "$FOLDER"
+printf 'Talk to it: .venv/bin/python -m scripts.chat_cli --run %s\n' "$RUN-sft"

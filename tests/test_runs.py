@@ -283,13 +283,52 @@ def test_speedrun_chains_the_stages_and_fetches_shards_meanwhile(gpus: Machine) 
     assert made[2] == f"{ranks}.base_train -- {flags} --resume auto"
     scoring = f"--run {name} --eval core,bpb,sample --eval-bundle  --device-type cuda"
     assert made[3] == f"{ranks}.base_eval -- {scoring}"
-    assert made[4:] == [f"-m scripts.report --run {name}"]
+    assert made[4] == f"-m scripts.report --run {name}"
+    corpora = ("made", "smoltalk", "mmlu", "gsm8k", "arc-easy", "arc-challenge", "humaneval")
+    assert made[5:12] == [f"-m scripts.chat_data --corpus {corpus}" for corpus in corpora]
+    mixture = f"--base {name} --run {name}-sft --data runs/chat_mixture.toml"
+    assert made[12] == f"{ranks}.chat_sft -- {mixture} --device-type cuda --resume auto"
+    assert made[13] == f"{ranks}.chat_eval -- --run {name}-sft --tasks chatcore --device-type cuda"
+    assert made[14:] == [f"-m scripts.report --run {name}-sft"]
     told = result.stdout[: result.stdout.index("== first shards")]  # before anything is fetched
     assert f"Recipe: {flags}\n" in told
     assert "2.49 hours, CORE 0.2626 and 0.2729" in told
     assert "pull request 516 of karpathy/nanochat" in told
     assert "otherwise" not in told
     assert f"Ours: so long, - NVIDIA H100 80GB HBM3 fineweb-edu 8 {flags}\n" in told
+
+
+def test_quickstart_ends_in_a_conversation(machine: Machine) -> None:
+    machine.put("uv", UV)
+    machine.put("python3", PYTHON)
+    result = machine.driver()
+    assert result.returncode == 0, result.stderr
+    made = calls(machine)
+    commands = [call.split()[1].removeprefix("scripts.") for call in made]
+    base = ["dataset", "tok_train", "base_train", "base_eval", "report"]
+    chat = ["chat_data", "chat_eval", "chat_sft", "chat_eval", "chat_rl", "chat_eval", "chat_eval"]
+    assert commands == [*base, *chat, "report", "report", "chat_cli"]
+    of_run = [call.split("--run ")[1].split()[0] for call in made if " --run " in call]
+    sft, rl = "quickstart-sft", "quickstart-rl"
+    assert of_run == [*["quickstart"] * 4, sft, sft, rl, rl, sft, rl, rl]
+    assert "--base quickstart --run quickstart-sft " in next(call for call in made if "chat_sft" in call)
+    assert "--base quickstart-sft --run quickstart-rl " in next(call for call in made if "chat_rl" in call)
+    assert f"-m scripts.chat_eval --compare {sft} {rl}" in made
+    assert made[-1].endswith("-p What is 347 + 589?")
+    assert "python -m scripts.chat_cli --run quickstart-rl\n" in result.stdout
+
+
+def test_answers_that_are_there_are_not_asked_for_again(machine: Machine) -> None:
+    machine.put("python3", PYTHON)  # is_scored: yes
+    files.write_json(machine.repo.parent / "base" / "runs" / "r" / "chat_eval.json", {})
+    ask = "PYTHON=python3; NPROC=2; ensure_chat_scores {} made --seed 1"
+    done = machine.call(ask.format("r"))
+    assert (done.returncode, "r is scored already" in done.stdout) == (0, True)
+    assert machine.call(ask.format("s")).returncode == 0
+    flags = "-- --run s --tasks made --seed 1"
+    assert calls(machine) == [
+        f"-m torch.distributed.run --standalone --nproc_per_node=2 -m scripts.chat_eval {flags}"
+    ]
 
 
 def test_speedrun_on_the_text_of_the_record_has_its_recipe(gpus: Machine) -> None:

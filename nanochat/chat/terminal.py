@@ -1,4 +1,4 @@
-"""A conversation in the terminal: replies as they come, wrapped between words, and commands that begin with /.
+"""A conversation in the terminal: replies as they come, wrapped between words, and commands behind a slash.
 
 The cache of the model is kept over the turns, so a message costs what it adds. Nothing of a conversation is
 written to the disk unless /save asks for it.
@@ -6,105 +6,85 @@ written to the disk unless /save asks for it.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 
 from rich.cells import cell_len
 from rich.console import Console
-from rich.text import Text
 
 from nanochat.chat import conversation
 from nanochat.chat.conversation import Conversation, Message, Part
 from nanochat.chat.replies import ChatSession, ToolCall
-from nanochat.common import console, flags, typed_json
-from nanochat.common.errors import UserError, warn
+from nanochat.common import console, errors, flags, typed_json
+from nanochat.common.errors import UserError
 from nanochat.common.progress import printable
 from nanochat.config.arguments import ChatCliArgs
 from nanochat.engine import Sampling
 from nanochat.model.gpt import GPT
 from nanochat.tokenizer.tokenizer import Tokenizer
 
-LONG_WORD = (
-    20  # cells that are held back until it is known on which line a word stands; Chinese has no spaces
-)
-
-HELP = """\
-/new            begin a new conversation
-/undo           take the last message and its reply back
-/retry          ask the last message again
-/system TEXT    text before the first message; without TEXT, none
-/temp X         sampling temperature; 0 takes the likeliest token
-/topk N         sample among the N likeliest tokens; 0 means all
-/save FILE      add the conversation to a jsonl file, which chat_data reads
-/load FILE      go on with the last conversation of a jsonl file
-/quit           leave, as Ctrl-D does
-Ctrl-C ends a reply and keeps what was said. A message that begins with / is written with a space before it."""
+COMMANDS = ("new", "undo", "retry", "system", "temp", "topk", "save", "load", "help", "quit")
+# Cells that are held back at most, until it is known on which line a word stands: Chinese has no spaces.
+LONG_WORD = 20
 
 
 class Terminal:
     """A conversation of a person and a model: what was said, and how the next reply is made.
 
-    Attributes:
-        said: messages of user and assistant in turn; the last one is a reply, or there is none.
-        args: flags of the command, which /system, /temp and /topk change.
+    A command behind a slash is a method of its name, whose docstring is its line of /help.
     """
 
     def __init__(self, model: GPT, tokenizer: Tokenizer, args: ChatCliArgs) -> None:
-        """Begin with nothing said."""
-        self.tokenizer, self.args = tokenizer, args
-        self.context = model.config.sequence_len
-        self.said: Conversation = ()
+        """Begin with nothing said; the system text and the sampling are those of the flags."""
+        self._tokenizer, self._args = tokenizer, args
+        self._context = model.config.sequence_len
         self._session = ChatSession(model, tokenizer)
-        self._replies = 0  # each draws with a seed of its own, so that /retry is another one
-        self._is_shortened = False
         self._page = Page()
+        self._said: Conversation = ()  # in whole turns, without the system text
+        self._replies = 0  # each draws with a seed of its own, so that /retry gives another one
+        self._is_shortened = self._is_interrupted = False
 
     def talk(self) -> None:
-        """Read messages and commands until Ctrl-D, Ctrl-C or /quit."""
-        self._page.note("Ctrl-D leaves, Ctrl-C ends a reply, /help lists the commands.")
-        while not console.reader_is_gone():
-            try:
+        """Read messages and commands until Ctrl-D, Ctrl-C or /quit. Within a reply, Ctrl-C ends that alone."""
+        self._page.note("Ctrl-C ends a reply, Ctrl-D leaves, /help lists the commands.")
+        try:
+            while not console.reader_is_gone():
                 line = input("> ")
-            except (EOFError, KeyboardInterrupt):
-                print()
-                return
-            if line.split() == ["/quit"]:
-                return
-            try:
-                if line.startswith("/"):
-                    self.command(*line.split(maxsplit=1))
-                elif line.strip():
-                    with _noted_interrupt() as is_interrupted:
-                        self.ask(line.strip(), is_interrupted)
-            except (UserError, OSError) as error:
-                self._page.note(printable(f"{error}"))
+                before = signal.signal(signal.SIGINT, self._interrupt)
+                try:
+                    self._obey(line)
+                except OSError as error:
+                    self._page.note(errors.describe_os_error(error))
+                except UserError as error:
+                    self._page.note(str(error))
+                finally:
+                    signal.signal(signal.SIGINT, before)
+        except (EOFError, KeyboardInterrupt):
+            print()
 
-    def ask(self, text: str, is_interrupted: Callable[[], bool] = bool) -> None:
-        """Print the reply to a message as it comes, and keep both; without a reply, neither.
+    def ask(self, text: str, keep: int | None = None) -> None:
+        """Print the reply to a message as it comes, and keep both; where nothing was said, neither.
 
         Args:
             text: the message.
-            is_interrupted: asked after every token, whether to end the reply there.
+            keep: how many of the earlier messages, as an end of a slice; by default all.
 
         Raises:
             UserError: the message does not fit into the context.
         """
-        asked = (*self.said, Message("user", (Part("text", text),)))
-        sampling = Sampling(
-            self.args.max_new_tokens,
-            self.args.temperature,
-            self.args.top_k,
-            self.args.seed + self._replies,
-        )
+        asked = (*self._said[:keep], Message("user", (Part("text", text),)))
+        how, seed = self._args, self._args.seed + self._replies
+        sampling = Sampling(how.max_new_tokens, how.temperature, how.top_k, seed)
         self._replies += 1
+        self._is_interrupted = False
         parts: list[Part] = []
-        for event in self._session.say(self._fitting(asked), sampling, tools=self.args.tools):
+        for event in self._session.say(self._fitting(asked), sampling, tools=how.tools):
             if isinstance(event, ToolCall):
                 parts += [Part("python", event.expression), Part("python_output", event.result)]
                 self._page.tool_call(f"{event.expression} = {event.result}")
@@ -112,97 +92,105 @@ class Terminal:
                 before = parts.pop().text if parts and parts[-1].kind == "text" else ""
                 parts.append(Part("text", before + event))
                 self._page.write(event)
-            if is_interrupted() or console.reader_is_gone():
+            if self._is_interrupted or console.reader_is_gone():
                 break
         self._page.end()
         if parts:
-            self.said = (*asked, Message("assistant", tuple(parts)))
+            self._said = (*asked, Message("assistant", tuple(parts)))
 
-    def command(self, name: str, value: str = "") -> None:
-        """Carry out a line that begins with a slash.
-
-        Raises:
-            UserError: an unknown command, or a value that it cannot use.
-        """
-        actions: dict[str, Callable[[str], None]] = {
-            "/new": self._new,
-            "/undo": self._undo,
-            "/retry": self._retry,
-            "/system": lambda text: self._change(system=text),
-            "/temp": lambda number: self._change(temperature=_number(float, number)),
-            "/topk": lambda number: self._change(top_k=_number(int, number)),
-            "/save": self._save,
-            "/load": self._load,
-            "/help": lambda _: self._page.note(HELP),
-        }
-        if name not in actions:
+    def _obey(self, line: str) -> None:
+        name, _, value = line.rstrip().partition(" ")
+        if not name.startswith("/"):
+            if line.strip():
+                self.ask(line.strip())
+        elif name[1:] in COMMANDS:
+            command: Callable[[str], None] = getattr(self, f"_{name[1:]}")
+            command(value.strip())
+        else:
             raise UserError(f"{name}: no such command. /help lists them.")
-        actions[name](value.strip())
+
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        self._is_interrupted = True  # heard between two tokens, never within the model
+
+    def _system_and(self, said: Conversation) -> Conversation:
+        text = self._args.system
+        return (Message("system", (Part("text", text),)), *said) if text else said
 
     def _fitting(self, asked: Conversation) -> Conversation:
-        """The messages that the model reads: the oldest are left out where the context is full."""
-        if self.args.system:
-            asked = (Message("system", (Part("text", self.args.system),)), *asked)
-        room = self.context - min(self.args.max_new_tokens, self.context // 4)
-        kept, dropped = conversation.fit(self.tokenizer, asked, room)
+        room = self._context - min(self._args.max_new_tokens, self._context // 4)
+        kept, dropped = conversation.fit(self._tokenizer, self._system_and(asked), room)
         if dropped and not self._is_shortened:
             self._is_shortened = True
             self._page.note(
-                f"The context of {self.context} tokens is full: the model forgets the oldest turns."
+                f"The context of {self._context} tokens is full: the model forgets the first turns."
             )
         return kept
 
+    def _change(self, name: str, value: object) -> None:
+        changed = dataclasses.replace(self._args, **{name: value})
+        flags.require_domain(changed)
+        self._args = changed
+
     def _new(self, _: str) -> None:
-        self.said, self._is_shortened = (), False
+        """Begin a new conversation."""
+        self._said, self._is_shortened = (), False
 
     def _undo(self, _: str) -> None:
-        if not self.said:
-            raise UserError("nothing was said yet.")
-        self.said = self.said[:-2]
+        """Take back the last message and its reply."""
+        self._said = self._said[:-2]
 
     def _retry(self, _: str) -> None:
-        before = self.said
-        self._undo("")
-        with _noted_interrupt() as is_interrupted:
-            self.ask(before[-2].parts[0].text, is_interrupted)
+        """Ask the last message again."""
+        if self._said:
+            self.ask("".join(part.text for part in self._said[-2].parts), keep=-2)
 
-    def _change(self, **values: object) -> None:
-        changed = dataclasses.replace(self.args, **values)  # type: ignore[arg-type]
-        flags.require_domain(changed)
-        self.args = changed
+    def _system(self, text: str) -> None:
+        """Put TEXT before the first message; without TEXT, nothing."""
+        self._change("system", text)
+
+    def _temp(self, number: str) -> None:
+        """Sample at the temperature X; 0 takes the likeliest token."""
+        self._change("temperature", _number(float, number))
+
+    def _topk(self, number: str) -> None:
+        """Sample among the N likeliest tokens; 0 means all."""
+        self._change("top_k", _number(int, number))
 
     def _save(self, name: str) -> None:
-        if not name or not self.said:
-            raise UserError("/save FILE: name a file, once something was said.")
-        said = self.said
-        if self.args.system:
-            said = (Message("system", (Part("text", self.args.system),)), *said)
+        """Add the conversation to FILE, in the jsonl that chat_data reads."""
         messages = [
             {
                 "role": message.role,
                 "content": [{"type": part.kind, "text": part.text} for part in message.parts],
             }
-            for message in said
+            for message in self._system_and(self._said)
         ]
         with Path(name).expanduser().open("a", encoding="utf-8") as file:
             file.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
-        self._page.note(printable(f"added to {name}"))
 
     def _load(self, name: str) -> None:
-        path = Path(name).expanduser()
-        lines = path.read_bytes().splitlines()
+        """Go on with the last conversation of FILE, in jsonl."""
+        lines = Path(name).expanduser().read_bytes().splitlines() or [b""]
+        where = f"{name}:{len(lines)}"
         try:
-            row = typed_json.parse(lines[-1] if lines else b"")
+            row = typed_json.parse(lines[-1])
         except ValueError as error:
-            raise UserError(
-                f"{name}:{len(lines)}: {error}. Each line holds a conversation in JSON."
-            ) from error
-        loaded = conversation.read(row, f"{name}:{len(lines)}")
+            raise UserError(f"{where}: {error}. Expected a conversation, as /save writes it.") from error
+        said = conversation.read(row, where)
+        system = [part.text for message in said if message.role == "system" for part in message.parts]
+        self._change("system", "".join(system))
         self._new("")
-        has_system = loaded[0].role == "system"
-        self._change(system=loaded[0].parts[0].text if has_system else "")
-        self.said = loaded[has_system:]
-        self._page.note(printable(f"{len(self.said) // 2} turns loaded from {name}"))
+        self._said = tuple(message for message in said if message.role != "system")
+
+    def _help(self, _: str) -> None:
+        """List the commands."""
+        self._page.note("A message that begins with / is written with a space before it.")
+        for name in COMMANDS:
+            self._page.note(f"/{name:8}{getattr(self, f'_{name}').__doc__}")
+
+    def _quit(self, _: str) -> None:
+        """Leave, as Ctrl-D does."""
+        raise EOFError
 
 
 class Page:
@@ -210,7 +198,7 @@ class Page:
 
     def __init__(self) -> None:
         """Begin at the left edge."""
-        self._console = Console(highlight=False)
+        self._console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
         self._is_terminal = sys.stdout.isatty()
         self._column = 0
         self._held = ""  # the last word so far, with the spaces before it
@@ -221,49 +209,44 @@ class Page:
             print(text, end="", flush=True)
             return
         pieces = re.findall(r"\n|[^\S\n]+\S*|\S+", self._held + printable(text).expandtabs(4))
-        self._held = "" if pieces[-1] == "\n" or cell_len(pieces[-1]) >= LONG_WORD else pieces.pop()
+        is_done = pieces[-1] == "\n" or cell_len(pieces[-1]) >= LONG_WORD
+        self._held = "" if is_done else pieces.pop()
         for piece in pieces:
             self._place(piece)
-        sys.stdout.flush()
 
     def tool_call(self, text: str) -> None:
-        """Print what was computed, on a line of its own."""
-        if not self._is_terminal:  # a program reads the reply alone
+        """Print what was computed, on a line of its own; for a program, which reads the reply alone, not there."""
+        if self._is_terminal:
+            self._end_line()
+            self.note(text)
+        else:
             print(text, file=sys.stderr, flush=True)
-            return
-        self.end()
-        self.note(printable(text))
 
     def note(self, text: str) -> None:
         """Print what is not of the reply."""
-        self._console.print(Text(text, style="dim"))
+        self._console.print(printable(text), style="dim")
 
     def end(self) -> None:
-        """End the line, unless it has just begun."""
+        """End a reply."""
+        if self._is_terminal:
+            self._end_line()
+        else:
+            print(flush=True)
+
+    def _end_line(self) -> None:
         self._place(self._held)
         self._held = ""
-        if self._column or not self._is_terminal:
+        if self._column:
             self._place("\n")
 
     def _place(self, piece: str) -> None:
-        width, size = self._console.width, cell_len(piece)
-        if piece == "\n" or (self._column and self._column + size > width):
+        width = self._console.width
+        if piece == "\n" or (self._column and self._column + cell_len(piece) > width):
             print()
             piece, self._column = piece.lstrip(), 0
-            size = cell_len(piece)
         print(piece, end="", flush=True)
-        self._column = (self._column + size) % width
-
-
-@contextlib.contextmanager
-def _noted_interrupt() -> Iterator[Callable[[], bool]]:
-    """Within, Ctrl-C is noted: it ends a reply between two tokens, never within the model."""
-    noted: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, _: noted.append(number))
-    try:
-        yield lambda: bool(noted)
-    finally:
-        signal.signal(signal.SIGINT, before)
+        end = self._column + cell_len(piece)
+        self._column = end if end <= width else end % width
 
 
 def _number(kind: Callable[[str], float], text: str) -> float:
