@@ -11,12 +11,24 @@ import pytest
 
 from dev.reliability import library_digest, page
 from nanochat.common import charts, files
-from nanochat.config.arguments import DatasetArgs, EvalArgs, ExportArgs, GenerateArgs, TokTrainArgs, TrainArgs
+from nanochat.config.arguments import (
+    ChatCliArgs,
+    ChatDataArgs,
+    ChatEvalArgs,
+    DatasetArgs,
+    EvalArgs,
+    ExportArgs,
+    GenerateArgs,
+    RlArgs,
+    SftArgs,
+    TokTrainArgs,
+    TrainArgs,
+)
 from nanochat.config.plan import plan
 from tests.conftest import REPO
 
 README = (REPO / "README.md").read_text("utf-8")
-DEPTHS = (4, 8, 12, 16, 20, 24, 28, 32)
+DEPTHS = (4, 12, 20, 24, 32)
 
 
 def row(depth: int) -> str:
@@ -66,11 +78,39 @@ def test_it_is_short_and_its_pictures_are_small_and_readable_on_any_page() -> No
         assert ElementTree.fromstring(text).attrib["color"] == charts.LONE_INK
 
 
+CHAT_ARGS = {
+    "chat_cli": ChatCliArgs,
+    "chat_data": ChatDataArgs,
+    "chat_eval": ChatEvalArgs,
+    "chat_rl": RlArgs,
+    "chat_sft": SftArgs,
+}
+
+
+def flags_of(*classes: type) -> set[str]:
+    """The flags of some commands, as a person types them."""
+    fields = [item for cls in classes for item in dataclasses.fields(cls)]
+    named = {"--" + item.name.replace("_", "-") for item in fields}
+    return named | {item.metadata["short"] for item in fields if "short" in item.metadata}
+
+
 def test_every_flag_it_names_exists() -> None:
     known = {"--standalone", "--nproc_per_node", "--nnodes", "--max-restarts", "--slow"}
-    for cls in (TrainArgs, EvalArgs, TokTrainArgs, DatasetArgs, GenerateArgs, ExportArgs):
-        known |= {"--" + item.name.replace("_", "-") for item in dataclasses.fields(cls)}
+    known |= flags_of(TrainArgs, EvalArgs, TokTrainArgs, DatasetArgs, GenerateArgs, ExportArgs)
+    known |= flags_of(*CHAT_ARGS.values())
     assert sorted(set(re.findall(r"--[a-z][\w-]*", README)) - known) == []
+
+
+@pytest.mark.parametrize(
+    "path", ["README.md", "docs/chat.md", "runs/quickstart.sh"], ids=lambda path: path.rpartition("/")[2]
+)
+def test_every_chat_command_that_is_told_can_be_typed(path: str) -> None:
+    text = (REPO / path).read_text("utf-8").replace("\\\n", " ")
+    told = re.findall(r"-m scripts\.(chat_\w+)([^\n`]*)", text)
+    assert told
+    for command, rest in told:
+        named = set(re.findall(r"(?<!\S)--?[a-z][\w-]*", rest.partition("#")[0]))
+        assert named <= flags_of(CHAT_ARGS[command]) | {"--help"}, f"{command}{rest}"
 
 
 def test_the_page_of_cuda_names_tests_that_exist() -> None:
