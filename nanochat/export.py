@@ -21,10 +21,10 @@ from nanochat.common.machine import Precision
 from nanochat.config.arguments import ExportArgs
 from nanochat.config.model_config import GPTConfig
 from nanochat.model.gpt import GPT
-from nanochat.tokenizer.tokenizer import FILE_NAME, Tokenizer
+from nanochat.tokenizer.tokenizer import FILE_NAME, SPECIALS, Tokenizer
 
 MODELING = "modeling_nanochat"
-BOS = "<|bos|>"
+BOS, REPLY_END = "<|bos|>", "<|assistant_end|>"
 
 
 def run(args: ExportArgs) -> Path:
@@ -43,21 +43,37 @@ def run(args: ExportArgs) -> Path:
     model, tokenizer, meta = checkpoint_state.load_model(
         args.run, args.step, device=device, precision=precision
     )
-    write_hf(model, tokenizer, folder)
+    # A run of the chat stage says in its plan what it was finetuned from.
+    write_hf(model, tokenizer, folder, chat=meta["plan"].get("finetune") is not None)
     print(f"step {meta['step']} of run {args.run} written: {folder}")
     print("load it: AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)")
     return folder
 
 
-def write_hf(model: GPT, tokenizer: Tokenizer, folder: Path) -> None:
-    """Write weights, config, tokenizer and the modelling file; the folder appears whole or not at all."""
-    end = tokenizer.bos_id  # a document ends where the next one begins
-    ids = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end, "use_cache": True}
+def write_hf(model: GPT, tokenizer: Tokenizer, folder: Path, *, chat: bool = False) -> None:
+    """Write weights, config, tokenizer and the modelling file; the folder appears whole or not at all.
+
+    Args:
+        model: the weights, in any dtype.
+        tokenizer: of the model.
+        folder: to write; absent or empty.
+        chat: the model was finetuned on conversations. The folder then has the chat template, special tokens
+            are found in all text, and a reply ends with `<|assistant_end|>`. Without, they are text, so a
+            template would only give wrong ids, and there is none.
+    """
+    bos = tokenizer.bos_id  # a document ends where the next one begins
+    end = tokenizer.special_id(REPLY_END) if chat else bos
+    ids = {"bos_token_id": bos, "eos_token_id": end, "pad_token_id": bos, "use_cache": True}
     with files.atomic_dir(folder) as temporary:
         checkpoint_format.save_tensors(temporary / "model.safetensors", _weights(model), {"format": "pt"})
         files.write_json(temporary / "config.json", _config(model.config) | ids)
-        files.write_json(temporary / "generation_config.json", ids)
-        _write_tokenizer(tokenizer, model.config, temporary)
+        generation: dict[str, Any] = dict(ids)
+        if chat:  # as our replies without a tool: no program would answer the code of the model
+            generation["suppress_tokens"] = [
+                tokenizer.special_id(name) for name in SPECIALS if name != REPLY_END
+            ]
+        files.write_json(temporary / "generation_config.json", generation)
+        _write_tokenizer(tokenizer, model.config, temporary, chat)
         text = Path(__file__).with_name("hf_modeling.py.txt").read_text("utf-8")
         files.atomic_write(temporary / f"{MODELING}.py", text)
 
@@ -92,8 +108,8 @@ def _config(shape: GPTConfig) -> dict[str, Any]:
     }
 
 
-def _write_tokenizer(tokenizer: Tokenizer, shape: GPTConfig, folder: Path) -> None:
-    """tokenizer.json with a BOS put before every text, as in training."""
+def _write_tokenizer(tokenizer: Tokenizer, shape: GPTConfig, folder: Path, chat: bool) -> None:
+    """tokenizer.json with a BOS put before every text, as in training; for chat, with the special tokens."""
     tokenizer.save(folder)
     document = json.loads((folder / FILE_NAME).read_text("utf-8"))
     bos = {"SpecialToken": {"id": BOS, "type_id": 0}}
@@ -104,15 +120,21 @@ def _write_tokenizer(tokenizer: Tokenizer, shape: GPTConfig, folder: Path) -> No
         "pair": [bos, text, {"Sequence": {"id": "B", "type_id": 0}}],
         "special_tokens": {BOS: {"id": BOS, "ids": [tokenizer.bos_id], "tokens": [BOS]}},
     }
-    files.write_json(folder / FILE_NAME, document)
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": BOS,
-        "eos_token": BOS,
+        "eos_token": REPLY_END if chat else BOS,
         "pad_token": BOS,
         "padding_side": "left",  # what transformers expects of a model that generates
-        "split_special_tokens": True,  # a text that spells <|bos|> is text, as in training
+        "split_special_tokens": not chat,  # without turns, a text that spells <|bos|> is text, as in training
         "model_max_length": shape.sequence_len,
         "clean_up_tokenization_spaces": False,
     }
+    if chat:
+        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) | {"special": True}
+        document["added_tokens"] = [
+            {"id": tokenizer.special_id(name), "content": name, **flags} for name in SPECIALS
+        ]
+        config["chat_template"] = Path(__file__).with_name("chat_template.jinja").read_text("utf-8")
+    files.write_json(folder / FILE_NAME, document)
     files.write_json(folder / "tokenizer_config.json", config)
