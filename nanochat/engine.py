@@ -21,6 +21,7 @@ from typing import Literal, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from nanochat.common.errors import UserError
 from nanochat.distributed.world import World
@@ -128,14 +129,14 @@ class Completion:
 
     Attributes:
         ids: new tokens, without the one that may have ended them.
+        sampled: for each of them, whether it was drawn; False where a rule put it in place of a draw.
         reason: "stop" at a BOS or what else ends a text, "forbidden" at a token that may not come, which is
             the last of the ids, "length" at max_tokens, "context" where the context was full.
-        sampled: for each of the ids, whether it was drawn; False where a rule put it in place of a draw.
     """
 
     ids: tuple[int, ...]
-    reason: Reason
     sampled: tuple[bool, ...]
+    reason: Reason
 
 
 class RowRules(Protocol):
@@ -145,26 +146,16 @@ class RowRules(Protocol):
         mode: the row of `Steering.masks` that holds for the next draw.
     """
 
-    @property
-    def mode(self) -> int:
-        """See above."""
-        ...
+    mode: int
 
     def take(self, drawn: int) -> tuple[int, bool, Ending | None]:
-        """Put one more token into the row.
-
-        Args:
-            drawn: what was sampled.
-
-        Returns:
-            The token that comes; whether it is the drawn one; whether it ends the row, and why.
-        """
+        """The token that comes; whether it is the drawn one; whether it ends the row, and why."""
         ...
 
 
 @dataclass(frozen=True)
 class Steering:
-    """What decides about rows other than the model.
+    """What decides about rows besides the model.
 
     Attributes:
         rules: makes those of a new row.
@@ -178,10 +169,8 @@ class Steering:
 class _EndsAtBos:
     """Rules of plain text: anything may come, and a BOS ends it."""
 
-    mode = 0
-
     def __init__(self, bos_id: int) -> None:
-        self.bos_id = bos_id
+        self.mode, self.bos_id = 0, bos_id
 
     def take(self, drawn: int) -> tuple[int, bool, Ending | None]:
         return drawn, True, "stop" if drawn == self.bos_id else None
@@ -189,16 +178,7 @@ class _EndsAtBos:
 
 @dataclass
 class _Row:
-    """One row under way.
-
-    Attributes:
-        number: of the row among those that began together.
-        rules: of the row.
-        unread: tokens of its prompt that are still to be fed, the next one last.
-        ids: what was added.
-        sampled: for each of them, whether it was drawn.
-        done: whether it has ended.
-    """
+    """A row under way: number, rules, the rest of its prompt (backwards), and what was added to it."""
 
     number: int
     rules: RowRules
@@ -206,17 +186,6 @@ class _Row:
     ids: list[int] = field(default_factory=list)
     sampled: list[bool] = field(default_factory=list)
     done: bool = False
-
-    def take(self, drawn: int, most: int, is_full: bool) -> tuple[int, Reason | None]:
-        """The token that comes, and the reason if the row ends with it."""
-        token, sampled, ending = self.rules.take(drawn)
-        limit: Reason | None = "context" if is_full else None
-        limit = "length" if len(self.ids) + 1 == most else limit
-        if ending != "stop":
-            self.ids.append(token)
-            self.sampled.append(sampled)
-        self.done = bool(ending or limit)
-        return token, ending or limit
 
 
 class Engine:
@@ -306,11 +275,7 @@ class Engine:
             yield piece
 
     def check(self, prompt: Sequence[int]) -> None:
-        """Refuse a prompt that the model cannot continue.
-
-        Raises:
-            UserError: it is empty, longer than the context, or has an id outside the vocabulary.
-        """
+        """Raise UserError for a prompt that is empty, too long, or has an id outside the vocabulary."""
         config = self.model.config
         if not prompt:
             raise UserError("the prompt has no tokens. Begin it with a BOS.")
@@ -348,7 +313,12 @@ class Engine:
         model, context = self.model, self.model.config.sequence_len
         cache, logits = self._prefill(prompts, rows, sampling, cache)
         device, read = logits.device, cache.length
-        draws = _draws_of_rows(prompts, rows, sampling, names, read, context).to(device)
+        by_row = []
+        for index, sample in rows:
+            most = min(sampling.max_tokens, context - len(prompts[index]) + 1)
+            own = _draws(most, sampling.seed, names[index] if names else index, sample)
+            by_row.append(F.pad(own, (len(prompts[index]) - read, 0)))  # none while a prompt is read
+        draws = pad_sequence(by_row, batch_first=True).to(device)
         rules = steering.rules if steering else partial(_EndsAtBos, self.tokenizer.bos_id)
         live = [_Row(i, rules(), list(prompts[index][read:])[::-1]) for i, (index, _) in enumerate(rows)]
         for step in range(draws.size(1)):
@@ -399,11 +369,16 @@ def _take(
         if row.unread:
             fed[place] = row.unread.pop()
         elif not row.done:
-            fed[place], reason = row.take(fed[place], most, is_full)
-            if reason != "stop":
+            fed[place], sampled, ending = row.rules.take(fed[place])
+            limit: Reason | None = "context" if is_full else None
+            limit = "length" if len(row.ids) + 1 == most else limit
+            if ending != "stop":
+                row.ids.append(fed[place])
+                row.sampled.append(sampled)
                 yield row.number, fed[place]
-            if reason:
-                yield row.number, Completion(tuple(row.ids), reason, tuple(row.sampled))
+            if reason := ending or limit:
+                row.done = True
+                yield row.number, Completion(tuple(row.ids), tuple(row.sampled), reason)
 
 
 def _groups(lengths: Sequence[int], spread: int) -> Iterator[list[int]]:
@@ -418,24 +393,6 @@ def _groups(lengths: Sequence[int], spread: int) -> Iterator[list[int]]:
     for index, length in enumerate(lengths):
         groups.setdefault(leaders[length], []).append(index)
     yield from groups.values()
-
-
-def _draws_of_rows(
-    prompts: Prompts,
-    rows: Sequence[tuple[int, int]],
-    sampling: Sampling,
-    names: Sequence[object] | None,
-    read: int,
-    context: int,
-) -> Tensor:
-    """What each row draws at each step after `read` tokens of its prompt, (rows, steps) fp32."""
-    drawn = []
-    for index, sample in rows:
-        length = len(prompts[index])
-        most = min(sampling.max_tokens, context - length + 1)
-        own = _draws(most, sampling.seed, names[index] if names else index, sample)
-        drawn.append(F.pad(own, (length - read, 0)))
-    return torch.nn.utils.rnn.pad_sequence(drawn, batch_first=True)
 
 
 def _draws(count: int, seed: int, name: object, sample: int) -> Tensor:
@@ -459,8 +416,10 @@ def choose_tokens(logits: Tensor, sampling: Sampling, draws: Tensor) -> Tensor:
         logits, ids = logits.topk(sampling.top_k, dim=-1)
     shifted = (logits - logits.amax(dim=-1, keepdim=True)) / sampling.temperature
     cumulative = shifted.softmax(dim=-1).cumsum(dim=-1)
-    # The probabilities sum to 1 up to rounding: a draw is a fraction of that sum.
-    chosen = torch.searchsorted(cumulative, draws[:, None] * cumulative[:, -1:], right=True)
+    # The probabilities sum to 1 up to rounding: a draw is a fraction of that sum, and less than it.
+    total = cumulative[:, -1:]
+    below = torch.minimum(draws[:, None] * total, total.nextafter(torch.zeros_like(total)))
+    chosen = torch.searchsorted(cumulative, below, right=True)
     chosen = chosen.clamp(max=logits.size(-1) - 1)
     return (chosen if ids is None else ids.gather(-1, chosen))[:, 0]
 

@@ -1,18 +1,32 @@
-"""Replies of a model: to many prompts at once, or in a session whose cache is kept over the turns."""
+"""Replies of a model: to many prompts at once, or in a session that keeps its cache over the turns."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import codecs
+import itertools
+from collections.abc import Iterator, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import torch
 
+from nanochat import engine
+from nanochat.chat import conversation
+from nanochat.chat.conversation import Conversation
 from nanochat.chat.tools import DRAWN_SPECIALS, ToolCalls
-from nanochat.engine import Completion, Engine, Sampling, Steering
+from nanochat.engine import Engine, KVCache, Sampling, Steering
 from nanochat.model.gpt import GPT
 from nanochat.tokenizer.tokenizer import SPECIALS, Tokenizer
 
-Reply = Completion
+Reply = engine.Completion
+Reason = engine.Reason
+
+
+class ToolCall(NamedTuple):
+    """An expression that the model had computed, and what came out."""
+
+    expression: str
+    result: str
 
 
 class ReplyEngine:
@@ -20,7 +34,7 @@ class ReplyEngine:
 
     def __init__(self, model: GPT, tokenizer: Tokenizer) -> None:
         """Hold a model and its tokenizer."""
-        self._engine = Engine(model, tokenizer)
+        self.model, self.tokenizer = model, tokenizer
 
     def replies(
         self,
@@ -50,19 +64,64 @@ class ReplyEngine:
             UserError: an empty prompt, one longer than the context, or an id outside the vocabulary.
         """
         done: list[list[Reply]] = [[] for _ in prompts]
-        steering = _steering(self._engine, tools, constrained)
-        for index, reply in self._engine.completions(
+        rules = partial(ToolCalls, self.tokenizer, tools)
+        steering = Steering(rules, _masks(self.model) if constrained else None)
+        replies = Engine(self.model, self.tokenizer).completions(
             prompts, sampling, num_samples, steering=steering, names=names
-        ):
+        )
+        for index, reply in replies:
             done[index].append(reply)
         return done
 
 
-def _steering(engine: Engine, tools: bool, constrained: bool) -> Steering:
-    """Rules of replies; their masks, (modes, 9), if what may not come is not to be drawn."""
-    masks = None
-    if constrained:
-        allowed = torch.tensor([[name in drawn for name in SPECIALS] for drawn in DRAWN_SPECIALS])
-        masks = torch.zeros(allowed.shape).masked_fill(~allowed, -torch.inf)
-        masks = masks.to(engine.model.head.weight.device)
-    return Steering(partial(ToolCalls, engine.tokenizer, tools), masks)
+class ChatSession:
+    """Replies in one conversation after another, of which only what is new goes through the model."""
+
+    def __init__(self, model: GPT, tokenizer: Tokenizer) -> None:
+        """Begin with an empty cache for the whole context of the model."""
+        self._engine = Engine(model, tokenizer)
+        self._cache = KVCache(model, 1, model.config.sequence_len)
+        self._ids: list[int] = []  # those in the cache and perhaps some after them
+
+    def say(self, asked: Conversation, sampling: Sampling, *, tools: bool = True) -> Iterator[str | ToolCall]:
+        """Reply to a conversation, piece by piece: texts of whole characters, and calls once computed.
+
+        The caller may stop at any piece; what was computed until then serves the next reply.
+
+        Args:
+            asked: ends with the user's message.
+            sampling: how.
+            tools: whether the calculator may be called.
+
+        Raises:
+            UserError: at the first piece: the prompt is longer than the context.
+        """
+        tokenizer = self._engine.tokenizer
+        prompt = conversation.prompt(tokenizer, asked)
+        self._engine.check(prompt)
+        # The last token of the prompt is read in any case: its logits are what the reply begins with.
+        cached = self._ids[: self._cache.length]
+        pairs = zip(cached, prompt[:-1], strict=False)
+        self._cache.length = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+        self._ids = list(prompt)
+        calls = ToolCalls(tokenizer, tools)
+        steering = Steering(lambda: calls, _masks(self._engine.model))
+        text = codecs.getincrementaldecoder("utf-8")("replace")
+        made = 0
+        for _, step in self._engine.decode([prompt], [(0, 0)], sampling, steering, cache=self._cache):
+            said = b""
+            if isinstance(step, int):
+                self._ids.append(step)
+                said = tokenizer.decode_bytes([step]) if calls.is_text else b""
+            if piece := text.decode(said, final=not said):
+                yield piece
+            if len(calls.calls) > made:
+                yield ToolCall(*calls.calls[made])
+                made += 1
+
+
+def _masks(model: GPT) -> torch.Tensor:
+    """What keeps a reply from drawing special tokens that may not come, (modes, 9) fp32."""
+    allowed = torch.tensor([[name in drawn for name in SPECIALS] for drawn in DRAWN_SPECIALS])
+    masks = torch.zeros(allowed.shape).masked_fill(~allowed, -torch.inf)
+    return masks.to(model.head.weight.device)
