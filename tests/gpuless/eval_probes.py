@@ -133,7 +133,7 @@ def crossings() -> dict[str, dict[str, int]]:
         since("validation")
         bits_per_byte.profile_bpb(model, batches, token_bytes, world, BOS)
         since("profile")
-        train_loader._moved(np.ones((4, 513), np.int32), GPU)
+        train_loader.moved(np.ones((4, 513), np.int32), GPU)
         since("rows")
         sampling = engine.Sampling(5, temperature=0.7, top_k=50)
         engine.Engine(model, tokenizer()).generate([[2, 3, 4], [5, 6, 7]], sampling, 3)
