@@ -24,7 +24,7 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -45,12 +45,17 @@ MANIFEST = "manifest.json"
 HASH_THREADS = 8
 
 Result = TypeVar("Result")
+Kind = TypeVar("Kind", bound="Corpus")
 
 
 class Corpus:
-    """A verified view of a corpus folder.
+    """A verified view of a corpus folder. A subclass holds something else than text (`chat/corpus.py`).
 
     Attributes:
+        holds: what its documents are; a manifest says it where it is not text.
+        column: of its shards.
+        splits: that its shards may be of.
+        required: splits that have to have one.
         name: name of the folder.
         source: where the text is from.
         folder: its path.
@@ -60,6 +65,11 @@ class Corpus:
         comes_in_order: True if shards are fetched one after another and are read so in the first epoch. Those
             of the hub are: their documents have been shuffled over all shards.
     """
+
+    holds: ClassVar[str] = "text"
+    column: ClassVar[str] = parquet_shards.TEXT_COLUMN
+    splits: ClassVar[Sequence[str]] = parquet_shards.SPLITS
+    required: ClassVar[Sequence[str]] = parquet_shards.SPLITS
 
     def __init__(self, folder: Path, name: str, source: str, members: Sequence[Shard]) -> None:
         self.name = name
@@ -74,7 +84,7 @@ class Corpus:
         self._locks = {shard.name: threading.Lock() for shard in self.shards}
 
     @classmethod
-    def open(cls, name: str) -> Corpus:
+    def open(cls: type[Kind], name: str) -> Kind:
         """Read the manifest, look for every file at its size, and verify the validation shards' bytes.
 
         Training shards may still be fetched by another process: `read_block` waits for them.
@@ -94,29 +104,43 @@ class Corpus:
         return corpus
 
     @classmethod
-    def read_manifest(cls, folder: Path) -> Corpus:
-        """The corpus that a manifest describes, without a look at its shards."""
+    def read_manifest(cls: type[Kind], folder: Path) -> Kind:
+        """The corpus that a manifest describes, without a look at its shards.
+
+        Raises:
+            UserError: there is none, it is damaged, or the corpus holds something else.
+        """
         path = folder / MANIFEST
         if not path.is_file():
-            name = folder.name
-            made = name if name in (*HUB_CORPORA, "stdlib") else f"local --name {name} --files FILES"
-            raise UserError(
-                f"corpus {name!r}: {path} is not there. Make it: python -m scripts.dataset --corpus {made}"
-            )
+            command = cls.make_command(folder.name)
+            raise UserError(f"corpus {folder.name!r}: {path} is not there. Make it: {command}")
         again = f"Delete {folder} and make it again."
         raw = files.read_json(path, dict[str, Any], advice=again)
         try:
             if raw.get("format") != FORMAT:
                 raise ValueError(f"format {typed_json.shown(raw.get('format'))}, expected {FORMAT}")
-            members = parquet_shards.from_manifest(raw["shards"])
+            if (holds := raw.get("holds", "text")) != cls.holds:
+                raise UserError(
+                    f"corpus {folder.name!r} holds {typed_json.shown(holds)}, where one of {cls.holds} is "
+                    f"needed. Name another, or make one: {cls.make_command('NAME')}"
+                )
+            members = parquet_shards.from_manifest(raw["shards"], cls.splits, cls.required)
             return cls(folder, str(raw["name"]), str(raw["source"]), members)
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{path}: a field is missing or wrong ({error}). {again}") from None
 
+    @staticmethod
+    def make_command(name: str) -> str:
+        """The command that makes a corpus of this name."""
+        made = name if name in (*HUB_CORPORA, "stdlib") else f"local --name {name} --files FILES"
+        return f"python -m scripts.dataset --corpus {made}"
+
     def write_manifest(self, folder: Path) -> None:
         """Write manifest.json into `folder`, atomically."""
         members = [dataclasses.asdict(shard) for shard in self.shards]
-        value = {"format": FORMAT, "name": self.name, "source": self.source, "shards": members}
+        value: dict[str, Any] = {"format": FORMAT, "name": self.name, "source": self.source}
+        value |= {} if self.holds == Corpus.holds else {"holds": self.holds}
+        value["shards"] = members
         files.write_json(folder / MANIFEST, value)
 
     @property
@@ -252,21 +276,26 @@ def prepare(
     with locks.held(files.corpus_lock(folder.name), f"corpus {folder.name!r}", wait=True):
         if corpus == "local":
             _prepare_local(folder, named_files, val_file)
-        elif not _existing(folder, "python "):
+        elif not existing(folder, "python "):
             source = f"python {platform.python_version()} standard library"
             write_corpus(folder, source, *data_sources.stdlib_documents())
     return Corpus.open(folder.name)
 
 
-def _existing(folder: Path, *sources: str) -> Corpus | None:
+def existing(folder: Path, *sources: str, kind: type[Corpus] = Corpus) -> Corpus | None:
     """The corpus of `folder` if its shards are there; None if it has to be made.
+
+    Args:
+        folder: where it lies.
+        sources: beginnings of the names of the sources that are the right ones.
+        kind: what it holds.
 
     Raises:
         UserError: the folder holds a corpus from another source, which must not be replaced in silence.
     """
     if not (folder / MANIFEST).is_file():
         return None
-    corpus = Corpus.read_manifest(folder)
+    corpus = kind.read_manifest(folder)
     if not corpus.source.startswith(sources):
         raise UserError(
             f"{folder} holds a corpus from another source, or its files have changed since ({corpus.source}; "
@@ -277,7 +306,7 @@ def _existing(folder: Path, *sources: str) -> Corpus | None:
 
 def _prepare_local(folder: Path, named: Sequence[str], val_file: str) -> None:
     if not named:
-        if _existing(folder, "local files"):
+        if existing(folder, "local files"):
             return
         raise UserError(f"--corpus local: name the text with --files (folders, or {text_files.ACCEPTED}).")
     paths, val_path = data_sources.find_files(named, val_file)
@@ -285,23 +314,34 @@ def _prepare_local(folder: Path, named: Sequence[str], val_file: str) -> None:
         print(others)
     known = f"local files, {len(paths)} of "
     source = f"{known}content {data_sources.content_digest(paths, val_path)}"
-    if _existing(folder, source, f"{known}listing {data_sources.listing_digest(paths, val_path)}"):
+    if existing(folder, source, f"{known}listing {data_sources.listing_digest(paths, val_path)}"):
         return
     write_corpus(folder, source, *data_sources.local_splits(paths, val_path))
 
 
-def write_corpus(folder: Path, source: str, train: Iterable[str], val: Iterable[str]) -> None:
-    """Write a corpus folder, all of it or nothing. `val` is begun when `train` has ended."""
+def write_corpus(folder: Path, source: str, *documents: Iterable[str], kind: type[Corpus] = Corpus) -> None:
+    """Write a corpus folder, all of it or nothing.
+
+    Args:
+        folder: where it goes.
+        source: where the documents are from.
+        documents: those of each of `kind.splits`; one split is begun when the one before has ended.
+        kind: what it holds.
+
+    Raises:
+        UserError: a split that has to have documents has none.
+    """
     with files.atomic_dir(folder, owned=folder.name) as temporary:
-        members = parquet_shards.write_shards(train, temporary, "train", 0)
-        members += parquet_shards.write_shards(val, temporary, "val", len(members))
-        for split in parquet_shards.SPLITS:
+        members: list[Shard] = []
+        for split, texts in zip(kind.splits, documents, strict=True):
+            members += parquet_shards.write_shards(texts, temporary, split, len(members), kind.column)
+        for split in kind.required:
             if not any(shard.split == split for shard in members):
                 raise UserError(
                     f"corpus {folder.name!r}: there is no text for the {split} split. "
                     "Name files with at least two documents, or a --val-file that is not empty."
                 )
-        Corpus(folder, folder.name, source, members).write_manifest(temporary)
+        kind(folder, folder.name, source, members).write_manifest(temporary)
 
 
 def _prepare_hub(folder: Path, corpus: str, num_shards: int | None, first: int | None) -> Corpus:
@@ -314,7 +354,7 @@ def _prepare_hub(folder: Path, corpus: str, num_shards: int | None, first: int |
         raise UserError(f"-n {count}: {corpus} has 1 to {remote.last} training shards.")
     names = [*(remote.shard(index) for index in range(count)), remote.val_shard]
     if (folder / MANIFEST).is_file():
-        _existing(folder, remote.repo)
+        existing(folder, remote.repo)
         before = Corpus.read_manifest(folder)
         known, commit = {shard.name: shard for shard in before.shards}, before.source.rpartition("@")[2]
     with pending_download.staging(folder) as stage, hub.Hub(remote.repo) as source:

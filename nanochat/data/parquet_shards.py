@@ -1,4 +1,4 @@
-"""Parquet shards: files with one text column, written with page checksums and read within limits.
+"""Parquet shards: files with one column of texts, written with page checksums and read within limits.
 
 A manifest lists the digest of each, so that damage is noticed before use; the limits are there because what a
 footer says of sizes can be a lie. A shard may also hold tokens: see `token_shards`.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import typing
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,9 @@ from nanochat.common.checksums import BrokenFileError, ChecksummedFile
 from nanochat.common.errors import UserError
 from nanochat.data import token_shards
 
-TEXT_COLUMN = "text"
+TEXT_COLUMN, CHAT_COLUMN = "text", "conversation"  # documents; or conversations, each the JSON of a row
 SPLITS = ("train", "val")
+RAW = "raw"
 GROUP_DOCUMENTS = 1000  # documents of a row group, of which the loader makes rows
 GROUP_CHARS = 16 << 20  # a row group ends early beyond this, so that long documents cannot fill the memory
 SHARD_CHARS = 64 << 20  # text of a shard, about 20 MB compressed
@@ -30,7 +31,6 @@ MAX_GROUP_ROWS = 1 << 16  # limits on what is read, far above what any corpus he
 MAX_GROUP_BYTES = 1 << 27
 MIN_GROUP_BYTES = 32  # the footer alone has more for each row group, so a shard cannot claim more of them
 BATCH_ROWS = 4  # decoded at a time: what a footer says of sizes can be a lie
-SCHEMA = pa.schema([(TEXT_COLUMN, pa.string())])
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,8 @@ class Shard:
 
     Attributes:
         name: file name in the corpus folder.
-        split: "train" or "val".
+        split: "train" or "val", in a corpus of conversations also "test"; RAW for a file of the hub that is
+            in a schema of its own, of which only the bytes are known.
         bytes: size of the file.
         documents: its rows; 0 for a shard of tokens, which does not count them.
         row_groups: its row groups; of a shard of tokens, the chunks that `token_shards` reads.
@@ -65,8 +66,11 @@ class Shard:
         return max(0, self.bytes - token_shards.HEADER_BYTES) // token_shards.TOKEN_BYTES
 
 
-def write_shards(documents: Iterable[str], folder: Path, split: str, first_index: int) -> list[Shard]:
+def write_shards(
+    documents: Iterable[str], folder: Path, split: str, first_index: int, column: str = TEXT_COLUMN
+) -> list[Shard]:
     """Write documents, in their order, as shard_NNNNN.parquet from `first_index` on."""
+    schema = pa.schema([(column, pa.string())])
     shards: list[Shard] = []
     groups = _grouped(documents)
     group = next(groups, None)
@@ -75,7 +79,7 @@ def write_shards(documents: Iterable[str], folder: Path, split: str, first_index
         chars = 0
         with pq.ParquetWriter(
             path,
-            SCHEMA,
+            schema,
             compression="zstd",
             compression_level=3,
             use_dictionary=False,
@@ -84,7 +88,7 @@ def write_shards(documents: Iterable[str], folder: Path, split: str, first_index
             store_schema=False,
         ) as writer:
             while group is not None and chars < SHARD_CHARS:
-                writer.write_table(pa.table({TEXT_COLUMN: group}, schema=SCHEMA), row_group_size=len(group))
+                writer.write_table(pa.table({column: group}, schema=schema), row_group_size=len(group))
                 chars += sum(map(len, group))
                 group = next(groups, None)
         shards.append(describe(path, split))
@@ -131,7 +135,7 @@ def counts(source: ChecksummedFile | pa.NativeFile) -> tuple[int, int]:
             return 0, token_shards.chunks(token_shards.count_file(source))
         name, source = source.path, source.open()
     with pq.ParquetFile(source) as file:
-        _check_schema(name, file.schema_arrow)
+        _find_column(name, file.schema_arrow)
         return file.metadata.num_rows, file.metadata.num_row_groups
 
 
@@ -152,6 +156,8 @@ def open_shard(path: Path, shard: Shard) -> ChecksummedFile:
             f"{path}: the shard is damaged: {file.bytes} bytes with sha256 {file.sha256}, "
             f"expected {shard.bytes} bytes with sha256 {shard.sha256}."
         )
+    if shard.split == RAW:
+        return file
     try:
         documents, row_groups = counts(file)
     except (UserError, pa.ArrowException, OSError) as error:
@@ -173,8 +179,15 @@ def problem(path: Path, shard: Shard) -> str:
     return ""
 
 
-def from_manifest(items: list[dict[str, Any]]) -> list[Shard]:
+def from_manifest(
+    items: list[dict[str, Any]], splits: Sequence[str] = SPLITS, required: Sequence[str] = SPLITS
+) -> list[Shard]:
     """Shards as a manifest lists them, checked: nothing that no manifest of ours would hold is taken.
+
+    Args:
+        items: what it lists.
+        splits: those that shards may be of.
+        required: those that have to have one.
 
     Raises:
         KeyError, TypeError, ValueError: a field is missing or has a wrong value.
@@ -190,27 +203,30 @@ def from_manifest(items: list[dict[str, Any]]) -> list[Shard]:
         if shard.row_groups > shard.bytes // MIN_GROUP_BYTES + 1:
             raise ValueError(f"shard {shard.name!r} has {shard.row_groups} row groups in {shard.bytes} bytes")
         # Names become paths.
-        if not re.fullmatch(r"[\w-][\w.-]*\.(parquet|bin)", shard.name) or shard.split not in SPLITS:
+        if not re.fullmatch(r"[\w-][\w.-]*\.(parquet|bin)", shard.name) or shard.split not in splits:
             raise ValueError(f"shard {shard.name!r} of split {shard.split!r}")
     if len({shard.name for shard in members}) != len(members):
         raise ValueError("a shard is listed twice")
     if len({shard.holds_tokens for shard in members}) > 1:
         raise ValueError("some shards hold text and some tokens")
-    for split in SPLITS:
+    for split in required:
         if not any(shard.split == split and shard.row_groups for shard in members):
             raise ValueError(f"no shard of split {split!r}")
     return members
 
 
-def _check_schema(path: Path | str, schema: pa.Schema) -> None:
-    kinds = [str(schema.field(at).type) for at in schema.get_all_field_indices(TEXT_COLUMN)]
+def _find_column(path: Path | str, schema: pa.Schema) -> str:
+    """The column of the texts: `text`, or where there is none `conversation`."""
+    column = CHAT_COLUMN if schema.names == [CHAT_COLUMN] else TEXT_COLUMN
+    kinds = [str(schema.field(at).type) for at in schema.get_all_field_indices(column)]
     if len(kinds) != 1:
         raise UserError(
             f"{path}: expected one column named {TEXT_COLUMN!r}, found {schema.names}. "
             "Rename the column that holds the text."
         )
     if kinds[0] not in ("string", "large_string"):
-        raise UserError(f"{path}: column {TEXT_COLUMN!r} holds {kinds[0]}, expected strings.")
+        raise UserError(f"{path}: column {column!r} holds {kinds[0]}, expected strings.")
+    return column
 
 
 def read_column(source: ChecksummedFile, row_group: int) -> pa.Array:
@@ -226,7 +242,7 @@ def read_column(source: ChecksummedFile, row_group: int) -> pa.Array:
     path = source.path
     try:
         with pq.ParquetFile(source.open(), page_checksum_verification=True, pre_buffer=False) as file:
-            _check_schema(path, file.schema_arrow)
+            column_name = _find_column(path, file.schema_arrow)
             if not 0 <= row_group < file.metadata.num_row_groups:
                 raise BrokenFileError(
                     f"{path}: row group {row_group} was asked for, it has {file.metadata.num_row_groups}."
@@ -238,7 +254,7 @@ def read_column(source: ChecksummedFile, row_group: int) -> pa.Array:
                     f"bytes, at most {MAX_GROUP_ROWS} rows and {MAX_GROUP_BYTES} bytes are read at a time. "
                     f"Rewrite the file with row groups of {GROUP_DOCUMENTS}."
                 )
-            column = _read_group(file, row_group)
+            column = _read_group(file, row_group, column_name)
             if len(column) != group.num_rows:
                 raise BrokenFileError(
                     f"{path}: row group {row_group} holds {len(column)} rows, not {group.num_rows}."
@@ -251,11 +267,11 @@ def read_column(source: ChecksummedFile, row_group: int) -> pa.Array:
         ) from None
 
 
-def _read_group(file: pq.ParquetFile, row_group: int) -> pa.Array:
+def _read_group(file: pq.ParquetFile, row_group: int, column: str) -> pa.Array:
     """All rows of a group, decoded a few at a time; stops where they are more than the footer may say."""
     parts: list[pa.Array] = []
     left = MAX_GROUP_BYTES
-    batches = file.iter_batches(BATCH_ROWS, row_groups=[row_group], columns=[TEXT_COLUMN], use_threads=False)
+    batches = file.iter_batches(BATCH_ROWS, row_groups=[row_group], columns=[column], use_threads=False)
     for batch in batches:
         left -= batch.nbytes
         if left < 0:

@@ -159,7 +159,7 @@ class TrainLoader:
         for stream in self._streams.values():
             stream.start()
         taken = {i: stream.take(self._rows_per_stream, stop_requested) for i, stream in self._streams.items()}
-        tokens = _moved(np.stack([taken[stream][row] for stream, row in self._mine]), self._world.device)
+        tokens = moved(np.stack([taken[stream][row] for stream, row in self._mine]), self._world.device)
         batch = Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
         return batch.split(self.device_batch_size)
 
@@ -223,7 +223,7 @@ class TrainLoader:
         return in_range and stream + cursor[1] * self.n_streams < len(self._groups)
 
 
-def _moved(rows: NDArray[np.int32], device: torch.device) -> Tensor:
+def moved(rows: NDArray[np.int32], device: torch.device) -> Tensor:
     """Rows of tokens as int64 on the device; a GPU gets them without a wait."""
     tokens = torch.from_numpy(rows.astype(np.int64))
     if device.type == "cuda":
@@ -299,7 +299,7 @@ class ValBatches:
         if self._rows is None:
             self._rows = self._pack()
         for start in range(0, len(self._rows), self._batch_rows):
-            tokens = _moved(self._rows[start : start + self._batch_rows], self._world.device)
+            tokens = moved(self._rows[start : start + self._batch_rows], self._world.device)
             inputs = tokens[:, :-1].masked_fill(tokens[:, :-1] < 0, self._tokenizer.bos_id)
             yield inputs, tokens[:, 1:].contiguous()
 
