@@ -64,12 +64,11 @@ def questions(text: str, max_per_task: int, seed: int) -> dict[str, list[Row]]:
 
 
 def _items(task: str, most: int, seed: int) -> list[Row]:
-    if task == "spellingbee":  # counting letters with the tool; upstream's words and wordings are not to be had
-        rows = made.examples("count", "test", most or MADE_ITEMS, seed + 1)
-        return [{**row, "task": task} for row in rows]
+    if task == "spellingbee":  # letters counted with the tool, as there; words and wordings are our own
+        return [*made.examples("count", "test", most or MADE_ITEMS, seed + 1)]
     if task in made.TASKS:
-        return list(made.examples(task, "test", most or MADE_ITEMS, seed))
-    rows = list(corpus.rows(task, "test"))
+        return [*made.examples(task, "test", most or MADE_ITEMS, seed)]
+    rows: list[Row] = [*corpus.rows(task, "test")]
     # A draw, because the questions of MMLU are sorted by their subject.
     return random.Random(task).sample(rows, most) if 0 < most < len(rows) else rows  # noqa: S311
 

@@ -139,8 +139,20 @@ class Part(TypedDict):
     text: str
 
 
-class ChatAnswerLine(TypedDict):
-    """A line of chat_answers.jsonl."""
+class ChatAnswer(TypedDict):
+    """A line of chat_answers.jsonl: one reply to one item.
+
+    Attributes:
+        task: name of the task.
+        id: of the item, the same in every run.
+        sample: number of the reply among those to the item.
+        judge: how it was judged.
+        prompt: what was asked.
+        reply: its parts.
+        right: the verdict; None where there was none.
+        sampled: tokens that the model chose; those that a tool forced are not among them.
+        reason: why the reply ended; "context" with an empty reply where the prompt was too long to be asked.
+    """
 
     task: str
     id: str

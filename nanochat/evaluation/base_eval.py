@@ -53,7 +53,8 @@ def main(args: EvalArgs, world: World) -> None:
         if len(args.compare) != 2:
             raise UserError(f"--compare {' '.join(args.compare)}: expected two runs, A and B.")
         if world.is_main:
-            show_difference(args.compare, compare.compare(*args.compare))
+            core, *tasks = compare.compare(*args.compare)
+            show_difference(args.compare, [core], tasks)
     elif args.combine:
         if world.is_main:
             show_combined(*compare.combine(args.combine))
@@ -303,27 +304,35 @@ def show_core(core: CoreResult, fields: Mapping[str, Any]) -> None:
     show(table(f"CORE, {core.bundle}", headings, cells, rows), *lines)
 
 
-def show_difference(runs: Sequence[str], differences: Sequence[compare.Difference]) -> None:
-    """Print what run B has more than run A; a star marks a difference that is hardly chance."""
+def show_difference(
+    runs: Sequence[str], means: Sequence[compare.Difference], tasks: Sequence[compare.Difference]
+) -> None:
+    """Print what run B has more than run A, of means and of tasks; a star marks what is hardly chance."""
     headings = ("task", "examples", *runs, "difference", "+-", f"only {runs[0]}", f"only {runs[1]}")
     cells = ["{name}", "{pairs}", "{first:.4f}", "{second:.4f}", "{gain:+.4f}", "{stderr:.4f}"]
-    cells += ["{only[0]}", "{only[1]}", "{p_value:.3f}{star}", "{holm}"]
+    cells += ["{only[0]}", "{only[1]}", "{p}", "{holm}"]
 
-    def star(p: float) -> str:
-        return " *" if p < SIGNIFICANT else ""
+    def shown(p: float, is_tested: bool) -> str:
+        return f"{p:.3g}" + (" *" if is_tested and p < SIGNIFICANT else "")
 
-    core, *tasks = differences
-    rows = [vars(row) | {"gain": row.second - row.first, "p_value": row.p_value} for row in differences]
-    rows[0] |= {"star": star(core.p_value), "holm": ""}
-    for row, task in zip(rows[1:], tasks, strict=True):
-        row |= {"star": "", "holm": f"{task.p_holm:.3f}{star(task.p_holm)}"}
-    gain = core.second - core.first
-    show(
-        table(f"{runs[1]} against {runs[0]}, by example", (*headings, "p", "p (Holm)"), cells, rows),
-        f"* p below {SIGNIFICANT}: of CORE by itself; of a task after Holm's correction for {len(tasks)}",
-        f"CORE of {runs[1]} is {gain:+.4f} +- {core.stderr:.4f} from that of {runs[0]}: higher with "
-        f"probability {probability_above(gain, core.stderr, 0.0):.3f}, before the spread between seeds.",
-    )
+    rows = [
+        vars(one)
+        | {"gain": one.second - one.first, "p": shown(one.p_value, one in means)}
+        | {"holm": "" if one in means else shown(one.p_holm, True)}
+        for one in (*means, *tasks)
+    ]
+    notes = [
+        f"* p below {SIGNIFICANT}: of a mean by itself; of a task after Holm's correction for {len(tasks)}"
+    ]
+    for mean in means:
+        gain = mean.second - mean.first
+        above = probability_above(gain, mean.stderr, 0.0)
+        notes.append(
+            f"{mean.name} of {runs[1]} is {gain:+.4f} +- {mean.stderr:.4f} from that of {runs[0]}: "
+            f"higher with probability {above:.3f}, before the spread between seeds."
+        )
+    title = f"{runs[1]} against {runs[0]}, by example"
+    show(table(title, (*headings, "p", "p (Holm)"), cells, rows), *notes)
 
 
 def show_combined(values: Mapping[str, float], claims: Sequence[compare.Claim]) -> None:
