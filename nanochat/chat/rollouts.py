@@ -11,11 +11,12 @@ twice P in a step; where even these do not suffice, the groups left over count i
 other has weights of 0: its gradient is zero, and the weights move by the momentum of earlier steps only.
 
 What is drawn depends on the seed, the step, the number of the question and that of the reply. So a resumed
-run draws the same. Questions of one length decode together on one rank, whatever the number of ranks.
+run draws the same, and so do other numbers of ranks, but for the rounding of rows that decode in other company.
 """
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -28,20 +29,21 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from nanochat.chat import conversation, packing, tasks
-from nanochat.chat.replies import Reason, Reply, ReplyEngine
+from nanochat.chat.replies import ReplyEngine
+from nanochat.chat.tasks import Row
 from nanochat.common import typed_json
 from nanochat.common.errors import UserError
 from nanochat.common.stop_signals import Stopped, requested
 from nanochat.data.train_loader import Batch
 from nanochat.distributed.world import World
-from nanochat.engine import Sampling
+from nanochat.engine import Reason, Sampling
 from nanochat.model.gpt import GPT
+from nanochat.tokenizer.tokenizer import Tokenizer
 
 FORMAT = 1
 MOST_QUESTIONS = 2  # asked in a step, in multiples of those that it wants
 MEASURED_EVERY = 10  # steps between estimates of entropy and KL, which cost a forward pass each
 REASONS: tuple[Reason, ...] = get_args(Reason)
-Row = dict[str, Any]
 
 
 class Question(NamedTuple):
@@ -70,7 +72,7 @@ class Rollout(NamedTuple):
 
     ids: list[int]
     sampled: list[bool]
-    reward: float
+    reward: int
     reason: Reason
 
     @property
@@ -83,7 +85,8 @@ Group = list[Rollout]
 
 
 def rollouts(
-    engine: ReplyEngine,
+    model: GPT,
+    tokenizer: Tokenizer,
     questions: Sequence[Question],
     samples: int,
     sampling: Sampling,
@@ -93,15 +96,16 @@ def rollouts(
     """Draw and judge `samples` replies to each question. A collective: every rank gets all groups.
 
     Args:
-        engine: the model as it is.
+        model: as it is now.
+        tokenizer: its own.
         questions: the same on all ranks, which share the work.
         samples: replies to each question.
         sampling: temperature 1 and all tokens, so that what is sampled is the distribution that is scored.
         step: of the run; the draws depend on it.
         world: the ranks.
     """
-    mine = _deal([len(question.ids) for question in questions], world.size)[world.rank]
-    drawn = engine.replies(
+    mine = range(world.rank, len(questions), world.size)
+    drawn = ReplyEngine(model, tokenizer).replies(
         [questions[i].ids for i in mine],
         sampling,
         samples,
@@ -111,51 +115,25 @@ def rollouts(
     flat: list[int] = []
     for i, replies in zip(mine, drawn, strict=True):
         for reply in replies:
-            ids, sampled = _with_end(engine, reply)
-            reward = int(reply.reason == "stop" and _is_right(engine, questions[i].row, reply))
-            tokens = [2 * token + drew for token, drew in zip(ids, sampled, strict=True)]
+            parts = conversation.parts_of(tokenizer, reply.ids)
+            reward = int(reply.reason == "stop" and bool(tasks.right(questions[i].row, parts)))
+            tokens = [2 * token + drew for token, drew in zip(reply.ids, reply.sampled, strict=True)]
+            if reply.reason == "stop":  # what ended it was drawn, too
+                tokens.append(2 * tokenizer.special_id("<|assistant_end|>") + 1)
             flat += [i, reward, REASONS.index(reply.reason), len(tokens), *tokens]
     size = world.max_over_ranks(len(flat))
     groups: list[Group] = [[] for _ in questions]
     for values in world.gather_ints(flat + [-1] * (size - len(flat))):
         for i, reward, reason, tokens in _records(values):
             prompt = questions[i].ids
-            groups[i].append(
-                Rollout(
-                    prompt + [token >> 1 for token in tokens],
-                    [False] * len(prompt) + [bool(token & 1) for token in tokens],
-                    float(reward),
-                    REASONS[reason],
-                )
-            )
+            ids = prompt + [token >> 1 for token in tokens]
+            sampled = [False] * len(prompt) + [bool(token & 1) for token in tokens]
+            groups[i].append(Rollout(ids, sampled, reward, REASONS[reason]))
     return groups
 
 
-def _deal(lengths: Sequence[int], ranks: int) -> list[list[int]]:
-    """Indices of the prompts of each rank: those of one length together, the largest groups first."""
-    by_length: dict[int, list[int]] = {}
-    for i, length in enumerate(lengths):
-        by_length.setdefault(length, []).append(i)
-    dealt: list[list[int]] = [[] for _ in range(ranks)]
-    for _, together in sorted(by_length.items(), key=lambda item: (-len(item[1]), item[0])):
-        min(dealt, key=len).extend(together)
-    return dealt
-
-
-def _with_end(engine: ReplyEngine, reply: Reply) -> tuple[list[int], list[bool]]:
-    """The tokens of a reply with the one that ended it, which is sampled as the others are."""
-    ids, sampled = list(reply.ids), list(reply.sampled)
-    if reply.reason == "stop":
-        ids, sampled = [*ids, engine.tokenizer.special_id("<|assistant_end|>")], [*sampled, True]
-    return ids, sampled
-
-
-def _is_right(engine: ReplyEngine, row: Row, reply: Reply) -> bool:
-    return bool(tasks.right(row, conversation.parts_of(engine.tokenizer, reply.ids)))
-
-
 def _records(values: list[int]) -> Iterator[tuple[int, int, int, list[int]]]:
-    """What a rank has written of its replies: question, reward, reason, tokens."""
+    """What a rank has written of its replies: question, reward, reason, tokens; -1 fills the end."""
     at = 0
     while at < len(values) and values[at] >= 0:
         i, reward, reason, count = values[at : at + 4]
@@ -201,12 +179,13 @@ def lay(groups: Sequence[Group], row_slots: int, filler: int) -> Laid:
         for group in groups
         for rollout, advantage in zip(group, advantages(group), strict=True)
     ]
-    rows = packing.best_fit([len(rollout.ids) for rollout, _ in every], row_slots)
-    shape = (len(rows), row_slots)
+    lengths = np.array([len(rollout.ids) for rollout, _ in every], np.int64)
+    packed = packing.pack(lengths, np.arange(len(every)), row_slots, most_documents(row_slots))
+    shape = (len(packed.rows) - 1, row_slots)
     laid = Laid(np.full(shape, filler, np.int64), np.zeros(shape, np.bool_), np.zeros(shape))
-    for r, row in enumerate(rows):
+    for r, (first, end) in enumerate(itertools.pairwise(packed.rows.tolist())):
         at = 0
-        for rollout, advantage in (every[i] for i in row):
+        for rollout, advantage in (every[i] for i in packed.conversations[first:end].tolist()):
             here = slice(at, at + len(rollout.ids))
             laid.ids[r, here], laid.sampled[r, here] = rollout.ids, rollout.sampled
             laid.advantages[r, here] = np.where(rollout.sampled, advantage, 0.0)
@@ -224,7 +203,8 @@ class RolloutLoader:
 
     def __init__(
         self,
-        engine: ReplyEngine,
+        model: GPT,
+        tokenizer: Tokenizer,
         ask: Callable[[int, int], list[Question]],
         *,
         prompts: int,
@@ -237,7 +217,8 @@ class RolloutLoader:
         """Draw nothing yet.
 
         Args:
-            engine: on the model that learns.
+            model: that which learns.
+            tokenizer: its own.
             ask: gives the questions of the numbers from a first one on: ask(first, count).
             prompts: P, questions of a step.
             samples: S, replies to each.
@@ -246,10 +227,11 @@ class RolloutLoader:
             device_batch_size: rows of a micro-batch.
             reference: the model of step 0, from which the KL is measured; None to leave it out.
         """
-        self._engine, self._ask, self._sampling = engine, ask, sampling
+        self._model, self._tokenizer, self._ask, self._sampling = model, tokenizer, ask, sampling
         self._prompts, self._samples, self._world = prompts, samples, world
         self._reference = reference
-        self._filler = engine.tokenizer.special_id("<|assistant_end|>")
+        self._filler = tokenizer.special_id("<|assistant_end|>")
+        self._row_slots = model.config.sequence_len + 1
         self._step = self._asked = 0  # steps drawn, questions asked in them
         self._before = (0, 0)
         self._fetched: list[tuple[list[Batch], dict[str, float]]] = []
@@ -290,9 +272,8 @@ class RolloutLoader:
                 raise Stopped
             questions = self._ask(self._asked, min(missing, most - len(drawn)))
             self._asked += len(questions)
-            drawn += rollouts(
-                self._engine, questions, self._samples, self._sampling, self._step, self._world
-            )
+            how = self._samples, self._sampling, self._step, self._world
+            drawn += rollouts(self._model, self._tokenizer, questions, *how)
         metrics = self._summary(drawn) | {"rollout_seconds": time.perf_counter() - began}
         kept = sorted(drawn, key=lambda group: not has_variance(group))[: self._prompts]
         if self._step % MEASURED_EVERY == 0:
@@ -303,7 +284,7 @@ class RolloutLoader:
     def _summary(self, groups: list[Group]) -> dict[str, float]:
         """Metrics of all replies of a step, also of those that do not enter its gradient."""
         every = [rollout for group in groups for rollout in group]
-        call = self._engine.tokenizer.special_id("<|output_start|>")
+        call = self._tokenizer.special_id("<|output_start|>")
         return {
             "reward": statistics.fmean(rollout.reward for rollout in every),
             "reward_std": statistics.fmean(statistics.stdev(r.reward for r in group) for group in groups),
@@ -323,13 +304,10 @@ class RolloutLoader:
         padded = [np.pad(part, padding, constant_values=fill) for part, fill in zip(laid, fills, strict=True)]
         return Laid(*(part[self._world.rank :: self._world.size] for part in padded))
 
-    def _row_slots(self) -> int:
-        return self._engine.model.config.sequence_len + 1
-
     def _batches(self, groups: list[Group]) -> list[Batch]:
         """The weighted micro-batches of the groups that teach something."""
         tokens = sum(sum(rollout.sampled) for group in groups for rollout in group)
-        laid = self._mine(lay(list(filter(has_variance, groups)), self._row_slots(), self._filler))
+        laid = self._mine(lay(list(filter(has_variance, groups)), self._row_slots, self._filler))
         weights = laid.advantages[:, 1:] * (self._world.size / tokens)
         targets = np.where(laid.sampled, laid.ids, -1)[:, 1:]
         device = self._world.device
@@ -340,14 +318,14 @@ class RolloutLoader:
     @torch.no_grad()
     def _measure(self, groups: list[Group]) -> dict[str, float]:
         """Entropy, estimated by the mean of -log p of the sampled tokens; KL to step 0, by Schulman's k3."""
-        laid = self._mine(lay(groups, self._row_slots(), self._filler))
+        laid = self._mine(lay(groups, self._row_slots, self._filler))
         ids = torch.from_numpy(laid.ids).to(self._world.device)
         targets = torch.where(torch.from_numpy(laid.sampled).to(ids.device), ids, -1)
         total = torch.zeros(3, dtype=torch.float64, device=ids.device)
         for rows in range(0, len(ids), self.device_batch_size):
             here = slice(rows, rows + self.device_batch_size)
             inputs, wanted = ids[here, :-1], targets[here, 1:].contiguous()
-            losses = self._engine.model.loss(inputs, wanted, reduction="none").double()
+            losses = self._model.loss(inputs, wanted, reduction="none").double()
             if self._reference is not None:
                 ratio = losses - self._reference.loss(inputs, wanted, reduction="none").double()
                 total[2] += (ratio.exp() - ratio - 1).sum()

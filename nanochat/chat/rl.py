@@ -1,0 +1,167 @@
+"""Reinforcement learning with verifiable rewards: a chat model learns from its own replies, right or wrong.
+
+One trainer serves pretraining, SFT and RL. Here are the questions, the plan and the stage; the rollouts and
+their weights are `rollouts.py`. Moments of the optimizer begin at zero: those of SFT are of gradients many
+times larger, and their momentum would go on with SFT.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from nanochat.chat import conversation, corpus, evaluate, finetune, made
+from nanochat.chat.rollouts import MOST_QUESTIONS, Question, RolloutLoader
+from nanochat.chat.tasks import Row
+from nanochat.checkpoint import state as checkpoint_state
+from nanochat.checkpoint.async_saver import Saver
+from nanochat.checkpoint.state import Base, TrainState
+from nanochat.common.errors import UserError
+from nanochat.config.arguments import RlArgs
+from nanochat.config.plan import Plan
+from nanochat.data.packing import shuffled
+from nanochat.distributed.world import World
+from nanochat.engine import Sampling
+from nanochat.model.gpt import GPT
+from nanochat.tokenizer.tokenizer import Tokenizer
+from nanochat.train.hooks import Hook, saving
+from nanochat.train.run_log import RunLog
+
+STEPS = {"bigsum": 60}  # of the tasks that have no end
+ROWS = 4  # of a micro-batch: a step has few rows, of which the last micro-batch wastes half of one on average
+
+
+class Questions:
+    """The questions of a run in their order: all rows in a seeded order, then again in another.
+
+    Attributes:
+        rows: those whose prompt leaves room for a reply.
+    """
+
+    def __init__(self, rows: Sequence[Row], tokenizer: Tokenizer, context: int, seed: int) -> None:
+        """Render the prompts of all rows.
+
+        Raises:
+            UserError: no prompt is shorter than the context.
+        """
+        asked = [conversation.read(row, f"question {row['id']}")[:-1] for row in rows]
+        prompts = [conversation.prompt(tokenizer, one) for one in asked]
+        fitting = [(row, ids) for row, ids in zip(rows, prompts, strict=True) if len(ids) < context]
+        if not fitting:
+            raise UserError(
+                f"none of the {len(rows)} questions leaves room for a reply in the model's context of {context} "
+                "tokens. Begin with a run of a larger --max-seq-len."
+            )
+        self.rows, self._prompts = zip(*fitting, strict=True)
+        self._seed = seed
+
+    def ask(self, first: int, count: int) -> list[Question]:
+        """The questions of the numbers first .. first + count - 1."""
+        return [self._question(number) for number in range(first, first + count)]
+
+    def _question(self, number: int) -> Question:
+        epoch, position = divmod(number, len(self.rows))
+        index = int(shuffled(len(self.rows), self._seed, epoch)[position])
+        return Question(number, self.rows[index], self._prompts[index])
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of the rows."""
+        return hashlib.sha256(json.dumps(self.rows, sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(eq=False)
+class Rl:
+    """The stage of chat_rl: rollouts of the model itself, from the weights of an SFT run."""
+
+    args: RlArgs
+    base: Base
+    questions: Questions
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The base's tokenizer."""
+        return self.base.tokenizer
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """Hashes of the questions and of the tokenizer."""
+        return {"questions": self.questions.fingerprint, "tokenizer": self.tokenizer.fingerprint}
+
+    def make_loader(self, plan: Plan, model: GPT, world: World) -> RolloutLoader:
+        """The rollouts of the model from step 0 on."""
+        return RolloutLoader(
+            model,
+            self.tokenizer,
+            self.questions.ask,
+            prompts=self.args.prompts,
+            samples=self.args.samples,
+            sampling=Sampling(self.args.max_new_tokens, seed=self.args.seed),
+            world=world,
+            device_batch_size=plan.device_batch_size,
+            reference=self._reference(model),
+        )
+
+    def _reference(self, model: GPT) -> GPT:
+        """The base's model, matrices and tables in the compute dtype, beside that which learns."""
+        reference = copy.deepcopy(model).requires_grad_(False)
+        reference.load_state_dict(self.base.weights)
+        for parameter in reference.parameters():
+            if parameter.dim() > 1:
+                parameter.data = parameter.data.to(model.dtype)
+        return reference
+
+    def begin(self, state: TrainState, world: World) -> None:
+        """Take the weights of the base."""
+        state.model.load_state_dict(self.base.weights)
+        world.print0(f"begins with step {self.base.step} of run {self.base.run}: weights alone")
+
+    def hooks(self, plan: Plan, saver: Saver, world: World, log: RunLog) -> list[Hook]:
+        """Saving, and the evaluation of the tasks if it is asked for."""
+        return [*saving(plan, saver, world), *evaluate.hooks(plan, self.args, self.tokenizer, world, log)]
+
+
+def prepare(args: RlArgs, world: World) -> tuple[Plan, Rl]:
+    """The plan and the stage of a run of RL.
+
+    The batch of the plan is the most that a step can have, a row a reply: several replies share a row, so
+    that tokens and speed in the log are upper bounds.
+
+    Raises:
+        UserError: there is no such base or it is no chat model, or the questions are not on the disk or do
+            not fit the context.
+    """
+    finetune.require_base(args, "chat_rl")
+    base = checkpoint_state.read_base(args.base, args.base_step)
+    if base.finetune is None:
+        raise UserError(
+            f"run {args.base!r} is no chat model, whose replies could be judged. Finetune it first: "
+            f"python -m scripts.chat_sft --base {args.base}"
+        )
+    if args.task in STEPS:
+        steps = args.num_iterations or STEPS[args.task]
+        rows = made.examples(args.task, "train", MOST_QUESTIONS * args.prompts * steps, args.seed)
+    else:
+        rows = list(corpus.rows(args.task, "train"))
+    questions = Questions(rows, base.tokenizer, base.model.sequence_len, args.seed)
+    if left_out := len(rows) - len(questions.rows):
+        world.print0(f"{left_out:,} of {len(rows):,} questions are longer than the context and left out")
+    steps = args.num_iterations or STEPS.get(args.task) or max(1, len(questions.rows) // args.prompts)
+    batch_rows = -(-args.prompts * args.samples // world.size) * world.size
+    plan = finetune.plan(
+        "rl",
+        dataclasses.replace(args, device_batch_size=args.device_batch_size or ROWS),
+        base,
+        world.size,
+        batch_tokens=batch_rows * base.model.sequence_len,
+        steps=steps,
+        warmdown_steps=steps,
+        lr_frac=args.init_lr_frac,
+        document_mask=True,
+    )
+    return plan, Rl(args, base, questions)

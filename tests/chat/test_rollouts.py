@@ -1,0 +1,391 @@
+"""Rollouts: the gradient is REINFORCE's, whatever the packing, the micro-batches, the ranks and the stops."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nanochat.chat import conversation, rollouts, tasks
+from nanochat.chat.rollouts import Group, Question, Rollout, RolloutLoader
+from nanochat.common.errors import UserError
+from nanochat.common.machine import Precision
+from nanochat.common.stop_signals import Stopped
+from nanochat.config import plan as planning
+from nanochat.data.train_loader import Batch
+from nanochat.distributed.world import World
+from nanochat.engine import Sampling
+from nanochat.model.gpt import GPT
+from nanochat.tokenizer.tokenizer import Tokenizer
+from tests.tiny import tiny_args, tokenizer_named
+
+PROMPTS, SAMPLES, TOKENS = 4, 5, 8
+WORDS = ("the cat", "a mat near rain", "two dogs", "red house", "green hills")
+
+
+class Ranks:
+    """All ranks of a world in one process: threads that meet in each collective."""
+
+    def __init__(self, size: int) -> None:
+        self.size, self.meeting = size, threading.Barrier(size)
+        self.brought: list[Any] = [None] * size
+        ranks = self
+
+        class Together(World):
+            def gather_ints(self, values: list[int]) -> list[list[int]]:
+                return ranks.meet(self.rank, values)
+
+            def max_over_ranks(self, value: int) -> int:
+                return max(ranks.meet(self.rank, value))
+
+            def all_reduce_sum(self, tensor: torch.Tensor) -> torch.Tensor:
+                return torch.stack(ranks.meet(self.rank, tensor.clone())).sum(0)
+
+        self.worlds: list[World] = [Together(r, size, torch.device("cpu"), "threads") for r in range(size)]
+
+    def meet(self, rank: int, value: Any) -> list[Any]:
+        self.brought[rank] = value
+        self.meeting.wait()
+        everything = list(self.brought)
+        self.meeting.wait()
+        return everything
+
+    def run(self, action: Callable[[World], Any]) -> list[Any]:
+        """What the action gives on each rank."""
+        with ThreadPoolExecutor(self.size) as pool:
+            return list(pool.map(action, self.worlds))
+
+
+@pytest.fixture
+def tokenizer() -> Tokenizer:
+    return tokenizer_named("local")
+
+
+def model_of(tokenizer: Tokenizer, seed: int = 0) -> GPT:
+    """A model whose replies are random, short and all different."""
+    config = planning.plan(tiny_args(max_seq_len=48), tokenizer.vocab_size).model
+    model = GPT(config, Precision(torch.float32, "sdpa"), tokenizer.bos_id)
+    model.isolates_documents = True
+    model.init_weights(seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn(p.shape, generator=generator) * 0.1)
+        model.head.weight[tokenizer.special_id("<|assistant_end|>")] += model.head.weight.mean(0) + 0.05
+    return model
+
+
+def row_of(number: int) -> dict[str, Any]:
+    words = " ".join(WORDS[(number + i) % len(WORDS)] for i in range(1 + number % 3))
+    messages = [{"role": "user", "content": words}, {"role": "assistant", "content": "yes"}]
+    return {"messages": messages, "id": str(number), "judge": "exact", "answer": "yes"}
+
+
+def asking(tokenizer: Tokenizer) -> Callable[[int, int], list[Question]]:
+    def ask(first: int, count: int) -> list[Question]:
+        rows = [row_of(number) for number in range(first, first + count)]
+        asked = [conversation.read(row, "test")[:-1] for row in rows]
+        prompts = [conversation.prompt(tokenizer, one) for one in asked]
+        return [Question(first + i, row, ids) for i, (row, ids) in enumerate(zip(rows, prompts, strict=True))]
+
+    return ask
+
+
+def loader_of(tokenizer: Tokenizer, model: GPT, world: World, **changes: Any) -> RolloutLoader:
+    options: dict[str, Any] = {
+        "prompts": PROMPTS,
+        "samples": SAMPLES,
+        "sampling": Sampling(TOKENS, seed=3),
+        "device_batch_size": 2,
+        "reference": None,
+        **changes,
+    }
+    return RolloutLoader(model, tokenizer, asking(tokenizer), world=world, **options)
+
+
+def by_length(row: Any, reply: Any) -> bool:
+    """A judge for models that know nothing: it depends on the reply alone, and is right about half the time."""
+    return sum(len(part.text) for part in reply) % 2 == 0
+
+
+@pytest.fixture(autouse=True)
+def judged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replies are right by their length, and need not have ended."""
+    monkeypatch.setattr(tasks, "right", by_length)
+
+
+def kept_groups(monkeypatch: pytest.MonkeyPatch) -> list[list[Group]]:
+    """The groups of each step as they are laid into batches."""
+    seen: list[list[Group]] = []
+    real = RolloutLoader._batches
+
+    def batches(self: RolloutLoader, groups: list[Group]) -> list[Batch]:
+        seen.append(groups)
+        return real(self, groups)
+
+    monkeypatch.setattr(RolloutLoader, "_batches", batches)
+    return seen
+
+
+# ------------------------------------------------------------------------------------------------
+# the mathematics
+
+
+def plain_gradient(model: GPT, groups: list[Group]) -> dict[str, torch.Tensor]:
+    """Minus the sum of A log p over M, each rollout alone, by log_softmax of the logits."""
+    model.zero_grad()
+    count = sum(sum(r.sampled) for group in groups for r in group)
+    for group in groups:
+        mean = sum(r.reward for r in group) / len(group)
+        for r in group:
+            ids = torch.tensor(r.ids)
+            logp = model.logits(ids[None, :-1])[0].log_softmax(-1)
+            chosen = logp[torch.arange(len(ids) - 1), ids[1:]]
+            mask = torch.tensor(r.sampled[1:], dtype=torch.float32)
+            (-(r.reward - mean) * (chosen * mask).sum() / count).backward()
+    return {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()}
+
+
+def gradient(model: GPT, batches: list[Batch]) -> dict[str, torch.Tensor]:
+    """As the trainer sums it on a rank."""
+    model.zero_grad()
+    for batch in batches:
+        model.loss(batch.inputs, batch.targets, weights=batch.weights).backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize(("ranks", "rows"), [(1, 1), (1, 3), (2, 2), (4, 1)])
+def test_the_gradient_is_the_plain_formulas(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, ranks: int, rows: int
+) -> None:
+    seen = kept_groups(monkeypatch)
+    models = [model_of(tokenizer) for _ in range(ranks)]
+
+    def batches(world: World) -> list[Batch]:
+        loader = loader_of(tokenizer, models[world.rank], world, device_batch_size=rows)
+        return loader.next_batch()
+
+    worlds = Ranks(ranks)
+    by_rank = worlds.run(batches)
+    assert len({len(one) for one in by_rank}) == 1
+    assert all(batch.inputs.shape == (rows, 48) for one in by_rank for batch in one)
+    found = [gradient(model, one) for model, one in zip(models, by_rank, strict=True)]
+    want = plain_gradient(models[0], seen[0])
+    assert any(grad.abs().max() > 1e-4 for grad in want.values())
+    for name, grad in want.items():
+        mean = sum(one[name] for one in found) / ranks
+        assert (mean - grad).abs().max() <= 1e-5 * max(1e-2, float(grad.abs().max())), name
+
+
+def test_the_model_learns_only_from_what_it_drew(tokenizer: Tokenizer) -> None:
+    model = model_of(tokenizer)
+    batches = loader_of(tokenizer, model, World.single_process()).next_batch()
+    weights = torch.cat([batch.weights for batch in batches])
+    targets = torch.cat([batch.targets for batch in batches])
+    inputs = torch.cat([batch.inputs for batch in batches])
+    starts = [tokenizer.special_id(name) for name in ("<|user_start|>", "<|user_end|>", "<|assistant_start|>")]
+    assert (weights[targets < 0] == 0).all()
+    assert not torch.isin(targets, torch.tensor([tokenizer.bos_id, *starts[:2]])).any()
+    assert (targets[inputs == starts[2]] >= 0).all()  # the first token of a reply is drawn
+    assert abs(float(weights.sum())) > 1e-9  # lengths differ: only the sum over replies is zero
+
+
+@given(
+    lengths=st.lists(st.integers(1, 20), min_size=1, max_size=30),
+    slots=st.integers(20, 50),
+    right=st.integers(0, 2**30),
+)
+@settings(max_examples=100, deadline=None)
+def test_every_rollout_is_laid_once_and_whole(lengths: list[int], slots: int, right: int) -> None:
+    group = [
+        Rollout([100 * i + j + 1 for j in range(length)], [j >= length // 2 for j in range(length)],
+                right >> i & 1, "stop")
+        for i, length in enumerate(lengths)
+    ]  # fmt: skip
+    laid = rollouts.lay([group], slots, filler=0)
+    assert laid.ids.shape[1] == slots
+    text = " ".join(map(str, np.pad(laid.ids, ((0, 0), (0, 1))).ravel().tolist()))
+    for rollout in group:
+        assert f" {' '.join(map(str, rollout.ids))} " in f" {text} "
+    assert (laid.ids > 0).sum() == sum(lengths)
+    assert laid.sampled.sum() == sum(sum(r.sampled) for r in group)
+    assert not laid.sampled[laid.ids == 0].any()
+    mean = sum(r.reward for r in group) / len(group)
+    want = sum((r.reward - mean) * sum(r.sampled) for r in group)
+    assert laid.advantages.sum() == pytest.approx(want, abs=1e-9)
+
+
+def test_advantages_are_centered() -> None:
+    group = [Rollout([1], [True], reward, "stop") for reward in (1, 0, 0, 1, 1)]
+    assert rollouts.advantages(group) == pytest.approx([0.4, -0.6, -0.6, 0.4, 0.4])
+
+
+# ------------------------------------------------------------------------------------------------
+# groups without variance
+
+
+def judge_by_question(monkeypatch: pytest.MonkeyPatch, teaches: Callable[[int], bool]) -> None:
+    """Rewards differ in the groups of some questions only."""
+
+    def right(row: Any, reply: Any) -> bool:
+        return teaches(int(row["id"])) and by_length(row, reply)
+
+    monkeypatch.setattr(tasks, "right", right)
+
+
+def test_groups_without_variance_are_replaced(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judge_by_question(monkeypatch, lambda number: number >= 3)
+    seen = kept_groups(monkeypatch)
+    loader = loader_of(tokenizer, model_of(tokenizer), World.single_process(), samples=16)
+    loader.next_batch()
+    assert len(seen[0]) == PROMPTS and all(map(rollouts.has_variance, seen[0]))
+    assert loader.state_dict()["asked"] == PROMPTS + 3
+    assert loader.metrics["frac_reward_zero_std"] == pytest.approx(3 / 7)
+
+
+def test_at_most_twice_the_questions_are_asked(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    judge_by_question(monkeypatch, lambda number: number == 1)
+    seen = kept_groups(monkeypatch)
+    loader = loader_of(tokenizer, model_of(tokenizer), World.single_process(), samples=16)
+    weights = torch.cat([batch.weights for batch in loader.next_batch()])
+    assert loader.state_dict()["asked"] == 2 * PROMPTS
+    assert [rollouts.has_variance(group) for group in seen[0]] == [True, False, False, False]
+    tokens = sum(sum(r.sampled) for group in seen[0] for r in group)
+    advantages = [a for a, r in zip(rollouts.advantages(seen[0][0]), seen[0][0], strict=True) if r.sampled]
+    assert float(weights.max()) == pytest.approx(max(advantages) / tokens)
+
+
+def test_a_step_that_teaches_nothing_has_no_gradient(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judge_by_question(monkeypatch, lambda number: False)
+    model = model_of(tokenizer)
+    loader = loader_of(tokenizer, model, World.single_process())
+    batches = loader.next_batch()
+    assert [batch.inputs.shape for batch in batches] == [(2, 48)]
+    assert all((grad == 0).all() for grad in gradient(model, batches).values())
+    assert loader.metrics["reward"] == 0 and loader.metrics["frac_reward_zero_std"] == 1
+
+
+# ------------------------------------------------------------------------------------------------
+# what is drawn
+
+
+def drawn(groups: list[Group]) -> list[Any]:
+    return [[tuple(rollout.ids) for rollout in group] for group in groups]
+
+
+def test_any_number_of_ranks_draws_the_same(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = kept_groups(monkeypatch)
+    found = {}
+    for size in (1, 2, 3):
+        seen.clear()
+
+        def step(world: World) -> dict[str, float]:
+            loader = loader_of(tokenizer, model_of(tokenizer), world, reference=model_of(tokenizer, 1))
+            loader.next_batch()
+            return loader.metrics
+
+        metrics = Ranks(size).run(step)
+        assert len(seen) == size and all(groups == seen[0] for groups in seen)
+        for one in metrics:
+            one.pop("rollout_seconds")
+            assert one == pytest.approx(metrics[0])
+        found[size] = drawn(seen[0]), metrics[0]
+    assert found[1][0] == found[2][0] == found[3][0]
+    assert found[1][1] == pytest.approx(found[3][1])
+
+
+def test_a_resumed_loader_draws_the_same(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = kept_groups(monkeypatch)
+    model, world = model_of(tokenizer), World.single_process()
+    whole = loader_of(tokenizer, model, world)
+    for _ in range(2):
+        whole.next_batch()
+    state = whole.state_dict()
+    third = whole.next_batch()
+    fresh = loader_of(tokenizer, model, world)
+    fresh.load_state_dict(state)
+    fresh.fetch(1)
+    fresh.put_back()  # a signal came
+    assert fresh.state_dict() == state
+    again = fresh.next_batch()
+    assert fresh.state_dict() == whole.state_dict()
+    for one, other in zip(third, again, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    assert drawn(seen[2]) == drawn(seen[3]) == drawn(seen[4]) != drawn(seen[1])
+
+
+def test_draws_depend_on_seed_step_question_and_reply(tokenizer: Tokenizer) -> None:
+    model, world = model_of(tokenizer), World.single_process()
+    first, second = (asking(tokenizer)(number, 1)[0] for number in (0, 15))
+    assert first.ids == second.ids
+
+    def draw(questions: list[Question], seed: int = 0, step: int = 0) -> list[Any]:
+        how = SAMPLES, Sampling(TOKENS, seed=seed), step, world
+        return drawn(rollouts.rollouts(model, tokenizer, questions, *how))
+
+    both = draw([first, second])
+    assert both == draw([first, second]) and both[:1] == draw([first]) and both[1:] == draw([second])
+    assert len({tuple(group) for group in (*both, *draw([first], seed=1), *draw([first], step=1))}) == 4
+    assert len(set(both[0])) > 1
+
+
+def test_the_estimates_are_those_of_the_logits(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = kept_groups(monkeypatch)
+    model, start = model_of(tokenizer), model_of(tokenizer, 1)
+    loader = loader_of(tokenizer, model, World.single_process(), reference=start)
+    loader.next_batch()
+    entropy, kl, count = 0.0, 0.0, 0
+    for rollout in (r for group in seen[0] for r in group):
+        ids = torch.tensor(rollout.ids)
+        logs = [m.logits(ids[None, :-1])[0].log_softmax(-1).gather(1, ids[1:, None])[:, 0] for m in (model, start)]
+        for now, then, drew in zip(*(one.tolist() for one in logs), rollout.sampled[1:], strict=True):
+            if drew:
+                entropy, kl, count = entropy - now, kl + np.exp(then - now) - (then - now) - 1, count + 1
+    assert loader.metrics["entropy"] == pytest.approx(entropy / count, rel=1e-4)
+    assert loader.metrics["kl"] == pytest.approx(kl / count, rel=1e-3)
+    loader.next_batch()
+    assert "kl" not in loader.metrics
+
+
+# ------------------------------------------------------------------------------------------------
+# faults
+
+
+def test_a_signal_leaves_nothing_drawn(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It comes to one rank, after the first round: all ranks stop there."""
+    judge_by_question(monkeypatch, lambda number: number >= 2)
+    asked: list[int] = []
+
+    def requested() -> bool:
+        asked.append(1)
+        return len(asked) > 2
+
+    monkeypatch.setattr(rollouts, "requested", requested)
+
+    def step(world: World) -> dict[str, Any]:
+        loader = loader_of(tokenizer, model_of(tokenizer), world)
+        with pytest.raises(Stopped):
+            loader.fetch(1)
+        return loader.state_dict()
+
+    assert Ranks(2).run(step) == [{"format": 1, "step": 0, "asked": 0}] * 2
+
+
+@pytest.mark.parametrize(
+    "change", [{"format": 2}, {"asked": None}, {"step": -1}, {"asked": "7"}, {"step": 1.5}, {"asked": True}]
+)
+def test_a_damaged_state_is_refused(tokenizer: Tokenizer, change: dict[str, Any]) -> None:
+    loader = loader_of(tokenizer, model_of(tokenizer), World.single_process())
+    with pytest.raises(UserError, match="counts of steps and questions"):
+        loader.load_state_dict({"format": 1, "step": 3, "asked": 60} | change)
