@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 from nanochat.chat import conversation, corpus, evaluate, finetune, made
 from nanochat.chat.rollouts import MOST_QUESTIONS, Question, RolloutLoader
@@ -66,13 +66,16 @@ class Questions:
 
     def _question(self, number: int) -> Question:
         epoch, position = divmod(number, len(self.rows))
-        index = int(shuffled(len(self.rows), self._seed, epoch)[position])
+        index = int(_order(len(self.rows), self._seed, epoch)[position])
         return Question(number, self.rows[index], self._prompts[index])
 
-    @cached_property
+    @functools.cached_property
     def fingerprint(self) -> str:
         """Hash of the rows."""
         return hashlib.sha256(json.dumps(self.rows, sort_keys=True).encode()).hexdigest()
+
+
+_order = functools.lru_cache(2)(shuffled)
 
 
 @dataclass(eq=False)

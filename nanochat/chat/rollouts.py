@@ -37,6 +37,7 @@ from nanochat.common.stop_signals import Stopped, requested
 from nanochat.data.train_loader import Batch
 from nanochat.distributed.world import World
 from nanochat.engine import Reason, Sampling
+from nanochat.model.attention import SPARE_DOCUMENTS, TOKENS_A_DOCUMENT
 from nanochat.model.gpt import GPT
 from nanochat.tokenizer.tokenizer import Tokenizer
 
@@ -166,12 +167,13 @@ class Laid(NamedTuple):
     advantages: NDArray[np.float64]
 
 
-def lay(groups: Sequence[Group], row_slots: int, filler: int) -> Laid:
+def lay(groups: Sequence[Group], row_slots: int, most: int, filler: int) -> Laid:
     """Pack the rollouts of some groups into rows.
 
     Args:
         groups: of which every rollout has at most `row_slots` tokens.
         row_slots: T + 1.
+        most: rollouts of a row at most.
         filler: the token of empty slots; not BOS, which would begin a document.
     """
     every = [
@@ -180,7 +182,7 @@ def lay(groups: Sequence[Group], row_slots: int, filler: int) -> Laid:
         for rollout, advantage in zip(group, advantages(group), strict=True)
     ]
     lengths = np.array([len(rollout.ids) for rollout, _ in every], np.int64)
-    packed = packing.pack(lengths, np.arange(len(every)), row_slots, most_documents(row_slots))
+    packed = packing.pack(lengths, np.arange(len(every)), row_slots, most)
     shape = (len(packed.rows) - 1, row_slots)
     laid = Laid(np.full(shape, filler, np.int64), np.zeros(shape, np.bool_), np.zeros(shape))
     for r, (first, end) in enumerate(itertools.pairwise(packed.rows.tolist())):
@@ -231,7 +233,6 @@ class RolloutLoader:
         self._prompts, self._samples, self._world = prompts, samples, world
         self._reference = reference
         self._filler = tokenizer.special_id("<|assistant_end|>")
-        self._row_slots = model.config.sequence_len + 1
         self._step = self._asked = 0  # steps drawn, questions asked in them
         self._before = (0, 0)
         self._fetched: list[tuple[list[Batch], dict[str, float]]] = []
@@ -295,9 +296,12 @@ class RolloutLoader:
             "questions": float(self._asked),
         }
 
-    def _mine(self, laid: Laid) -> Laid:
+    def _lay(self, groups: list[Group]) -> Laid:
         """This rank's rows, as many as every other's: whole micro-batches, the last rows empty."""
-        block = self._world.size * self.device_batch_size
+        slots, size = self._model.config.sequence_len + 1, self.device_batch_size
+        # An attention kernel for packed rows has so many slots for documents: see `layout_of`.
+        most = 1 + SPARE_DOCUMENTS // size + slots // TOKENS_A_DOCUMENT
+        laid, block = lay(groups, slots, most, self._filler), self._world.size * size
         rows = len(laid.ids)
         padding = ((0, max(block, -(-rows // block) * block) - rows), (0, 0))
         fills = (self._filler, False, 0.0)
@@ -307,7 +311,7 @@ class RolloutLoader:
     def _batches(self, groups: list[Group]) -> list[Batch]:
         """The weighted micro-batches of the groups that teach something."""
         tokens = sum(sum(rollout.sampled) for group in groups for rollout in group)
-        laid = self._mine(lay(list(filter(has_variance, groups)), self._row_slots, self._filler))
+        laid = self._lay(list(filter(has_variance, groups)))
         weights = laid.advantages[:, 1:] * (self._world.size / tokens)
         targets = np.where(laid.sampled, laid.ids, -1)[:, 1:]
         device = self._world.device
@@ -318,7 +322,7 @@ class RolloutLoader:
     @torch.no_grad()
     def _measure(self, groups: list[Group]) -> dict[str, float]:
         """Entropy, estimated by the mean of -log p of the sampled tokens; KL to step 0, by Schulman's k3."""
-        laid = self._mine(lay(groups, self._row_slots, self._filler))
+        laid = self._lay(groups)
         ids = torch.from_numpy(laid.ids).to(self._world.device)
         targets = torch.where(torch.from_numpy(laid.sampled).to(ids.device), ids, -1)
         total = torch.zeros(3, dtype=torch.float64, device=ids.device)

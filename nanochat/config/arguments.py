@@ -329,7 +329,7 @@ class SftArgs(FinetuneFlags):
 class RlArgs(FinetuneFlags):
     """Reinforce right replies (RL): on-policy policy gradient with verifiable rewards."""
 
-    task: str = flag("bigsum", "what is asked: bigsum (made on the spot) or gsm8k")
+    task: str = flag("bigsum", "what is asked; bigsum is made on the spot", choices=("bigsum", "gsm8k"))
     prompts: int = flag(16, "prompts of a step", 1, 2**20)
     samples: int = flag(8, "replies to each prompt", 2, 2**16)
     max_new_tokens: int = flag(256, "tokens of a reply at most", 1, 2**24)

@@ -190,7 +190,9 @@ def test_the_model_learns_only_from_what_it_drew(tokenizer: Tokenizer) -> None:
     weights = torch.cat([batch.weights for batch in batches])
     targets = torch.cat([batch.targets for batch in batches])
     inputs = torch.cat([batch.inputs for batch in batches])
-    starts = [tokenizer.special_id(name) for name in ("<|user_start|>", "<|user_end|>", "<|assistant_start|>")]
+    starts = [
+        tokenizer.special_id(name) for name in ("<|user_start|>", "<|user_end|>", "<|assistant_start|>")
+    ]
     assert (weights[targets < 0] == 0).all()
     assert not torch.isin(targets, torch.tensor([tokenizer.bos_id, *starts[:2]])).any()
     assert (targets[inputs == starts[2]] >= 0).all()  # the first token of a reply is drawn
@@ -200,16 +202,17 @@ def test_the_model_learns_only_from_what_it_drew(tokenizer: Tokenizer) -> None:
 @given(
     lengths=st.lists(st.integers(1, 20), min_size=1, max_size=30),
     slots=st.integers(20, 50),
+    most=st.integers(1, 6),
     right=st.integers(0, 2**30),
 )
 @settings(max_examples=100, deadline=None)
-def test_every_rollout_is_laid_once_and_whole(lengths: list[int], slots: int, right: int) -> None:
+def test_every_rollout_is_laid_once_and_whole(lengths: list[int], slots: int, most: int, right: int) -> None:
     group = [
         Rollout([100 * i + j + 1 for j in range(length)], [j >= length // 2 for j in range(length)],
                 right >> i & 1, "stop")
         for i, length in enumerate(lengths)
     ]  # fmt: skip
-    laid = rollouts.lay([group], slots, filler=0)
+    laid = rollouts.lay([group], slots, most, filler=0)
     assert laid.ids.shape[1] == slots
     text = " ".join(map(str, np.pad(laid.ids, ((0, 0), (0, 1))).ravel().tolist()))
     for rollout in group:
@@ -240,9 +243,7 @@ def judge_by_question(monkeypatch: pytest.MonkeyPatch, teaches: Callable[[int], 
     monkeypatch.setattr(tasks, "right", right)
 
 
-def test_groups_without_variance_are_replaced(
-    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_groups_without_variance_are_replaced(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     judge_by_question(monkeypatch, lambda number: number >= 3)
     seen = kept_groups(monkeypatch)
     loader = loader_of(tokenizer, model_of(tokenizer), World.single_process(), samples=16)
@@ -348,7 +349,9 @@ def test_the_estimates_are_those_of_the_logits(tokenizer: Tokenizer, monkeypatch
     entropy, kl, count = 0.0, 0.0, 0
     for rollout in (r for group in seen[0] for r in group):
         ids = torch.tensor(rollout.ids)
-        logs = [m.logits(ids[None, :-1])[0].log_softmax(-1).gather(1, ids[1:, None])[:, 0] for m in (model, start)]
+        logs = [
+            m.logits(ids[None, :-1])[0].log_softmax(-1).gather(1, ids[1:, None])[:, 0] for m in (model, start)
+        ]
         for now, then, drew in zip(*(one.tolist() for one in logs), rollout.sampled[1:], strict=True):
             if drew:
                 entropy, kl, count = entropy - now, kl + np.exp(then - now) - (then - now) - 1, count + 1
