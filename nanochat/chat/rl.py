@@ -54,8 +54,8 @@ class Questions:
         fitting = [(row, ids) for row, ids in zip(rows, prompts, strict=True) if len(ids) < context]
         if not fitting:
             raise UserError(
-                f"none of the {len(rows)} questions leaves room for a reply in the model's context of {context} "
-                "tokens. Begin with a run of a larger --max-seq-len."
+                f"none of the {len(rows)} questions leaves room for a reply in the model's context of "
+                f"{context} tokens. Begin with a run of a larger --max-seq-len."
             )
         self.rows, self._prompts = zip(*fitting, strict=True)
         self._seed = seed

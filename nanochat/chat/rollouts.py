@@ -11,7 +11,7 @@ twice P in a step; where even these do not suffice, the groups left over count i
 other has weights of 0: its gradient is zero, and the weights move by the momentum of earlier steps only.
 
 What is drawn depends on the seed, the step, the number of the question and that of the reply. So a resumed
-run draws the same, and so do other numbers of ranks, but for the rounding of rows that decode in other company.
+run draws the same, and so does another number of ranks, but for the rounding of rows in other batches.
 """
 
 from __future__ import annotations
@@ -20,13 +20,11 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from nanochat.chat import conversation, packing, tasks
 from nanochat.chat.replies import ReplyEngine
