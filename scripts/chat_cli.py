@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import sys
 
 from nanochat.chat.terminal import Terminal
@@ -20,10 +21,7 @@ def main() -> None:
     args = arguments.parse(ChatCliArgs)
     if not args.run:
         raise UserError("name a run: python -m scripts.chat_cli --run quickstart-sft")
-    sys.stdin.reconfigure(errors="replace")
-    message = args.prompt or ("" if sys.stdin.isatty() else sys.stdin.read().strip())
-    if not message and not sys.stdin.isatty():
-        raise UserError("standard input is empty. Write a message to it, or give one with -p.")
+    message = args.prompt or message_of_pipe()
     device = machine.detect_device(args.device_type)
     precision, _ = attention_backends.choose_precision(device, args.dtype, args.attention)
     model, tokenizer, meta = checkpoint_state.load_model(
@@ -41,6 +39,21 @@ def main() -> None:
     with contextlib.suppress(ImportError):  # line editing and history, which stays in memory
         import readline  # noqa: F401
     terminal.talk()
+
+
+def message_of_pipe() -> str:
+    """All that a pipe or a file holds, as one message; nothing where a person types.
+
+    Raises:
+        UserError: it holds nothing.
+    """
+    if isinstance(sys.stdin, io.TextIOWrapper):  # there is none where the shell has closed it
+        sys.stdin.reconfigure(errors="replace")
+        if sys.stdin.isatty():
+            return ""
+        if text := sys.stdin.read().strip():
+            return text
+    raise UserError("standard input is empty. Write a message to it, or give one with -p.")
 
 
 if __name__ == "__main__":

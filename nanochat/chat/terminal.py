@@ -11,9 +11,7 @@ import json
 import re
 import signal
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 
 from rich.cells import cell_len
 from rich.console import Console
@@ -45,13 +43,13 @@ class Terminal:
         self._tokenizer, self._args = tokenizer, args
         self._context = model.config.sequence_len
         self._session = ChatSession(model, tokenizer)
-        self._page = Page()
-        self._said: Conversation = ()  # in whole turns, without the system text
+        self._page = _Page()
+        self._said = _system_text(args.system)  # then whole turns
         self._replies = 0  # each draws with a seed of its own, so that /retry gives another one
         self._is_shortened = self._is_interrupted = False
 
     def talk(self) -> None:
-        """Read messages and commands until Ctrl-D, Ctrl-C or /quit. Within a reply, Ctrl-C ends that alone."""
+        """Read messages and commands until Ctrl-D, Ctrl-C or /quit; Ctrl-C within a reply ends that alone."""
         self._page.note("Ctrl-C ends a reply, Ctrl-D leaves, /help lists the commands.")
         try:
             while not console.reader_is_gone():
@@ -87,14 +85,14 @@ class Terminal:
         for event in self._session.say(self._fitting(asked), sampling, tools=how.tools):
             if isinstance(event, ToolCall):
                 parts += [Part("python", event.expression), Part("python_output", event.result)]
-                self._page.tool_call(f"{event.expression} = {event.result}")
+                self._page.note(f"{event.expression} = {event.result}")
             elif event:
                 before = parts.pop().text if parts and parts[-1].kind == "text" else ""
                 parts.append(Part("text", before + event))
                 self._page.write(event)
             if self._is_interrupted or console.reader_is_gone():
                 break
-        self._page.end()
+        self._page.end_line()
         if parts:
             self._said = (*asked, Message("assistant", tuple(parts)))
 
@@ -104,67 +102,65 @@ class Terminal:
             if line.strip():
                 self.ask(line.strip())
         elif name[1:] in COMMANDS:
-            command: Callable[[str], None] = getattr(self, f"_{name[1:]}")
-            command(value.strip())
+            getattr(self, f"_{name[1:]}")(value.strip())
         else:
             raise UserError(f"{name}: no such command. /help lists them.")
 
-    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+    def _interrupt(self, *_: object) -> None:
         self._is_interrupted = True  # heard between two tokens, never within the model
-
-    def _system_and(self, said: Conversation) -> Conversation:
-        text = self._args.system
-        return (Message("system", (Part("text", text),)), *said) if text else said
 
     def _fitting(self, asked: Conversation) -> Conversation:
         room = self._context - min(self._args.max_new_tokens, self._context // 4)
-        kept, dropped = conversation.fit(self._tokenizer, self._system_and(asked), room)
+        kept, dropped = conversation.fit(self._tokenizer, asked, room)
         if dropped and not self._is_shortened:
             self._is_shortened = True
-            self._page.note(
-                f"The context of {self._context} tokens is full: the model forgets the first turns."
-            )
+            self._page.note(f"The context of {self._context} tokens is full: the first turns are forgotten.")
         return kept
 
-    def _change(self, name: str, value: object) -> None:
-        changed = dataclasses.replace(self._args, **{name: value})
+    def _change(self, name: str, text: str) -> None:
+        try:
+            changed = dataclasses.replace(self._args, **{name: type(getattr(self._args, name))(text)})
+        except ValueError as error:
+            raise UserError(f"{text!r}: expected a number.") from error
         flags.require_domain(changed)
         self._args = changed
 
     def _new(self, _: str) -> None:
         """Begin a new conversation."""
-        self._said, self._is_shortened = (), False
+        self._said = tuple(message for message in self._said if message.role == "system")
+        self._is_shortened = False
 
     def _undo(self, _: str) -> None:
         """Take back the last message and its reply."""
-        self._said = self._said[:-2]
+        if len(self._said) > 1:
+            self._said = self._said[:-2]
 
     def _retry(self, _: str) -> None:
         """Ask the last message again."""
-        if self._said:
+        if len(self._said) > 1:
             self.ask("".join(part.text for part in self._said[-2].parts), keep=-2)
 
     def _system(self, text: str) -> None:
         """Put TEXT before the first message; without TEXT, nothing."""
-        self._change("system", text)
+        turns = (message for message in self._said if message.role != "system")
+        self._said = (*_system_text(text), *turns)
 
     def _temp(self, number: str) -> None:
         """Sample at the temperature X; 0 takes the likeliest token."""
-        self._change("temperature", _number(float, number))
+        self._change("temperature", number)
 
     def _topk(self, number: str) -> None:
         """Sample among the N likeliest tokens; 0 means all."""
-        self._change("top_k", _number(int, number))
+        self._change("top_k", number)
 
     def _save(self, name: str) -> None:
         """Add the conversation to FILE, in the jsonl that chat_data reads."""
-        messages = [
-            {
-                "role": message.role,
-                "content": [{"type": part.kind, "text": part.text} for part in message.parts],
-            }
-            for message in self._system_and(self._said)
-        ]
+        messages = []
+        for message in self._said:
+            parts = [{"type": part.kind, "text": part.text} for part in message.parts]
+            messages.append({"role": message.role, "content": parts})
+        if len(messages) < 2:
+            raise UserError("nothing was said yet.")
         with Path(name).expanduser().open("a", encoding="utf-8") as file:
             file.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
 
@@ -176,11 +172,8 @@ class Terminal:
             row = typed_json.parse(lines[-1])
         except ValueError as error:
             raise UserError(f"{where}: {error}. Expected a conversation, as /save writes it.") from error
-        said = conversation.read(row, where)
-        system = [part.text for message in said if message.role == "system" for part in message.parts]
-        self._change("system", "".join(system))
-        self._new("")
-        self._said = tuple(message for message in said if message.role != "system")
+        self._said = conversation.read(row, where)
+        self._is_shortened = False
 
     def _help(self, _: str) -> None:
         """List the commands."""
@@ -193,54 +186,44 @@ class Terminal:
         raise EOFError
 
 
-class Page:
-    """Where a reply is printed: on a terminal wrapped between words, elsewhere as it is."""
+class _Page:
+    """Where a reply is printed: on a terminal wrapped between words, elsewhere as it is.
+
+    What is not of the reply is dim on a terminal. A program that reads the reply finds it on standard error.
+    """
 
     def __init__(self) -> None:
         """Begin at the left edge."""
-        self._console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
         self._is_terminal = sys.stdout.isatty()
+        self._notes = Console(
+            stderr=not self._is_terminal, highlight=False, markup=False, emoji=False, soft_wrap=True
+        )
         self._column = 0
         self._held = ""  # the last word so far, with the spaces before it
 
     def write(self, text: str) -> None:
         """Print the next piece of a reply."""
-        if not self._is_terminal:
-            print(text, end="", flush=True)
-            return
-        pieces = re.findall(r"\n|[^\S\n]+\S*|\S+", self._held + printable(text).expandtabs(4))
+        pieces = re.findall(r"\n|[^\S\n]+\S*|\S+", self._held + printable(text))
         is_done = pieces[-1] == "\n" or cell_len(pieces[-1]) >= LONG_WORD
         self._held = "" if is_done else pieces.pop()
         for piece in pieces:
             self._place(piece)
 
-    def tool_call(self, text: str) -> None:
-        """Print what was computed, on a line of its own; for a program, which reads the reply alone, not there."""
-        if self._is_terminal:
-            self._end_line()
-            self.note(text)
-        else:
-            print(text, file=sys.stderr, flush=True)
-
-    def note(self, text: str) -> None:
-        """Print what is not of the reply."""
-        self._console.print(printable(text), style="dim")
-
-    def end(self) -> None:
-        """End a reply."""
-        if self._is_terminal:
-            self._end_line()
-        else:
-            print(flush=True)
-
-    def _end_line(self) -> None:
+    def end_line(self) -> None:
+        """Print what is held back, and a line's end unless the line has just begun."""
         self._place(self._held)
         self._held = ""
         if self._column:
             self._place("\n")
 
+    def note(self, text: str) -> None:
+        """Print one line that is not of the reply; what could command a terminal is shown as U+FFFD."""
+        if self._is_terminal:
+            self.end_line()
+        self._notes.print("".join(c if c.isprintable() else "\ufffd" for c in text), style="dim")
+
     def _place(self, piece: str) -> None:
-        width = self._console.width
+        width = self._notes.width if self._is_terminal else sys.maxsize
         if piece == "\n" or (self._column and self._column + cell_len(piece) > width):
             print()
             piece, self._column = piece.lstrip(), 0
@@ -249,8 +232,5 @@ class Page:
         self._column = end if end <= width else end % width
 
 
-def _number(kind: Callable[[str], float], text: str) -> float:
-    try:
-        return kind(text)
-    except ValueError as error:
-        raise UserError(f"{text!r}: expected a number.") from error
+def _system_text(text: str) -> Conversation:
+    return (Message("system", (Part("text", text),)),) if text else ()
