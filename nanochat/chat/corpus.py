@@ -32,7 +32,12 @@ Row = dict[str, Any]  # a line of a corpus: {"messages": [{"role": ..., "content
 
 SPLITS = ("train", "val", "test")
 MIXTURE_SUFFIX = ".toml"
-MIXTURE_KEYS: dict[str, type[Any]] = {"corpus": str, "epochs": int, "split": str, "limit": int}  # of a source, and what they hold
+MIXTURE_KEYS: dict[str, type[Any]] = {
+    "corpus": str,
+    "epochs": int,
+    "split": str,
+    "limit": int,
+}  # of a source, and what they hold
 
 
 class ChatCorpus(Corpus):

@@ -6,7 +6,6 @@ SFT and RL share it. Whatever is not said here is as the base was trained: shape
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
 from typing import Any
 
 from nanochat.checkpoint.state import Base
@@ -14,9 +13,9 @@ from nanochat.common.errors import UserError
 from nanochat.config import plan as planning
 from nanochat.config.arguments import FinetuneFlags, TrainArgs
 from nanochat.config.plan import Finetune, Plan
+from nanochat.config.schedule import Schedule
 
 MOMENTUM_START, MOMENTUM_PEAK, MOMENTUM_STEPS = 0.85, 0.95, 300  # of Muon: karpathy/nanochat's SFT
-NOT_SETTINGS = ("base", "base_step")  # of the flags that decide what is learned: `Finetune` has them itself
 
 
 def plan(
@@ -50,25 +49,14 @@ def plan(
     Raises:
         UserError: the ranks or the context do not divide the batch.
     """
-    shared = {item.name for item in dataclasses.fields(args)} & {
-        item.name for item in dataclasses.fields(TrainArgs)
-    }
-    asked = {name: getattr(args, name) for name in shared}
-    asked |= {"run": args.run or f"{base.run}-{stage}", "total_batch_size": batch_tokens}
-    asked |= {"tokenizer": base.args.tokenizer_name, "num_iterations": steps, "document_mask": document_mask}
-    asked |= {"fp8": False, "fp8_head": False, "target_flops": None, "target_loss": None}
-    own = planning.plan(
-        dataclasses.replace(base.args, **asked, profile=False, extend=False),
-        base.model.vocab_size,
-        world_size,
-    )
-    of_base = planning.plan(base.args, base.model.vocab_size, 1)
+    given = _arguments(stage, args, base, batch_tokens, steps, document_mask)
+    own, of_base = (planning.plan(asked, base.model.vocab_size, world_size) for asked in (given, base.args))
     groups = {
         kind: dataclasses.replace(group, lr=group.lr * lr_frac, weight_decay=0.0)
         for kind, group in of_base.groups.items()
     }
-    schedule = dataclasses.replace(
-        own.schedule,
+    schedule = Schedule(
+        steps=steps,
         warmup_steps=0,
         warmdown_steps=warmdown_steps,
         final_lr_frac=0.0,
@@ -77,25 +65,39 @@ def plan(
         momentum_warmup_steps=MOMENTUM_STEPS,
         momentum_final=MOMENTUM_PEAK,
         matrix_weight_decay=0.0,
-        batch_stages=(),
-        window_stages=(),
+        weight_decay_shape="linear",
     )
-    rows = batch_tokens // base.model.sequence_len
     return dataclasses.replace(
         own,
         model=dataclasses.replace(base.model, document_mask=document_mask),
-        batch_rows=rows,
+        batch_rows=batch_tokens // base.model.sequence_len,
         groups=groups,
         schedule=schedule,
-        finetune=Finetune(stage, base.run, base.step, base.sha256, settings_of(args, shared)),
+        finetune=Finetune(stage, base.run, base.step, base.sha256, _settings(args)),
     )
 
 
-def settings_of(args: FinetuneFlags, shared: Iterable[str]) -> dict[str, Any]:
-    """The flags of a stage that decide what is learned, and that the arguments of the plan do not have."""
+def _arguments(
+    stage: str, args: FinetuneFlags, base: Base, batch_tokens: int, steps: int, document_mask: bool
+) -> TrainArgs:
+    """The base's arguments, with all that were given now and what follows from them."""
+    flags = {item.name for item in dataclasses.fields(TrainArgs)}
+    given = {name: value for name, value in vars(args).items() if name in flags}
+    return dataclasses.replace(
+        base.args,
+        **given
+        | {"run": args.run or f"{base.run}-{stage}", "tokenizer": base.args.tokenizer_name}
+        | {"total_batch_size": batch_tokens, "num_iterations": steps, "document_mask": document_mask}
+        | {"fp8": False, "fp8_head": False, "target_flops": None, "target_loss": None}
+        | {"profile": False, "extend": False},
+    )
+
+
+def _settings(args: FinetuneFlags) -> dict[str, Any]:
+    """The flags that decide what is learned, without those that a plan has anyway."""
+    elsewhere = {item.name for item in dataclasses.fields(TrainArgs)} | {"base", "base_step"}
     fields = [item for item in dataclasses.fields(args) if "resume" not in item.metadata]
-    left_out = {*shared, *NOT_SETTINGS}
-    return {item.name: getattr(args, item.name) for item in fields if item.name not in left_out}
+    return {item.name: getattr(args, item.name) for item in fields if item.name not in elsewhere}
 
 
 def require_base(args: FinetuneFlags, command: str) -> None:

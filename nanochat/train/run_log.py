@@ -64,13 +64,15 @@ class RunLog:
                 self._unread = True
                 warn("nobody reads standard output any more; the run goes on, metrics.jsonl has all")
 
-    def record(self, kind: str, step: int, line: str, **values: float | int | str | None) -> None:
+    def record(
+        self, kind: str, step: int, line: str, **values: float | int | str | dict[str, float] | None
+    ) -> None:
         """Print a line, and append one object to metrics.jsonl: while that fails, keep it for the next time.
 
         A full disk must not end a run that could be saved elsewhere or later, and the curve is wanted whole.
 
         Args:
-            kind: "step", "eval", "core", "sample" or "skip".
+            kind: "step", "eval", "core", "sample", "skip", "chat_val" or "chat_eval".
             step: optimizer steps done before this was measured; for a step, its own index.
             line: says the same on the console.
             values: the measurements; numbers stay numbers.
