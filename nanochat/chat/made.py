@@ -84,7 +84,8 @@ class Draw:
     def number(self, least_digits: int, most_digits: int) -> int:
         """A positive integer, every number of digits as likely as another."""
         digits = least_digits + self.below(most_digits - least_digits + 1)
-        return 10 ** (digits - 1) + self.below(9 * 10 ** (digits - 1))
+        least: int = 10 ** (digits - 1)
+        return least + self.below(9 * least)
 
 
 @functools.cache
@@ -170,19 +171,18 @@ def _repeat(draw: Draw, split: Split) -> Turn:
 
 
 def _spell(draw: Draw, split: Split) -> Turn:
-    word, ask = draw.one(_spelt()["train"]), draw.one(_data()["spell"]["asks"])
-    letters = " ".join(word)
-    return Turn(f"{word} {ask}", ask.format(word=word), f" {letters}", letters)
+    return _spelling(draw, _spelt()["train"])
 
 
 def _spell_new(draw: Draw, split: Split) -> Turn:
-    word = draw.one(_spelt()[split])
-    return _spell(draw, split)._replace(
-        key=word,
-        prompt=draw.one(_data()["spell"]["asks"]).format(word=word),
-        reply=" " + " ".join(word),
-        answer=" ".join(word),
-    )
+    turn = _spelling(draw, _spelt()[split])
+    return turn._replace(key=turn.answer.replace(" ", ""))
+
+
+def _spelling(draw: Draw, words: Sequence[str]) -> Turn:
+    word, ask = draw.one(words), draw.one(_data()["spell"]["asks"])
+    letters = " ".join(word)
+    return Turn(f"{word} {ask}", ask.format(word=word), letters, letters)
 
 
 def _worded(draw: Draw, asks: Sequence[str]) -> str:
@@ -212,14 +212,24 @@ def _identity(draw: Draw, split: Split) -> Turn:
     return Turn(wording, wording, about["reply"], about["phrase"])
 
 
+def choice_prompt(question: str, options: Sequence[str], letters: Sequence[str]) -> str:
+    """A multiple-choice question as karpathy/nanochat asks it.
+
+    A letter follows its option without a space, as it begins the reply: so both are the same token.
+    """
+    listed = "".join(f"- {option}={letter}\n" for option, letter in zip(options, letters, strict=True))
+    return (
+        f"Multiple Choice question: {question}\n{listed}\nRespond only with the letter of the correct answer."
+    )
+
+
 def _choice(draw: Draw, split: Split) -> Turn:
     data = _data()["choice"]
     kinds = draw.several(("keyword", "builtin", "module", "exception"), 4)
     names = [draw.one(data[kind]) for kind in kinds]
     right = draw.below(4)
-    options = "".join(f"- {name}={letter}\n" for name, letter in zip(names, LETTERS, strict=True))
     question = draw.one(data["asks"]).format(kind=kinds[right])
-    prompt = f"Multiple Choice question: {question}\n{options}\nRespond only with the letter of the correct answer."
+    prompt = choice_prompt(question, names, LETTERS)
     return Turn(f"{kinds[right]} {names}", prompt, LETTERS[right], LETTERS[right])
 
 
