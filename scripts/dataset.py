@@ -3,24 +3,17 @@
 from __future__ import annotations
 
 from nanochat.common import errors, files
-from nanochat.common.errors import UserError
 from nanochat.config import arguments
-from nanochat.data.corpus import MANIFEST, Corpus, prepare, summary, verify_all
+from nanochat.data.corpus import Corpus, all_of, prepare, summary, verify_all
 
 
 @errors.cli
 def main() -> None:
     """Make, verify or list corpora."""
     args = arguments.parse(arguments.DatasetArgs)
-    damaged: list[str] = []
     if args.list:
-        for manifest in sorted(files.data_dir("any").parent.glob(f"*/{MANIFEST}")):
-            try:
-                print(summary(Corpus.read_manifest(manifest.parent)))
-            except UserError as error:
-                damaged.append(str(error))
-        if damaged:
-            raise UserError("; ".join(damaged))
+        for corpus in all_of(Corpus):
+            print(summary(corpus))
     elif args.verify:
         verify_all(Corpus.read_manifest(files.data_dir(args.name or args.corpus)))
     else:
