@@ -21,7 +21,7 @@ import hashlib
 import json
 import platform
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -46,6 +46,10 @@ HASH_THREADS = 8
 
 Result = TypeVar("Result")
 Kind = TypeVar("Kind", bound="Corpus")
+
+
+class OtherKindError(UserError):
+    """A corpus holds something else than is asked for."""
 
 
 class Corpus:
@@ -120,7 +124,7 @@ class Corpus:
             if raw.get("format") != FORMAT:
                 raise ValueError(f"format {typed_json.shown(raw.get('format'))}, expected {FORMAT}")
             if (holds := raw.get("holds", "text")) != cls.holds:
-                raise UserError(
+                raise OtherKindError(
                     f"corpus {folder.name!r} holds {typed_json.shown(holds)}, where one of {cls.holds} is "
                     f"needed. Name another, or make one: {cls.make_command('NAME')}"
                 )
@@ -341,6 +345,10 @@ def write_corpus(folder: Path, source: str, *documents: Iterable[str], kind: typ
                     f"corpus {folder.name!r}: there is no text for the {split} split. "
                     "Name files with at least two documents, or a --val-file that is not empty."
                 )
+        if not members:
+            raise UserError(
+                f"corpus {folder.name!r}: there is nothing in it. Name files that hold something."
+            )
         kind(folder, folder.name, source, members).write_manifest(temporary)
 
 
@@ -375,6 +383,26 @@ def _prepare_hub(folder: Path, corpus: str, num_shards: int | None, first: int |
 
 # -----------------------------------------------------------------------------
 # Command line
+
+
+def all_of(kind: type[Kind]) -> Iterator[Kind]:
+    """The corpora on the disk that hold what `kind` does, by their manifests.
+
+    Raises:
+        UserError: in the end, if manifests are damaged.
+    """
+    damaged: list[str] = []
+    for manifest in sorted(files.data_dir("any").parent.glob(f"*/{MANIFEST}")):
+        try:
+            corpus = kind.read_manifest(manifest.parent)
+        except OtherKindError:
+            continue
+        except UserError as error:
+            damaged.append(str(error))
+            continue
+        yield corpus
+    if damaged:
+        raise UserError("; ".join(damaged))
 
 
 def verify_all(corpus: Corpus) -> None:

@@ -40,7 +40,7 @@ from huggingface_hub.utils.tqdm import disable_progress_bars
 from nanochat.common import files
 from nanochat.common.errors import UserError
 from nanochat.common.progress import bytes_bar
-from nanochat.data import parquet_shards, token_shards
+from nanochat.data import parquet_shards, pending_download, token_shards
 from nanochat.data.parquet_shards import Shard
 from nanochat.tokenizer.tokenizer import Tokenizer
 
@@ -52,6 +52,7 @@ FOOTER_BYTES = 1 << 18  # read from the end of a shard at first; its footer has 
 MAX_FOOTER_BYTES = 1 << 26
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 REFUSED = (401, 403, 404, 410, 451)  # of the hub itself; the store that it sends to refuses what is too old
+README = "README.md"  # every data set has one
 NO_SUCH_FILE = "the hub has no such file"
 NOT_A_HUB = (
     "the server does not answer as a Hugging Face hub does, as where a network asks to sign in; "
@@ -140,6 +141,27 @@ class Hub:
 
         return {entry.path: entry for batch in self._all(list(batches), work).values() for entry in batch}
 
+    def list_parquet(self, folder: str, commit: str) -> list[Shard]:
+        """The parquet files of a folder: sizes and digests, as shards of the split RAW, named by their paths.
+
+        Raises:
+            UserError: there is no such folder, or the hub does not tell.
+        """
+
+        def work(name: str, _: int) -> list[Shard]:
+            tree = HfApi().list_repo_tree(self._repo, name, revision=commit, repo_type="dataset")
+            try:
+                entries = [entry for entry in tree if isinstance(entry, RepoFile) and entry.lfs is not None]
+            except (KeyError, TypeError, json.JSONDecodeError):
+                raise NotAHubError from None
+            return [
+                Shard(entry.path, parquet_shards.RAW, entry.size, 0, 0, entry.lfs.sha256)  # type: ignore[union-attr]
+                for entry in entries
+                if entry.path.endswith(".parquet")
+            ]
+
+        return self._all([folder], work)[folder]
+
     def fetch(self, members: Sequence[Shard], commit: str, folder: Path, stage: Path) -> None:
         """Bring shards to `folder`, in about their order; those that are there and verify are not fetched.
 
@@ -200,6 +222,7 @@ class Hub:
             fetched.unlink()
             raise ValueError(problem.removeprefix(f"{fetched}: "))
         files.fsync(fetched)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         fetched.replace(folder / name)
         files.fsync(folder)
         print(f"{name}: {shard.bytes / 1e6:.1f} MB", flush=True)
@@ -316,6 +339,38 @@ def _reason(error: BaseException) -> str:
     if _status(error) in (404, 410):
         return f"{_status(error)}: {NO_SUCH_FILE}"
     return parquet_shards.first_line(error)
+
+
+def fetch_parquet(
+    repo: str, folder: str, prefixes: Sequence[str], into: Path
+) -> tuple[str, dict[str, list[Path]]]:
+    """Fetch parquet files of a data set that are in a schema of its own; those that are there stay.
+
+    Args:
+        repo: name of the data set.
+        folder: of it where the files lie.
+        prefixes: how the names of the files begin, up to the "-" before their number.
+        into: where they go.
+
+    Returns:
+        The commit that they are of, and the files by prefix, in their order.
+
+    Raises:
+        UserError: names every file that could not be had, and why; or the disk is full.
+    """
+    with pending_download.staging(into) as stage, Hub(repo) as source:
+        commit = source.newest_commit(README)
+        listed = source.list_parquet(folder, commit)
+        found = {
+            prefix: sorted(shard.name for shard in listed if shard.name.startswith(f"{folder}/{prefix}-"))
+            for prefix in prefixes
+        }
+        if absent := [prefix for prefix in prefixes if not found[prefix]]:
+            raise source._missing([f"{folder}/{prefix}-*.parquet (404: {NO_SUCH_FILE})" for prefix in absent])
+        wanted = [shard for shard in listed if any(shard.name in names for names in found.values())]
+        require_space(into, wanted)
+        source.fetch(wanted, commit, into, stage)
+    return commit, {prefix: [into / name for name in names] for prefix, names in found.items()}
 
 
 def require_space(folder: Path, members: Sequence[Shard]) -> None:

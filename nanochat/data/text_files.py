@@ -7,6 +7,7 @@ except that a line of JSON is parsed at once; a file that unpacks to far more th
 from __future__ import annotations
 
 import codecs
+import contextlib
 import gzip
 import io
 import json
@@ -70,13 +71,30 @@ def documents(path: Path, split: Callable[[Iterable[str]], Iterator[str]]) -> It
     if kind == PARQUET_SUFFIX:
         yield from _parquet(path)
         return
+    with _opened(path) as stream:
+        if kind in TEXT_SUFFIXES:
+            yield from split(text for _, text in _lines(path, stream, PART_BYTES, whole=False))
+        else:
+            yield from _json_texts(path, stream)
+
+
+def json_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """The numbered lines of a file of JSON, compressed or not.
+
+    Raises:
+        UserError: the file is damaged or not UTF-8, or a line is longer than any may be.
+    """
+    with _opened(path) as stream:
+        yield from _lines(path, stream, MAX_LINE_BYTES, whole=True)
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[io.BufferedReader]:
+    """The unpacked bytes of a file; what is wrong with it while they are read becomes a message."""
     try:
         with path.open("rb") as file, _unpacked(path, file) as stream:
             _refuse_utf16(path, stream)
-            if kind in TEXT_SUFFIXES:
-                yield from split(text for _, text in _lines(path, stream, PART_BYTES, whole=False))
-            else:
-                yield from _json_texts(path, stream)
+            yield stream
     except (EOFError, zlib.error, pa.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
