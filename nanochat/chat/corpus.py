@@ -12,25 +12,31 @@ the tasks are evaluated; a corpus may lack any of them.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from nanochat.common import typed_json
+from nanochat.chat import made, sources
+from nanochat.chat.sources import HUB_SETS, Row, Skips
+from nanochat.common import files, locks, typed_json
 from nanochat.common.errors import UserError
-from nanochat.data.corpus import Corpus
+from nanochat.config.arguments import ChatDataArgs
+from nanochat.data import sources as data_sources
+from nanochat.data.corpus import Corpus, existing, write_corpus
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
-Row = dict[str, Any]  # a line of a corpus: {"messages": [{"role": ..., "content": ...}, ...], "id": ..., ...}
-
 SPLITS = ("train", "val", "test")
+MADE_VAL, MADE_VAL_SEED = 2_000, 1 << 32  # conversations, and what is added to the seed for them
+MADE_TEST = 400  # items of each task
+LOCAL_VAL_EVERY = 20  # one conversation in so many is held out
 MIXTURE_SUFFIX = ".toml"
 MIXTURE_KEYS: dict[str, type[Any]] = {
     "corpus": str,
@@ -94,6 +100,118 @@ def require_split(corpus: ChatCorpus, split: str) -> None:
         )
 
 
+def summary(corpus: ChatCorpus) -> str:
+    """One line: what is in a corpus, and where."""
+    counts = [sum(s.documents for s in corpus.shards if s.split == split) for split in SPLITS]
+    return (
+        f"{corpus.name}: {counts[0]} conversations to train on, {counts[1]} for validation, {counts[2]} to "
+        f"test ({sum(s.bytes for s in corpus.shards) / 1e6:.1f} MB); {corpus.source}; {corpus.folder}"
+    )
+
+
+# -----------------------------------------------------------------------------
+# Making a corpus
+
+
+def prepare(args: ChatDataArgs) -> ChatCorpus:
+    """Make or fetch a corpus; what is there already is not made again.
+
+    Raises:
+        UserError: an argument does not apply, a source is unusable, or a conversation cannot be used and is
+            not to be left out.
+    """
+    made_of: dict[str, Callable[[Path, ChatDataArgs, Skips], object]]
+    made_of = {"made": _prepare_made, "local": _prepare_local, **dict.fromkeys(HUB_SETS, _prepare_hub)}
+    if args.corpus not in made_of:
+        raise UserError(
+            f"--corpus {args.corpus}: expected {', '.join(made_of)}. "
+            f"For files of your own: --corpus local --name {args.corpus} --files FILES."
+        )
+    if args.corpus != "local" and (args.files or args.val_file):
+        raise UserError(f"--files and --val-file go with --corpus local, not {args.corpus}.")
+    folder, skips = files.data_dir(args.name or args.corpus), Skips(args.skip_bad)
+    files.require_writable(folder.parent)
+    with locks.held(files.corpus_lock(folder.name), f"corpus {folder.name!r}", wait=True):
+        made_of[args.corpus](folder, args, skips)
+    if skips.count:
+        print(f"{skips.count} conversations were left out. The first: {skips.first}")
+    return ChatCorpus.open(folder.name)
+
+
+def _write(folder: Path, source: str, *splits: Iterable[Row]) -> None:
+    texts = ((json.dumps(row, ensure_ascii=False) for row in rows) for rows in splits)
+    write_corpus(folder, source, *texts, kind=ChatCorpus)
+
+
+def _prepare_made(folder: Path, args: ChatDataArgs, _: Skips) -> None:
+    source = f"made with seed {args.seed}, {args.conversations} conversations"
+    if not existing(folder, source, kind=ChatCorpus):
+        train = (made.row("train", args.seed, index) for index in range(args.conversations))
+        val = (made.row("train", args.seed + MADE_VAL_SEED, index) for index in range(MADE_VAL))
+        test = (row for task in made.TASKS for row in made.examples(task, "test", MADE_TEST, args.seed))
+        _write(folder, source, train, val, test)
+
+
+def _prepare_local(folder: Path, args: ChatDataArgs, skips: Skips) -> None:
+    if not args.files:
+        if existing(folder, "local files", kind=ChatCorpus):
+            return
+        raise UserError("--corpus local: name the conversations with --files (.jsonl, .json or .parquet).")
+    paths, val_path = data_sources.find_files(args.files, args.val_file)
+    source = f"local files, {len(paths)} of content {data_sources.content_digest(paths, val_path)}"
+    if existing(folder, source, kind=ChatCorpus):
+        return
+    train = sources.checked(sources.of_files(paths), skips)
+    if val_path is not None:
+        _write(folder, source, train, sources.checked(sources.of_files([val_path]), skips), ())
+    else:
+        held: list[Row] = []
+        _write(folder, source, _held_out(train, LOCAL_VAL_EVERY, held), held, ())
+
+
+def _prepare_hub(folder: Path, args: ChatDataArgs, skips: Skips) -> None:
+    from nanochat.data import hub  # its library takes half a second
+
+    remote = HUB_SETS[args.corpus]
+    if existing(folder, f"{remote.repo}@", kind=ChatCorpus):
+        return
+    raw = folder.with_name(f".raw-{folder.name}")  # kept until all is there: a second try fetches the rest
+    prefixes = [prefix for group in remote.files.values() for prefix in group]
+    commit, paths = hub.fetch_parquet(remote.repo, remote.folder, prefixes, raw)
+    rows: dict[str, Iterable[Row]] = {}
+    for split in SPLITS:
+        of_split = [path for prefix in remote.files.get(split, ()) for path in paths[prefix]]
+        rows[split] = sources.checked(remote.rows(split, of_split), skips)
+    if remote.val_every:
+        held: list[Row] = []
+        rows |= {"train": _held_out(rows["train"], remote.val_every, held), "val": held}
+    _write(folder, f"{remote.repo}@{commit}", *(rows[split] for split in SPLITS))
+    files.remove_dir(raw)
+
+
+def _held_out(rows: Iterable[Row], every: int, held: list[Row]) -> Iterator[Row]:
+    """Pass rows on, but leave one in `every` of them in `held`: it is validation.
+
+    The hash of its messages decides, so the same conversation is always on the same side, wherever it stands.
+    Where none is chosen, the last one is held out, unless it is the only one.
+    """
+    before: Row | None = None
+    is_alone = True
+    for row in rows:
+        digest = hashlib.sha256(json.dumps(row["messages"]).encode()).digest()
+        if int.from_bytes(digest[:8], "big") % every == 0:
+            held.append(row)
+            continue
+        if before is not None:
+            is_alone = False
+            yield before
+        before = row
+    if before is not None and (held or is_alone):
+        yield before
+    elif before is not None:
+        held.append(before)
+
+
 # -----------------------------------------------------------------------------
 # Mixtures
 
@@ -131,20 +249,20 @@ def mixture(names: Sequence[str]) -> Mixture:
         UserError: there is no such corpus or file, an entry of it is unknown or wrong, a split is absent, or
             a corpus is named twice.
     """
-    sources = []
+    parts = []
     for name in names:
         if name.endswith(MIXTURE_SUFFIX):
-            sources += _read_mixture(Path(name))
+            parts += _read_mixture(Path(name))
         else:
-            sources.append(Source(ChatCorpus.open(name)))
-    for source in sources:
+            parts.append(Source(ChatCorpus.open(name)))
+    for source in parts:
         require_split(source.corpus, source.split)
-    keys = [(source.corpus.name, source.split) for source in sources]
+    keys = [(source.corpus.name, source.split) for source in parts]
     if twice := next((key for key in keys if keys.count(key) > 1), None):
         raise UserError(f"corpus {twice[0]!r} is named twice. Name it once, with epochs in a mixture.")
-    if not sources:
+    if not parts:
         raise UserError("--data: expected a chat corpus or a TOML file of a mixture.")
-    return tuple(sources)
+    return tuple(parts)
 
 
 def _read_mixture(path: Path) -> list[Source]:
@@ -155,15 +273,15 @@ def _read_mixture(path: Path) -> list[Source]:
     wrong = typed_json.mismatch(entries, dict[str, list[dict[str, Any]]])
     if not wrong and set(entries) != {"source"}:
         wrong = f"it has the entries {', '.join(map(repr, entries)) or 'none'}, expected tables [[source]]"
-    sources = []
+    parts = []
     for number, entry in enumerate([] if wrong else entries["source"], 1):
         if wrong := _wrong_entry(entry):
             wrong = f"source {number}: {wrong}"
             break
-        sources.append(Source(**{**entry, "corpus": ChatCorpus.open(entry["corpus"])}))
+        parts.append(Source(**{**entry, "corpus": ChatCorpus.open(entry["corpus"])}))
     if wrong:
         raise UserError(f"{path}: {wrong}. See docs/chat.md.")
-    return sources
+    return parts
 
 
 def _wrong_entry(entry: dict[str, Any]) -> str:

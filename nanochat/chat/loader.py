@@ -34,7 +34,6 @@ from nanochat.distributed.world import World
 from nanochat.tokenizer.tokenizer import Tokenizer
 
 FORMAT = 1
-TOKENS_A_DOCUMENT = 8  # a row of T has at most T / 8 conversations: see `layout_of` in model/attention.py
 POLL_S = 0.5  # between two looks whether to stop, while rows are waited for
 
 Rows = NDArray[np.int32]
@@ -100,8 +99,7 @@ class Conversations:
                 f"no conversation has a reply within {self._row_slots - 1} tokens: {', '.join(self.counts)}. "
                 "Begin with a model of a longer context, or name a corpus of shorter conversations."
             )
-        most = max(1, (self._row_slots - 1) // TOKENS_A_DOCUMENT)
-        packed = packing.pack(self._length, order, self._row_slots, most, seed, number)
+        packed = packing.pack(self._length, order, self._row_slots, seed, number)
         amounts = (self._supervised, self._length)
         return Epoch(packed, *(np.add.reduceat(a[packed.conversations], packed.rows[:-1]) for a in amounts))
 
@@ -233,11 +231,7 @@ class ChatLoader:
         self.metrics = drawn.metrics
         inputs, targets = shifted(moved(drawn.rows, self._world.device))
         weights = (targets >= 0).float() * (self._world.size / drawn.metrics["supervised_tokens"])
-        size = self.device_batch_size
-        return [
-            Batch(*part)
-            for part in zip(*(torch.split(t, size) for t in (inputs, targets, weights)), strict=True)
-        ]
+        return Batch(inputs, targets, weights).split(self.device_batch_size)
 
     def _draw(self, stop_requested: Callable[[], bool]) -> Drawn:
         """The batch at the cursor, from the thread, which then begins with the next one."""
@@ -269,7 +263,7 @@ class ChatLoader:
             if row == len(plan.supervised):
                 epoch, row = epoch + 1, 0
         metrics = {"epoch": progress, "supervised_tokens": int(sums[0])}
-        metrics |= {"fill": sums[1] / self._slots, "documents": int(sums[2])}
+        metrics |= {"fill": int(sums[1]) / self._slots, "documents": int(sums[2])}
         return Drawn(np.concatenate(parts), metrics, (epoch, row))
 
     def close(self) -> None:

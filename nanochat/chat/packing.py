@@ -14,10 +14,11 @@ from bisect import bisect_right
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from nanochat.data.packing import shuffled
 
+TOKENS_A_DOCUMENT = 8  # a row of T has at most T / 8 conversations: attention kernels have slots for as many
 BLOCK = 4096  # conversations among which rows are filled: the best fit among so many leaves 1 % empty or less
 
 
@@ -63,37 +64,43 @@ def fit(tokens: NDArray[np.int32], offsets: NDArray[np.int64], row_slots: int, e
     return Fitted(lengths, before[starts + lengths] - before[starts])
 
 
-def pack(
-    lengths: NDArray[np.int64], order: NDArray[np.int64], row_slots: int, max_documents: int, *key: int
-) -> Packed:
-    """Place conversations in rows, block by block: a row takes the longest that still fits, again and again.
+def pack(lengths: NDArray[np.int64], order: NDArray[np.int64], row_slots: int, *key: int) -> Packed:
+    """Place conversations in rows, block by block; the rows of a block are shuffled.
 
     Args:
         lengths: (n,) tokens of each conversation, at most `row_slots`.
         order: (p,) which of them to place, in a random order. A conversation may come more than once.
         row_slots: T + 1.
-        max_documents: conversations of a row at most: attention kernels have that many slots for documents.
-        key: of the order of the rows of each block.
+        key: of the order of the rows.
     """
     rows: list[list[int]] = []
     for block in range(0, len(order), BLOCK):
-        filled = _best_fit(lengths[order[block : block + BLOCK]], row_slots, max_documents)
+        filled = best_fit(lengths[order[block : block + BLOCK]], row_slots)
         rows += [[block + at for at in filled[row]] for row in shuffled(len(filled), *key, block).tolist()]
     counts = np.fromiter(map(len, rows), np.int64, len(rows))
     places = np.fromiter((at for row in rows for at in row), np.int64, len(order))
     return Packed(order[places], np.concatenate([[0], np.cumsum(counts)]))
 
 
-def _best_fit(lengths: NDArray[np.int64], row_slots: int, max_documents: int) -> list[list[int]]:
-    """The rows of one block; within a row, conversations keep their order, which is not that of lengths."""
+def best_fit(lengths: ArrayLike, row_slots: int) -> list[list[int]]:
+    """Fill rows, each with the longest that still fits, again and again.
+
+    Args:
+        lengths: (n,) tokens of each, at most `row_slots`.
+        row_slots: T + 1.
+
+    Returns:
+        Indices of those in each row. They keep their order, which is not that of the lengths.
+    """
     unplaced = np.argsort(lengths, kind="stable")
-    sizes: list[int] = lengths[unplaced].tolist()  # ascending throughout
+    sizes: list[int] = np.asarray(lengths)[unplaced].tolist()  # ascending throughout
     left: list[int] = unplaced.tolist()
+    most = max(1, (row_slots - 1) // TOKENS_A_DOCUMENT)
     rows = []
     while sizes:
         row: list[int] = []
         space = row_slots
-        while len(row) < max_documents and (at := bisect_right(sizes, space)):
+        while len(row) < most and (at := bisect_right(sizes, space)):
             space -= sizes.pop(at - 1)
             row.append(left.pop(at - 1))
         rows.append(sorted(row))
