@@ -35,6 +35,7 @@ PACKED = ("fa3", "fa2", "varlen")
 # kernel and, in the backward pass, 64 to 128 rows of fp32 query gradients.
 SPARE_DOCUMENTS = 64
 TOKENS_A_DOCUMENT = 128
+TOKENS_A_CONVERSATION = 16  # likewise of finetuning, whose documents are short and none may see another
 WIDEST_HEAD = 256  # of a flash kernel; widths are multiples of 8
 # Kernels that were downloaded at run time, by backend: modules with the interface of the installed package.
 downloaded_kernels: dict[str, Any] = {}
@@ -120,22 +121,25 @@ def _backend_for(backend: str, q: Tensor, k: Tensor, v: Tensor, window: int, lay
     return backend
 
 
-def layout_of(begins: Tensor, backend: str, windows: Sequence[int]) -> Layout:
+def layout_of(
+    begins: Tensor, backend: str, windows: Sequence[int], tokens_a_document: int = TOKENS_A_DOCUMENT
+) -> Layout:
     """The layout of rows of several documents, without waiting for the device.
 
     The backends in PACKED have a fixed number of slots (SPARE_DOCUMENTS). In a batch with more documents,
     each of those that come too late is taken as part of the one before it in its row, so its tokens see that
-    too; rows never see each other. Documents of TOKENS_A_DOCUMENT tokens on average all have their slots.
+    too; rows never see each other. Documents of `tokens_a_document` on average all have their slots.
 
     Args:
         begins: (B, T) bool, True where a document begins; the first position of a row begins one in any case.
         backend: one of BACKENDS.
         windows: of the layers.
+        tokens_a_document: so many tokens more have a slot more.
     """
     begins = begins.clone()
     begins[:, 0] = True
     if backend in PACKED:
-        places = min(begins.numel(), begins.size(0) + SPARE_DOCUMENTS + begins.numel() // TOKENS_A_DOCUMENT)
+        places = min(begins.numel(), begins.size(0) + SPARE_DOCUMENTS + begins.numel() // tokens_a_document)
         begins = _first_documents(begins, places)
         starts = torch.nonzero_static(begins.flatten(), size=places + 1, fill_value=begins.numel())
         return Layout(_numbered(begins), boundaries=starts[:, 0].to(torch.int32))

@@ -22,7 +22,14 @@ from torch.utils.checkpoint import checkpoint
 
 from nanochat.common.machine import Precision
 from nanochat.config.model_config import GPTConfig
-from nanochat.model.attention import Layout, attention, block_masks, layout_of
+from nanochat.model.attention import (
+    TOKENS_A_CONVERSATION,
+    TOKENS_A_DOCUMENT,
+    Layout,
+    attention,
+    block_masks,
+    layout_of,
+)
 from nanochat.model.layers import (
     Embedding,
     Init,
@@ -218,7 +225,8 @@ class GPT(nn.Module):
             or "block" (all but the stream between blocks). May be changed between passes.
         document_bos: the id with which documents begin, if attention is to stay within them.
         isolates_documents: whether smear and pairs stay within them, too, so that a document is read as if it
-            were alone. Pretraining lets both reach from a BOS to the token before it, as nanochat does.
+            were alone. Pretraining lets both reach from a BOS to the token before it, as nanochat does. With
+            the backends in attention.PACKED a row of T tokens may have T // TOKENS_A_CONVERSATION documents.
     """
 
     cos: Tensor
@@ -355,7 +363,8 @@ class GPT(nn.Module):
     def _layout(self, ids: Tensor, cache: DecodeCache | None) -> Layout:
         """Where documents begin; a prompt behind a cache is one document, whatever is in it."""
         if self.document_bos is not None and cache is None:
-            return layout_of(ids == self.document_bos, self.backend, self.windows)
+            length = TOKENS_A_CONVERSATION if self.isolates_documents else TOKENS_A_DOCUMENT
+            return layout_of(ids == self.document_bos, self.backend, self.windows, length)
         return Layout(block_masks=self.block_masks if ids.size(1) == self.config.sequence_len else {})
 
     def _layer(self, i: int, x: Tensor, x0: Tensor, shared: Shared) -> Tensor:

@@ -140,7 +140,7 @@ def kernel_against_operations(vocabulary: int, padded: int, dtype: str, scale: f
     Returns:
         "losses": largest relative difference. "gradient": largest difference beyond one unit in the last
         place of the dtype. "padding": largest value left in padding and ignored rows. "hits": whether the
-        likeliest tokens are the same.
+        likeliest tokens are the same. "weighted": as "gradient", by weights of the rows.
     """
     from nanochat.model.loss_kernel import softcapped_losses
 
@@ -160,13 +160,21 @@ def kernel_against_operations(vocabulary: int, padded: int, dtype: str, scale: f
     only, only_hits = z.clone(), torch.ones(rows, dtype=torch.bool)
     softcapped_losses(only, targets, losses.clone(), only_hits, SOFTCAP, vocabulary, 1.0, False)
     assert torch.equal(only[:, :vocabulary], z[:, :vocabulary]), "the logits changed without a gradient"
+    weights = torch.tensor([1.0, -1.0, 0.3, torch.nan, -0.7, 0.0, 2.0**-9])  # of the ignored row none is read
+    weighted, apart = z.clone(), torch.empty(rows)
+    given = (SOFTCAP, vocabulary, loss._boost(kind), True, None, weights)
+    softcapped_losses(weighted, targets, apart, None, *given)
     softcapped_losses(z, targets, losses, hits, SOFTCAP, vocabulary, loss._boost(kind), True)
     want, got = want.float() * valid[:, None], z[:, :vocabulary].float()
-    ulp = torch.finfo(kind).eps * want.abs() if kind != torch.float32 else 2e-5 * want.abs()
+    eps = torch.finfo(kind).eps if kind != torch.float32 else 2e-5
+    assert torch.equal(apart, losses), "weights changed the losses"
+    want_weighted, got_weighted = want * weights[:, None], weighted[:, :vocabulary].float()
+    want_weighted[3] = 0
     losses_off = (losses[valid] - want_losses[valid]).abs() / want_losses[valid].clamp(min=1e-3)
     return {
         "losses": losses_off.max().item(),
-        "gradient": ((got - want).abs() - ulp).max().item(),
+        "gradient": ((got - want).abs() - eps * want.abs()).max().item(),
+        "weighted": ((got_weighted - want_weighted).abs() - 2 * eps * want_weighted.abs()).max().item(),
         "padding": max(z[:, vocabulary:].abs().sum().item(), z[3].abs().sum().item(), abs(losses[3].item())),
         "hits": torch.equal(hits, want_hits) and torch.equal(only_hits, want_hits),
     }
@@ -179,20 +187,27 @@ def pass_against_operations(dtype: str) -> dict[str, Any]:
     weight = torch.randn(128, 16, generator=random).requires_grad_()
     targets = torch.randint(0, 100, (50,), generator=random)
     targets[::9] = loss.IGNORED
+    weights = torch.randn(50, generator=random) * 1e-6
     answers = []
     for fused in (False, True):
         loss._is_fused = lambda x, fused=fused: fused  # type: ignore[assignment,misc]
-        total = loss.softcapped_cross_entropy(x, weight, targets, SOFTCAP, vocab_size=100, chunk_rows=16)
-        each = loss.token_losses(x, weight, targets, SOFTCAP, 100, 16)
-        answers.append([total, *torch.autograd.grad(total, (x, weight)), *(t.float() for t in each)])
+        found = [*loss.token_losses(x, weight, targets, SOFTCAP, 100, 16)]
+        for given in (None, weights):
+            total = loss.softcapped_cross_entropy(
+                x, weight, targets, SOFTCAP, vocab_size=100, chunk_rows=16, weights=given
+            )
+            scale = 1.0 if given is None else 2.0**14  # as fp16 is trained
+            found += [total, *torch.autograd.grad(total * scale, (x, weight))]
+        answers.append([t.float() for t in found])
+    names = ("losses", "hits", "loss", "x", "weight", "weighted", "x weighted", "weight weighted")
     return {
-        name: ((a.float() - b.float()).norm() / a.float().norm().clamp(min=1e-9)).item()
-        for name, a, b in zip(("loss", "x", "weight", "losses", "hits"), *answers, strict=True)
+        name: ((a - b).norm() / a.norm().clamp(min=1e-9)).item()
+        for name, a, b in zip(names, *answers, strict=True)
     }
 
 
 def fp8_against_bf16() -> dict[str, float]:
-    """The head in fp8 beside bf16: relative differences of the loss and of the gradient of the weight.
+    """The head in fp8 beside bf16: relative differences of the loss and the weight's gradient, weighted too.
 
     "derivatives": the largest between those in e5m2 and in bf16, but for those that round to a power of two:
     the interpreter forgets the carry to their exponent.
@@ -204,21 +219,28 @@ def fp8_against_bf16() -> dict[str, float]:
     weight = (torch.randn(256, 64, generator=random) * 0.3).requires_grad_()
     targets = torch.randint(0, 250, (96,), generator=random)
     targets[::9] = loss.IGNORED
+    weights = torch.randn(96, generator=random) * 1e-6
     loss._is_fused = lambda x: True  # type: ignore[assignment]
     answers = []
     for fp8 in (False, True):
         eighth = quantize_weight(weight) if fp8 else None
-        given = {"vocab_size": 250, "chunk_rows": 32, "eighth": eighth}
-        total = loss.softcapped_cross_entropy(x, weight, targets, SOFTCAP, **given)  # type: ignore[arg-type]
-        answers.append([total, torch.autograd.grad(total, (x, weight))[1]])
+        found = []
+        for by in (None, weights):
+            total = loss.softcapped_cross_entropy(
+                x, weight, targets, SOFTCAP, vocab_size=250, chunk_rows=32, eighth=eighth, weights=by
+            )
+            found += [total, torch.autograd.grad(total, (x, weight))[1]]
+        answers.append(found)
     z = (x @ weight.bfloat16().t()).detach()
     narrow = torch.empty(96, 256, dtype=torch.float8_e5m2)
-    softcapped_losses(z, targets, torch.empty(96), None, SOFTCAP, 250, 1.0, True, narrow)
+    relative = torch.rand(96, generator=random) * 2 - 1
+    softcapped_losses(z, targets, torch.empty(96), None, SOFTCAP, 250, 1.0, True, narrow, relative)
     want, got = z.float() * NARROW_BOOST, narrow.float()
     off = (got - want).abs() / want.abs().clamp(min=2.0**-14)
     carried = want.to(torch.float8_e5m2).float().abs().log2().frac() == 0
-    found = {
+    names = ("loss", "weight", "weighted", "weight weighted")
+    errors = {
         name: ((a.float() - b.float()).norm() / a.float().norm()).item()
-        for name, a, b in zip(("loss", "weight"), *answers, strict=True)
+        for name, a, b in zip(names, *answers, strict=True)
     }
-    return {**found, "derivatives": off[~carried].max().item()}
+    return {**errors, "derivatives": off[~carried].max().item()}

@@ -25,10 +25,12 @@ def test_the_kernel_equals_the_operations() -> None:
     answer = pretended.probe(interpreter, "loss_probes.numbers", cases=cases, dtypes=dtypes)
     assert answer["fp8"]["loss"] < 0.005
     assert answer["fp8"]["weight"] < 0.05
+    assert answer["fp8"]["weight weighted"] < 0.05
     assert answer["fp8"]["derivatives"] <= 0.13  # half a unit in the last place, and the rounding of bf16
     for case, found in zip(cases, answer["kernel"], strict=True):
         assert found["losses"] < 1e-5, case
         assert found["gradient"] < 1e-7, case  # beyond one unit in the last place; fp16 has denormal numbers
+        assert found["weighted"] < 1e-7, case  # beyond two: what it is compared with was rounded before
         assert found["padding"] == 0, case
         assert found["hits"], case
     for dtype, found in zip(dtypes, answer["pass"], strict=True):
