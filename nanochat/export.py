@@ -63,7 +63,8 @@ def write_hf(model: GPT, tokenizer: Tokenizer, folder: Path, *, chat: bool = Fal
     """
     bos = tokenizer.bos_id  # a document ends where the next one begins
     end = tokenizer.special_id(REPLY_END) if chat else bos
-    ids = {"bos_token_id": bos, "eos_token_id": end, "pad_token_id": bos, "use_cache": True}
+    # Padding is the end as well: of another token in a prompt, `generate` believes that it is padding.
+    ids = {"bos_token_id": bos, "eos_token_id": end, "pad_token_id": end, "use_cache": True}
     with files.atomic_dir(folder) as temporary:
         checkpoint_format.save_tensors(temporary / "model.safetensors", _weights(model), {"format": "pt"})
         files.write_json(temporary / "config.json", _config(model.config) | ids)
@@ -120,11 +121,12 @@ def _write_tokenizer(tokenizer: Tokenizer, shape: GPTConfig, folder: Path, chat:
         "pair": [bos, text, {"Sequence": {"id": "B", "type_id": 0}}],
         "special_tokens": {BOS: {"id": BOS, "ids": [tokenizer.bos_id], "tokens": [BOS]}},
     }
+    end = REPLY_END if chat else BOS
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": BOS,
-        "eos_token": REPLY_END if chat else BOS,
-        "pad_token": BOS,
+        "eos_token": end,
+        "pad_token": end,
         "padding_side": "left",  # what transformers expects of a model that generates
         "split_special_tokens": not chat,  # without turns, a text that spells <|bos|> is text, as in training
         "model_max_length": shape.sequence_len,

@@ -69,6 +69,9 @@ def test_the_folder_holds_what_transformers_needs(tokenizer, tmp_path):
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["vocab_size"] == tokenizer.vocab_size
     assert (config["windows"], config["value_layers"]) == ([128, 160, 160], [0, 2])
+    # A special token is text here, so a chat template would give wrong ids: there is none.
+    assert json.loads((tmp_path / "out" / "tokenizer.json").read_text())["added_tokens"] == []
+    assert "chat_template" not in json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
 
 
 def short_windows(tokenizer, which):
@@ -234,7 +237,9 @@ def test_an_empty_folder_is_written_to_and_a_link_stays_a_link(tokenizer, tmp_pa
     from nanochat.checkpoint import state as checkpoint_state
 
     model = odd_model(tokenizer)
-    monkeypatch.setattr(checkpoint_state, "load_model", lambda *a, **k: (model, tokenizer, {"step": 1}))
+    monkeypatch.setattr(
+        checkpoint_state, "load_model", lambda *a, **k: (model, tokenizer, {"step": 1, "plan": {}})
+    )
     (tmp_path / "big").mkdir()
     (tmp_path / "out").symlink_to(tmp_path / "big")
     assert export.run(ExportArgs(run="r", out=str(tmp_path / "out"))) == tmp_path / "big"
@@ -242,3 +247,17 @@ def test_an_empty_folder_is_written_to_and_a_link_stays_a_link(tokenizer, tmp_pa
     assert (tmp_path / "out" / "model.safetensors").is_file()
     with pytest.raises(UserError, match="exists already"):
         export.run(ExportArgs(run="r", out=str(tmp_path / "out")))
+
+
+@pytest.mark.parametrize("finetune", [None, {"stage": "sft"}])
+def test_only_a_run_of_the_chat_stage_gets_a_chat_template(tokenizer, tmp_path, monkeypatch, finetune):
+    from nanochat.checkpoint import state as checkpoint_state
+
+    meta = {"step": 1, "plan": {"finetune": finetune}}
+    monkeypatch.setattr(
+        checkpoint_state, "load_model", lambda *a, **k: (odd_model(tokenizer), tokenizer, meta)
+    )
+    folder = export.run(ExportArgs(run="r", out=str(tmp_path / "out")))
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    assert ("chat_template" in config) == (config["eos_token"] == "<|assistant_end|>") == bool(finetune)
+    assert config["split_special_tokens"] == (not finetune)
