@@ -40,6 +40,7 @@ NEXT: dict[str, tuple[str, ...]] = {  # which roles may follow one; "" is the be
 
 # Codes of a layout: a special token is 2 * id + supervised, a text one of these two.
 PLAIN_TEXT, SUPERVISED_TEXT = -2, -1
+_Marks = dict[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -351,7 +352,7 @@ def parts_of(tokenizer: Tokenizer, ids: Sequence[int]) -> tuple[Part, ...]:
     return _joined(Part(kind, tokenizer.decode(run)) for kind, run in runs)
 
 
-def _marks(tokenizer: Tokenizer) -> dict[str, tuple[int, ...]]:
+def _marks(tokenizer: Tokenizer) -> _Marks:
     """Codes of everything that a conversation is made of, by what it is."""
     code = {name: 2 * tokenizer.special_id(name) for name in SPECIALS}
     return {
@@ -365,9 +366,7 @@ def _marks(tokenizer: Tokenizer) -> dict[str, tuple[int, ...]]:
     }
 
 
-def _lay_out(
-    conversation: Conversation, marks: dict[str, tuple[int, ...]], codes: list[int], texts: list[str]
-) -> None:
+def _lay_out(conversation: Conversation, marks: _Marks, codes: list[int], texts: list[str]) -> None:
     """Append a conversation's codes, and the text of each code that stands for one."""
     before = ""
     codes += marks["bos"]
