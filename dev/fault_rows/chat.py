@@ -1,4 +1,4 @@
-"""Rows of the chat stage: conversations that cannot be used, runs that cannot be talked to, kills of SFT and RL."""
+"""Rows of the chat stage: conversations that cannot be used, runs that are not there, kills of SFT and RL."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ def local(box: Box, lines: list[object], *flags: str) -> subprocess.CompletedPro
 def based(box: Box) -> None:
     """A base run "a" of a few steps, and a chat corpus "talk" of short conversations."""
     box.tiny()
-    expect_ok(box.run("base_train", *TINY, "--num-iterations=6", "--run=a"))
+    shape = ["--max-seq-len=128", "--total-batch-size=512", "--keep-tails"]
+    expect_ok(box.run("base_train", *TINY, *shape, "--num-iterations=6", "--run=a"))
     words = ("the cat sat on a mat", "two dogs near red house", "while a cat saw")
     pairs = [(words[i % 3], words[(i + 1) % 3]) for i in range(300)]
     rows = [{"messages": [{**ASK, "content": a}, {**ANSWER, "content": b}]} for a, b in pairs]
@@ -115,7 +116,7 @@ def f4(box: Box) -> None:
     expect_error(box.run("chat_eval", "--run=absent"), "absent")
     expect_error(box.run("chat_eval", "--run=a", "--tasks=arc-easy"), "arc-easy", "chat_data")
     expect_error(box.run("chat_eval", "--run=a", "--tasks=nothing"), "nothing")
-    expect_error(box.run("chat_cli", "--run=absent"), "absent")
+    expect_error(box.run("chat_cli", "--run=absent", "-p", "cat"), "absent")
     expect_error(box.run("chat_cli"), "--run")
     expect_error(box.run("base_train", *TINY[1:], "--corpus=talk", "--run=b"), "talk")
     assert sorted(path.name for path in (box.base / "runs").iterdir()) == ["a"]
@@ -126,7 +127,7 @@ def f5(box: Box) -> None:
     """The doors of chat_cli that are no terminal."""
     based(box)
     talk = [*box.argv("chat_cli", "--run=a", "--device-type=cpu", "--max-new-tokens=8")]
-    long = box.execute([*talk, "-p", "cat " * 100])
+    long = box.execute([*talk, "-p", "cat " * 400])
     expect_error(long, "tokens")
     expect_error(box.execute(talk, stdin=subprocess.DEVNULL), "standard input is empty")
     piped = box.execute(["bash", "-c", 'set -o pipefail; "$@" -p cat | true', "-", *talk])
@@ -179,7 +180,7 @@ def read_until(terminal: int, text: str, timeout: float = 60) -> str:
 def f7(box: Box) -> None:
     """Five kills at any moment."""
     based(box)
-    flags = ["--base=a", "--data", "talk", *SFT, "--total-batch-size=128", "--num-iterations=40"]
+    flags = ["--base=a", "--data", "talk", *SFT, "--total-batch-size=512", "--num-iterations=40"]
     flags += ["--eval-every=10", "--save-every=3", "--keep-last=100", "--resume=auto"]
     killed_and_resumed(box, "chat_sft", flags)
 
