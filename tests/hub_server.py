@@ -111,23 +111,22 @@ class _Handler(BaseHTTPRequestHandler):
         self.hub.lists.append(len(form["paths"]))
         assert self.path == f"/api/datasets/{self.hub.repo}/paths-info/{COMMIT}"
         there = {name: self.hub.contents[name] for name in form["paths"] if name in self.hub.contents}
-        entries = [
-            {
-                "type": "file",
-                "path": name,
-                "size": len(data),
-                "oid": "0" * 40,
-                "lfs": {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 134},
-            }
-            for name, data in there.items()
-        ]
+        entries = [entry_of(name, data) for name, data in there.items()]
         self.reply(200, {"Content-Type": "application/json"}, json.dumps(entries).encode())
 
     def answer(self, send_body: bool) -> None:
-        name = self.path.rpartition("/")[2].partition("?")[0]
+        name = self.name()
         self.hub.attempts += 1
         if self.hub.refusal:
             self.reply(*self.hub.refusal, b"<html>Please sign in</html>")
+            return
+        tree = f"/api/datasets/{self.hub.repo}/tree/{COMMIT}/"
+        if self.path.startswith(tree):
+            folder = self.path.removeprefix(tree).partition("?")[0]
+            there = {at: data for at, data in self.hub.contents.items() if at.rpartition("/")[0] == folder}
+            status = 200 if there else 404
+            entries = json.dumps([entry_of(at, data) for at, data in there.items()]).encode()
+            self.reply(status, {"Content-Type": "application/json"}, entries)
             return
         data = self.find(name)
         if data is None:
@@ -152,6 +151,14 @@ class _Handler(BaseHTTPRequestHandler):
             FAULTS[fault](self, headers, data)
         else:
             self.whole(headers, data)
+
+    def name(self) -> str:
+        """The file that the path names, in the folders of the data set; or its last part."""
+        path = self.path.partition("?")[0]
+        for revision in ("main", COMMIT):
+            if path.startswith(prefix := f"/datasets/{self.hub.repo}/resolve/{revision}/"):
+                return path.removeprefix(prefix)
+        return path.rpartition("/")[2]
 
     def find(self, name: str) -> bytes | None:
         """What the path that is asked for holds."""
@@ -191,6 +198,13 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(data[at : at + piece])
             self.wfile.flush()
             time.sleep(self.hub.chunk_s)
+
+
+def entry_of(name: str, data: bytes) -> dict[str, object]:
+    """A file as the hub lists it."""
+    digest = hashlib.sha256(data).hexdigest()
+    lfs = {"oid": digest, "size": len(data), "pointerSize": 134}
+    return {"type": "file", "path": name, "size": len(data), "oid": "0" * 40, "lfs": lfs}
 
 
 Answer = Callable[[_Handler, dict[str, str], bytes], None]
