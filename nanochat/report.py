@@ -1,5 +1,7 @@
 """report.html: plan, curves, scores, samples and machine of a run, on one page that needs no other file.
 
+Of SFT and RL it also shows the curves of their own, the scores of the chat tasks and some conversations.
+
 Made from the files of a run, so that it can be made again at any time: `python -m scripts.report --run d12`.
 What is computed is here; the page, with its words, is report.html.jinja.
 """
@@ -9,7 +11,7 @@ from __future__ import annotations
 import importlib.resources
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,18 @@ from nanochat.common.errors import UserError
 from nanochat.evaluation.core.results import centre, gpt2_accuracy, is_core, verdict
 
 TABLE_ROWS = 25  # of a curve, where it cannot be drawn
+CURVES = len(charts.COLORS)  # in a chart at most
+# Metrics of a step of RL, in the words of its log and of the page.
+RL_CURVES = {
+    "reward": "Reward, mean of all replies",
+    "reward_std": "Standard deviation of the rewards of a question",
+    "frac_reward_zero_std": "Fraction of questions whose replies are all right or all wrong",
+    "completions/clipped_ratio": "Fraction of replies that were cut off",
+    "completions/mean_length": "Tokens of a reply",
+    "tools/call_frequency": "Tool calls of a reply",
+    "entropy": "Entropy, nats per token",
+    "kl": "KL divergence from the beginning, nats per token",
+}
 
 
 @dataclass(frozen=True)
@@ -35,6 +49,8 @@ class RunFiles:
         summary: the end of training; empty before it, and where its file is damaged.
         scores: base_eval.json; empty where it was not scored.
         predictions: the lines of core_predictions.jsonl, one an example.
+        chat_scores: chat_eval.json; empty where the chat tasks were not scored.
+        chat_answers: the lines of chat_answers.jsonl, one a reply.
         notes: a sentence for each file that was left out, or left out in part.
     """
 
@@ -44,6 +60,8 @@ class RunFiles:
     summary: dict[str, Any]
     scores: dict[str, Any]
     predictions: list[dict[str, Any]]
+    chat_scores: dict[str, Any]
+    chat_answers: list[dict[str, Any]]
     notes: tuple[str, ...] = ()
 
     @staticmethod
@@ -73,6 +91,8 @@ class RunFiles:
             summary=summary,
             scores=run_files.read_scores(run) if (folder / "base_eval.json").is_file() else {},
             predictions=run_files.read_lines(folder / "core_predictions.jsonl", run_files.AnswerLine, notes),
+            chat_scores=run_files.read_chat_scores(run) if (folder / "chat_eval.json").is_file() else {},
+            chat_answers=run_files.read_lines(folder / "chat_answers.jsonl", run_files.ChatAnswer, notes),
             notes=tuple(notes),
         )
 
@@ -87,12 +107,30 @@ class RunFiles:
     def curve(self, kind: str, name: str, label: str) -> Series:
         """A metric over millions of training tokens, without the values that are not finite numbers."""
         batch_tokens = self.config["batch_tokens"]
-        points = [
-            (entry.get("tokens", entry["step"] * batch_tokens) / 1e6, entry[name])
-            for entry in self.of_kind(kind)
-            if isinstance(entry.get(name), int | float) and math.isfinite(entry[name])
-        ]
-        return Series(label, [x for x, _ in points], [y for _, y in points])
+        return _series(
+            label,
+            (
+                (entry.get("tokens", entry["step"] * batch_tokens) / 1e6, entry.get(name))
+                for entry in self.of_kind(kind)
+            ),
+        )
+
+    def curves_by_step(self, kind: str, name: str, label: str) -> list[Series]:
+        """Metrics over optimizer steps: one of each value of `label` in the lines, or of their `scores`."""
+        points: dict[str, list[tuple[float, Any]]] = {}
+        for entry in self.of_kind(kind):
+            values = (
+                entry.get("scores", {}) if name == "scores" else {entry.get(label, label): entry.get(name)}
+            )
+            for curve, value in values.items():
+                points.setdefault(curve, []).append((entry["step"], value))
+        return [curve for key in points if (curve := _series(key, points[key])).x]
+
+
+def _series(label: str, points: Iterable[tuple[float, Any]]) -> Series:
+    """A curve of the points whose y is a finite number."""
+    kept = [(x, y) for x, y in points if isinstance(y, int | float) and math.isfinite(y)]
+    return Series(label, [x for x, _ in kept], [y for _, y in kept])
 
 
 def write_report(run: str) -> Path:
@@ -133,6 +171,8 @@ def render(run: RunFiles) -> str:
         commonest_answers=_commonest_answers(run.predictions),
         trivial_core=_trivial_core,
         samples=_samples(run),
+        chat_curves=_chat_curves(run),
+        conversations=_conversations(run),
     )
 
 
@@ -209,6 +249,37 @@ def _samples(run: RunFiles) -> dict[str, list[str]]:
     texts = [entry["text"] for entry in logged if entry["step"] == last and "text" in entry]
     groups = {f"After {last:,} steps": texts, "When it was scored": run.scores.get("samples") or []}
     return {heading: group for heading, group in groups.items() if group}
+
+
+def _chat_curves(run: RunFiles) -> list[tuple[str, list[Series], str]]:
+    """What SFT and RL log of themselves, over steps: title, curves and name of y of each chart."""
+    found = [
+        (
+            "Validation on replies, by source",
+            run.curves_by_step("chat_val", "bpb", "source"),
+            "bits per byte",
+        ),
+        ("Tasks while training", run.curves_by_step("chat_eval", "scores", ""), "accuracy"),
+    ]
+    found += [(title, run.curves_by_step("step", name, name), name) for name, title in RL_CURVES.items()]
+    return [
+        (title, curves[first : first + CURVES], y_label)
+        for title, curves, y_label in found
+        for first in range(0, len(curves), CURVES)
+    ]
+
+
+def _conversations(run: RunFiles) -> dict[str, list[dict[str, Any]]]:
+    """The first right and the first wrong answer of each task."""
+    shown: dict[tuple[str, bool], dict[str, Any]] = {}
+    for answer in run.chat_answers:
+        if answer["right"] is not None:
+            shown.setdefault((answer["task"], answer["right"]), answer)
+    tasks = dict.fromkeys(task for task, _ in shown)
+    return {
+        task: [shown[task, is_right] for is_right in (True, False) if (task, is_right) in shown]
+        for task in tasks
+    }
 
 
 def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, str]]:

@@ -13,7 +13,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from nanochat.common import charts, files
+from nanochat.common import charts, files, run_files
 from nanochat.common.errors import UserError
 from nanochat.config import plan as planning
 from nanochat.config.arguments import TrainArgs
@@ -325,6 +325,110 @@ def test_a_damaged_file_is_named_and_no_report_is_written(run: Path) -> None:
     assert not (run / "report.html").exists()
 
 
+def finetuned(folder: Path, stage: str) -> None:
+    """Let the run be one of SFT or RL, with the lines that such a run has logged and no others."""
+    config = json.loads((folder / "config.json").read_text())
+    config["finetune"] = {"stage": stage, "base": "d12", "base_step": 1234, "settings": {}}
+    files.write_json(folder / "config.json", config)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = [line for line in lines if line["kind"] == "step"]
+    for line in lines:
+        line |= {"reward": 0.5, "kl": 0.25} if stage == "rl" else {}
+    for source in ("made", "smoltalk", "x1", "x2", "x3") if stage == "sft" else ():
+        lines += [
+            {"kind": "chat_val", "step": at, "source": source, "bpb": 0.5, "loss": 1.0} for at in (0, 40)
+        ]
+    lines += [{"kind": "chat_eval", "step": at, "scores": {"calc": 0.1 + at / 100}} for at in (0, 40)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+CHAT_TASK = {
+    "examples": 400,
+    "unjudged": 0,
+    "too_long": 0,
+    "baseline": 0.25,
+    "accuracy": 0.625,
+    "stderr": 0.024,
+    "interval": [0.577, 0.671],
+    "centered": 0.5,
+    "commonest": 0.34,
+    "pass_at": {},
+}
+
+
+def write_chat_scores(folder: Path) -> None:
+    unjudged = CHAT_TASK | dict.fromkeys(("accuracy", "stderr", "interval", "centered")) | {"unjudged": 164}
+    scores = {
+        "step": 40,
+        "settings": {"temperature": 0.0},
+        "tasks": {"choice": CHAT_TASK, "humaneval": unjudged, "<i>t": CHAT_TASK},
+        "means": {"MADE": {"value": 0.4321, "stderr": 0.0123, "low": 0.4, "high": 0.5}, "ChatCORE": None},
+        "answers_sha256": "0",
+    }
+    files.write_json(folder / "chat_eval.json", scores)
+    parts = [("python", "1+2"), ("python_output", "3"), ("text", "It is 3 <script>.")]
+    answer = {
+        "task": "calc",
+        "id": "calc-7",
+        "sample": 0,
+        "judge": "number",
+        "prompt": "What is <b>1 + 2?",
+        "reply": [{"type": kind, "text": text} for kind, text in parts],
+        "right": True,
+        "sampled": 9,
+        "reason": "stop",
+    }
+    wrong = [{"text": f"wrong {number}", "type": "text"} for number in range(2)]
+    answers = [answer, answer | {"id": "calc-8"}, *(answer | {"right": False, "reply": [w]} for w in wrong)]
+    answers.append(answer | {"task": "humaneval", "right": None})
+    (folder / "chat_answers.jsonl").write_text("".join(json.dumps(one) + "\n" for one in answers))
+
+
+def test_a_run_of_sft_shows_what_it_began_with_and_its_curves(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(charts, "available", lambda: False)
+    finetuned(run, "sft")
+    page = Page(text_of(write_report(RUN))).text
+    assert "SFT of run d12, step 1,234" in page
+    assert page.count("Validation on replies, by source") == 2  # four curves, and the fifth
+    for shown in ("smoltalk, bits per byte", "calc, accuracy", "Tasks while training"):
+        assert shown in page
+    assert "Reward" not in page
+    assert f"python -m scripts.chat_eval --run {RUN}" in page
+
+
+def test_a_run_of_rl_shows_the_curves_that_it_has_logged(run: Path) -> None:
+    pytest.importorskip("matplotlib")
+    finetuned(run, "rl")
+    page = Page(text_of(write_report(RUN)))
+    assert "Reward, mean of all replies" in page.text
+    assert "KL divergence" in page.text
+    assert "Entropy" not in page.text
+    assert sum(tag == "svg" for tag, _ in page.tags) == 4 + 3  # of training; tasks, reward and KL
+
+
+def test_chat_scores_and_the_first_answers_of_each_task_are_shown_escaped(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(charts, "available", lambda: False)
+    finetuned(run, "sft")
+    write_chat_scores(run)
+    text = text_of(write_report(RUN))
+    page = Page(text).text
+    for shown in ("MADE is 0.4321, standard error 0.0123", "62.5%", "34%", "164 not judged"):
+        assert shown in page
+    assert "[1+2 = 3] It is 3 <script>." in page
+    assert "item calc-7" in page
+    assert "calc-8" not in page
+    assert "wrong 0" in page
+    assert "wrong 1" not in page
+    for raw in ("<script>", "<b>1 + 2", "<i>t"):
+        assert raw not in text
+    assert "ChatCORE" not in page
+    assert "Not scored yet" not in page
+
+
 WRONG = (None, [], {}, "x", True, -1, 1e308, [[]], {"a": [None]}, ["x", 1])
 
 
@@ -354,7 +458,16 @@ PLACES = {"positions": [[1, 1, 3.5], [2, 3, 2.25]], "documents": [0, 1, 3], "doc
 
 
 @pytest.mark.parametrize(
-    "name", ["config.json", "summary.json", "base_eval.json", "metrics.jsonl", "core_predictions.jsonl"]
+    "name",
+    [
+        "config.json",
+        "summary.json",
+        "base_eval.json",
+        "metrics.jsonl",
+        "core_predictions.jsonl",
+        "chat_eval.json",
+        "chat_answers.jsonl",
+    ],
 )
 def test_files_of_any_other_shape_are_shown_or_refused_by_name(
     run: Path, name: str, monkeypatch: pytest.MonkeyPatch
@@ -368,13 +481,19 @@ def test_files_of_any_other_shape_are_shown_or_refused_by_name(
     config = json.loads((run / "config.json").read_text())
     config = {key: config[key] for key in ("model", "params", "batch_tokens", "steps", "machine")}
     config["args"] = {"corpus": "c"}
+    config["finetune"] = {"stage": "sft", "base": "b", "base_step": 3}
     files.write_json(run / "config.json", config)
+    write_chat_scores(run)
     lines = [step_entry(0, 64, 3.0), {"kind": "eval", "step": 1, "val_bpb": 1.0}]
     lines += [{"kind": "sample", "step": 1, "text": "s"}, {"kind": "core", "step": 1, "core_metric": 0.1}]
+    lines += [{"kind": "chat_val", "step": 1, "source": "s", "bpb": 0.1}]
+    lines += [{"kind": "chat_eval", "step": 1, "scores": {"t": 0.1}}]
     answers = [{"task": "t", "losses": [1.0, 2.0], "answer": 0, "gold": 0}]
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (run / "core_predictions.jsonl").write_text(json.dumps(answers[0]) + "\n")
-    whole: Any = {"metrics.jsonl": lines, "core_predictions.jsonl": answers}.get(name)
+    replies = run_files.read_lines(run / "chat_answers.jsonl", run_files.ChatAnswer)[:1]
+    lists: dict[str, Any] = {"metrics.jsonl": lines, "core_predictions.jsonl": answers}
+    whole: Any = (lists | {"chat_answers.jsonl": replies}).get(name)
     whole = json.loads((run / name).read_text()) if whole is None else whole
     made = 0
     for changed in mutated(whole):
@@ -404,7 +523,7 @@ CONTENTS = (
 
 
 @pytest.mark.parametrize("contents", CONTENTS)
-@pytest.mark.parametrize("name", ["config.json", "base_eval.json"])
+@pytest.mark.parametrize("name", ["config.json", "base_eval.json", "chat_eval.json"])
 def test_damage_is_one_line_with_the_file_and_what_helps(run: Path, name: str, contents: bytes) -> None:
     finish(run)
     write_scores(run, "core_mini", 3)
