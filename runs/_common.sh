@@ -197,9 +197,25 @@ scored() { # RUN_FOLDER PARTS: base_eval.json has these parts of the newest chec
 }
 
 chat_scored() { # RUN_FOLDER TASKS: chat_eval.json has these tasks of the newest checkpoint
-  [ -f "$1/chat_eval.json" ] &&
-    "$PYTHON" -c 'import sys; from nanochat.chat import evaluate; sys.exit(not evaluate.is_scored(*sys.argv[1:]))' \
-      "${1##*/}" "$2"
+  [ -f "$1/chat_eval.json" ] && "$PYTHON" - "${1##*/}" "$2" <<'PYTHON'
+import sys
+
+from nanochat.chat import tasks
+from nanochat.checkpoint import format as checkpoint_format
+from nanochat.common import files, run_files
+from nanochat.common.errors import UserError
+from nanochat.evaluation.base_eval import weights_of
+
+run, asked = sys.argv[1:]
+try:
+    run_files.read_chat_scores(run)  # refused where it is damaged
+    scores = files.read_json(files.run_dir(run) / "chat_eval.json")
+    newest = max(checkpoint_format.steps_of(run), default=-1)
+    same = newest == scores["step"] and weights_of(run, newest) == scores.get("weights")
+    sys.exit(not (same and {*tasks.parse(asked)} <= {*scores["tasks"]}))
+except UserError:
+    sys.exit(1)
+PYTHON
 }
 
 ensure_chat_scores() { # RUN TASKS FLAG...: of a chat model, unless they are there; NPROC ranks

@@ -32,7 +32,8 @@ EVAL=(--eval "core,bpb,sample" --eval-bundle mini --eval-tokens 65536)
 SFT_RUN=$RUN-sft
 RL_RUN=$RUN-rl
 SFT=(--data made --save-every 100)
-RL=(--task bigsum --num-iterations 60 --save-every 20)
+RL=(--task bigsum --num-iterations 60 --max-new-tokens 48 --save-every 20)
+CHAT_EVAL=(--max-new-tokens 64)
 QUESTION="What is 347 + 589?"
 
 ensure_environment plots
@@ -51,11 +52,11 @@ fi
 step "report" "$PYTHON" -m scripts.report --run "$RUN"
 
 step "conversations" "$PYTHON" -m scripts.chat_data --corpus made
-ensure_chat_scores "$RUN" made --max-per-task 100 # what it answers before it has seen a conversation
+ensure_chat_scores "$RUN" made --max-per-task 50 "${CHAT_EVAL[@]}" # what it answers before it has seen a conversation
 step "SFT" "$PYTHON" -m scripts.chat_sft --base "$RUN" --run "$SFT_RUN" "${SFT[@]}" --resume auto
-ensure_chat_scores "$SFT_RUN" made,bigsum
+ensure_chat_scores "$SFT_RUN" made "${CHAT_EVAL[@]}"
 step "RL" "$PYTHON" -m scripts.chat_rl --base "$SFT_RUN" --run "$RL_RUN" "${RL[@]}" --resume auto
-ensure_chat_scores "$RL_RUN" made,bigsum
+ensure_chat_scores "$RL_RUN" made "${CHAT_EVAL[@]}"
 step "what RL changed" "$PYTHON" -m scripts.chat_eval --compare "$SFT_RUN" "$RL_RUN"
 for run in "$SFT_RUN" "$RL_RUN"; do
   step "report of $run" "$PYTHON" -m scripts.report --run "$run"

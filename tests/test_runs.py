@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from nanochat.chat import corpus as chat_corpus
 from nanochat.common import files
 from nanochat.data.hub_corpora import HUB_CORPORA
 from nanochat.tokenizer.tokenizer import Tokenizer
@@ -316,6 +317,48 @@ def test_quickstart_ends_in_a_conversation(machine: Machine) -> None:
     assert f"-m scripts.chat_eval --compare {sft} {rl}" in made
     assert made[-1].endswith("-p What is 347 + 589?")
     assert "python -m scripts.chat_cli --run quickstart-rl\n" in result.stdout
+
+
+def test_the_mixture_of_speedrun_is_of_corpora_that_it_fetches() -> None:
+    tables = (REPO / "runs" / "chat_mixture.toml").read_text("utf-8")
+    named = re.findall(r'^corpus = "([\w-]+)"$', tables, re.MULTILINE)
+    keys = set(re.findall(r"^(\w+) = ", tables, re.MULTILINE))
+    fetched = re.search(r"for corpus in (.*); do", (REPO / "runs" / "speedrun.sh").read_text("utf-8"))
+    assert fetched is not None
+    assert len(named) == tables.count("[[source]]\n") == 4
+    assert set(named) <= set(fetched[1].split())
+    assert keys <= set(chat_corpus.MIXTURE_KEYS)
+
+
+@pytest.mark.parametrize(
+    ("scores", "asked", "expected"),
+    [
+        ({}, "calc,unit", True),
+        ({}, "made", False),  # all of them
+        ({"weights": "of others"}, "calc", False),
+        ({"tasks": []}, "calc", False),  # damaged
+    ],
+)
+def test_answers_of_the_newest_checkpoint_are_known(
+    scored_run: Path, scores: dict[str, object], asked: str, expected: bool
+) -> None:
+    task = {
+        "accuracy": 1.0,
+        "baseline": 0.0,
+        "centered": 1.0,
+        "commonest": None,
+        "examples": 1,
+        "interval": [0.5, 1.0],
+        "pass_at": {},
+        "stderr": 0.0,
+        "too_long": 0,
+        "unjudged": 0,
+    }
+    about = {"step": 2, "weights": "of 2", "settings": {}, "means": {}, "answers_sha256": ""}
+    entries = about | {"tasks": {"calc": task, "unit": task}} | scores
+    files.write_json(scored_run / "chat_eval.json", entries)
+    result = call_here(f'chat_scored "{scored_run}" {asked}')
+    assert (result.returncode == 0, result.stderr) == (expected, "")
 
 
 def test_answers_that_are_there_are_not_asked_for_again(machine: Machine) -> None:

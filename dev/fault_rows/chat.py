@@ -82,7 +82,7 @@ BAD: dict[str, tuple[object, tuple[str, ...]]] = {
 def f1(box: Box) -> None:
     """One bad line between good ones."""
     for what, (bad, words) in BAD.items():
-        line = expect_error(local(box, [GOOD, bad, GOOD]), "talk.jsonl:2", *words)
+        line = expect_error(local(box, [GOOD, bad, GOOD]), "talk.jsonl: line 2", *words)
         assert "--skip-bad" in line, f"{what}: {line}"
         assert not (box.base / "data" / "talk").exists(), what
 
@@ -100,7 +100,7 @@ def f2(box: Box) -> None:
 @row("F3", "a file without one usable conversation, with --skip-bad", wanted="one line, no corpus")
 def f3(box: Box) -> None:
     """Nothing is left."""
-    expect_error(local(box, ["{", "[]"], "--skip-bad"), "talk.jsonl")
+    expect_error(local(box, ["{", "[]"], "--skip-bad"), "talk", "nothing in it")
     assert not (box.base / "data" / "talk").exists()
 
 
