@@ -1,4 +1,4 @@
-"""Processes of base_train that start at once: forked from a server that has imported everything.
+"""Processes of a training command that start at once: forked from a server that has imported everything.
 
 Three quarters of what a short run takes is the import of its libraries. From there on a fork is a process
 like any other: it has its own session, its signals, its descriptors, and its end. Where the import itself is
@@ -7,6 +7,7 @@ to be met, start the command instead.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -20,7 +21,7 @@ from tests.conftest import REPO
 
 
 class Warm:
-    """A process of base_train; asked as one of subprocess is."""
+    """A process of a command; asked as one of subprocess is."""
 
     def __init__(self, server: WarmServer, pid: int) -> None:
         """The server is the parent, and so the one that is told of the end."""
@@ -73,15 +74,15 @@ class WarmServer:
         self._process.stdin.flush()
         return json.loads(self._process.stdout.readline())
 
-    def start(self, flags: list[str], log: Path) -> Warm:
-        """Start base_train; what it prints goes to the log."""
-        return Warm(self, self.ask({"flags": flags, "log": str(log), "environment": dict(os.environ)}))
+    def start(self, flags: list[str], log: Path, command: str = "base_train") -> Warm:
+        """Start base_train, or another command; what it prints goes to the log."""
+        about = {"flags": flags, "log": str(log), "environment": dict(os.environ), "command": command}
+        return Warm(self, self.ask(about))
 
 
 def _become(request: dict[str, Any]) -> None:
     """In the fork: run the command as `python -m scripts.base_train` does, and leave with its exit code."""
-    from scripts.base_train import main
-
+    main = importlib.import_module(f"scripts.{request['command']}").main
     os.setsid()
     os.environ.clear()
     os.environ.update(request["environment"])
@@ -89,7 +90,7 @@ def _become(request: dict[str, Any]) -> None:
     nothing = os.open(os.devnull, os.O_RDONLY)
     for source, target in ((nothing, 0), (log, 1), (log, 2)):
         os.dup2(source, target)
-    sys.argv = ["base_train", *request["flags"]]
+    sys.argv = [request["command"], *request["flags"]]
     code = 0
     try:
         main()
@@ -107,6 +108,11 @@ def _serve() -> None:
     import scripts.base_train
 
     assert scripts.base_train
+    import nanochat.chat.rl
+    import nanochat.chat.sft
+
+    assert nanochat.chat.rl
+    assert nanochat.chat.sft
     for line in sys.stdin:
         request = json.loads(line)
         if "poll" in request:
