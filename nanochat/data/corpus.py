@@ -120,14 +120,14 @@ class Corpus:
             raise UserError(f"corpus {folder.name!r}: {path} is not there. Make it: {command}")
         again = f"Delete {folder} and make it again."
         raw = files.read_json(path, dict[str, Any], advice=again)
+        if (holds := raw.get("holds", "text")) != cls.holds:
+            raise OtherKindError(
+                f"corpus {folder.name!r} holds {typed_json.shown(holds)}, where one of {cls.holds} is "
+                f"needed. Name another, or make one: {cls.make_command('NAME')}"
+            )
         try:
             if raw.get("format") != FORMAT:
                 raise ValueError(f"format {typed_json.shown(raw.get('format'))}, expected {FORMAT}")
-            if (holds := raw.get("holds", "text")) != cls.holds:
-                raise OtherKindError(
-                    f"corpus {folder.name!r} holds {typed_json.shown(holds)}, where one of {cls.holds} is "
-                    f"needed. Name another, or make one: {cls.make_command('NAME')}"
-                )
             members = parquet_shards.from_manifest(raw["shards"], cls.splits, cls.required)
             return cls(folder, str(raw["name"]), str(raw["source"]), members)
         except (KeyError, TypeError, ValueError) as error:
