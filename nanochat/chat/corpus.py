@@ -57,12 +57,16 @@ class ChatCorpus(Corpus):
     @staticmethod
     def make_command(name: str) -> str:
         """The command that makes a corpus of this name."""
-        return f"python -m scripts.chat_data --corpus {name}"
+        known = name in ("made", *HUB_SETS)
+        return (
+            f"python -m scripts.chat_data --corpus {name if known else f'local --name {name} --files FILES'}"
+        )
 
     @property
     def repair(self) -> str:
-        """The command that makes damaged shards good again."""
-        return f"Repair: rm -rf '{self.folder}' && {self.make_command(self.name)}"
+        """What makes damaged shards good again."""
+        made_again = f"make it again with python -m scripts.chat_data, as it was made: {self.source}"
+        return f"Repair: rm -rf '{self.folder}', and {made_again}."
 
     def rows(self, split: str) -> Iterator[tuple[str, Row]]:
         """The rows of a split in their order, each after where it is from, for messages.
