@@ -118,5 +118,5 @@ def _passes(row: Row, text: str) -> bool | None:
         return None
     fenced = FENCED.search(text)
     imports = [line for line in row["prompt"].splitlines() if line.startswith(("import ", "from "))]
-    program = [*imports, fenced[1] if fenced else text, row["test"], f"check({row['entry_point']})"]
-    return sandbox.run("\n".join(program)).passed
+    program = "\n".join([*imports, fenced[1] if fenced else text])
+    return sandbox.run(program, row["test"], row["entry_point"]).passed
