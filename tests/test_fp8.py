@@ -15,11 +15,14 @@ from nanochat.model.fp8 import (
     MARGIN,
     SAMPLED_ROWS,
     fits,
+    gradient_scale,
     linear,
+    loudest_rows,
     quantize,
     quantize_both,
     quantize_input,
     quantize_weight,
+    sampled,
     sampled_scale,
     scale_for,
     turned,
@@ -48,20 +51,20 @@ def test_a_tensor_of_any_size_fills_the_range_and_comes_back(dtype, size):
 
 def test_zeros_stay_zeros():
     x = torch.zeros(64, 16)
-    scale = sampled_scale(x, E4M3)
+    scale = sampled_scale(x)
     assert not quantize(x, scale, E4M3).float().any()
     assert scale > 0
 
 
-@pytest.mark.parametrize("dtype", [E4M3, E5M2])
-def test_the_scale_of_a_sample_leaves_room_and_what_is_beyond_becomes_the_end(dtype):
-    x = torch.ones(4 * SAMPLED_ROWS, 16)
-    x[5, 3], x[6, 3], x[7, 3] = 0.99 * MARGIN[dtype], -1000 * MARGIN[dtype], torch.nan
-    scale, largest = sampled_scale(x, dtype), torch.finfo(dtype).max
+@pytest.mark.parametrize(("dtype", "scale_of"), [(E4M3, sampled_scale), (E5M2, gradient_scale)])
+def test_the_scale_of_a_sample_leaves_room_and_what_is_beyond_becomes_the_end(dtype, scale_of):
+    x = torch.ones(4 * SAMPLED_ROWS, 64)
+    x[5, 33], x[6, 33], x[9, 33] = 0.99 * MARGIN[dtype], -1000 * MARGIN[dtype], torch.nan
+    scale, largest = scale_of(x), torch.finfo(dtype).max
     x8 = quantize(x, scale, dtype).float()
-    assert x8[5, 3] * scale == pytest.approx(0.99 * MARGIN[dtype], rel=ROUNDING[dtype])
-    assert x8[6, 3] == -largest
-    assert x8[7, 3].isnan()
+    assert x8[5, 33] * scale == pytest.approx(0.99 * MARGIN[dtype], rel=ROUNDING[dtype])
+    assert x8[6, 33] == -largest
+    assert x8[9, 33].isnan()
     assert scale == MARGIN[dtype] / largest
 
 
@@ -73,14 +76,51 @@ def heavy_tailed(rows, width):
     return x
 
 
-@pytest.mark.parametrize("dtype", [E4M3, E5M2])
-def test_a_sample_rounds_as_well_as_the_largest_element_does(dtype):
+@pytest.mark.parametrize(("dtype", "scale_of"), [(E4M3, sampled_scale), (E5M2, gradient_scale)])
+def test_a_sample_rounds_as_well_as_the_largest_element_does(dtype, scale_of):
     x = heavy_tailed(4096, 256)
     errors = []
-    for scale in (scale_for(x.abs().amax(), dtype), sampled_scale(x, dtype)):
+    for scale in (scale_for(x.abs().amax(), dtype), scale_of(x)):
         back = quantize(x, scale, dtype).float() * scale
         errors.append((back - x).norm() / x.norm())
     assert errors[1] < 1.1 * errors[0]
+
+
+@pytest.mark.parametrize("count", [SAMPLED_ROWS, 2 * SAMPLED_ROWS, 3 * SAMPLED_ROWS + 16])
+def test_of_each_few_rows_of_a_gradient_the_largest_is_taken(count):
+    step = count // SAMPLED_ROWS
+    grad = torch.randn(count, 40, generator=torch.Generator().manual_seed(0))
+    rows = loudest_rows(grad)
+    assert len(rows) == len(sampled(grad))
+    for i, row in enumerate(rows.tolist()):
+        assert row == max(range(i * step, min(count, (i + 1) * step)), key=lambda j: grad[j, 0].abs())
+
+
+@pytest.mark.parametrize("width", [128, 144, 1536])
+def test_the_scale_of_a_gradient_has_seen_every_row_and_every_channel(width):
+    """Each row in a sector of 16 channels at least, and each channel in many rows."""
+    count, tiny = 2 * SAMPLED_ROWS, torch.finfo(torch.float32).tiny
+    for row in (0, 1, 777, count - 1):
+        grad = torch.zeros(count, width)
+        grad[row] = 1
+        assert gradient_scale(grad) == MARGIN[E5M2] / torch.finfo(E5M2).max
+    for channel in (0, 17, width - 1):
+        grad = torch.full((count, width), tiny)
+        grad[:, channel] = 1
+        assert gradient_scale(grad) == MARGIN[E5M2] / torch.finfo(E5M2).max
+
+
+def test_gradients_come_where_all_rows_at_equal_distances_are_zero():
+    """Of tokens that no loss counts: a scale of such rows alone would make all others its end."""
+    g = torch.Generator().manual_seed(6)
+    count, few = 4 * SAMPLED_ROWS, torch.arange(4 * SAMPLED_ROWS) % 512 == 3
+    x = torch.randn(count, 128, generator=g).bfloat16().requires_grad_()
+    leaf = (torch.randn(128, 128, generator=g) / 11).bfloat16().requires_grad_()
+    grad = torch.randn(count, 128, generator=g).bfloat16() * 1e-4 * few[:, None]
+    assert not sampled(grad).any()
+    linear(x, leaf).backward(grad)
+    for got, want in ((x.grad, grad.float() @ leaf.float()), (leaf.grad, grad.float().t() @ x.float())):
+        assert (got.float() - want).norm() < 0.1 * want.norm()
 
 
 def test_behind_a_norm_the_scale_is_known_and_never_too_small():
@@ -115,7 +155,7 @@ def test_forward_and_both_gradients_are_within_the_rounding_of_fp8():
 def test_it_is_the_exact_product_of_what_the_factors_were_rounded_to():
     g = torch.Generator().manual_seed(2)
     x, weight = torch.randn(16, 128, generator=g), torch.randn(128, 128, generator=g)
-    x_scale, eighth = sampled_scale(x, E4M3), quantize_weight(weight)
+    x_scale, eighth = sampled_scale(x), quantize_weight(weight)
     x8 = quantize(x, x_scale, E4M3)
     want = (x8.double() * x_scale.double()) @ (eighth.rows.double() * eighth.scale.double()).t()
     torch.testing.assert_close(linear(x, weight, eighth).double(), want, rtol=1e-5, atol=1e-5)

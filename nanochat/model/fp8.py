@@ -15,7 +15,8 @@ the largest element of anything that is N long:
 - Other activations and gradients take the largest element of 1,024 rows, times 8 in e4m3 and times 256 in
   e5m2, which has 30 binades. The errors are those of the true largest element, 2.6 % and 5.3 %, also where
   the rows of a weight differ by a lognormal factor and 1 % of the tokens have a channel 200 times as large.
-  What is larger still becomes the end of the range.
+  What is larger still becomes the end of the range. Of gradients many rows may be zero, those of tokens that
+  no loss counts, and the scale of zeros would end all others: as many elements are taken from all rows.
 
 Nothing is remembered from one step to the next, so that a run that was stopped continues bit for bit.
 """
@@ -25,6 +26,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
@@ -80,9 +82,30 @@ def sampled(x: Tensor) -> Tensor:
     return x[:: max(1, x.size(0) // SAMPLED_ROWS)]
 
 
-def sampled_scale(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """The 0-dim fp32 scale of x (N, width) from some of its rows, without a pass over the rest."""
-    return scale_for(MARGIN[dtype] * sampled(x).abs().amax().float(), dtype)
+def sampled_scale(x: Tensor) -> Tensor:
+    """The 0-dim fp32 scale in e4m3 of x (N, width) from some of its rows, without a pass over the rest."""
+    return scale_for(MARGIN[E4M3] * sampled(x).abs().amax().float(), E4M3)
+
+
+def gradient_scale(grad: Tensor) -> Tensor:
+    """The 0-dim fp32 scale in e5m2 of a gradient (N, width) from 16 channels of each row, others in the next.
+
+    Of up to SAMPLED_ROWS rows all elements are taken.
+    """
+    sectors = grad.reshape(-1, SIDE_MULTIPLE)
+    if grad.size(0) > SAMPLED_ROWS:
+        sectors = sectors[:: max(1, grad.size(1) // SIDE_MULTIPLE - 1)]
+    return scale_for(MARGIN[E5M2] * sectors.abs().amax().float(), E5M2)
+
+
+def loudest_rows(grad: Tensor) -> Tensor:
+    """(M,) int64: as many rows of a gradient (N, width) as `sampled` takes, of successive rows the largest.
+
+    Largest in its first channel, so that no row is taken that is zero where one beside it is not.
+    """
+    step = max(1, grad.size(0) // SAMPLED_ROWS)
+    size = F.pad(grad[:, 0].abs(), (0, -grad.size(0) % step), value=-1.0)
+    return torch.arange(0, len(size), step, device=grad.device) + size.view(-1, step).argmax(1)
 
 
 def quantize(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -130,7 +153,7 @@ def quantize_input(x: Tensor, bound: float | None) -> tuple[Tensor, Tensor, Tens
     A bound that is known without reading x lets a compiler write the rows in the kernel that makes x.
     """
     if bound is None:
-        scale = sampled_scale(x, E4M3)
+        scale = sampled_scale(x)
         return *quantize_both(x, scale, E4M3), scale
     scale = x.new_full((), bound / torch.finfo(E4M3).max, dtype=torch.float32)
     rows = quantize(x, scale, E4M3)
@@ -163,7 +186,7 @@ class Fp8Linear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         """(N, out) -> gradients of x and of the leaf, in their dtypes."""
         x_columns, x_scale, columns, scale = ctx.saved_tensors
-        g_scale = sampled_scale(grad, E5M2)
+        g_scale = gradient_scale(grad)
         g8, g_columns = quantize_both(grad, g_scale, E5M2)
         grad_x = product(g8, g_scale, columns, scale, grad.dtype, fast=False)
         grad_weight = product(g_columns, g_scale, x_columns, x_scale, ctx.dtype, fast=False)

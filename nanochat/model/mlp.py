@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanochat.model import fp8
-from nanochat.model.fp8 import E4M3, E5M2, Fp8Weight, product, quantize_both, sampled_scale
+from nanochat.model.fp8 import E4M3, E5M2, Fp8Weight, product, quantize_both
 
 TILES = (128, 256, 128)  # N, H and C of the fused products are multiples of these
 
@@ -214,12 +214,10 @@ class FusedMLPInFp8(torch.autograd.Function):
         x_columns, x_scale, post_columns, post_scale, up_columns, up_scale, down_columns, down_scale = (
             ctx.saved_tensors
         )
-        g_scale = sampled_scale(grad, E5M2)
+        rows, g_scale = fp8.loudest_rows(grad), fp8.gradient_scale(grad)
         g8, g_columns = quantize_both(grad, g_scale, E5M2)
-        some = product(
-            fp8.sampled(g8).contiguous(), g_scale, down_columns, down_scale, torch.float32, fast=False
-        )
-        root = fp8.sampled(post_columns.t()).float().sqrt()
+        some = product(g8[rows], g_scale, down_columns, down_scale, torch.float32, fast=False)
+        root = post_columns.t()[rows].float().sqrt()
         factor = 2 * post_scale.sqrt()
         z_scale = fp8.scale_for(fp8.MARGIN[E5M2] * factor * (some * root).abs().amax(), E5M2)
         scales = torch.stack((factor * g_scale * down_scale, 1 / z_scale))

@@ -148,7 +148,6 @@ class Tile:
 # Two results of 128 registers a thread do not fit: where fp8 is summed exactly, a tile is half as wide.
 UP, UP_FP8 = Tile(128, 256, 64, 4), Tile(128, 256, 128, 4)
 DOWN, DOWN_FP8 = Tile(128, 256, 64, 4), Tile(128, 128, 128, 5, exact=128)
-ROWS, HIDDEN, WIDTH = 128, 256, 128  # N, H and C must be multiples of these
 
 
 def up(x: Tensor, w: Tensor, scales: Tensor | None = None) -> tuple[Tensor, Tensor | None]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanochat.model import mlp
+from nanochat.model import fp8, mlp
 from nanochat.model import mlp_kernels as kernels
 from nanochat.model.fp8 import quantize_weight
 from tests.gpuless.sass import resources
@@ -55,9 +55,14 @@ def fused(dtype: str) -> list[float]:
     return [error(a, b) for a, b in zip(got, exact(x, up, down, grad), strict=True)]
 
 
-def fused_in_fp8() -> list[float]:
-    """Likewise in fp8; the interpreter's conversion to fp8 loses a carry and small numbers."""
+def fused_in_fp8(count: int = N, of: int = N) -> list[float]:
+    """Likewise in fp8; the interpreter's conversion to fp8 loses a carry and small numbers.
+
+    Scales are of `count` rows, and of each `of` rows of the gradient the last alone is not zero.
+    """
+    fp8.SAMPLED_ROWS = count
     x, up, down, grad = factors(torch.float32)
+    grad *= (torch.arange(N) % of == of - 1)[:, None] if of < N else 1
     weights = [quantize_weight(t) for t in (up, down)]
     leaves = [t.bfloat16().requires_grad_() for t in (x, up, down)]
     out = mlp.FusedMLPInFp8.apply(*leaves, *weights[0], *weights[1])
@@ -87,6 +92,7 @@ def interpreted() -> dict[str, list[float]]:
         "fp32": fused("float32"),
         "fp16": fused("float16"),
         "fp8": fused_in_fp8(),
+        "fp8 of few rows": fused_in_fp8(32, 16),
         "layouts": both_layouts(),
         "nan": not_a_number(),
     }

@@ -42,6 +42,11 @@ def test_in_fp8_the_scales_lead_to_the_same_place(interpreted: dict[str, list[fl
     assert max(interpreted["fp8"]) < FP8_ERROR
 
 
+def test_in_fp8_rows_without_a_gradient_do_not_end_the_others(interpreted: dict[str, list[float]]) -> None:
+    """Of 16 rows one has a gradient, none of those that lie at the distances of a sample."""
+    assert max(interpreted["fp8 of few rows"]) < FP8_ERROR
+
+
 def test_what_is_not_a_number_stays_so(interpreted: dict[str, list[float]]) -> None:
     assert interpreted["nan"] == [True, True]
 
