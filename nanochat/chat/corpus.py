@@ -18,10 +18,10 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar, TypedDict
 
 from nanochat.chat import made, sources
-from nanochat.chat.sources import HUB_SETS, Row, Skips
+from nanochat.chat.sources import HUB_SETS, Row
 from nanochat.common import files, locks, typed_json
 from nanochat.common.errors import UserError
 from nanochat.config.arguments import ChatDataArgs
@@ -33,17 +33,13 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+LeftOut = list[str] | None  # what is wrong with conversations that are left out; None where none may be
+
 SPLITS = ("train", "val", "test")
 MADE_VAL, MADE_VAL_SEED = 2_000, 1 << 32  # conversations, and what is added to the seed for them
 MADE_TEST = 400  # items of each task
 LOCAL_VAL_EVERY = 20  # one conversation in so many is held out
 MIXTURE_SUFFIX = ".toml"
-MIXTURE_KEYS: dict[str, type[Any]] = {
-    "corpus": str,
-    "epochs": int,
-    "split": str,
-    "limit": int,
-}  # of a source, and what they hold
 
 
 class ChatCorpus(Corpus):
@@ -124,7 +120,7 @@ def prepare(args: ChatDataArgs) -> ChatCorpus:
         UserError: an argument does not apply, a source is unusable, or a conversation cannot be used and is
             not to be left out.
     """
-    made_of: dict[str, Callable[[Path, ChatDataArgs, Skips], object]]
+    made_of: dict[str, Callable[[Path, ChatDataArgs, LeftOut], None]]
     made_of = {"made": _prepare_made, "local": _prepare_local, **dict.fromkeys(HUB_SETS, _prepare_hub)}
     if args.corpus not in made_of:
         raise UserError(
@@ -133,12 +129,13 @@ def prepare(args: ChatDataArgs) -> ChatCorpus:
         )
     if args.corpus != "local" and (args.files or args.val_file):
         raise UserError(f"--files and --val-file go with --corpus local, not {args.corpus}.")
-    folder, skips = files.data_dir(args.name or args.corpus), Skips(args.skip_bad)
+    folder = files.data_dir(args.name or args.corpus)
+    left_out: LeftOut = [] if args.skip_bad else None
     files.require_writable(folder.parent)
     with locks.held(files.corpus_lock(folder.name), f"corpus {folder.name!r}", wait=True):
-        made_of[args.corpus](folder, args, skips)
-    if skips.count:
-        print(f"{skips.count} conversations were left out. The first: {skips.first}")
+        made_of[args.corpus](folder, args, left_out)
+    if left_out:
+        print(f"{len(left_out)} conversations were left out. The first: {left_out[0]}")
     return ChatCorpus.open(folder.name)
 
 
@@ -147,7 +144,7 @@ def _write(folder: Path, source: str, *splits: Iterable[Row]) -> None:
     write_corpus(folder, source, *texts, kind=ChatCorpus)
 
 
-def _prepare_made(folder: Path, args: ChatDataArgs, _: Skips) -> None:
+def _prepare_made(folder: Path, args: ChatDataArgs, _: LeftOut) -> None:
     source = f"made with seed {args.seed}, {args.conversations} conversations"
     if not existing(folder, source, kind=ChatCorpus):
         train = (made.row("train", args.seed, index) for index in range(args.conversations))
@@ -156,7 +153,7 @@ def _prepare_made(folder: Path, args: ChatDataArgs, _: Skips) -> None:
         _write(folder, source, train, val, test)
 
 
-def _prepare_local(folder: Path, args: ChatDataArgs, skips: Skips) -> None:
+def _prepare_local(folder: Path, args: ChatDataArgs, left_out: LeftOut) -> None:
     if not args.files:
         if existing(folder, "local files", kind=ChatCorpus):
             return
@@ -165,15 +162,15 @@ def _prepare_local(folder: Path, args: ChatDataArgs, skips: Skips) -> None:
     source = f"local files, {len(paths)} of content {data_sources.content_digest(paths, val_path)}"
     if existing(folder, source, kind=ChatCorpus):
         return
-    train = sources.checked(sources.of_files(paths), skips)
+    train = sources.checked(sources.of_files(paths), left_out)
     if val_path is not None:
-        _write(folder, source, train, sources.checked(sources.of_files([val_path]), skips), ())
+        _write(folder, source, train, sources.checked(sources.of_files([val_path]), left_out), ())
     else:
         held: list[Row] = []
         _write(folder, source, _held_out(train, LOCAL_VAL_EVERY, held), held, ())
 
 
-def _prepare_hub(folder: Path, args: ChatDataArgs, skips: Skips) -> None:
+def _prepare_hub(folder: Path, args: ChatDataArgs, left_out: LeftOut) -> None:
     from nanochat.data import hub  # its library takes half a second
 
     remote = HUB_SETS[args.corpus]
@@ -185,7 +182,7 @@ def _prepare_hub(folder: Path, args: ChatDataArgs, skips: Skips) -> None:
     rows: dict[str, Iterable[Row]] = {}
     for split in SPLITS:
         of_split = [path for prefix in remote.files.get(split, ()) for path in paths[prefix]]
-        rows[split] = sources.checked(remote.rows(split, of_split), skips)
+        rows[split] = sources.checked(remote.rows(split, of_split), left_out)
     if remote.val_every:
         held: list[Row] = []
         rows |= {"train": _held_out(rows["train"], remote.val_every, held), "val": held}
@@ -196,24 +193,15 @@ def _prepare_hub(folder: Path, args: ChatDataArgs, skips: Skips) -> None:
 def _held_out(rows: Iterable[Row], every: int, held: list[Row]) -> Iterator[Row]:
     """Pass rows on, but leave one in `every` of them in `held`: it is validation.
 
-    The hash of its messages decides, so the same conversation is always on the same side, wherever it stands.
-    Where none is chosen, the last one is held out, unless it is the only one.
+    The hash of its messages decides, so the same conversation is on the same side wherever it stands. The
+    second one is held out in any case: a few conversations need validation, too.
     """
-    before: Row | None = None
-    is_alone = True
-    for row in rows:
+    for number, row in enumerate(rows):
         digest = hashlib.sha256(json.dumps(row["messages"]).encode()).digest()
-        if int.from_bytes(digest[:8], "big") % every == 0:
+        if number == 1 or int.from_bytes(digest[:8], "big") % every == 0:
             held.append(row)
-            continue
-        if before is not None:
-            is_alone = False
-            yield before
-        before = row
-    if before is not None and (held or is_alone):
-        yield before
-    elif before is not None:
-        held.append(before)
+        else:
+            yield row
 
 
 # -----------------------------------------------------------------------------
@@ -240,6 +228,20 @@ class Source:
 Mixture = tuple[Source, ...]
 
 
+class _Named(TypedDict):
+    corpus: str
+
+
+class _Entry(_Named, total=False):
+    split: str
+    epochs: int
+    limit: int
+
+
+class _File(TypedDict):
+    source: list[_Entry]
+
+
 def mixture(names: Sequence[str]) -> Mixture:
     """The sources that --data names: corpora, or TOML files of mixtures, each with a table a source.
 
@@ -261,9 +263,9 @@ def mixture(names: Sequence[str]) -> Mixture:
             parts.append(Source(ChatCorpus.open(name)))
     for source in parts:
         require_split(source.corpus, source.split)
-    keys = [(source.corpus.name, source.split) for source in parts]
-    if twice := next((key for key in keys if keys.count(key) > 1), None):
-        raise UserError(f"corpus {twice[0]!r} is named twice. Name it once, with epochs in a mixture.")
+    found = [source.corpus.name for source in parts]
+    if twice := next((name for name in found if found.count(name) > 1), None):
+        raise UserError(f"corpus {twice!r} is named twice. Name it once, with epochs in a mixture.")
     if not parts:
         raise UserError("--data: expected a chat corpus or a TOML file of a mixture.")
     return tuple(parts)
@@ -274,25 +276,13 @@ def _read_mixture(path: Path) -> list[Source]:
         entries = tomllib.loads(path.read_text("utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UserError(f"{path}: not a readable TOML file ({error}). See docs/chat.md.") from None
-    wrong = typed_json.mismatch(entries, dict[str, list[dict[str, Any]]])
-    if not wrong and set(entries) != {"source"}:
-        wrong = f"it has the entries {', '.join(map(repr, entries)) or 'none'}, expected tables [[source]]"
-    parts = []
-    for number, entry in enumerate([] if wrong else entries["source"], 1):
-        if wrong := _wrong_entry(entry):
-            wrong = f"source {number}: {wrong}"
-            break
-        parts.append(Source(**{**entry, "corpus": ChatCorpus.open(entry["corpus"])}))
+    wrong = typed_json.mismatch(entries, _File)
+    for number, entry in enumerate([] if wrong else entries["source"]):
+        small = next((key for key in ("epochs", "limit") if entry.get(key, 1) < 1), None)
+        if small:
+            wrong = f"source[{number}].{small} is {entry[small]}, expected a number from 1"
+        elif unknown := entry.keys() - Source.__dataclass_fields__.keys():
+            wrong = f"source[{number}] has an unknown key: {min(unknown)}"
     if wrong:
         raise UserError(f"{path}: {wrong}. See docs/chat.md.")
-    return parts
-
-
-def _wrong_entry(entry: dict[str, Any]) -> str:
-    """What is wrong with a table of a mixture; "" if nothing is."""
-    for key, value in entry.items():
-        if key not in MIXTURE_KEYS:
-            return f"unknown key {key!r}, expected {', '.join(MIXTURE_KEYS)}"
-        if type(value) is not (kind := MIXTURE_KEYS[key]) or (kind is int and value < 1):
-            return f"{key} = {value!r}, expected {'a text' if kind is str else 'a number from 1'}"
-    return "" if "corpus" in entry else "the key 'corpus' is missing"
+    return [Source(**{**entry, "corpus": ChatCorpus.open(entry["corpus"])}) for entry in entries["source"]]

@@ -260,7 +260,7 @@ class ChatLoader:
             parts.append(self._conversations.read(plan, mine))
             taken, row = taken + len(rows), row + len(rows)
             progress = epoch + row / len(plan.supervised)
-            if row == len(plan.supervised):
+            if row >= len(plan.supervised):
                 epoch, row = epoch + 1, 0
         metrics = {"epoch": progress, "supervised_tokens": int(sums[0])}
         metrics |= {"fill": int(sums[1]) / self._slots, "documents": int(sums[2])}
@@ -282,18 +282,14 @@ class ChatLoader:
             UserError: it is not what `state_dict` gives, or of other rows.
         """
         cursor: Any = state.get("cursor")
-        if state.get("format") != FORMAT or typed_json.mismatch(cursor, list[int]) or len(cursor) != 2:
+        good = state.get("format") == FORMAT and not typed_json.mismatch(cursor, list[int])
+        if not good or len(cursor) != 2 or not all(0 <= number < 1 << 32 for number in cursor):
             raise UserError(
                 f"the loader's state has no cursor in format {FORMAT}; the checkpoint is damaged."
             )
         if state.get("conversations") != self.fingerprint:
             raise UserError("the loader's state is of other conversations, or of another order of them.")
-        epoch, row = cursor
-        if not (0 <= epoch < 1 << 40 and 0 <= row < len(self._conversations.epoch(self._seed, epoch).filled)):
-            raise UserError(
-                f"the loader's state has no row {row} in epoch {epoch}; the checkpoint is damaged."
-            )
-        self._cursor = (epoch, row)
+        self._cursor = (cursor[0], cursor[1])
 
 
 def shifted(tokens: Tensor) -> tuple[Tensor, Tensor]:

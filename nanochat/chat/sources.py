@@ -29,37 +29,15 @@ BATCH_ROWS = 256  # of a parquet file, decoded at a time
 CALL = re.compile(r"<<([^<>=]*)=([^<>]*)>>")  # GSM8K: <<48/2=24>>
 
 
-@dataclass
-class Skips:
-    """What becomes of conversations that cannot be used: the first one ends all, or they are counted.
-
-    Attributes:
-        allowed: count them.
-        count: how many there were.
-        first: what was wrong with the first.
-    """
-
-    allowed: bool
-    count: int = 0
-    first: str = ""
-
-    def refuse(self, error: UserError) -> None:
-        """Take note of one that cannot be used.
-
-        Raises:
-            UserError: it is not allowed.
-        """
-        if not self.allowed:
-            raise error
-        self.count, self.first = self.count + 1, self.first or str(error)
-
-
-def checked(entries: Iterable[tuple[str, Any]], skips: Skips) -> Iterator[Row]:
+def checked(entries: Iterable[tuple[str, Any]], left_out: list[str] | None) -> Iterator[Row]:
     """Rows of one form from whatever `conversation.read` reads.
 
     Args:
-        entries: where each is from, and its value, or an error.
-        skips: what becomes of those that cannot be used.
+        entries: where each is from, and its value, or an error in its place.
+        left_out: takes what is wrong with those that cannot be used; None lets nothing be left out.
+
+    Raises:
+        UserError: a conversation cannot be used, and none may be left out.
     """
     for where, value in entries:
         try:
@@ -67,12 +45,13 @@ def checked(entries: Iterable[tuple[str, Any]], skips: Skips) -> Iterator[Row]:
                 raise value
             messages = conversation.read(value, where)
         except UserError as error:
-            skips.refuse(error)
+            if left_out is None:
+                raise
+            left_out.append(str(error))
             continue
-        yield {
-            "messages": [{"role": message.role, "content": _content(message)} for message in messages],
-            **{key: value[key] for key in JUDGED if value.get(key) is not None},
-        }
+        contents = [{"role": message.role, "content": _content(message)} for message in messages]
+        kept = {key: value[key] for key in JUDGED if value.get(key) is not None}
+        yield {"messages": contents, **kept}
 
 
 def _content(message: conversation.Message) -> str | list[dict[str, str]]:

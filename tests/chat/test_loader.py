@@ -243,6 +243,7 @@ def test_a_signal_while_rows_are_read_leaves_nothing_drawn(monkeypatch: pytest.M
         {"cursor": [0, 1 << 50]},
         {"cursor": [True, 0]},
         {"cursor": [1 << 60, 0]},
+        {"cursor": [0, 0, 0]},
         {"conversations": "others"},
     ],
 )
@@ -251,6 +252,13 @@ def test_a_state_of_something_else_is_refused(change: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="loader's state"):
         opened.load_state_dict({**opened.state_dict(), **change})
     assert opened.state_dict()["cursor"] == [0, 0]
+
+
+def test_a_row_beyond_the_epoch_leads_to_the_next_one() -> None:
+    opened = open_loader(mixture_of(9))
+    opened.load_state_dict({**opened.state_dict(), "cursor": [0, 1 << 20]})
+    opened.next_batch()
+    assert opened.metrics["epoch"] > 1
 
 
 def test_conversations_without_a_reply_that_fits_are_refused() -> None:
