@@ -34,6 +34,11 @@ from nanochat.distributed.world import World
 from nanochat.tokenizer.tokenizer import Tokenizer
 
 FORMAT = 1
+NOTICE = (
+    "{name}: a row has {length} tokens. Of {conversations} conversations, {cut_conversations} are cut "
+    "({cut_tokens} of {tokens} tokens); {dropped_conversations}, with no reply within a row, are dropped "
+    "({dropped_tokens} tokens)."
+)
 POLL_S = 0.5  # between two looks whether to stop, while rows are waited for
 
 Rows = NDArray[np.int32]
@@ -195,6 +200,9 @@ class ChatLoader:
         self._slots, self._seed, self._world = rows_per_batch * (sequence_len + 1), seed, world
         self._rows_per_batch, self.device_batch_size = rows_per_batch, device_batch_size
         self.counts = self._conversations.counts
+        for name, count in self.counts.items():
+            if count["cut_tokens"] or count["dropped_tokens"]:
+                world.print0(NOTICE.format(name=name, length=sequence_len, **count))
         self._epoch = (0, self._conversations.epoch(seed, 0))
         self.rows_per_epoch = len(self._epoch[1].supervised)
         self._cursor = self._before = (0, 0)

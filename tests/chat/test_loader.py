@@ -114,7 +114,7 @@ def test_every_supervised_target_comes_once_an_epoch(longest: int) -> None:
         assert counts["one"]["dropped_conversations"] > 0
 
 
-def test_what_is_cut_and_dropped_is_counted() -> None:
+def test_what_is_cut_and_dropped_is_counted_and_said(capsys: pytest.CaptureFixture[str]) -> None:
     mixture = mixture_of(longest=40)
     opened = open_loader(mixture)
     tokenizer, end_id = corpora.tokenizer(), corpora.tokenizer().special_id("<|assistant_end|>")
@@ -129,6 +129,13 @@ def test_what_is_cut_and_dropped_is_counted() -> None:
             lost = len(ids) - (length if kind == "cut" else 0)
             expected.update({f"{kind}_conversations": 1, f"{kind}_tokens": lost})
     assert opened.counts["one"] == dict(expected)
+    said = capsys.readouterr().out
+    assert said.startswith(
+        f"one: a row has 64 tokens. Of 60 conversations, {expected['cut_conversations']} are cut"
+    )
+    open_loader(mixture, rank=1, size=2)
+    open_loader((Source(corpora.write("short", made_rows(9))),), sequence_len=512)
+    assert not capsys.readouterr().out
 
 
 def test_global_batches_do_not_depend_on_ranks_or_micro_batches() -> None:
@@ -266,8 +273,12 @@ def test_conversations_without_a_reply_that_fits_are_refused() -> None:
         open_loader(mixture_of()[:1], sequence_len=3)
 
 
+def made_rows(count: int) -> list[dict[str, Any]]:
+    return [made.row("train", 0, index) for index in range(count)]
+
+
 def test_made_conversations_fill_rows_of_256() -> None:
-    rows = [made.row("train", 0, index) for index in range(3000)]
+    rows = made_rows(3000)
     corpus = corpora.write("made", rows)
     texts = [str(message["content"]) for row in rows[:1000] for message in row["messages"]]
     conversations = loader.Conversations((Source(corpus),), Tokenizer.train(texts, 2000), 257)
