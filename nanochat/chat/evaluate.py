@@ -144,6 +144,7 @@ def _answer(
 ) -> ChatAnswer:
     """Judge a reply."""
     parts = conversation.parts_of(tokenizer, ids)
+    is_whole = reason == "stop" or item.row["judge"] in tasks.EVEN_CUT_OFF
     return {
         "task": item.task,
         "id": item.row["id"],
@@ -151,7 +152,7 @@ def _answer(
         "judge": item.row["judge"],
         "prompt": item.text,
         "reply": [{"type": part.kind, "text": part.text} for part in parts],
-        "right": tasks.right(item.row, parts),
+        "right": tasks.right(item.row, parts) if is_whole else False,
         "sampled": sampled,
         "reason": reason,
     }

@@ -27,6 +27,9 @@ BASELINES = dict.fromkeys(("arc-easy", "arc-challenge", "mmlu", "choice"), 0.25)
 GROUPS: dict[str, Iterable[str]] = {"made": made.TASKS, "chatcore": CHATCORE6}
 MADE_ITEMS = 400  # of a task that is made on the spot, where --max-per-task does not say
 
+# Judged also where a reply was cut off, as karpathy/nanochat does. Elsewhere a reply that does not end is no
+# answer: of a model that goes on for ever, the last number is right now and then.
+EVEN_CUT_OFF = ("gsm8k", "code")
 F1_BAR = 0.5
 NUMBER = re.compile(r"(?<![\d.])-?(?:\d+(?:,\d{3})+|\d+)(?:\.\d+)?")
 FINAL = re.compile(r"#### (-?[\d.,]+)")  # GSM8K's form of a final answer

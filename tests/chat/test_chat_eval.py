@@ -120,7 +120,7 @@ def test_replies_are_those_of_each_prompt_alone(model: GPT, tokenizer: Tokenizer
                 assert answer["reply"] == [{"type": part.kind, "text": part.text} for part in parts]
                 assert (answer["id"], answer["sample"], answer["reason"]) == (row["id"], sample, reply.reason)
                 assert answer["sampled"] == sum(reply.sampled)
-                assert answer["right"] == tasks.right(row, parts)
+                assert answer["right"] == (reply.reason == "stop" and tasks.right(row, parts))
                 assert answer["prompt"] == row["messages"][0]["content"]
 
 
@@ -196,6 +196,18 @@ def test_the_model_is_left_as_it_was(model: GPT, tokenizer: Tokenizer) -> None:
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
     model.eval()
+
+
+def test_a_reply_that_was_cut_off_is_no_answer_but_by_upstreams_rules(
+    model: GPT, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tasks, "right", lambda row, reply: True)
+    row = tasks.questions("calc", 1, 0)["calc"][0]
+    rows = [{**row, "id": judge, "judge": judge} for judge in ("number", "exact", "gsm8k", "code")]
+    short = Sampling(1, temperature=0.0)
+    result = evaluate.evaluate(model, tokenizer, {"calc": rows}, SOLO, sampling=short)
+    assert [one["reason"] for one in result.answers] == ["length"] * 4
+    assert [one["right"] for one in result.answers] == [False, False, True, True]
 
 
 def test_what_the_model_cannot_read_counts_as_wrong_and_is_counted(model: GPT, tokenizer: Tokenizer) -> None:
