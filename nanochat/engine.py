@@ -416,10 +416,8 @@ def choose_tokens(logits: Tensor, sampling: Sampling, draws: Tensor) -> Tensor:
         logits, ids = logits.topk(sampling.top_k, dim=-1)
     shifted = (logits - logits.amax(dim=-1, keepdim=True)) / sampling.temperature
     cumulative = shifted.softmax(dim=-1).cumsum(dim=-1)
-    # The probabilities sum to 1 up to rounding: a draw is a fraction of that sum, and less than it.
-    total = cumulative[:, -1:]
-    below = torch.minimum(draws[:, None] * total, total.nextafter(torch.zeros_like(total)))
-    chosen = torch.searchsorted(cumulative, below, right=True)
+    # The probabilities sum to 1 up to rounding: a draw is a fraction of that sum.
+    chosen = torch.searchsorted(cumulative, draws[:, None] * cumulative[:, -1:], right=True)
     chosen = chosen.clamp(max=logits.size(-1) - 1)
     return (chosen if ids is None else ids.gather(-1, chosen))[:, 0]
 

@@ -9,7 +9,16 @@ from nanochat.common.errors import UserError
 from nanochat.common.machine import Precision
 from nanochat.config.model_config import GPTConfig
 from nanochat.distributed.world import World
-from nanochat.engine import Engine, KVCache, Sampling, _draws, choose_tokens, sample_texts
+from nanochat.engine import (
+    Completion,
+    Engine,
+    KVCache,
+    Sampling,
+    Steering,
+    _draws,
+    choose_tokens,
+    sample_texts,
+)
 from nanochat.model.gpt import GPT
 
 BOS = 256
@@ -31,7 +40,7 @@ class ByteTokenizer:
         return self.decode_bytes(ids).decode("utf-8", "replace")
 
 
-def tiny_gpt(*, sequence_len=160, n_layer=4, n_kv_head=1, seed=0):
+def tiny_gpt(*, sequence_len=160, n_layer=4, n_kv_head=1, seed=0, bigram=False):
     """A random model in which nothing is zero: window < T, grouped heads, value tables, smear, backout."""
     config = GPTConfig(
         n_layer=n_layer,
@@ -41,6 +50,7 @@ def tiny_gpt(*, sequence_len=160, n_layer=4, n_kv_head=1, seed=0):
         head_dim=32,
         vocab_size=257,
         sequence_len=sequence_len,
+        bigram=bigram,
     )
     model = GPT(config, Precision(torch.float32, "sdpa"))
     generator = torch.Generator().manual_seed(seed)
@@ -75,6 +85,32 @@ def test_the_cache_gives_the_logits_of_a_full_forward(engine):
             parts = [model.logits(part, cache) for part in ids.split(pieces, dim=1)]
             torch.testing.assert_close(torch.cat(parts, dim=1), full, rtol=1e-4, atol=1e-4)
             assert cache.length == 150
+
+
+def test_a_cache_that_is_cut_back_or_whose_rows_are_taken_gives_the_same_logits():
+    model = tiny_gpt(bigram=True)
+    ids = torch.randint(0, 257, (3, 60), generator=torch.Generator().manual_seed(1))
+    other = torch.randint(0, 257, (3, 60), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        full = model.logits(ids)
+        cache = KVCache(model, 3, 60)
+        model.logits(ids[:, :30], cache)
+        for length in (29, 1, 0, 17):
+            model.logits(other[:, : 60 - cache.length], cache)  # goes to the end of it
+            cache.length = 0
+            model.logits(ids[:, :length], cache) if length else None
+            model.logits(other[:, :5], cache)
+            cache.length = length
+            cut = model.logits(ids[:, length:50], cache)
+            torch.testing.assert_close(cut, full[:, length:50], rtol=1e-4, atol=1e-4)
+        for rows in ([2, 0, 1, 1], [3], [0, 0]):  # of the former: 2, 0, 1, 1, then 1, then 1, 1
+            cache.take_rows(torch.tensor(rows))
+        rest = model.logits(ids[[1, 1], 50:], cache)
+        torch.testing.assert_close(rest, full[[1, 1], 50:], rtol=1e-4, atol=1e-4)
+        assert cache.length == 60
+        cache.take_rows(torch.tensor([1]))  # a full cache, too
+        cache.length = 59
+        torch.testing.assert_close(model.logits(ids[1:2, 59:], cache), full[1:2, 59:], rtol=1e-4, atol=1e-4)
 
 
 def test_greedy_text_is_what_the_full_forward_chooses_token_by_token(engine):
@@ -146,6 +182,60 @@ def test_extreme_sampling_values_are_the_likeliest_token():
     cold = [Sampling(1, temperature, 50) for temperature in (0.0, 1e-30, 1e-40, 1e-46, 5e-324)]
     for sampling in (*cold, Sampling(1, 1e-46), Sampling(1, 1.0, top_k=1), Sampling(1, 1e-3, 99)):
         assert choose_tokens(logits, sampling, draws).tolist() == [1, 0]
+
+
+def test_no_draw_chooses_a_token_without_probability():
+    """Nor does rounding: the largest draw times the sum of the probabilities is less than that sum."""
+    largest = 1 - 2.0**-24
+    logits = torch.randn(3000, 40, generator=torch.Generator().manual_seed(0)) * 3
+    logits[:, [0, 17, 39]] = -torch.inf
+    for draw in (0.0, 0.5, largest):
+        chosen = choose_tokens(logits, Sampling(1), torch.full((3000,), draw))
+        assert not set(chosen.tolist()) & {0, 17, 39}
+        chosen = choose_tokens(logits, Sampling(1, top_k=39), torch.full((3000,), draw))
+        assert not set(chosen.tolist()) & {0, 17, 39}
+
+
+class Counting:
+    """Rules that end a row after some tokens, put 65 in place of every third draw, and forbid token 3."""
+
+    def __init__(self):
+        self.mode, self.count = 0, 0
+
+    def take(self, drawn):
+        self.count += 1
+        self.mode = 1 - self.mode
+        if self.count % 3 == 0:
+            return 65, False, None
+        return drawn, True, "stop" if drawn % 16 == 5 else "forbidden" if drawn == 3 else None
+
+
+def test_rules_replace_draws_forbid_tokens_and_end_rows(engine):
+    """Against full forward passes of each prompt alone; prompts have many lengths, and rows are dropped."""
+    masks = torch.zeros(2, 200)
+    masks[1, ::2] = -torch.inf  # of the ids from 57 on, every other one
+    steering = Steering(Counting, masks)
+    prompts = [[BOS, *range(70, 70 + length)] for length in (3, 9, 4, 12, 3, 7, 5, 11)]
+    sampling = Sampling(max_tokens=40, temperature=0)
+    done = dict(engine.completions(prompts, sampling, steering=steering))
+    assert len({len(one.ids) for one in done.values()}) > 3
+    assert {one.reason for one in done.values()} > {"stop"}
+    for index, prompt in enumerate(prompts):
+        ids, sampled, reason = [], [], None
+        while not reason:
+            with torch.no_grad():
+                logits = engine.model.logits(torch.tensor([prompt + ids]))[0, -1]
+            if len(ids) % 2:
+                logits[57::2] = -torch.inf
+            token, forced = int(logits.argmax()), len(ids) % 3 == 2
+            token = 65 if forced else token
+            reason = "stop" if not forced and token % 16 == 5 else None
+            if reason:
+                break
+            ids.append(token)
+            sampled.append(not forced)
+            reason = "forbidden" if not forced and token == 3 else "length" if len(ids) == 40 else None
+        assert done[index] == Completion(tuple(ids), tuple(sampled), reason)
 
 
 def test_prompts_that_cannot_be_used_are_refused(engine):
