@@ -18,7 +18,6 @@ from nanochat.distributed import world
 from nanochat.distributed.world import World
 from nanochat.engine import Sampling
 from nanochat.evaluation.base_eval import show, show_difference, table, weights_of
-from nanochat.evaluation.core.compare import Difference
 from nanochat.evaluation.score_files import digest_of
 from nanochat.model import attention_backends
 from nanochat.report import number
@@ -44,7 +43,7 @@ def main() -> None:
     args = arguments.parse(ChatEvalArgs)
     with world.join(args.device_type, args.dist_timeout) as ranks:
         if args.compare:
-            _show_comparison(args.compare, ranks)
+            _compare(args.compare, ranks)
             return
         result = _run(args, ranks)
         if ranks.is_main:
@@ -123,29 +122,28 @@ def _kept(run: str, about: dict[str, Any]) -> tuple[ChatAnswer, ...]:
     return result.answers if about.items() <= old.items() else ()
 
 
-def _compare(run_a: str, run_b: str) -> tuple[list[Difference], list[Difference]]:
-    """What run B has more than run A by item: of the means, and of the tasks (scores.compare).
+def _compare(runs: tuple[str, ...], world: World) -> None:
+    """Print what run B has more than run A by item.
 
     Raises:
-        UserError: one was not scored, or they were asked different items.
+        UserError: not two runs, one that was not scored, or two that were asked different items.
     """
-    a, b = (_read(run)[1] for run in (run_a, run_b))
+    if len(runs) != 2:
+        raise UserError(f"--compare {' '.join(runs)}: expected two runs, A and B.")
+    (about_a, a), (about_b, b) = map(_read, runs)
     asked_a, asked_b = (
         {(x["task"], x["id"], x["sample"], x["prompt"]) for x in one.answers} for one in (a, b)
     )
     if asked_a != asked_b:
         raise UserError(
-            f"runs {run_a!r} and {run_b!r} were asked different items. Score both with the same --tasks, "
+            f"runs {runs[0]!r} and {runs[1]!r} were asked different items. Score both with the same --tasks, "
             "--max-per-task, --num-samples and --seed."
         )
-    return scores.compare(a, b)
-
-
-def _show_comparison(runs: tuple[str, ...], ranks: World) -> None:
-    if len(runs) != 2:
-        raise UserError(f"--compare {' '.join(runs)}: expected two runs, A and B.")
-    if ranks.is_main:
-        show_difference(runs, *_compare(*runs))
+    if world.is_main:
+        show_difference(runs, *scores.compare(a, b))
+        for name, value in about_a["settings"].items():
+            if value != (other := about_b["settings"].get(name)):
+                print(f"{name} was {value} for {runs[0]}, {other} for {runs[1]}")
 
 
 def _show(result: ChatResult) -> None:

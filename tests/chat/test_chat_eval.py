@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import random
+import shutil
 import sys
 import threading
 from collections.abc import Sequence
@@ -388,6 +389,14 @@ def test_the_command_scores_keeps_and_compares(
     shown = capsys.readouterr().out
     assert "tiny against tiny" in shown
     assert "0.0000" in shown
+    assert "was" not in shown
+    other = files.run_dir("other")
+    shutil.copytree(folder, other)
+    fields = files.read_json(other / "chat_eval.json")
+    fields["settings"]["tools"] = False
+    files.write_json(other / "chat_eval.json", fields)
+    command(monkeypatch, "--compare", "tiny", "other")
+    assert "tools was True for tiny, False for other" in capsys.readouterr().out
 
 
 def test_what_the_command_refuses(base_run: str, monkeypatch: pytest.MonkeyPatch) -> None:
