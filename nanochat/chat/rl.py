@@ -33,7 +33,11 @@ from nanochat.train.hooks import Hook, saving
 from nanochat.train.run_log import RunLog
 
 STEPS = {"bigsum": 60}  # of the tasks that have no end
-ROWS = 4  # of a micro-batch: a step has few rows, of which the last micro-batch wastes half of one on average
+ROWS = (
+    4  # of a micro-batch, in rows of the whole context: replies are shorter, so that there are more of them
+)
+
+_order = functools.lru_cache(2)(shuffled)
 
 
 class Questions:
@@ -51,31 +55,20 @@ class Questions:
         """
         asked = [conversation.read(row, f"question {row['id']}")[:-1] for row in rows]
         prompts = [conversation.prompt(tokenizer, one) for one in asked]
-        fitting = [(row, ids) for row, ids in zip(rows, prompts, strict=True) if len(ids) < context]
+        fitting = [i for i, prompt in enumerate(prompts) if len(prompt) < context]
         if not fitting:
             raise UserError(
                 f"none of the {len(rows)} questions leaves room for a reply in the model's context of "
                 f"{context} tokens. Begin with a run of a larger --max-seq-len."
             )
-        self.rows, self._prompts = zip(*fitting, strict=True)
+        self.rows, self._prompts = [rows[i] for i in fitting], [prompts[i] for i in fitting]
         self._seed = seed
 
     def ask(self, first: int, count: int) -> list[Question]:
         """The questions of the numbers first .. first + count - 1."""
-        return [self._question(number) for number in range(first, first + count)]
-
-    def _question(self, number: int) -> Question:
-        epoch, position = divmod(number, len(self.rows))
-        index = int(_order(len(self.rows), self._seed, epoch)[position])
-        return Question(number, self.rows[index], self._prompts[index])
-
-    @functools.cached_property
-    def fingerprint(self) -> str:
-        """Hash of the rows."""
-        return hashlib.sha256(json.dumps(self.rows, sort_keys=True).encode()).hexdigest()
-
-
-_order = functools.lru_cache(2)(shuffled)
+        places = [divmod(number, len(self.rows)) for number in range(first, first + count)]
+        indices = [int(_order(len(self.rows), self._seed, epoch)[place]) for epoch, place in places]
+        return [Question(first + i, self.rows[at], self._prompts[at]) for i, at in enumerate(indices)]
 
 
 @dataclass(eq=False)
@@ -94,12 +87,19 @@ class Rl:
     @property
     def fingerprints(self) -> dict[str, str]:
         """Hashes of the questions and of the tokenizer."""
-        return {"questions": self.questions.fingerprint, "tokenizer": self.tokenizer.fingerprint}
+        rows = json.dumps(self.questions.rows, sort_keys=True)
+        return {
+            "questions": hashlib.sha256(rows.encode()).hexdigest(),
+            "tokenizer": self.tokenizer.fingerprint,
+        }
 
     def make_loader(self, plan: Plan, model: GPT, world: World) -> RolloutLoader:
-        """The rollouts of the model from step 0 on."""
+        """The rollouts of the model from step 0 on; beside it stands the base, to measure the KL from."""
+        reference = copy.deepcopy(model).requires_grad_(False)
+        reference.load_state_dict(self.base.weights)
         return RolloutLoader(
             model,
+            reference,
             self.tokenizer,
             self.questions.ask,
             prompts=self.args.prompts,
@@ -107,17 +107,7 @@ class Rl:
             sampling=Sampling(self.args.max_new_tokens, seed=self.args.seed),
             world=world,
             device_batch_size=plan.device_batch_size,
-            reference=self._reference(model),
         )
-
-    def _reference(self, model: GPT) -> GPT:
-        """The base's model, matrices and tables in the compute dtype, beside that which learns."""
-        reference = copy.deepcopy(model).requires_grad_(False)
-        reference.load_state_dict(self.base.weights)
-        for parameter in reference.parameters():
-            if parameter.dim() > 1:
-                parameter.data = parameter.data.to(model.dtype)
-        return reference
 
     def begin(self, state: TrainState, world: World) -> None:
         """Take the weights of the base."""
@@ -132,8 +122,8 @@ class Rl:
 def prepare(args: RlArgs, world: World) -> tuple[Plan, Rl]:
     """The plan and the stage of a run of RL.
 
-    The batch of the plan is the most that a step can have, a row a reply: several replies share a row, so
-    that tokens and speed in the log are upper bounds.
+    The batch of the plan is the most that a step can have: replies as long as the context. So tokens and
+    speed in the log are upper bounds.
 
     Raises:
         UserError: there is no such base or it is no chat model, or the questions are not on the disk or do
@@ -165,6 +155,6 @@ def prepare(args: RlArgs, world: World) -> tuple[Plan, Rl]:
         steps=steps,
         warmdown_steps=steps,
         lr_frac=args.init_lr_frac,
-        document_mask=True,
+        document_mask=False,  # a reply has a row of its own
     )
     return plan, Rl(args, base, questions)

@@ -4,11 +4,13 @@ The loader of RL has the interface of pretraining's, so the trainer is the same.
 draws S replies to each (a *group*) from the model as it is. The gradient is REINFORCE with the mean reward of
 the group as baseline: a sampled token of a reply of reward r has the loss weight A / M, with the advantage
 A = r - mean of the group's rewards, and M the sampled tokens of all P groups, over all ranks. The end of a
-reply is sampled, so when to stop is learned too; what a tool wrote is not, and has weight 0.
+reply is sampled, so when to stop is learned too; what a tool wrote is not, and has weight 0. Sampling is from
+the distribution that is scored: temperature 1, all tokens, none forbidden. A reply that draws a token which
+may not come ends there, and has reward 0 as one that is cut off.
 
 A group whose rewards are all equal teaches nothing. Further questions take the place of such groups, up to
 twice P in a step; where even these do not suffice, the groups left over count in M, and a step without any
-other has weights of 0: its gradient is zero, and the weights move by the momentum of earlier steps only.
+other has no weights but 0: its gradient is zero, and the weights move by the momentum of earlier steps only.
 
 What is drawn depends on the seed, the step, the number of the question and that of the reply. So a resumed
 run draws the same, and so does another number of ranks, but for the rounding of rows in other batches.
@@ -22,11 +24,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, get_args
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
+from torch.nn.utils.rnn import pad_sequence
 
-from nanochat.chat import conversation, packing, tasks
+from nanochat.chat import conversation, tasks
 from nanochat.chat.replies import ReplyEngine
 from nanochat.chat.tasks import Row
 from nanochat.common import typed_json
@@ -35,13 +36,12 @@ from nanochat.common.stop_signals import Stopped, requested
 from nanochat.data.train_loader import Batch
 from nanochat.distributed.world import World
 from nanochat.engine import Reason, Sampling
-from nanochat.model.attention import SPARE_DOCUMENTS, TOKENS_A_DOCUMENT
 from nanochat.model.gpt import GPT
 from nanochat.tokenizer.tokenizer import Tokenizer
 
 FORMAT = 1
 MOST_QUESTIONS = 2  # asked in a step, in multiples of those that it wants
-MEASURED_EVERY = 10  # steps between estimates of entropy and KL, which cost a forward pass each
+MEASURED_EVERY = 10  # steps between estimates of entropy and KL, which cost two forward passes
 REASONS: tuple[Reason, ...] = get_args(Reason)
 
 
@@ -49,7 +49,7 @@ class Question(NamedTuple):
     """A row of a task as it is asked.
 
     Attributes:
-        number: its number in the run; a question is asked once.
+        number: its number in the run; each is asked once.
         row: with the answer.
         ids: the prompt.
     """
@@ -74,75 +74,13 @@ class Rollout(NamedTuple):
     reward: int
     reason: Reason
 
-    @property
-    def prompt_len(self) -> int:
-        """Tokens before the first one that was drawn."""
-        return self.sampled.index(True)
-
 
 Group = list[Rollout]
 
 
-def rollouts(
-    model: GPT,
-    tokenizer: Tokenizer,
-    questions: Sequence[Question],
-    samples: int,
-    sampling: Sampling,
-    step: int,
-    world: World,
-) -> list[Group]:
-    """Draw and judge `samples` replies to each question. A collective: every rank gets all groups.
-
-    Args:
-        model: as it is now.
-        tokenizer: its own.
-        questions: the same on all ranks, which share the work.
-        samples: replies to each question.
-        sampling: temperature 1 and all tokens, so that what is sampled is the distribution that is scored.
-        step: of the run; the draws depend on it.
-        world: the ranks.
-    """
-    mine = range(world.rank, len(questions), world.size)
-    drawn = ReplyEngine(model, tokenizer).replies(
-        [questions[i].ids for i in mine],
-        sampling,
-        samples,
-        constrained=False,  # the loss knows no forbidden tokens, so sampling may not either
-        names=[f"{step}/{questions[i].number}" for i in mine],
-    )
-    flat: list[int] = []
-    for i, replies in zip(mine, drawn, strict=True):
-        for reply in replies:
-            parts = conversation.parts_of(tokenizer, reply.ids)
-            reward = int(reply.reason == "stop" and bool(tasks.right(questions[i].row, parts)))
-            tokens = [2 * token + drew for token, drew in zip(reply.ids, reply.sampled, strict=True)]
-            if reply.reason == "stop":  # what ended it was drawn, too
-                tokens.append(2 * tokenizer.special_id("<|assistant_end|>") + 1)
-            flat += [i, reward, REASONS.index(reply.reason), len(tokens), *tokens]
-    size = world.max_over_ranks(len(flat))
-    groups: list[Group] = [[] for _ in questions]
-    for values in world.gather_ints(flat + [-1] * (size - len(flat))):
-        for i, reward, reason, tokens in _records(values):
-            prompt = questions[i].ids
-            ids = prompt + [token >> 1 for token in tokens]
-            sampled = [False] * len(prompt) + [bool(token & 1) for token in tokens]
-            groups[i].append(Rollout(ids, sampled, reward, REASONS[reason]))
-    return groups
-
-
-def _records(values: list[int]) -> Iterator[tuple[int, int, int, list[int]]]:
-    """What a rank has written of its replies: question, reward, reason, tokens; -1 fills the end."""
-    at = 0
-    while at < len(values) and values[at] >= 0:
-        i, reward, reason, count = values[at : at + 4]
-        yield i, reward, reason, values[at + 4 : at + 4 + count]
-        at += 4 + count
-
-
 def advantages(group: Group) -> list[float]:
     """The reward of each reply, less the mean of its group."""
-    mean = sum(rollout.reward for rollout in group) / len(group)
+    mean = statistics.fmean(rollout.reward for rollout in group)
     return [rollout.reward - mean for rollout in group]
 
 
@@ -151,59 +89,18 @@ def has_variance(group: Group) -> bool:
     return len({rollout.reward for rollout in group}) > 1
 
 
-class Laid(NamedTuple):
-    """Rollouts laid into rows, several in a row.
-
-    Attributes:
-        ids: (n, T + 1) int64.
-        sampled: (n, T + 1) bool.
-        advantages: (n, T + 1) fp64, 0 where nothing is sampled.
-    """
-
-    ids: NDArray[np.int64]
-    sampled: NDArray[np.bool_]
-    advantages: NDArray[np.float64]
-
-
-def lay(groups: Sequence[Group], row_slots: int, most: int, filler: int) -> Laid:
-    """Pack the rollouts of some groups into rows.
-
-    Args:
-        groups: of which every rollout has at most `row_slots` tokens.
-        row_slots: T + 1.
-        most: rollouts of a row at most.
-        filler: the token of empty slots; not BOS, which would begin a document.
-    """
-    every = [
-        (rollout, advantage)
-        for group in groups
-        for rollout, advantage in zip(group, advantages(group), strict=True)
-    ]
-    lengths = np.array([len(rollout.ids) for rollout, _ in every], np.int64)
-    packed = packing.pack(lengths, np.arange(len(every)), row_slots, most)
-    shape = (len(packed.rows) - 1, row_slots)
-    laid = Laid(np.full(shape, filler, np.int64), np.zeros(shape, np.bool_), np.zeros(shape))
-    for r, (first, end) in enumerate(itertools.pairwise(packed.rows.tolist())):
-        at = 0
-        for rollout, advantage in (every[i] for i in packed.conversations[first:end].tolist()):
-            here = slice(at, at + len(rollout.ids))
-            laid.ids[r, here], laid.sampled[r, here] = rollout.ids, rollout.sampled
-            laid.advantages[r, here] = np.where(rollout.sampled, advantage, 0.0)
-            at = here.stop
-    return laid
-
-
 class RolloutLoader:
     """Global batches of fresh rollouts; each rank gets its rows. Has the interface of TrainLoader.
 
     Attributes:
-        device_batch_size: rows of a micro-batch; every one is full, with rows of weight 0 at the end.
+        device_batch_size: a micro-batch has at most as many tokens as so many rows of the whole context.
         metrics: of the newest step, in the words of TRL's log.
     """
 
     def __init__(
         self,
         model: GPT,
+        reference: GPT,
         tokenizer: Tokenizer,
         ask: Callable[[int, int], list[Question]],
         *,
@@ -212,28 +109,25 @@ class RolloutLoader:
         sampling: Sampling,
         world: World,
         device_batch_size: int,
-        reference: GPT | None,
     ) -> None:
         """Draw nothing yet.
 
         Args:
             model: that which learns.
-            tokenizer: its own.
+            reference: the model of step 0, from which the KL is measured.
+            tokenizer: of both.
             ask: gives the questions of the numbers from a first one on: ask(first, count).
             prompts: P, questions of a step.
             samples: S, replies to each.
             sampling: how many tokens at most, and the seed.
             world: the ranks.
-            device_batch_size: rows of a micro-batch.
-            reference: the model of step 0, from which the KL is measured; None to leave it out.
+            device_batch_size: see above.
         """
-        self._model, self._tokenizer, self._ask, self._sampling = model, tokenizer, ask, sampling
-        self._prompts, self._samples, self._world = prompts, samples, world
-        self._reference = reference
-        self._filler = tokenizer.special_id("<|assistant_end|>")
+        self._model, self._reference, self._tokenizer, self._ask = model, reference, tokenizer, ask
+        self._prompts, self._samples, self._sampling, self._world = prompts, samples, sampling, world
         self._step = self._asked = 0  # steps drawn, questions asked in them
         self._before = (0, 0)
-        self._fetched: list[tuple[list[Batch], dict[str, float]]] = []
+        self._fetched: list[list[Batch]] = []
         self.device_batch_size = device_batch_size
         self.metrics: dict[str, float] = {}
 
@@ -243,7 +137,7 @@ class RolloutLoader:
         Raises:
             Stopped: a signal came to any rank; nothing is drawn then, on all ranks.
         """
-        self._before = (self._step, self._asked)
+        self._before = self._step, self._asked
         try:
             self._fetched = [self._draw() for _ in range(batches)]
         except BaseException:
@@ -259,81 +153,100 @@ class RolloutLoader:
         """This rank's micro-batches of the next global batch."""
         if not self._fetched:
             self.fetch(1)
-        batches, self.metrics = self._fetched.pop(0)
-        return batches
+        return self._fetched.pop(0)
 
-    def _draw(self) -> tuple[list[Batch], dict[str, float]]:
-        began = time.perf_counter()
-        drawn: list[Group] = []
+    def _draw(self) -> list[Batch]:
+        began, drawn = time.perf_counter(), list[Group]()
         most = MOST_QUESTIONS * self._prompts
         while (missing := self._prompts - sum(map(has_variance, drawn))) > 0 and len(drawn) < most:
             if self._world.any_rank(requested()):
                 raise Stopped
             questions = self._ask(self._asked, min(missing, most - len(drawn)))
+            drawn += self._groups(questions)
             self._asked += len(questions)
-            how = self._samples, self._sampling, self._step, self._world
-            drawn += rollouts(self._model, self._tokenizer, questions, *how)
-        metrics = self._summary(drawn) | {"rollout_seconds": time.perf_counter() - began}
-        kept = sorted(drawn, key=lambda group: not has_variance(group))[: self._prompts]
+        self.metrics = self._summary(drawn) | {"rollout_seconds": time.perf_counter() - began}
         if self._step % MEASURED_EVERY == 0:
-            metrics |= self._measure(kept)
+            self.metrics |= self._measure(drawn)
         self._step += 1
-        return self._batches(kept), metrics
+        kept = sorted(drawn, key=has_variance, reverse=True)[: self._prompts]
+        tokens = sum(sum(rollout.sampled) for group in kept for rollout in group)
+        return self._batches(list(filter(has_variance, kept)), tokens)
+
+    def _groups(self, questions: Sequence[Question]) -> list[Group]:
+        """Judged replies to each question, of which every rank draws some and gets all: a collective."""
+        rank, size = self._world.rank, self._world.size
+        mine, end = questions[rank::size], self._tokenizer.special_id("<|assistant_end|>")
+        drawn = ReplyEngine(self._model, self._tokenizer).replies(
+            [question.ids for question in mine],
+            self._sampling,
+            self._samples,
+            constrained=False,
+            names=[f"{self._step}/{question.number}" for question in mine],
+        )
+        flat: list[int] = []
+        for reply in itertools.chain.from_iterable(drawn):
+            tokens = [2 * token + drew for token, drew in zip(reply.ids, reply.sampled, strict=True)]
+            tokens += [2 * end + 1] if reply.reason == "stop" else []  # what ended it was drawn, too
+            flat += [REASONS.index(reply.reason), len(tokens), *tokens]
+        flat += [0] * (self._world.max_over_ranks(len(flat)) - len(flat))
+        numbers = [iter(values) for values in self._world.gather_ints(flat)]
+        return [
+            [self._judged(question, numbers[i % size]) for _ in range(self._samples)]
+            for i, question in enumerate(questions)
+        ]
+
+    def _judged(self, question: Question, numbers: Iterator[int]) -> Rollout:
+        """The next reply of a rank: reason, count, and for each token 2 id + 1 if it was drawn, else 2 id."""
+        reason, count = REASONS[next(numbers)], next(numbers)
+        tokens = list(itertools.islice(numbers, count))
+        ids, sampled = [token >> 1 for token in tokens], [bool(token & 1) for token in tokens]
+        parts = conversation.parts_of(self._tokenizer, ids[:-1])
+        reward = int(reason == "stop" and bool(tasks.right(question.row, parts)))
+        return Rollout(question.ids + ids, [False] * len(question.ids) + sampled, reward, reason)
 
     def _summary(self, groups: list[Group]) -> dict[str, float]:
         """Metrics of all replies of a step, also of those that do not enter its gradient."""
-        every = [rollout for group in groups for rollout in group]
+        every, mean = list(itertools.chain.from_iterable(groups)), statistics.fmean
         call = self._tokenizer.special_id("<|output_start|>")
         return {
-            "reward": statistics.fmean(rollout.reward for rollout in every),
-            "reward_std": statistics.fmean(statistics.stdev(r.reward for r in group) for group in groups),
-            "frac_reward_zero_std": 1 - statistics.fmean(map(has_variance, groups)),
-            "completions/mean_length": statistics.fmean(len(r.ids) - r.prompt_len for r in every),
-            "completions/clipped_ratio": statistics.fmean(r.reason in ("length", "context") for r in every),
-            "tools/call_frequency": statistics.fmean(r.ids[r.prompt_len :].count(call) for r in every),
-            "questions": float(self._asked),
+            "reward": mean(rollout.reward for rollout in every),
+            "reward_std": mean(statistics.stdev(rollout.reward for rollout in group) for group in groups),
+            "frac_reward_zero_std": mean(not has_variance(group) for group in groups),
+            "completions/mean_length": mean(len(one.ids) - one.sampled.index(True) for one in every),
+            "completions/clipped_ratio": mean(rollout.reason in ("length", "context") for rollout in every),
+            "tools/call_frequency": mean(rollout.ids.count(call) for rollout in every),
         }
 
-    def _lay(self, groups: list[Group]) -> Laid:
-        """This rank's rows, as many as every other's: whole micro-batches, the last rows empty."""
-        slots, size = self._model.config.sequence_len + 1, self.device_batch_size
-        # An attention kernel for packed rows has so many slots for documents: see `layout_of`.
-        most = 1 + SPARE_DOCUMENTS // size + slots // TOKENS_A_DOCUMENT
-        laid, block = lay(groups, slots, most, self._filler), self._world.size * size
-        rows = len(laid.ids)
-        padding = ((0, max(block, -(-rows // block) * block) - rows), (0, 0))
-        fills = (self._filler, False, 0.0)
-        padded = [np.pad(part, padding, constant_values=fill) for part, fill in zip(laid, fills, strict=True)]
-        return Laid(*(part[self._world.rank :: self._world.size] for part in padded))
+    def _batches(self, groups: list[Group], tokens: int) -> list[Batch]:
+        """This rank's replies of some groups, a row each, the longest first: weights are A W / tokens.
 
-    def _batches(self, groups: list[Group]) -> list[Batch]:
-        """The weighted micro-batches of the groups that teach something."""
-        tokens = sum(sum(rollout.sampled) for group in groups for rollout in group)
-        laid = self._lay(list(filter(has_variance, groups)))
-        weights = laid.advantages[:, 1:] * (self._world.size / tokens)
-        targets = np.where(laid.sampled, laid.ids, -1)[:, 1:]
-        device = self._world.device
-        arrays = laid.ids[:, :-1], targets, weights.astype(np.float32)
-        parts = (torch.from_numpy(np.ascontiguousarray(array)).to(device) for array in arrays)
-        return Batch(*parts).split(self.device_batch_size)
+        Rows of a micro-batch are cut to the longest of them. A rank without a reply has an empty row.
+        """
+        filler, size = self._tokenizer.special_id("<|assistant_end|>"), self._world.size
+        rows = [(one, a) for group in groups for one, a in zip(group, advantages(group), strict=True)]
+        rows = sorted(rows, key=lambda row: len(row[0].ids), reverse=True)[self._world.rank :: size]
+        rows = rows or [(Rollout([filler] * 2, [False] * 2, 0, "stop"), 0.0)]
+        batches = []
+        while rows:
+            room = self.device_batch_size * self._model.config.sequence_len
+            taken, rows = rows[: (count := max(1, room // len(rows[0][0].ids)))], rows[count:]
+            ids = pad_sequence([torch.tensor(one.ids) for one, _ in taken], True, filler)
+            sampled = pad_sequence([torch.tensor(one.sampled) for one, _ in taken], True, False)
+            advantage = torch.tensor([[a] for _, a in taken]) * (size / tokens)
+            parts = ids[:, :-1], ids.masked_fill(~sampled, -1)[:, 1:], (sampled * advantage)[:, 1:]
+            batches.append(Batch(*(part.contiguous().to(self._world.device) for part in parts)))
+        return batches
 
     @torch.no_grad()
     def _measure(self, groups: list[Group]) -> dict[str, float]:
         """Entropy, estimated by the mean of -log p of the sampled tokens; KL to step 0, by Schulman's k3."""
-        laid = self._lay(groups)
-        ids = torch.from_numpy(laid.ids).to(self._world.device)
-        targets = torch.where(torch.from_numpy(laid.sampled).to(ids.device), ids, -1)
-        total = torch.zeros(3, dtype=torch.float64, device=ids.device)
-        for rows in range(0, len(ids), self.device_batch_size):
-            here = slice(rows, rows + self.device_batch_size)
-            inputs, wanted = ids[here, :-1], targets[here, 1:].contiguous()
-            losses = self._model.loss(inputs, wanted, reduction="none").double()
-            if self._reference is not None:
-                ratio = losses - self._reference.loss(inputs, wanted, reduction="none").double()
-                total[2] += (ratio.exp() - ratio - 1).sum()
-            total[:2] += torch.stack((losses.sum(), (wanted >= 0).sum().double()))
-        loss, count, kl = self._world.all_reduce_sum(total).tolist()
-        return {"entropy": loss / count} | ({} if self._reference is None else {"kl": kl / count})
+        total = torch.zeros(3, dtype=torch.float64, device=self._world.device)
+        for ids, targets, _ in self._batches(groups, 1):
+            now, then = (m.loss(ids, targets, "none").double() for m in (self._model, self._reference))
+            k3 = (now - then).exp() - (now - then) - 1
+            total += torch.stack((now.sum(), k3.sum(), (targets >= 0).sum().double()))
+        entropy, kl, count = self._world.all_reduce_sum(total).tolist()
+        return {"entropy": entropy / count, "kl": kl / count}
 
     def close(self) -> None:
         """Nothing runs beside the training."""
@@ -349,11 +262,10 @@ class RolloutLoader:
         Raises:
             UserError: it is not what `state_dict` gives.
         """
-        step, asked = state.get("step"), state.get("asked")
-        counts = not typed_json.mismatch([step, asked], list[int]) and min(step, asked) >= 0
-        if state.get("format") != FORMAT or not counts:
+        counts = [state.get("step"), state.get("asked")]
+        if state.get("format") != FORMAT or typed_json.mismatch(counts, list[int]) or min(counts) < 0:
             raise UserError(
                 f"the loader's state has no counts of steps and questions in format {FORMAT}; "
                 "the checkpoint is damaged."
             )
-        self._step, self._asked = step, asked
+        self._step, self._asked = counts
