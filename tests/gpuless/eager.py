@@ -31,13 +31,13 @@ class Counter(TorchDispatchMode):
     """Counts, for every operator on the device, its launches and the bytes that it reads and writes.
 
     Attributes:
-        watch: whose phase of the step they are filed under.
+        watch: whose phase of the step they are filed under; by default none.
         found: [launches, bytes] by phase and operator.
     """
 
-    def __init__(self, watch: Watch) -> None:
+    def __init__(self, watch: Watch | None = None) -> None:
         super().__init__()
-        self.watch = watch
+        self.watch = watch or Watch()
         self.found: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0])
 
     @classmethod
@@ -58,6 +58,14 @@ class Counter(TorchDispatchMode):
             row[1] += moved(func, name.removeprefix("aten."), args, kwargs or {}, out)
         return out
 
+    def by_operator(self) -> dict[str, list[int]]:
+        """[launches, bytes] of all phases by operator without overload, most bytes first."""
+        sums: dict[str, list[int]] = defaultdict(lambda: [0, 0])
+        for (_, name), row in self.found.items():
+            total = sums[name.rpartition(".")[0]]
+            total[:] = [a + b for a, b in zip(total, row, strict=True)]
+        return dict(sorted(sums.items(), key=lambda item: -item[1][1]))
+
     @staticmethod
     def _is_on_device(out: Any, args: Any) -> bool:
         leaves = _pytree.tree_leaves((out, args))
@@ -70,6 +78,9 @@ def moved(func: Any, name: str, args: Any, kwargs: Any, out: Any) -> int:
         return _bytes(out)
     if name.startswith(BY_ROW):
         return _moved_by_row(name, args, kwargs, out)
+    if name.startswith("nanochat.gather_rows"):  # of the table a row a token
+        table, ids, _ = args
+        return _bytes((ids, out)) + out.numel() * table.element_size()
     if name.startswith("nanochat.add_rows"):  # the gradient of a table, of tokens, and their order
         table, rows, *order = args
         row_bytes = table.size(1) * table.element_size()

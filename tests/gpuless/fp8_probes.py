@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from nanochat.model import fp8_kernels as kernels
-from tests.gpuless.mlp_probes import NAMES, cubin
+from tests.gpuless.mlp_probes import NAMES
+from tests.gpuless.sass import compile_for
 
 SHAPES = ((128, 128), (144, 208), (16, 400))
 
@@ -38,9 +39,18 @@ def compiled() -> list[dict[str, Any]]:
         (torch.float32, torch.float8_e4m3fn),
         (torch.uint8, torch.uint8),
     ):
-        types = {"x": f"*{NAMES[source]}", "columns": f"*{NAMES[result]}", "count": "i32", "width": "i32"}
+        types = {"x": f"*{NAMES[source]}*", "columns": f"*{NAMES[result]}*", "count": "i32*", "width": "i32*"}
         if source != torch.uint8:
-            types |= {"scale": "*fp32", "rows": f"*{NAMES[result]}"}
-        constants = {"LARGEST": 448.0, "BLOCK": kernels.BLOCK, "num_warps": kernels.WARPS}
-        found.append(cubin(kernels.turn_kernel, types, constants))
+            types |= {"scale": "*fp32*", "rows": f"*{NAMES[result]}*"}
+        constants = {"LARGEST": 448.0, "BLOCK": kernels.BLOCK}
+        made = compile_for(kernels.turn_kernel, types, constants, kernels.WARPS)
+        found.append(
+            {
+                "registers": made.registers,
+                "spills": made.spills,
+                "shared": made.shared,
+                "wide_loads": made.count("LDG 128"),
+                "wide_stores": made.count("STG 128"),
+            }
+        )
     return found

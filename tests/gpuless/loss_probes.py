@@ -2,66 +2,19 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils import _pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanochat.model import loss
 from nanochat.model.fp8 import quantize_weight
 from nanochat.model.layers import norm
+from tests.gpuless.eager import Counter
 
 GPU = torch.device("cuda:0")
 SOFTCAP = 15.0
 PRODUCTS = ("aten.mm", "aten.addmm", "aten._scaled_mm")
-
-
-class Traffic(TorchDispatchMode):
-    """Counts the kernels that operations launch, and the bytes that they read and write, by operation."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bytes: Counter[str] = Counter()
-        self.kernels: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        name = str(func).rpartition(".")[0]
-        if not func.is_view and "empty" not in name and not name.startswith("prim"):
-            given, made = _tensors((args, kwargs)), _tensors(out)
-            written = {id(t) for t in made} | {id(t) for t in _mutated(func, args, kwargs or {})}
-            fills = name.endswith(("zeros_like", "new_full"))
-            only_written = name.endswith("copy_") or func._overloadname.endswith("out")
-            read = [] if fills else [t for t in given if not (only_written and id(t) in written)]
-            every = {id(t): t for t in (*given, *made)}
-            moved = sum(_size(t) for t in read) + sum(_size(every[i]) for i in written)
-            if name == "nanochat.softcapped_losses":
-                # Read twice, or once and not written; the derivatives in fp8 are not read.
-                moved += _size(args[0]) if args[7] else -_size(args[0])
-                moved -= _size(args[8]) if len(args) > 8 and args[8] is not None else 0
-            if name.startswith(("aten.gather", "aten.scatter")):
-                moved = 0  # one logit a row
-            self.bytes[name] += moved
-            self.kernels[name] += 1
-        return out
-
-
-def _tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in _pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
-
-
-def _mutated(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
-    given = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
-    written = (a.name for a in func._schema.arguments if a.alias_info and a.alias_info.is_write)
-    return [given[name] for name in written if isinstance(given.get(name), Tensor)]
-
-
-def _size(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
 
 
 def traffics(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -97,8 +50,7 @@ def traffic(
         weight = torch.empty(padded, width, device=GPU, requires_grad=True)
         cast = torch.empty(padded, width, dtype=torch.bfloat16, device=GPU)
         targets = torch.zeros(tokens, dtype=torch.int64, device=GPU)
-        watch = Traffic()
-        with watch:
+        with Counter() as counter:
             if grad:
                 given = {
                     "vocab_size": vocabulary,
@@ -110,13 +62,14 @@ def traffic(
             else:
                 loss.token_losses(x, weight, targets, SOFTCAP, vocabulary, cast=cast)
         grads = [] if not grad else [str(p.grad.dtype) for p in (x, weight)]
-    products = sum(watch.bytes[name] for name in PRODUCTS)
+    found = counter.by_operator()
+    moved = {name: count for name, (_, count) in found.items()}
+    products = {name: found.pop(name, [0, 0])[0] for name in PRODUCTS}
     return {
-        "a_logit": (sum(watch.bytes.values()) - products) / (tokens * vocabulary),
-        "kernels": sum(watch.kernels.values()),
-        "products": {name: watch.kernels[name] for name in PRODUCTS},
-        "products_gb": products / 1e9,
-        "bytes": watch.bytes.most_common(8),
+        "a_logit": sum(count for _, count in found.values()) / (tokens * vocabulary),
+        "kernels": sum(launches for launches, _ in found.values()) + sum(products.values()),
+        "products": products,
+        "bytes": moved,
         "grads": grads,
     }
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from nanochat.model import fp8, mlp
 from nanochat.model import mlp_kernels as kernels
 from nanochat.model.fp8 import quantize_weight
-from tests.gpuless.sass import resources
+from tests.gpuless.sass import compile_for
 
 N, C, H = 256, 128, 512
 NAMES = {
@@ -135,47 +135,21 @@ def compiled_one(name: str) -> dict[str, Any]:
         }
     types = {key: f"tensordesc<{NAMES[d]}[{a}, {b}]>" for key, (d, a, b) in descriptors.items()}
     if eight:
-        types["scales"] = "*fp32"
+        types["scales"] = "*fp32*"
     else:
         del types["columns"]
-    types |= dict.fromkeys(("rows", "hidden", "width"), "i32")
+    types |= dict.fromkeys(("rows", "hidden", "width"), "i32*")
     result = torch.empty(0, dtype=descriptors["post" if name.startswith("up") else "out"][0])
     constants = kernels._constants(result, torch.ones(2) if eight else None, tile, 132) | {
         "EXACT": tile.exact
     }
     kernel = kernels.up_kernel if name.startswith("up") else kernels.down_gradient_kernel
-    return cubin(kernel, types, constants)
-
-
-def cubin(kernel: Any, types: dict[str, str], constants: dict[str, Any]) -> dict[str, Any]:
-    """Registers, bytes of stack, local and shared memory, kinds of products, accesses of 128 bits.
-
-    Args:
-        kernel: made by triton.jit.
-        types: of its arguments that are no constants; those that are in none of both are None.
-        constants: and the options num_warps and num_stages.
-    """
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    options = {key: constants.pop(key) for key in ("num_warps", "num_stages") if key in constants}
-    names = kernel.arg_names
-    signature = {key: types.get(key, "constexpr") for key in names}
-    whole = [key for key, kind in signature.items() if kind[0] == "*" or kind == "i32"]
-    attributes = {(names.index(key),): [["tt.divisibility", 16]] for key in whole}
-    known = {key: constants.get(key) for key, kind in signature.items() if kind == "constexpr"}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=known, attrs=attributes)
-    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-    used = resources(made.asm["cubin"])
-    found = {word: used[word] for word in ("REG", "STACK", "LOCAL")}
-    code = made.asm["ptx"]
-    products = set(re.findall(r"wgmma\.mma_async\.sync\.aligned\.(\w+)\.f32\.(\w+)\.(\w+)", code))
-    wide = [len(re.findall(rf"{word}\.global[.\w]*\.v4\.b32", code)) for word in ("ld", "st")]
-    return found | {
-        "shared": made.metadata.shared,
-        "products": sorted(products),
-        "bulk_copies": code.count("cp.async.bulk.tensor"),
-        "wide_loads": wide[0],
-        "wide_stores": wide[1],
+    warps, stages = constants.pop("num_warps"), constants.pop("num_stages")
+    made = compile_for(kernel, types, constants, warps, num_stages=stages)
+    product = r"wgmma\.mma_async\.sync\.aligned\.(\w+)\.f32\.(\w+)\.(\w+)"
+    return {
+        "spills": made.spills,
+        "shared": made.shared,
+        "products": sorted(set(re.findall(product, made.ptx))),
+        "bulk_copies": made.ptx.count("cp.async.bulk.tensor"),
     }

@@ -19,6 +19,7 @@ class Compiled:
     spills: int
     shared: int
     code: str
+    ptx: str
 
     def count(self, instruction: str) -> int:
         """How often an instruction stands in the code; "LDG 128" is a load of 128 bits."""
@@ -28,37 +29,40 @@ class Compiled:
 
 def compile_for(
     kernel: Any,
-    signature: dict[str, str],
+    types: dict[str, str],
     constants: dict[str, Any],
     warps: int,
     capability: int = 90,
+    **options: Any,
 ) -> Compiled:
     """The kernel as a cubin for a compute capability.
 
     Args:
         kernel: made by triton.jit.
-        signature: type of each argument in order; of those in `constants`, "constexpr". A number that a
-            multiple of 16 is promised of has a star behind, as has a pointer that is aligned.
-        constants: values of the constexpr arguments.
+        types: of its arguments that are no constants. A number that a multiple of 16 is promised of has a
+            star behind, as has a pointer that is aligned.
+        constants: values of the others; those that are in none of both are None.
         warps: of a program.
         capability: 90 is Hopper.
+        options: others of the compiler.
     """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    given = {name: types.get(name, "constexpr") for name in kernel.arg_names}
     attributes = {
-        (place,): [["tt.divisibility", 16]]
-        for place, kind in enumerate(signature.values())
-        if kind[-1] == "*"
+        (place,): [["tt.divisibility", 16]] for place, kind in enumerate(given.values()) if kind[-1] == "*"
     }
-    types = {name: kind.removesuffix("*") for name, kind in signature.items()}
-    source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=attributes)
-    options = {"num_warps": warps, "enable_fp_fusion": True}
+    signature = {name: kind.removesuffix("*") for name, kind in given.items()}
+    known = {name: constants.get(name) for name, kind in given.items() if kind == "constexpr"}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=known, attrs=attributes)
+    options |= {"num_warps": warps, "enable_fp_fusion": True}
     made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     used = resources(made.asm["cubin"])
     code = _dump(made.asm["cubin"], "-sass")
-    return Compiled(used["REG"], used["STACK"] + used["LOCAL"], used["SHARED"], code)
+    spills = used["STACK"] + used["LOCAL"]
+    return Compiled(used["REG"], spills, made.metadata.shared, code, made.asm["ptx"])
 
 
 def resources(cubin: bytes) -> dict[str, int]:

@@ -11,43 +11,19 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nanochat.model import kernels
 from nanochat.model.table_rows import RowOrder, TableRows, lookup
-from tests.gpuless.loss_probes import Traffic
+from tests.gpuless.eager import Counter
 from tests.gpuless.probes import Watch
 
 GPU = torch.device("cuda:0")
 
 
-class Rows(Traffic):
-    """Counts of a table only the rows that are read and written: those of the tokens, and of their ids."""
-
-    def __init__(self, distinct: int) -> None:
-        super().__init__()
-        self.distinct = distinct
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = super().__torch_dispatch__(func, types, args, kwargs)
-        name = str(func).rpartition(".")[0]
-        if name in ("aten.embedding", "nanochat.gather_rows"):  # a row read for each token, not the table
-            self.bytes[name] += 4 * out.numel() - args[0].numel() * args[0].element_size()
-        if name == "nanochat.add_rows":
-            total, grad = args[:2]
-            once = total.numel() * total.element_size()
-            self.bytes[name] += 2 * 4 * self.distinct * grad.size(1) - 2 * once
-        if name == "aten.embedding_dense_backward":  # filled with zeros; then the atomic additions
-            self.bytes[name] += 2 * 4 * args[0].numel()
-        return out
-
-
-def gradients(
-    tokens: int, vocabulary: int, width: int, distinct: int, dense: bool, tables: int = 2
-) -> dict[str, Any]:
+def gradients(tokens: int, vocabulary: int, width: int, dense: bool, tables: int = 2) -> dict[str, Any]:
     """Megabytes a table of the second micro-batch's lookups and their backward passes, and what is as large.
 
     Args:
         tokens: of a micro-batch.
         vocabulary: rows of a table.
         width: of a table.
-        distinct: ids among the tokens.
         dense: by operations of torch, as on a device that Triton does not compile for.
         tables: that share the order of the ids.
     """
@@ -59,16 +35,16 @@ def gradients(
         grad = torch.empty(16, tokens // 16, width, dtype=torch.bfloat16, device=GPU)
         crossings = Watch()
         for _ in range(2):
-            watch = Rows(distinct)
-            with watch, crossings:
+            with Counter() as counter, crossings:
                 order = None if dense else RowOrder.of(ids)
                 for table in held:
                     lookup(table, ids, order, torch.bfloat16).backward(grad)
         assert all(table.grad is not None for table in held)
+    found = counter.by_operator()
     return {
-        "megabytes": sum(watch.bytes.values()) / tables / 1e6,
-        "by": {name: moved / tables / 1e6 for name, moved in watch.bytes.most_common(6)},
-        "operations": dict(watch.kernels),
+        "megabytes": sum(count for _, count in found.values()) / tables / 1e6,
+        "by": {name: count / tables / 1e6 for name, (_, count) in found.items()},
+        "operations": {name: launches for name, (launches, _) in found.items()},
         "crossings": crossings.crossings,
     }
 

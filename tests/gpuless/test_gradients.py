@@ -21,8 +21,8 @@ def test_on_hopper_it_reads_128_bits_at_a_time_and_keeps_all_in_registers() -> N
 
     pointers = {"total": "*fp32*", "first": "*bf16*", "second": "*bf16*"}
     flags = {"FRESH": False, "PAIR": True, "BLOCK": gradient_kernel.BLOCK}
-    signature = {**pointers, "count": "i32*", **dict.fromkeys(flags, "constexpr")}
-    made = sass.compile_for(gradient_kernel.add, signature, flags, gradient_kernel.WARPS)
+    types = {**pointers, "count": "i32*"}
+    made = sass.compile_for(gradient_kernel.add, types, flags, gradient_kernel.WARPS)
     assert made.spills == 0
     assert made.registers <= 64
     assert made.count("LDG 128") >= 4  # 8 bf16 of either gradient, 2 x 4 fp32 of the total

@@ -66,7 +66,7 @@ def test_on_a_cpu_a_lookup_is_torchs_own() -> None:
 
 @needs_pretended
 def test_no_micro_batch_fills_or_adds_a_dense_gradient(gpu: dict[str, str]) -> None:
-    sizes = {"tokens": 32_768, "vocabulary": 32_768, "width": 1536, "distinct": 7000}
+    sizes = {"tokens": 32_768, "vocabulary": 32_768, "width": 1536}
     kernels, dense = pretended.probe(gpu, "table_probes.both_gradients", **sizes)
     assert kernels["crossings"] == {}
     assert "aten.embedding_dense_backward" in dense["operations"]
@@ -83,12 +83,11 @@ def compiled(capability: int, dtype: str) -> dict[str, Any]:
     half = {"bfloat16": "*bf16*", "float16": "*fp16*", "float32": "*fp32*"}[dtype]
     sizes = {"count": "i32*", "width": "i32*"}
     blocks = {"ROWS": kernel.ROWS, "COLUMNS": kernel.COLUMNS, "PIECE": kernel.PIECE}
-    of_blocks = dict.fromkeys(("PIECE", "ROWS", "COLUMNS"), "constexpr")
     sums = {"total": "*fp32*", "partial": "*fp32*"}
     gathered = {"TOKENS": kernel.GATHERED_TOKENS, "COLUMNS": kernel.GATHERED_COLUMNS}
-    gather = {"table": "*fp32*", "ids": "*i64*", "out": half, **sizes, **dict.fromkeys(gathered, "constexpr")}
-    add = {**sums, "grad": half, "ids": "*i32*", "tokens": "*i64*", "starts": "*i64*", **sizes, **of_blocks}
-    partial = {**sums, "ids": "*i32*", **sizes, **of_blocks}
+    gather = {"table": "*fp32*", "ids": "*i64*", "out": half, **sizes}
+    add = {**sums, "grad": half, "ids": "*i32*", "tokens": "*i64*", "starts": "*i64*", **sizes}
+    partial = {**sums, "ids": "*i32*", **sizes}
     return {
         "gather": compile_for(kernel.gather, gather, gathered, 4, capability),
         "add": compile_for(kernel.add_pieces, add, blocks, 1, capability),
