@@ -115,16 +115,27 @@ class RunFiles:
             ),
         )
 
-    def curves_by_step(self, kind: str, name: str, label: str) -> list[Series]:
-        """Metrics over optimizer steps: one of each value of `label` in the lines, or of their `scores`."""
+    def curves_by_step(self, kind: str, name: str, by: str = "") -> list[Series]:
+        """A metric over optimizer steps; where lines have a text `by`, a curve of each of its values."""
         points: dict[str, list[tuple[float, Any]]] = {}
         for entry in self.of_kind(kind):
-            values = (
-                entry.get("scores", {}) if name == "scores" else {entry.get(label, label): entry.get(name)}
+            points.setdefault(entry.get(by, name) if by else name, []).append(
+                (entry["step"], entry.get(name))
             )
-            for curve, value in values.items():
-                points.setdefault(curve, []).append((entry["step"], value))
-        return [curve for key in points if (curve := _series(key, points[key])).x]
+        return _drawn(points)
+
+    def task_curves(self) -> list[Series]:
+        """Accuracies of the chat tasks over optimizer steps, one curve a task."""
+        points: dict[str, list[tuple[float, Any]]] = {}
+        for entry in self.of_kind("chat_eval"):
+            for task, accuracy in entry.get("scores", {}).items():
+                points.setdefault(task, []).append((entry["step"], accuracy))
+        return _drawn(points)
+
+
+def _drawn(points: dict[str, list[tuple[float, Any]]]) -> list[Series]:
+    """The curves that have a point, by name."""
+    return [curve for label in points if (curve := _series(label, points[label])).x]
 
 
 def _series(label: str, points: Iterable[tuple[float, Any]]) -> Series:
@@ -259,9 +270,9 @@ def _chat_curves(run: RunFiles) -> list[tuple[str, list[Series], str]]:
             run.curves_by_step("chat_val", "bpb", "source"),
             "bits per byte",
         ),
-        ("Tasks while training", run.curves_by_step("chat_eval", "scores", ""), "accuracy"),
+        ("Tasks while training", run.task_curves(), "accuracy"),
     ]
-    found += [(title, run.curves_by_step("step", name, name), name) for name, title in RL_CURVES.items()]
+    found += [(title, run.curves_by_step("step", name), name) for name, title in RL_CURVES.items()]
     return [
         (title, curves[first : first + CURVES], y_label)
         for title, curves, y_label in found

@@ -333,7 +333,7 @@ def finetuned(folder: Path, stage: str) -> None:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     lines = [line for line in lines if line["kind"] == "step"]
     for line in lines:
-        line |= {"reward": 0.5, "kl": 0.25} if stage == "rl" else {}
+        line |= {"reward": line["step"] / 40, "kl": 0.25} if stage == "rl" else {}
     for source in ("made", "smoltalk", "x1", "x2", "x3") if stage == "sft" else ():
         lines += [
             {"kind": "chat_val", "step": at, "source": source, "bpb": 0.5, "loss": 1.0} for at in (0, 40)
