@@ -95,7 +95,7 @@ class Rl:
 
     def make_loader(self, plan: Plan, model: GPT, world: World) -> RolloutLoader:
         """The rollouts of the model from step 0 on; beside it stands the base, to measure the KL from."""
-        reference = copy.deepcopy(model).requires_grad_(False)
+        reference = copy.deepcopy(model)
         reference.load_state_dict(self.base.weights)
         return RolloutLoader(
             model,
