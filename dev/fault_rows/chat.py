@@ -114,13 +114,15 @@ def f4(box: Box) -> None:
     line = expect_error(box.run("chat_sft", "--base=a", "--data", "tiny"), "tiny")
     assert "Delete" not in line, line  # it is a corpus of text, and in order
     expect_error(box.run("chat_rl", "--base=absent"), "absent")
+    expect_error(box.run("chat_rl", "--base=a"), "no chat model", "chat_sft --base a")
     expect_error(box.run("chat_eval", "--run=absent"), "absent")
     expect_error(box.run("chat_eval", "--run=a", "--tasks=arc-easy"), "arc-easy", "chat_data")
     expect_error(box.run("chat_eval", "--run=a", "--tasks=nothing"), "nothing")
     expect_error(box.run("chat_cli", "--run=absent", "-p", "cat"), "absent")
     expect_error(box.run("chat_cli"), "--run")
     expect_error(box.run("base_train", *TINY[1:], "--corpus=talk", "--tokenizer=tiny", "--run=b"), "talk")
-    assert sorted(path.name for path in (box.base / "runs").iterdir()) == ["a"]
+    runs = sorted(path.name for path in (box.base / "runs").iterdir())
+    assert runs == ["a"], f"left behind: {runs}"
 
 
 @row("F5", "a message longer than the context; none; a closed pipe", wanted="one line; one line; silence")
@@ -194,7 +196,9 @@ def f7(box: Box) -> None:
 def f8(box: Box) -> None:
     """As F7."""
     based(box)
-    flags = ["--base=a", *SFT[:3], "--task=bigsum", "--prompts=2", "--samples=2", "--max-new-tokens=4"]
+    short = ["--total-batch-size=512", "--num-iterations=4", "--eval-every=0"]
+    expect_ok(box.run("chat_sft", "--base=a", "--data", "talk", *SFT, *short, "--run=s"))
+    flags = ["--base=s", *SFT[:3], "--task=bigsum", "--prompts=2", "--samples=2", "--max-new-tokens=4"]
     killed_and_resumed(box, "chat_rl", [*flags, "--num-iterations=12", "--save-every=2", "--resume=auto"])
 
 
@@ -203,7 +207,7 @@ def killed_and_resumed(box: Box, command: str, flags: list[Any]) -> None:
     expect_ok(box.run(command, *flags, "--run=whole"))
     for number in range(5):
         process = box.start(command, *flags, "--run=killed")
-        box.wait_for_step("killed", 3 * number + 2)
+        box.wait_for_step("killed", 2 * number + 2)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
     expect_ok(box.run(command, *flags, "--run=killed"))
