@@ -249,8 +249,8 @@ class Engine:
             indices = [chosen[i] for i in indices]
             longest = max(len(prompts[i]) for i in indices)
             capacity = min(config.sequence_len, longest + sampling.max_tokens)
-            row_bytes = 2 * config.n_layer * capacity * config.n_kv_head * config.head_dim
-            at_once = max(1, CACHE_BYTES // (row_bytes * self.model.dtype.itemsize))
+            position = 2 * config.n_layer * config.n_kv_head * config.head_dim + config.n_embd
+            at_once = max(1, CACHE_BYTES // (capacity * position * self.model.dtype.itemsize))
             together = max(1, at_once // num_samples)
             for first in range(0, len(indices), together):
                 for start in range(0, num_samples, at_once):
