@@ -320,7 +320,6 @@ class SftArgs(FinetuneFlags):
     init_lr_frac: float = flag(0.8, "factor on the base run's learning rates", 0, 1000)
     warmdown_ratio: float = flag(0.5, "fraction of steps in the final linear learning-rate decay", 0, 1)
     document_mask: bool = flag(True, "attention within conversations, where a row holds several")
-    skip_bad: bool = flag(False, "leave out conversations that cannot be used, and say how many")
     eval_every: int = free(100, "steps between validations", 0)
     eval_tokens: int = free(131_072, "validation tokens of each evaluation, by source", 1)
 
