@@ -92,6 +92,10 @@ class Validation:
     def run(self, state: TrainState) -> None:
         """Evaluate, and log a line a source and one of all."""
         token_bytes = self.stage.tokenizer.token_bytes()
+        if state.step == 0:
+            for source, counts in self.stage.loader.counts.items():
+                told = ", ".join(f"{count:,} {name}" for name, count in counts.items())
+                self.log.record("chat_data", 0, f"{source}: {told}", source=source, **counts)
         if len(self.batches) > 1:
             for source, batches in self.batches.items():
                 found = bits_per_byte.evaluate(state.model, batches, token_bytes, self.world, requested)
