@@ -156,6 +156,16 @@ ESCAPES = {
     "another program": "import os\nif os.system('true') != 0: raise OSError",
     "1 GB of memory": "x = bytearray(1 << 30)\nx[::4096] = b'x' * len(x[::4096])",
     "1 GB of memory in a map": "import mmap\nx = mmap.mmap(-1, 1 << 30)\nx[0] = 1",
+    "1 GB of shared memory": (
+        "import ctypes\nlibc = ctypes.CDLL(None)\nlibc.shmat.restype = ctypes.c_void_p\nfor _ in range(4):\n"
+        "    segment = libc.shmget(0, 1 << 28, 0o1600)\n    if segment < 0: raise OSError\n"
+        "    place = libc.shmat(segment, None, 0)\n    ctypes.memset(place, 1, 1 << 28)\n"
+        "    libc.shmdt(ctypes.c_void_p(place))"
+    ),
+    "1 GB of files in memory": (
+        "import os\nfor i in range(1024):\n    file = os.memfd_create(str(i))\n"
+        "    os.write(file, b'x' * (1 << 20))"
+    ),
     "1 GB of output": (
         "import os\nfor _ in range(1 << 14): os.write(2, b'x' * (1 << 16))\n"
         "while True: os.write(1, b'x' * (1 << 16))"
