@@ -1,4 +1,4 @@
-"""Evaluation of a chat model: asks the items of the tasks, and judges the replies.
+"""Evaluation of a chat model: asks the items of the tasks, judges the replies, writes scores and answers.
 
 A letter is the likeliest of an item's letters after its prompt; everything else is a reply that is judged.
 Prompts of all tasks are pooled by length. A batch has the same items on any number of ranks, and no padding:
@@ -8,8 +8,9 @@ an answer depends on nothing that the machine decides.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -17,14 +18,20 @@ from nanochat.chat import conversation, tasks
 from nanochat.chat.replies import ReplyEngine
 from nanochat.chat.scores import ChatResult
 from nanochat.chat.tasks import Row
+from nanochat.checkpoint import state as checkpoint_state
 from nanochat.checkpoint.state import TrainState
+from nanochat.common import files, run_files
+from nanochat.common.errors import UserError
 from nanochat.common.run_files import ChatAnswer
 from nanochat.common.stop_signals import Stopped, requested
-from nanochat.config.arguments import FinetuneFlags
+from nanochat.config.arguments import ChatEvalArgs, FinetuneFlags
 from nanochat.config.plan import Plan
 from nanochat.distributed.world import World
 from nanochat.engine import Sampling
+from nanochat.evaluation.base_eval import weights_of
 from nanochat.evaluation.core.scoring import ROTARY_CONTEXTS, GPTScorer
+from nanochat.evaluation.score_files import digest_of
+from nanochat.model import attention_backends
 from nanochat.model.gpt import GPT
 from nanochat.tokenizer.tokenizer import Tokenizer
 from nanochat.train.hooks import Hook
@@ -32,6 +39,7 @@ from nanochat.train.run_log import RunLog
 
 BATCH_TOKENS = 16384  # of the prompts of a batch that asks for letters
 BATCH_REPLIES = 128  # of a batch that is generated; few enough that small evaluations occupy several ranks
+SETTINGS = ("max_per_task", "num_samples", "temperature", "top_k", "max_new_tokens", "tools", "seed")
 MAX_TOKENS = 256  # of a reply, in evaluations while a model is trained
 
 
@@ -186,3 +194,62 @@ def hooks(plan: Plan, args: FinetuneFlags, tokenizer: Tokenizer, world: World, l
         log.record("chat_eval", state.step, line, scores=result.accuracies)
 
     return [Hook(score, args.chat_eval_every, at_start=True)]
+
+
+def run(args: ChatEvalArgs, world: World) -> ChatResult:
+    """Score a checkpoint; the main rank writes chat_eval.json and chat_answers.jsonl.
+
+    Scores that the files already hold of other tasks stay, if the checkpoint and the settings are the same.
+
+    Returns:
+        All that the files hold.
+
+    Raises:
+        UserError: an unknown run or task, a data set that is not there, or a folder that cannot be written.
+    """
+    started = time.perf_counter()
+    if not args.run:
+        raise UserError("--run is missing. Name the run to score, for example --run d12-sft.")
+    folder = files.run_dir(args.run)
+    if world.is_main:
+        files.require_writable(folder)
+    questions = tasks.questions(args.tasks, args.max_per_task, args.seed)
+    precision, reason = attention_backends.choose_precision(world.device, args.dtype, args.attention)
+    model, tokenizer, meta = checkpoint_state.load_model(
+        args.run, args.step, device=world.device, precision=precision
+    )
+    step = meta["step"]
+    world.print0(f"run {args.run}, step {step}, on {world.device} x {world.size}; {reason}")
+    about: dict[str, Any] = {"run": args.run, "step": step, "weights": weights_of(args.run, step)}
+    about["settings"] = {name: getattr(args, name) for name in SETTINGS}
+    sampling = Sampling(args.max_new_tokens, args.temperature, args.top_k, args.seed)
+    result = evaluate(
+        model, tokenizer, questions, world, sampling=sampling, num_samples=args.num_samples, tools=args.tools
+    )
+    seconds = time.perf_counter() - started
+    world.print0(f"{len(result.answers)} replies in {seconds:.1f} s")
+    if any(one.unjudged for one in result.tasks.values()):
+        world.print0(f"programs were not judged: {tasks.cannot_judge_code()}")
+    if world.is_main:
+        kept = (one for one in _kept(args.run, about) if one["task"] not in questions)
+        result = ChatResult((*kept, *result.answers))
+        lines = "".join(json.dumps(answer) + "\n" for answer in result.answers)
+        about |= {
+            "dtype": str(precision.compute_dtype).removeprefix("torch."),
+            "world_size": world.size,
+            "seconds": seconds,
+        }
+        about["answers_sha256"] = digest_of(lines.encode())
+        files.atomic_write(folder / "chat_answers.jsonl", lines)
+        files.write_json(folder / "chat_eval.json", about | result.as_dict())
+    world.barrier()
+    return result
+
+
+def _kept(run: str, about: dict[str, Any]) -> list[ChatAnswer]:
+    """Answers on the disk of the same weights, given under the same settings."""
+    try:
+        scores, answers = run_files.read_chat_answers(run)
+    except UserError:  # there are none, or damaged ones
+        return []
+    return answers if about.items() <= scores.items() else []

@@ -122,7 +122,7 @@ class ChatResult:
         """Accuracy by task, without tasks that could not be judged."""
         return {task: one.stratum.mean for task, one in self.tasks.items() if not one.unjudged}
 
-    def mean(self, name: str) -> dict[str, float] | None:
+    def mean(self, name: str) -> dict[str, Any] | None:
         """Mean of the centered accuracies of a key of `MEANS`; error and 95 % interval of resampled items.
 
         None where a task is missing or was not judged: a mean of fewer tasks is another metric.
@@ -134,7 +134,8 @@ class ChatResult:
         values = core_statistics.bootstrap([[one.stratum] for one in scores], scales)
         low, high = np.percentile(values, [2.5, 97.5]) + fmean(1 - scale for scale in scales)
         value, stderr = fmean(one.centered for one in scores), float(values.std(ddof=1))
-        return {"value": value, "stderr": stderr, "low": float(low), "high": float(high)}
+        found = {"value": value, "stderr": stderr, "low": float(low), "high": float(high)}
+        return {**found, "tasks": list(MEANS[name])}
 
     def as_dict(self) -> dict[str, Any]:
         """The scores of chat_eval.json."""

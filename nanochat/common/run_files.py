@@ -7,7 +7,7 @@ file of JSON lines, a kill may have torn a line of metrics, while of the answers
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, TypedDict, cast
 
 from nanochat.common import files, typed_json
 from nanochat.common.errors import UserError
@@ -234,6 +234,21 @@ def read_chat_scores(run: str) -> dict[str, Any]:
     if not (path := files.run_dir(run) / "chat_eval.json").is_file():
         raise UserError(f"run {run!r}: there is no {path}. Score it: {again}")
     return _read(run, path.name, ChatScores, f"Delete it, then score the run again: {again}")
+
+
+def read_chat_answers(run: str) -> tuple[dict[str, Any], list[ChatAnswer]]:
+    """chat_eval.json of a run, and the lines of chat_answers.jsonl that its scores are made of.
+
+    Raises:
+        UserError: a file is absent or damaged.
+    """
+    scores, path = read_chat_scores(run), files.run_dir(run) / "chat_answers.jsonl"
+    lines = read_lines(path, ChatAnswer)
+    # Two files cannot be renamed as one: a kill between them leaves answers of another scoring.
+    if not lines or files.sha256(path) != scores["answers_sha256"]:
+        again = f"Score it again: python -m scripts.chat_eval --run {run}"
+        raise UserError(f"{path}: these are not the answers that chat_eval.json is of. {again}")
+    return scores, cast(list[ChatAnswer], lines)
 
 
 def _read(run: str, name: str, shape: Any, advice: str) -> dict[str, Any]:

@@ -335,6 +335,32 @@ def show_difference(
     show(table(title, (*headings, "p", "p (Holm)"), cells, rows), *notes)
 
 
+def show_chat(fields: Mapping[str, Any]) -> None:
+    """Print the scores of chat tasks, as chat_eval.json has them, and the means of several tasks."""
+    headings = ("task", "items", "accuracy", "+-", "95 %", "random baseline", "centered", "commonest letter")
+    names = ("accuracy", "stderr", "range", "baseline", "centered", "commonest")
+    rows, notes = [], []
+    for task, one in fields["tasks"].items():
+        numbers = {name: "-" if one.get(name) is None else f"{one[name]:.4f}" for name in names}
+        if one["interval"]:
+            numbers["range"] = "{:.3f}-{:.3f}".format(*one["interval"])
+        rows.append({"task": task, "examples": one["examples"], **numbers})
+        if one["pass_at"]:
+            notes.append(f"{task}: " + ", ".join(f"pass@{k} {p:.4f}" for k, p in one["pass_at"].items()))
+        if one["too_long"]:
+            notes.append(f"{task}: {one['too_long']} prompts are longer than the context, and count as wrong")
+        if one["unjudged"]:
+            notes.append(f"{task}: {one['unjudged']} replies could not be judged, see docs/chat.md")
+    notes += [
+        f"{name} {mean['value']:.4f} +- {mean['stderr']:.4f}, 95 % of resampled items from {mean['low']:.4f} "
+        f"to {mean['high']:.4f}: mean of {', '.join(mean['tasks'])}, centered"
+        for name, mean in fields["means"].items()
+        if mean is not None
+    ]
+    cells = ["{task}", "{examples}", *(f"{{{name}}}" for name in names)]
+    show(table("Chat tasks", headings, cells, rows), *notes)
+
+
 def show_combined(values: Mapping[str, float], claims: Sequence[compare.Claim]) -> None:
     """Print the mean of several seeds."""
     show(*(f"  {name:30s} CORE {value:.4f}" for name, value in values.items()))

@@ -30,6 +30,7 @@ from nanochat.config.arguments import SftArgs, TrainArgs
 from nanochat.distributed.world import World
 from nanochat.engine import Sampling
 from nanochat.evaluation.core.statistics import exact_mcnemar, holm
+from nanochat.evaluation.score_files import digest_of
 from nanochat.model.gpt import GPT
 from nanochat.tokenizer.tokenizer import Tokenizer
 from nanochat.train.run_log import RunLog
@@ -424,7 +425,7 @@ def test_what_the_command_refuses(base_run: str, monkeypatch: pytest.MonkeyPatch
     other.mkdir()
     lines = whole.replace(b'"id": "calc', b'"id": "calx')
     (other / "chat_answers.jsonl").write_bytes(lines)
-    fields = files.read_json(folder / "chat_eval.json") | {"answers_sha256": chat_eval.digest_of(lines)}
+    fields = files.read_json(folder / "chat_eval.json") | {"answers_sha256": digest_of(lines)}
     files.write_json(other / "chat_eval.json", fields)
     with pytest.raises(UserError, match="were asked different items"):
         command(monkeypatch, "--compare", "tiny", "other")
