@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from nanochat.chat import evaluate, scores
-from nanochat.chat.scores import ChatResult
+from nanochat.chat import evaluate
 from nanochat.common import errors, files, run_files
 from nanochat.common.errors import UserError
 from nanochat.config import arguments
 from nanochat.config.arguments import ChatEvalArgs
 from nanochat.distributed import world
 from nanochat.distributed.world import World
+from nanochat.evaluation import chat_scores
 from nanochat.evaluation.base_eval import show_chat, show_difference
+from nanochat.evaluation.chat_scores import ChatResult
 
 
 @errors.cli
@@ -43,7 +44,7 @@ def _compare(runs: tuple[str, ...], world: World) -> None:
             "--max-per-task, --num-samples and --seed."
         )
     if world.is_main:
-        show_difference(runs, *scores.compare(ChatResult(tuple(a)), ChatResult(tuple(b))))
+        show_difference(runs, *chat_scores.compare(ChatResult(tuple(a)), ChatResult(tuple(b))))
         for name, value in about_a["settings"].items():
             if value != (other := about_b["settings"].get(name)):
                 print(f"{name} was {value} for {runs[0]}, {other} for {runs[1]}")

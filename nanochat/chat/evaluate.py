@@ -16,7 +16,6 @@ import torch
 
 from nanochat.chat import conversation, tasks
 from nanochat.chat.replies import ReplyEngine
-from nanochat.chat.scores import ChatResult
 from nanochat.chat.tasks import Row
 from nanochat.checkpoint import state as checkpoint_state
 from nanochat.checkpoint.state import TrainState
@@ -29,6 +28,7 @@ from nanochat.config.plan import Plan
 from nanochat.distributed.world import World
 from nanochat.engine import Sampling
 from nanochat.evaluation.base_eval import weights_of
+from nanochat.evaluation.chat_scores import ChatResult
 from nanochat.evaluation.core.scoring import ROTARY_CONTEXTS, GPTScorer
 from nanochat.evaluation.score_files import digest_of
 from nanochat.model import attention_backends

@@ -17,13 +17,10 @@ from typing import Any
 from nanochat.chat import corpus, made, sandbox
 from nanochat.chat.conversation import Part
 from nanochat.common.errors import UserError
+from nanochat.evaluation.chat_scores import CHATCORE6
 
 Row = Mapping[str, Any]  # a conversation that can be judged: messages, id, task, judge, answer
 
-CHATCORE = ("arc-easy", "arc-challenge", "mmlu", "gsm8k", "humaneval")  # the five of karpathy/nanochat
-CHATCORE6 = (*CHATCORE, "spellingbee")  # its six, until July 2026
-WITH_FLOOR = ("calc", "unit", "date", "identity", "count", "repeat", "spell", "choice")
-BASELINES = dict.fromkeys(("arc-easy", "arc-challenge", "mmlu", "choice"), 0.25)  # of a guess; 0 elsewhere
 GROUPS: dict[str, Iterable[str]] = {"made": made.TASKS, "chatcore": CHATCORE6}
 MADE_ITEMS = 400  # of a task that is made on the spot, where --max-per-task does not say
 

@@ -17,9 +17,8 @@ from typing import Any
 import pytest
 import torch
 
-from nanochat.chat import conversation, evaluate, made, scores, tasks
+from nanochat.chat import conversation, evaluate, made, tasks
 from nanochat.chat.replies import ReplyEngine
-from nanochat.chat.scores import ChatResult, TaskScore
 from nanochat.common import files
 from nanochat.common.errors import UserError
 from nanochat.common.machine import Precision
@@ -29,6 +28,8 @@ from nanochat.config import plan as planning
 from nanochat.config.arguments import SftArgs, TrainArgs
 from nanochat.distributed.world import World
 from nanochat.engine import Sampling
+from nanochat.evaluation import chat_scores
+from nanochat.evaluation.chat_scores import WITH_FLOOR, ChatResult, TaskScore
 from nanochat.evaluation.core.statistics import exact_mcnemar, holm
 from nanochat.evaluation.score_files import digest_of
 from nanochat.model.gpt import GPT
@@ -319,13 +320,13 @@ def test_pass_at_k_is_that_of_all_subsets(n: int) -> None:
 
 def test_two_runs_are_compared_by_item() -> None:
     a, b = scored({"calc": 0.5, "unit": 0.9}, 40), scored({"calc": 0.2, "unit": 0.9}, 40)
-    means, (calc, unit) = scores.compare(a, b)
+    means, (calc, unit) = chat_scores.compare(a, b)
     assert means == []
     assert (calc.first, calc.second, calc.only, calc.pairs) == (0.5, 0.2, (12, 0), 40)
     assert calc.p_value == exact_mcnemar(12, 0)
     assert [calc.p_holm, unit.p_holm] == holm([calc.p_value, 1.0])
-    eight = [scored(dict.fromkeys(tasks.WITH_FLOOR, p), 40) for p in (0.5, 0.75)]
-    (mean,), _ = scores.compare(*eight)
+    eight = [scored(dict.fromkeys(WITH_FLOOR, p), 40) for p in (0.5, 0.75)]
+    (mean,), _ = chat_scores.compare(*eight)
     assert mean.name == "MADE"
     assert mean.second - mean.first == pytest.approx((7 * 0.25 + 0.25 / 0.75) / 8)
     assert mean.stderr == pytest.approx(math.sqrt(0.25 * 0.75 / 40 * (7 + 1 / 0.75**2)) / 8)
@@ -336,7 +337,7 @@ def test_several_replies_to_an_item_are_one_pair() -> None:
     b = ChatResult(
         tuple(answer("calc", i, sample < 2 + i % 2, sample) for i in range(10) for sample in range(4))
     )
-    _, (calc,) = scores.compare(a, b)
+    _, (calc,) = chat_scores.compare(a, b)
     assert (calc.pairs, calc.only, calc.exact) == (10, (0, 10), False)
     assert calc.second - calc.first == pytest.approx(0.375)
     assert calc.stderr == pytest.approx(0.125 / math.sqrt(10))

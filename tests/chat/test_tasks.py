@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from nanochat.chat import corpus, made, sandbox, tasks
 from nanochat.chat.conversation import Part
 from nanochat.common.errors import UserError
+from nanochat.evaluation.chat_scores import CHATCORE6
 
 
 def judged(judge: str, answer: str, text: str, **row: Any) -> bool | None:
@@ -120,8 +121,8 @@ def test_code_is_not_judged_without_a_sandbox(monkeypatch: pytest.MonkeyPatch) -
 def test_names_and_groups_are_read_once_each_in_their_order() -> None:
     assert tasks.parse("mmlu, calc,mmlu") == ("mmlu", "calc")
     assert tasks.parse("made") == tuple(made.TASKS)
-    assert tasks.parse("chatcore") == tasks.CHATCORE6
-    assert tasks.parse("made,chatcore") == (*made.TASKS, *tasks.CHATCORE6)
+    assert tasks.parse("chatcore") == CHATCORE6
+    assert tasks.parse("made,chatcore") == (*made.TASKS, *CHATCORE6)
 
 
 @pytest.mark.parametrize(
