@@ -16,10 +16,10 @@ from pathlib import Path
 from rich.cells import cell_len
 from rich.console import Console
 
-from nanochat.chat import conversation
+from nanochat.chat import conversation, sources
 from nanochat.chat.conversation import Conversation, Message, Part
 from nanochat.chat.replies import ChatSession, ToolCall
-from nanochat.common import console, errors, flags, typed_json
+from nanochat.common import console, flags
 from nanochat.common.errors import UserError
 from nanochat.common.progress import printable
 from nanochat.config.arguments import ChatCliArgs
@@ -57,9 +57,7 @@ class Terminal:
                 before = signal.signal(signal.SIGINT, self._interrupt)
                 try:
                     self._obey(line)
-                except OSError as error:
-                    self._page.note(errors.describe_os_error(error))
-                except UserError as error:
+                except (UserError, OSError, RuntimeError) as error:  # memory that runs out is of the last
                     self._page.note(str(error))
                 finally:
                     signal.signal(signal.SIGINT, before)
@@ -154,26 +152,25 @@ class Terminal:
         self._change("top_k", number)
 
     def _save(self, name: str) -> None:
-        """Add the conversation to FILE, in the jsonl that chat_data reads."""
+        """Add the conversation to FILE, a jsonl file that chat_data reads."""
+        if not name or len(self._said) < 2:
+            raise UserError("name a file behind /save, once something was said.")
         messages = []
         for message in self._said:
             parts = [{"type": part.kind, "text": part.text} for part in message.parts]
             messages.append({"role": message.role, "content": parts})
-        if len(messages) < 2:
-            raise UserError("nothing was said yet.")
-        with Path(name).expanduser().open("a", encoding="utf-8") as file:
+        path = Path(name.removesuffix(".jsonl") + ".jsonl").expanduser()
+        with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
+        self._page.note(f"added to {path}")
 
     def _load(self, name: str) -> None:
-        """Go on with the last conversation of FILE, in jsonl."""
-        lines = Path(name).expanduser().read_bytes().splitlines() or [b""]
-        where = f"{name}:{len(lines)}"
-        try:
-            row = typed_json.parse(lines[-1])
-        except ValueError as error:
-            raise UserError(f"{where}: {error}. Expected a conversation, as /save writes it.") from error
-        self._said = conversation.read(row, where)
-        self._is_shortened = False
+        """Go on with the last conversation of FILE, of any kind that chat_data reads."""
+        said = self._said
+        for row in sources.checked(sources.of_files([Path(name).expanduser()]), None):
+            said = conversation.read(row, name)
+        self._said, self._is_shortened = said, False
+        self._page.note(f"turns: {len(said) // 2}")
 
     def _help(self, _: str) -> None:
         """List the commands."""

@@ -197,6 +197,7 @@ def test_the_system_text_stays_over_new_and_goes_when_it_is_emptied(talk: Talk) 
 
 def test_a_saved_conversation_is_read_by_others_and_goes_on(talk: Talk, tmp_path: Path) -> None:
     path = tmp_path / "my talk.jsonl"
+    other = tmp_path / "other"
     talk.type(f"/save {path}")
     assert not path.exists()  # nothing was said
     talk.type("hi", f"/save {path}", "/system be a cat", SUM, f"/save {path}", "/new", "/system", "long")
@@ -204,29 +205,36 @@ def test_a_saved_conversation_is_read_by_others_and_goes_on(talk: Talk, tmp_path
     assert conversation.read(json.loads(first), "") == turns("hi")
     saved = conversation.read(json.loads(second), "")
     assert saved == (Message("system", (Part("text", "be a cat"),)), *turns("hi", SUM))
-    talk.type(f"/load {path}")
+    talk.type(f"/load {path}", f"/save {other}")
     assert talk.said == saved
+    assert other.with_suffix(".jsonl").read_text("utf-8").splitlines() == [second]
 
 
 @pytest.mark.parametrize(
     ("contents", "words"),
     [
-        (b"", ":1"),
-        (b"{", ":1"),
-        (b"\xff\xfe", ":1"),
-        (b'{"messages": [{"role": "user", "content": "hi"}]}\n{"messages": 3}', ":2"),
+        (b"{", "line 1"),
+        (b"\xff\xfe", "x.jsonl"),
         (b'{"messages": [{"role": "user", "content": "hi"}]}', "expected a reply"),
+        (b'{"messages": 3}', "line 1: messages is 3"),
     ],
 )
-def test_a_file_that_holds_no_conversation_is_one_line(
+def test_what_cannot_be_loaded_or_saved_is_one_line(
     talk: Talk, tmp_path: Path, contents: bytes, words: str
 ) -> None:
     path = tmp_path / "x.jsonl"
     path.write_bytes(contents)
-    _, err = talk.type("hi", f"/load {path}", f"/load {path}.absent", f"/save {tmp_path}/no/where", "/load")
-    assert err.count("\n") == 4
+    wrong = [
+        f"/load {path}.absent",
+        f"/save {tmp_path}/no/where",
+        "/save",
+        "/save ~nobody/x",
+        "/load /",
+        "/load",
+    ]
+    _, err = talk.type("hi", f"/load {path}", *wrong)
+    assert err.count("\n") == 7
     assert words in err.splitlines()[0]
-    assert "No such file" in err
     assert talk.said == turns("hi")
 
 
