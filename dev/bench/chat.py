@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -66,7 +67,7 @@ def answers(run: str, tasks: str, label: str, *flags: str) -> dict[str, dict[str
     kept = files.run_dir(run) / f"bench-{label}.jsonl"
     if not kept.is_file():
         command("chat_eval", "--run", run, "--tasks", tasks, *EVAL.split(), *flags)
-        (files.run_dir(run) / "chat_answers.jsonl").replace(kept)
+        shutil.copy(files.run_dir(run) / "chat_answers.jsonl", kept)
     found: dict[str, dict[str, bool]] = {}
     for line in map(json.loads, kept.read_text("utf-8").splitlines()):
         found.setdefault(line["task"], {})[line["id"] + line["prompt"]] = bool(line["right"])
