@@ -37,6 +37,7 @@ COPIED_WORDS = 1200
 SPELT_WORDS = 500
 TEST_PERCENT = 12  # of the items or wordings of a task
 LETTERS = "ABCD"
+KINDS = ("keyword", "builtin", "module", "exception")  # of names of Python
 TRIES = 200  # draws without a new prompt after which a task has no more
 
 
@@ -48,12 +49,14 @@ class Turn(NamedTuple):
         prompt: the user's text.
         reply: the assistant's content: a text, or parts.
         answer: what a judge compares with.
+        more: what follows it in a conversation.
     """
 
     key: str
     prompt: str
     reply: str | list[dict[str, str]]
     answer: str
+    more: tuple[Turn, ...] = ()
 
 
 class Draw:
@@ -132,7 +135,8 @@ def _sum_of(draw: Draw, a: int, op: str, b: int) -> Turn:
 
 
 def _calc(draw: Draw, split: Split) -> Turn:
-    return _sum_of(draw, draw.number(1, 3), draw.one("+-*"), draw.number(1, 3))
+    turn = _sum_of(draw, draw.number(1, 3), draw.one("+-*"), draw.number(1, 3))
+    return turn if draw.below(8) else turn._replace(more=(_follow_up(draw, turn.answer),))
 
 
 def _bigsum(draw: Draw, split: Split) -> Turn:
@@ -191,19 +195,22 @@ def _worded(draw: Draw, asks: Sequence[str]) -> str:
 
 
 def _date(draw: Draw, split: Split) -> Turn:
+    """A neighbour of a day or month, or a day of February 2024.
+
+    The reply says again what was asked, so that the name to recall follows what it depends on.
+    """
     data = _data()["date"]
-    days, months = data["days"], data["months"]
-    asked = draw.one(("next_day", "previous_day", "next_month", "previous_month", "day_of", "day_of"))
-    if asked == "day_of":
+    relation = draw.one(data["relations"])
+    if relation["of"] == "february":
         shown = 1 + draw.below(29)
-        answer = days[(shown + 2) % 7]  # the first was a Thursday
+        answer = data["days"][(shown + 2) % 7]  # the first was a Thursday
     else:
-        names = days if asked.endswith("day") else months
+        names = data[relation["of"]]
         at = draw.below(len(names))
-        shown = names[at]
-        answer = names[(at + (1 if asked.startswith("next") else -1)) % len(names)]
-    wording = _worded(draw, data[asked])
-    return Turn(wording, wording.format(x=shown), answer, answer)
+        shown, answer = names[at], names[(at + relation["shift"]) % len(names)]
+    wording = _worded(draw, relation["asks"])
+    reply = relation["reply"].format(x=shown, y=answer)
+    return Turn(wording, wording.format(x=shown), reply, reply)
 
 
 def _identity(draw: Draw, split: Split) -> Turn:
@@ -224,13 +231,24 @@ def choice_prompt(question: str, options: Sequence[str], letters: Sequence[str])
 
 
 def _choice(draw: Draw, split: Split) -> Turn:
+    """What kind of name a name of Python is, with turns that go on from it.
+
+    The letter takes three steps, of which it shows none: the kind of the name, the option of that kind, its
+    letter. "Why?" has them written down, and another name is asked with the same options.
+    """
     data = _data()["choice"]
-    kinds = draw.several(("keyword", "builtin", "module", "exception"), 4)
-    names = [draw.one(data[kind]) for kind in kinds]
-    right = draw.below(4)
-    question = draw.one(data["asks"]).format(kind=kinds[right])
-    prompt = choice_prompt(question, names, LETTERS)
-    return Turn(f"{kinds[right]} {names}", prompt, LETTERS[right], LETTERS[right])
+    kinds = draw.several(KINDS, len(KINDS))
+
+    def asked(wordings: Sequence[str]) -> tuple[str, Turn, Turn]:
+        right = draw.below(len(kinds))
+        name, kind, letter = draw.one(data[kinds[right]]), kinds[right], LETTERS[right]
+        why = Turn("", draw.one(data["why"]), f"Because {name} is {kind}={letter}.", letter)
+        return name, Turn("", draw.one(wordings).format(name=name), letter, letter), why
+
+    name, first, why = asked(data["asks"])
+    _, second, why_second = asked(data["and"])
+    prompt = choice_prompt(first.prompt, kinds, LETTERS)
+    return first._replace(key=prompt, prompt=prompt, more=(why, second, why_second)[: 2 + draw.below(2)])
 
 
 def _pydoc(draw: Draw, split: Split) -> Turn:
@@ -253,16 +271,16 @@ class Task(NamedTuple):
 
 
 TASKS = {
-    "calc": Task(_calc, "number", 22),
-    "unit": Task(_unit, "number", 9),
-    "date": Task(_date, "exact", 5),
+    "calc": Task(_calc, "number", 16),
+    "unit": Task(_unit, "number", 7),
+    "date": Task(_date, "exact", 7),
     "identity": Task(_identity, "phrase", 5),
-    "count": Task(_count, "number", 14),
-    "repeat": Task(_repeat, "exact", 18),
-    "spell": Task(_spell, "exact", 15),
+    "count": Task(_count, "number", 11),
+    "repeat": Task(_repeat, "exact", 22),
+    "spell": Task(_spell, "exact", 18),
     "spell-new": Task(_spell_new, "exact", 0),
-    "choice": Task(_choice, "letter", 8),
-    "pydoc": Task(_pydoc, "f1", 2),
+    "choice": Task(_choice, "letter", 10),
+    "pydoc": Task(_pydoc, "f1", 1),
     "bigsum": Task(_bigsum, "number", 8),
 }
 _BAG = [name for name, task in TASKS.items() for _ in range(task.share)]
@@ -287,7 +305,8 @@ def _messages(turns: Sequence[Turn]) -> list[Row]:
 def row(split: Split, seed: int, index: int) -> Row:
     """Conversation `index` of the mixture, a function of the arguments alone.
 
-    A fifth of the conversations have two or three turns, of different tasks or about the last answer.
+    A fifth of the conversations are of two or three tasks. Besides, some turns have others that go on from
+    them.
 
     Args:
         split: "train", or "test" for questions that training never shows.
@@ -298,16 +317,14 @@ def row(split: Split, seed: int, index: int) -> Row:
         A row of a chat corpus: messages, id, source.
     """
     draw = Draw("made", split, seed, index)
-    tasks = [draw.one(_BAG)]
-    turns = [_turn(tasks[0], draw, split)]
-    for _ in range(draw.below(2) + 1 if draw.below(5) == 0 else 0):
-        if tasks[-1] == "calc" and draw.below(2):
-            turns.append(_follow_up(draw, turns[-1].answer))
-            continue
-        tasks.append(draw.one([task for task in _BAG if task not in tasks]))
-        turns.append(_turn(tasks[-1], draw, split))
-    source = f"made/{tasks[0]}" if len(turns) == 1 else "made/turns"
-    return {"messages": _messages(turns), "id": f"{split}-{seed}-{index}", "source": source}
+    bag, tasks = _BAG, list[str]()
+    for _ in range(draw.below(2) + 2 if draw.below(5) == 0 else 1):
+        tasks.append(draw.one(bag))
+        bag = [task for task in bag if task != tasks[-1]]
+    turns = [_turn(task, draw, split) for task in tasks]
+    messages = _messages([each for turn in turns for each in (turn, *turn.more)])
+    source = f"made/{tasks[0]}" if len(tasks) == 1 else "made/several"
+    return {"messages": messages, "id": f"{split}-{seed}-{index}", "source": source}
 
 
 def examples(task: str, split: Split, count: int, seed: int) -> list[Row]:
