@@ -262,7 +262,7 @@ class RolloutLoader:
         Raises:
             UserError: it is not what `state_dict` gives.
         """
-        counts = [state.get("step"), state.get("asked")]
+        counts: Any = [state.get("step"), state.get("asked")]
         if state.get("format") != FORMAT or typed_json.mismatch(counts, list[int]) or min(counts) < 0:
             raise UserError(
                 f"the loader's state has no counts of steps and questions in format {FORMAT}; "
