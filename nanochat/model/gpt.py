@@ -13,7 +13,7 @@ import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,7 @@ from nanochat.model.attention import (
     block_masks,
     layout_of,
 )
+from nanochat.model.decode_cache import DecodeCache
 from nanochat.model.layers import (
     Embedding,
     Init,
@@ -51,40 +52,6 @@ from nanochat.model.table_rows import order_of
 # Of the forward pass in one process: windows that grow, with gradients and without, rows that are halved.
 # Past torch's own limit of 8 everything would run uncompiled, and only a warning would say so.
 MOST_GRAPHS = 64
-
-
-class DecodeCache(Protocol):
-    """Interface of a cache of earlier positions; engine.py has its only implementation.
-
-    A forward pass over T new positions reads `length`, calls `shift` once, `shift_ids` once where the model
-    has a table of pairs, `append` once a layer in order, and `advance(T)` at its end. All rows have the same
-    length.
-
-    Attributes:
-        length: positions stored by the passes that have ended.
-    """
-
-    length: int
-
-    def shift(self, x: Tensor) -> Tensor:
-        """What precedes each position of x: (B, T, C), zeros before the very first one; keeps x[:, -1].
-
-        Args:
-            x: (B, T, C) normed embeddings of the new positions.
-        """
-        ...
-
-    def shift_ids(self, ids: Tensor) -> Tensor:
-        """Likewise of token ids: (B, T) int64, -1 before the very first one."""
-        ...
-
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store (B, T, Hkv, D) keys and values; return all so far, (B, length + T, Hkv, D)."""
-        ...
-
-    def advance(self, count: int) -> None:
-        """Count the new positions as stored."""
-        ...
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,8 @@ MAX_SOFTCAP = 70.0
 NARROW_BOOST = 2.0**17
 
 
+# With s = sigmoid(2 z / softcap), the softcapped logit is outer * (s - 1/2) in units of log 2, for which the
+# device has its exponential; `inner` is -2 / softcap in the same unit.
 @triton.jit
 def row_losses(
     z: tl.tensor,
@@ -43,11 +45,8 @@ def row_losses(
 ) -> None:
     """Fill the loss of row `program_id`, and as asked its hit and its derivative, which replaces z.
 
-    The derivative is multiplied by the row's weight, if there are any, before it is rounded.
-    The derivative times `narrow_boost` is written to `narrow` besides, if that is there.
-
-    With s = sigmoid(2 z / softcap), the softcapped logit is outer * (s - 1/2) in units of log 2, for which
-    the device has its exponential; `inner` is -2 / softcap in the same unit.
+    The derivative is multiplied by the row's weight, if there are any, before it is rounded; times
+    `narrow_boost` it is written to `narrow` besides, if that is there.
     """
     row = tl.program_id(0).to(tl.int64)
     z += row * row_stride
