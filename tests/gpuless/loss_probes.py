@@ -11,6 +11,7 @@ from nanochat.model import loss
 from nanochat.model.fp8 import quantize_weight
 from nanochat.model.layers import norm
 from tests.gpuless.eager import Counter
+from tests.gpuless.probes import Watch
 
 GPU = torch.device("cuda:0")
 SOFTCAP = 15.0
@@ -50,7 +51,8 @@ def traffic(
         weight = torch.empty(padded, width, device=GPU, requires_grad=True)
         cast = torch.empty(padded, width, dtype=torch.bfloat16, device=GPU)
         targets = torch.zeros(tokens, dtype=torch.int64, device=GPU)
-        with Counter() as counter:
+        crossings = Watch()
+        with Counter() as counter, crossings:
             if grad:
                 given = {
                     "vocab_size": vocabulary,
@@ -70,6 +72,7 @@ def traffic(
         "kernels": sum(launches for launches, _ in found.values()) + sum(products.values()),
         "products": products,
         "bytes": moved,
+        "crossings": crossings.crossings,
         "grads": grads,
     }
 

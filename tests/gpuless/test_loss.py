@@ -63,6 +63,7 @@ def test_the_elementwise_part_moves_seven_bytes_a_logit(gpu: dict[str, str]) -> 
     assert weighted["bytes"][kernel] == train["bytes"][kernel] + 4 * 32_768
     assert 0 < of_weights < 40  # six passes over (N,) numbers, and none over (N, C) or (N, V)
     assert weighted["products"] == train["products"]
+    assert weighted["crossings"] == train["crossings"] == {}  # nothing waits for the device
     # Three products a chunk; that of the weight adds to the fp32 gradient, and no other pass does.
     assert train["products"] == {"aten.mm": 8, "aten.addmm": 4, "aten._scaled_mm": 0}
     assert train["grads"] == ["torch.bfloat16", "torch.float32"]
