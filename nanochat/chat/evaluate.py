@@ -211,6 +211,7 @@ def run(args: ChatEvalArgs, world: World) -> ChatResult:
     if not args.run:
         raise UserError("--run is missing. Name the run to score, for example --run d12-sft.")
     folder = files.run_dir(args.run)
+    checkpoint_state.require_run(args.run)
     if world.is_main:
         files.require_writable(folder)
     questions = tasks.questions(args.tasks, args.max_per_task, args.seed)

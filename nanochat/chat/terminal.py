@@ -8,28 +8,21 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 import signal
-import sys
 from pathlib import Path
-
-from rich.cells import cell_len
-from rich.console import Console
 
 from nanochat.chat import conversation, sources
 from nanochat.chat.conversation import Conversation, Message, Part
 from nanochat.chat.replies import ChatSession, ToolCall
 from nanochat.common import console, flags
 from nanochat.common.errors import UserError
-from nanochat.common.progress import printable
+from nanochat.common.progress import Page
 from nanochat.config.arguments import ChatCliArgs
 from nanochat.engine import Sampling
 from nanochat.model.gpt import GPT
 from nanochat.tokenizer.tokenizer import Tokenizer
 
 COMMANDS = ("new", "undo", "retry", "system", "temp", "topk", "save", "load", "help", "quit")
-# Cells that are held back at most, until it is known on which line a word stands: Chinese has no spaces.
-LONG_WORD = 20
 
 
 class Terminal:
@@ -43,7 +36,7 @@ class Terminal:
         self._tokenizer, self._args = tokenizer, args
         self._context = model.config.sequence_len
         self._session = ChatSession(model, tokenizer)
-        self._page = _Page()
+        self._page = Page()
         self._said = _system_text(args.system)  # then whole turns
         self._replies = 0  # each draws with a seed of its own, so that /retry gives another one
         self._is_shortened = self._is_interrupted = False
@@ -181,52 +174,6 @@ class Terminal:
     def _quit(self, _: str) -> None:
         """Leave, as Ctrl-D does."""
         raise EOFError
-
-
-class _Page:
-    """Where a reply is printed: on a terminal wrapped between words, elsewhere as it is.
-
-    What is not of the reply is dim on a terminal. A program that reads the reply finds it on standard error.
-    """
-
-    def __init__(self) -> None:
-        """Begin at the left edge."""
-        self._is_terminal = sys.stdout.isatty()
-        self._notes = Console(
-            stderr=not self._is_terminal, highlight=False, markup=False, emoji=False, soft_wrap=True
-        )
-        self._column = 0
-        self._held = ""  # the last word so far, with the spaces before it
-
-    def write(self, text: str) -> None:
-        """Print the next piece of a reply."""
-        pieces = re.findall(r"\n|[^\S\n]+\S*|\S+", self._held + printable(text))
-        is_done = pieces[-1] == "\n" or cell_len(pieces[-1]) >= LONG_WORD
-        self._held = "" if is_done else pieces.pop()
-        for piece in pieces:
-            self._place(piece)
-
-    def end_line(self) -> None:
-        """Print what is held back, and a line's end unless the line has just begun."""
-        self._place(self._held)
-        self._held = ""
-        if self._column:
-            self._place("\n")
-
-    def note(self, text: str) -> None:
-        """Print one line that is not of the reply; what could command a terminal is shown as U+FFFD."""
-        if self._is_terminal:
-            self.end_line()
-        self._notes.print("".join(c if c.isprintable() else "\ufffd" for c in text), style="dim")
-
-    def _place(self, piece: str) -> None:
-        width = self._notes.width if self._is_terminal else sys.maxsize
-        if piece == "\n" or (self._column and self._column + cell_len(piece) > width):
-            print()
-            piece, self._column = piece.lstrip(), 0
-        print(piece, end="", flush=True)
-        end = self._column + cell_len(piece)
-        self._column = end if end <= width else end % width
 
 
 def _system_text(text: str) -> Conversation:

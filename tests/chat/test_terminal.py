@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from nanochat.chat import conversation, terminal
 from nanochat.chat.conversation import Conversation, Message, Part
 from nanochat.chat.terminal import Terminal
-from nanochat.common import files
+from nanochat.common import files, progress
 from nanochat.common.machine import Precision
 from nanochat.config import plan as planning
 from nanochat.config.arguments import ChatCliArgs
@@ -298,14 +298,14 @@ def test_lines_end_between_words(words: list[str], cuts: list[int], width: int) 
     text, begin = " ".join(words), 0
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(Screen()) as screen:
         patch.setenv("COLUMNS", str(width))
-        page = terminal._Page()
+        page = progress.Page()
         while begin < len(text):
             end = begin + cuts[begin % len(cuts)]
             page.write(text[begin:end])
             begin = end
         page.end_line()
     lines = screen.getvalue().splitlines()
-    short = [word for word in words if cell_len(word) < min(width, terminal.LONG_WORD)]
+    short = [word for word in words if cell_len(word) < min(width, progress.LONG_WORD)]
     assert "".join(lines).replace(" ", "") == text.replace(" ", "")
     if len(short) == len(words):
         assert " ".join(lines) == text
