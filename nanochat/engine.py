@@ -48,8 +48,8 @@ SAMPLE_PROMPTS = (
 class KVCache:
     """Keys and values of every layer for rows of one length; embeddings and ids, for what mixes two.
 
-    Implements decode_cache.DecodeCache. What lies behind `length` is never read: a smaller length cuts the cache back,
-    and a forward pass that was interrupted leaves nothing in it.
+    Implements decode_cache.DecodeCache. What lies behind `length` is never read: a smaller length cuts the
+    cache back, and a forward pass that was interrupted leaves nothing in it.
 
     Attributes:
         length: positions stored.

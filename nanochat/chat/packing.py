@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from nanochat.data.packing import shuffled
 
-TOKENS_A_DOCUMENT = 16  # a row of T has at most T / 16 conversations: attention kernels have slots for as many
+TOKENS_A_DOCUMENT = 16  # a row of T has at most T / 16 conversations: attention kernels have so many slots
 BLOCK = 4096  # conversations among which rows are filled: the best fit among so many leaves 1 % empty or less
 
 
