@@ -26,16 +26,14 @@ from nanochat.config.arguments import RlArgs
 from nanochat.config.plan import Plan
 from nanochat.data.packing import shuffled
 from nanochat.distributed.world import World
-from nanochat.engine import Sampling
 from nanochat.model.gpt import GPT
 from nanochat.tokenizer.tokenizer import Tokenizer
 from nanochat.train.hooks import Hook, saving
 from nanochat.train.run_log import RunLog
 
-STEPS = {"bigsum": 60}  # of the tasks that have no end
-ROWS = (
-    4  # of a micro-batch, in rows of the whole context: replies are shorter, so that there are more of them
-)
+BIGSUM_STEPS = 60
+# Of a micro-batch, in rows of the whole context: replies are shorter, so that there are more of them.
+ROWS = 4
 
 _order = functools.lru_cache(2)(shuffled)
 
@@ -87,27 +85,15 @@ class Rl:
     @property
     def fingerprints(self) -> dict[str, str]:
         """Hashes of the questions and of the tokenizer."""
-        rows = json.dumps(self.questions.rows, sort_keys=True)
-        return {
-            "questions": hashlib.sha256(rows.encode()).hexdigest(),
-            "tokenizer": self.tokenizer.fingerprint,
-        }
+        digest = hashlib.sha256(json.dumps(self.questions.rows, sort_keys=True).encode()).hexdigest()
+        return {"questions": digest, "tokenizer": self.tokenizer.fingerprint}
 
     def make_loader(self, plan: Plan, model: GPT, world: World) -> RolloutLoader:
         """The rollouts of the model from step 0 on; beside it stands the base, to measure the KL from."""
         reference = copy.deepcopy(model)
         reference.load_state_dict(self.base.weights)
-        return RolloutLoader(
-            model,
-            reference,
-            self.tokenizer,
-            self.questions.ask,
-            prompts=self.args.prompts,
-            samples=self.args.samples,
-            sampling=Sampling(self.args.max_new_tokens, seed=self.args.seed),
-            world=world,
-            device_batch_size=plan.device_batch_size,
-        )
+        models, rows = (model, reference), plan.device_batch_size
+        return RolloutLoader(*models, self.tokenizer, self.questions.ask, self.args, world, rows)
 
     def begin(self, state: TrainState, world: World) -> None:
         """Take the weights of the base."""
@@ -136,15 +122,15 @@ def prepare(args: RlArgs, world: World) -> tuple[Plan, Rl]:
             f"run {args.base!r} is no chat model, whose replies could be judged. Finetune it first: "
             f"python -m scripts.chat_sft --base {args.base}"
         )
-    if args.task in STEPS:
-        steps = args.num_iterations or STEPS[args.task]
+    steps = args.num_iterations or BIGSUM_STEPS
+    if args.task == "bigsum":
         rows = made.examples(args.task, "train", MOST_QUESTIONS * args.prompts * steps, args.seed)
     else:
         rows = list(corpus.rows(args.task, "train"))
+        steps = args.num_iterations or max(1, len(rows) // args.prompts)
     questions = Questions(rows, base.tokenizer, base.model.sequence_len, args.seed)
     if left_out := len(rows) - len(questions.rows):
         world.print0(f"{left_out:,} of {len(rows):,} questions are longer than the context and left out")
-    steps = args.num_iterations or STEPS.get(args.task) or max(1, len(questions.rows) // args.prompts)
     batch_rows = -(-args.prompts * args.samples // world.size) * world.size
     plan = finetune.plan(
         "rl",

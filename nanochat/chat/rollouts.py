@@ -33,6 +33,7 @@ from nanochat.chat.tasks import Row
 from nanochat.common import typed_json
 from nanochat.common.errors import UserError
 from nanochat.common.stop_signals import Stopped, requested
+from nanochat.config.arguments import RlArgs
 from nanochat.data.train_loader import Batch
 from nanochat.distributed.world import World
 from nanochat.engine import Reason, Sampling
@@ -103,10 +104,7 @@ class RolloutLoader:
         reference: GPT,
         tokenizer: Tokenizer,
         ask: Callable[[int, int], list[Question]],
-        *,
-        prompts: int,
-        samples: int,
-        sampling: Sampling,
+        args: RlArgs,
         world: World,
         device_batch_size: int,
     ) -> None:
@@ -117,14 +115,12 @@ class RolloutLoader:
             reference: the model of step 0, from which the KL is measured.
             tokenizer: of both.
             ask: gives the questions of the numbers from a first one on: ask(first, count).
-            prompts: P, questions of a step.
-            samples: S, replies to each.
-            sampling: how many tokens at most, and the seed.
+            args: P is `prompts`, S is `samples`; the tokens of a reply at most, and the seed.
             world: the ranks.
             device_batch_size: see above.
         """
-        self._model, self._reference, self._tokenizer, self._ask = model, reference, tokenizer, ask
-        self._prompts, self._samples, self._sampling, self._world = prompts, samples, sampling, world
+        self._model, self._reference, self._tokenizer = model, reference, tokenizer
+        self._ask, self._args, self._world = ask, args, world
         self._step = self._asked = 0  # steps drawn, questions asked in them
         self._before = (0, 0)
         self._fetched: list[list[Batch]] = []
@@ -157,8 +153,8 @@ class RolloutLoader:
 
     def _draw(self) -> list[Batch]:
         began, drawn = time.perf_counter(), list[Group]()
-        most = MOST_QUESTIONS * self._prompts
-        while (missing := self._prompts - sum(map(has_variance, drawn))) > 0 and len(drawn) < most:
+        most, wanted = MOST_QUESTIONS * self._args.prompts, self._args.prompts
+        while (missing := wanted - sum(map(has_variance, drawn))) > 0 and len(drawn) < most:
             if self._world.any_rank(requested()):
                 raise Stopped
             questions = self._ask(self._asked, min(missing, most - len(drawn)))
@@ -168,7 +164,7 @@ class RolloutLoader:
         if self._step % MEASURED_EVERY == 0:
             self.metrics |= self._measure(drawn)
         self._step += 1
-        kept = sorted(drawn, key=has_variance, reverse=True)[: self._prompts]
+        kept = sorted(drawn, key=has_variance, reverse=True)[:wanted]
         tokens = sum(sum(rollout.sampled) for group in kept for rollout in group)
         return self._batches(list(filter(has_variance, kept)), tokens)
 
@@ -178,8 +174,8 @@ class RolloutLoader:
         mine, end = questions[rank::size], self._tokenizer.special_id("<|assistant_end|>")
         drawn = ReplyEngine(self._model, self._tokenizer).replies(
             [question.ids for question in mine],
-            self._sampling,
-            self._samples,
+            Sampling(self._args.max_new_tokens, seed=self._args.seed),
+            self._args.samples,
             constrained=False,
             names=[f"{self._step}/{question.number}" for question in mine],
         )
@@ -191,7 +187,7 @@ class RolloutLoader:
         flat += [0] * (self._world.max_over_ranks(len(flat)) - len(flat))
         numbers = [iter(values) for values in self._world.gather_ints(flat)]
         return [
-            [self._judged(question, numbers[i % size]) for _ in range(self._samples)]
+            [self._judged(question, numbers[i % size]) for _ in range(self._args.samples)]
             for i, question in enumerate(questions)
         ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import threading
 from collections.abc import Callable, Sequence
@@ -20,14 +21,15 @@ from nanochat.common.errors import UserError
 from nanochat.common.machine import Precision
 from nanochat.common.stop_signals import Stopped
 from nanochat.config import plan as planning
+from nanochat.config.arguments import RlArgs
 from nanochat.data.train_loader import Batch
 from nanochat.distributed.world import World
-from nanochat.engine import Sampling
 from nanochat.model.gpt import GPT
 from nanochat.tokenizer.tokenizer import Tokenizer
 from tests.tiny import tiny_args, tokenizer_named
 
-PROMPTS, SAMPLES, TOKENS = 4, 5, 8
+PROMPTS = 4
+ARGS = RlArgs(prompts=PROMPTS, samples=5, max_new_tokens=8, seed=3)
 WORDS = ("the cat", "a mat near rain", "two dogs", "red house", "green hills")
 
 
@@ -111,17 +113,17 @@ def asking(tokenizer: Tokenizer) -> Callable[[int, int], list[Question]]:
     return ask
 
 
-def loader_of(tokenizer: Tokenizer, model: GPT, world: World, **changes: Any) -> RolloutLoader:
-    options: dict[str, Any] = {
-        "prompts": PROMPTS,
-        "samples": SAMPLES,
-        "sampling": Sampling(TOKENS, seed=3),
-        "device_batch_size": 2,
-        "reference": model,
-        **changes,
-    }
-    reference = options.pop("reference")
-    return RolloutLoader(model, reference, tokenizer, asking(tokenizer), world=world, **options)
+def loader_of(
+    tokenizer: Tokenizer,
+    model: GPT,
+    world: World,
+    reference: GPT | None = None,
+    device_batch_size: int = 2,
+    **changes: int,
+) -> RolloutLoader:
+    args = dataclasses.replace(ARGS, **changes)
+    models = model, reference or model
+    return RolloutLoader(*models, tokenizer, asking(tokenizer), args, world, device_batch_size)
 
 
 def by_length(row: Any, reply: Any) -> bool:
@@ -367,7 +369,7 @@ def test_draws_depend_on_seed_step_question_and_reply(tokenizer: Tokenizer) -> N
     model = model_of(tokenizer)
 
     def draw(questions: list[Question], seed: int = 0, step: int = 0) -> list[Any]:
-        loader = loader_of(tokenizer, model, World.single_process(), sampling=Sampling(TOKENS, seed=seed))
+        loader = loader_of(tokenizer, model, World.single_process(), seed=seed)
         loader.load_state_dict({"format": 1, "step": step, "asked": 0})
         return ids_of(loader._groups(questions))
 
