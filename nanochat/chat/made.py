@@ -8,8 +8,9 @@ What a test may ask is dealt apart from what training shows, by a hash:
 
 | task | dealt apart | so the test asks for |
 |---|---|---|
-| calc, unit, count, repeat, choice, bigsum | items | new operands, numbers, words, options |
-| spell | pairs of word and wording | recall: a word seen, asked otherwise |
+| calc, unit, count, repeat, bigsum | items | new operands, numbers, words |
+| spell, choice | pairs of word and wording | recall: a word seen, asked otherwise |
+| choice-mixed | orders of the options | reading options: what training does not show |
 | spell-new | words | spelling of words never spelt |
 | date, identity | wordings | recall: a fact seen, in a wording never seen |
 | pydoc | functions | what no conversation says: the limit |
@@ -231,24 +232,21 @@ def choice_prompt(question: str, options: Sequence[str], letters: Sequence[str])
 
 
 def _choice(draw: Draw, split: Split) -> Turn:
-    """What kind of name a name of Python is, with turns that go on from it.
+    """What kind of name a name of Python is, of four options that always stand in one order."""
+    return _kind_of_name(draw, KINDS)
 
-    The letter takes three steps, of which it shows none: the kind of the name, the option of that kind, its
-    letter. "Why?" has them written down, and another name is asked with the same options.
-    """
-    data = _data()["choice"]
-    kinds = draw.several(KINDS, len(KINDS))
 
-    def asked(wordings: Sequence[str]) -> tuple[str, Turn, Turn]:
-        right = draw.below(len(kinds))
-        name, kind, letter = draw.one(data[kinds[right]]), kinds[right], LETTERS[right]
-        why = Turn("", draw.one(data["why"]), f"Because {name} is {kind}={letter}.", letter)
-        return name, Turn("", draw.one(wordings).format(name=name), letter, letter), why
+def _choice_mixed(draw: Draw, split: Split) -> Turn:
+    """The same with options in another order: their letters have to be read, which training does not show."""
+    first = 1 + draw.below(len(KINDS) - 1)
+    return _kind_of_name(draw, (*KINDS[first:], *KINDS[:first]))
 
-    name, first, why = asked(data["asks"])
-    _, second, why_second = asked(data["and"])
-    prompt = choice_prompt(first.prompt, kinds, LETTERS)
-    return first._replace(key=prompt, prompt=prompt, more=(why, second, why_second)[: 2 + draw.below(2)])
+
+def _kind_of_name(draw: Draw, kinds: Sequence[str]) -> Turn:
+    data, right = _data()["choice"], draw.below(len(kinds))
+    question = _worded(draw, data["asks"]).format(name=draw.one(data[kinds[right]]))
+    prompt = choice_prompt(question, kinds, LETTERS)
+    return Turn(prompt, prompt, LETTERS[right], LETTERS[right])
 
 
 def _pydoc(draw: Draw, split: Split) -> Turn:
@@ -271,15 +269,16 @@ class Task(NamedTuple):
 
 
 TASKS = {
-    "calc": Task(_calc, "number", 16),
+    "calc": Task(_calc, "number", 12),
     "unit": Task(_unit, "number", 7),
-    "date": Task(_date, "exact", 7),
+    "date": Task(_date, "exact", 13),
     "identity": Task(_identity, "phrase", 5),
-    "count": Task(_count, "number", 11),
+    "count": Task(_count, "number", 9),
     "repeat": Task(_repeat, "exact", 22),
     "spell": Task(_spell, "exact", 18),
     "spell-new": Task(_spell_new, "exact", 0),
-    "choice": Task(_choice, "letter", 10),
+    "choice": Task(_choice, "letter", 7),
+    "choice-mixed": Task(_choice_mixed, "letter", 0),
     "pydoc": Task(_pydoc, "f1", 1),
     "bigsum": Task(_bigsum, "number", 8),
 }

@@ -25,7 +25,9 @@ from nanochat.evaluation.core.statistics import Stratum
 CHATCORE = ("arc-easy", "arc-challenge", "mmlu", "gsm8k", "humaneval")  # the five of karpathy/nanochat
 CHATCORE6 = (*CHATCORE, "spellingbee")  # its six, until July 2026
 WITH_FLOOR = ("calc", "unit", "date", "identity", "count", "repeat", "spell", "choice")
-BASELINES = dict.fromkeys(("arc-easy", "arc-challenge", "mmlu", "choice"), 0.25)  # of a guess; 0 elsewhere
+BASELINES = dict.fromkeys(
+    ("arc-easy", "arc-challenge", "mmlu", "choice", "choice-mixed"), 0.25
+)  # of a guess; 0 elsewhere
 MEANS = {"ChatCORE": CHATCORE, "ChatCORE6": CHATCORE6, "MADE": WITH_FLOOR}
 MEASURED = ("accuracy", "stderr", "interval", "centered", "pass_at")
 

@@ -93,7 +93,7 @@ def test_a_wrong_reply_is_wrong(task: str) -> None:
         tasks.right(one, conversation.read(other, "row")[-1].parts)
         for one, other in zip(rows, rows[7:], strict=False)
     ]
-    assert sum(map(bool, shifted)) <= len(shifted) * (0.5 if task in ("choice", "count") else 0.2)
+    assert sum(map(bool, shifted)) <= len(shifted) * (0.5 if task.startswith(("choice", "count")) else 0.2)
 
 
 def test_what_the_tool_says_is_what_it_will_force(trained_on: list[dict[str, Any]]) -> None:
@@ -252,4 +252,4 @@ def test_half_of_the_big_sums_are_done_without_the_tool_and_right() -> None:
 
 
 BARE = (0.45, 0.55)
-GOLDEN = ""
+GOLDEN = "f50d501604d50eeb98c496d98ce1ba98852f4f42019aa82bba930b34f6554065"
