@@ -332,7 +332,7 @@ class RlArgs(FinetuneFlags):
     prompts: int = flag(16, "prompts of a step", 1, 2**20)
     samples: int = flag(8, "replies to each prompt", 2, 2**16)
     max_new_tokens: int = flag(256, "tokens of a reply at most", 1, 2**24)
-    init_lr_frac: float = flag(0.05, "factor on the base run's learning rates", 0, 1000)
+    init_lr_frac: float = flag(0.02, "factor on the base run's learning rates", 0, 1000)
 
 
 @dataclass(frozen=True)
