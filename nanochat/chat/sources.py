@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nanochat.chat import conversation
+from nanochat.chat.made import choice_prompt
 from nanochat.chat.tools import calculate
 from nanochat.common import typed_json
 from nanochat.common.errors import UserError
@@ -156,11 +157,7 @@ class HubSet:
 
 def multiple_choice(question: str, letters: list[str], choices: list[str], right: str, task: str) -> Row:
     """A question with options, answered by a letter; the letter has no space before it, as in the reply."""
-    options = "".join(f"- {choice}={letter}\n" for letter, choice in zip(letters, choices, strict=True))
-    text = (
-        f"Multiple Choice question: {question}\n{options}\n"
-        "Respond only with the letter of the correct answer."
-    )
+    text = choice_prompt(question, choices, letters)
     return _asked(text, right, task=task, judge="letter", answer=right, letters=letters)
 
 
