@@ -38,6 +38,7 @@ COPIED_WORDS = 1200
 SPELT_WORDS = 500
 TEST_PERCENT = 12  # of the items or wordings of a task
 LETTERS = "ABCD"
+ONLY_THE_LETTER = "Respond only with the letter of the correct answer."
 KINDS = ("keyword", "builtin", "module", "exception")  # of names of Python
 TRIES = 200  # draws without a new prompt after which a task has no more
 
@@ -226,27 +227,33 @@ def choice_prompt(question: str, options: Sequence[str], letters: Sequence[str])
     A letter follows its option without a space, as it begins the reply: so both are the same token.
     """
     listed = "".join(f"- {option}={letter}\n" for option, letter in zip(options, letters, strict=True))
-    return (
-        f"Multiple Choice question: {question}\n{listed}\nRespond only with the letter of the correct answer."
-    )
+    return f"Multiple Choice question: {question}\n{listed}\n{ONLY_THE_LETTER}"
 
 
 def _choice(draw: Draw, split: Split) -> Turn:
     """What kind of name a name of Python is, of four options that always stand in one order."""
-    return _kind_of_name(draw, KINDS)
+    return _kind_of_name(draw, KINDS)[0]
 
 
 def _choice_mixed(draw: Draw, split: Split) -> Turn:
     """The same with options in another order: their letters have to be read, which training does not show."""
     first = 1 + draw.below(len(KINDS) - 1)
-    return _kind_of_name(draw, (*KINDS[first:], *KINDS[:first]))
+    return _kind_of_name(draw, (*KINDS[first:], *KINDS[:first]))[0]
 
 
-def _kind_of_name(draw: Draw, kinds: Sequence[str]) -> Turn:
+def _choice_steps(draw: Draw, split: Split) -> Turn:
+    """The same with the steps written down, so that a name far behind is looked up more often."""
+    turn, kind, name = _kind_of_name(draw, KINDS)
+    prompt = turn.prompt.replace(ONLY_THE_LETTER, "Respond with the name, its kind and the letter.")
+    reply = f" {name} is {kind}={turn.reply}"
+    return Turn(prompt, prompt, reply, reply.strip())
+
+
+def _kind_of_name(draw: Draw, kinds: Sequence[str]) -> tuple[Turn, str, str]:
     data, right = _data()["choice"], draw.below(len(kinds))
-    question = _worded(draw, data["asks"]).format(name=draw.one(data[kinds[right]]))
-    prompt = choice_prompt(question, kinds, LETTERS)
-    return Turn(prompt, prompt, LETTERS[right], LETTERS[right])
+    name = draw.one(data[kinds[right]])
+    prompt = choice_prompt(_worded(draw, data["asks"]).format(name=name), kinds, LETTERS)
+    return Turn(prompt, prompt, LETTERS[right], LETTERS[right]), kinds[right], name
 
 
 def _pydoc(draw: Draw, split: Split) -> Turn:
@@ -271,13 +278,14 @@ class Task(NamedTuple):
 TASKS = {
     "calc": Task(_calc, "number", 12),
     "unit": Task(_unit, "number", 7),
-    "date": Task(_date, "exact", 13),
+    "date": Task(_date, "exact", 11),
     "identity": Task(_identity, "phrase", 5),
     "count": Task(_count, "number", 9),
-    "repeat": Task(_repeat, "exact", 22),
-    "spell": Task(_spell, "exact", 18),
+    "repeat": Task(_repeat, "exact", 20),
+    "spell": Task(_spell, "exact", 16),
     "spell-new": Task(_spell_new, "exact", 0),
     "choice": Task(_choice, "letter", 7),
+    "choice-steps": Task(_choice_steps, "exact", 7),
     "choice-mixed": Task(_choice_mixed, "letter", 0),
     "pydoc": Task(_pydoc, "f1", 1),
     "bigsum": Task(_bigsum, "number", 8),
