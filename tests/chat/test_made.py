@@ -252,4 +252,4 @@ def test_half_of_the_big_sums_are_done_without_the_tool_and_right() -> None:
 
 
 BARE = (0.45, 0.55)
-GOLDEN = "f50d501604d50eeb98c496d98ce1ba98852f4f42019aa82bba930b34f6554065"
+GOLDEN = "7e279176b0ba2116bfb0566dd4aca8ece23523eed45ef509bf7869fb4e935e6c"
