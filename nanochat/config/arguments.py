@@ -268,7 +268,7 @@ class ChatDataArgs:
     files: tuple[str, ...] = flag((), "jsonl files of conversations, or folders (corpus local)", path=True)
     val_file: str = flag("", "the file among them that is for validation (corpus local)", path=True)
     name: str = flag("", "name of the corpus folder; by default the corpus's name", names="data")
-    conversations: int = flag(32_000, "training conversations (corpus made)", 1, 10**8)
+    conversations: int = flag(30_000, "training conversations (corpus made)", 1, 10**8)
     seed: int = flag(0, "seed of the conversations (corpus made)", 0)
     skip_bad: bool = flag(False, "leave out conversations that cannot be used, and say how many")
     list: bool = flag(False, "list the chat corpora that are there")
