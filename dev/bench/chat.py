@@ -35,7 +35,7 @@ FLOORS = {
     "spell": 60,
     "choice": 50,
 }
-OTHERS = ("spell-new", "pydoc", "bigsum")
+OTHERS = ("spell-new", "choice-steps", "choice-mixed", "pydoc", "bigsum")
 ITEMS = 400
 BASE = (
     "--corpus stdlib --depth 4 --max-seq-len 256 --total-batch-size 4096 --device-batch-size 16 "
@@ -166,6 +166,8 @@ def main() -> None:
     args = parser.parse_args()
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout
     figures: dict[str, Any] = {"commit": commit.strip(), "cores": os.cpu_count(), "seeds": []}
+    if not files.data_dir("made").is_dir():
+        command("chat_data", "--corpus", "made")
     for seed in args.seeds:
         figures["seeds"].append(seed_figures(seed, not args.skip_rl))
         print(json.dumps(figures["seeds"][-1], indent=1), flush=True)
