@@ -357,16 +357,19 @@ class Console:
                 self.shown += os.read(self._fd, 4096).decode("utf-8", "replace")
         return self.shown[began:]
 
+    def _read(self) -> bytes:
+        while not select.select([self._fd], [], [], 10)[0]:
+            self.type("\x03")
+        return os.read(self._fd, 4096)
+
     def leave(self) -> int:
         """The exit code, once the command has ended.
 
         A Ctrl-C that comes just before Python waits for a key is heard with the next one: it is pressed again.
         """
         with contextlib.suppress(OSError):  # the terminal is gone with the command
-            while True:
-                while not select.select([self._fd], [], [], 10)[0]:
-                    self.type("\x03")
-                self.shown += os.read(self._fd, 4096).decode("utf-8", "replace")
+            while data := self._read():
+                self.shown += data.decode("utf-8", "replace")
         os.close(self._fd)
         return os.waitstatus_to_exitcode(os.waitpid(self._pid, 0)[1])
 
