@@ -365,7 +365,7 @@ class Console:
     def leave(self) -> int:
         """The exit code, once the command has ended.
 
-        A Ctrl-C that comes just before Python waits for a key is heard with the next one: it is pressed again.
+        A Ctrl-C that comes just before Python waits for a key is heard with the next: it is pressed again.
         """
         with contextlib.suppress(OSError):  # the terminal is gone with the command
             while data := self._read():
