@@ -40,7 +40,7 @@ class ByteTokenizer:
         return self.decode_bytes(ids).decode("utf-8", "replace")
 
 
-def tiny_gpt(*, sequence_len=160, n_layer=4, n_kv_head=1, seed=0, bigram=False):
+def tiny_gpt(*, sequence_len=160, n_layer=4, n_kv_head=1, seed=0, bigram=False, vocab_size=257):
     """A random model in which nothing is zero: window < T, grouped heads, value tables, smear, backout."""
     config = GPTConfig(
         n_layer=n_layer,
@@ -48,7 +48,7 @@ def tiny_gpt(*, sequence_len=160, n_layer=4, n_kv_head=1, seed=0, bigram=False):
         n_head=2,
         n_kv_head=n_kv_head,
         head_dim=32,
-        vocab_size=257,
+        vocab_size=vocab_size,
         sequence_len=sequence_len,
         bigram=bigram,
     )

@@ -321,18 +321,23 @@ def test_odd_shapes_step_on_the_meta_device(depth):
     assert all(p.grad is not None for name, p in model.named_parameters() if name != "head.weight")
 
 
-@pytest.mark.parametrize("document_bos", [None, 0])
-@pytest.mark.parametrize("recompute", ["none", "mlp", "block"])
-def test_the_forward_pass_is_one_graph_and_never_recompiles(recompute, document_bos):
-    config = config_of(sequence_len=160)
-    model, (ids, targets) = random_model(config), batch(config)
-    model.recompute, model.document_bos = recompute, document_bos
+def require_one_graph(model, ids):
+    """The forward pass compiles to one graph, which is right for other ids too."""
     torch._dynamo.reset()  # a process may compile one function for eight models only
     counter = torch._dynamo.testing.CompileCounter()
     compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=False)
     for shift in range(3):
         torch.testing.assert_close(compiled(ids.roll(shift)), model(ids.roll(shift)))
     assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("document_bos", [None, 0])
+@pytest.mark.parametrize("recompute", ["none", "mlp", "block"])
+def test_the_forward_pass_is_one_graph_and_never_recompiles(recompute, document_bos):
+    config = config_of(sequence_len=160)
+    model, (ids, targets) = random_model(config), batch(config)
+    model.recompute, model.document_bos = recompute, document_bos
+    require_one_graph(model, ids)
     loss = torch.compile(model.loss, backend="eager")(ids, targets)
     torch.testing.assert_close(loss, model.loss(ids, targets))
 

@@ -28,7 +28,7 @@ from tests.conftest import REPO
 from tests.tiny import command_line, read_metrics, tiny_args, tiny_corpus, train_tiny
 
 # What may differ between two runs of the same plan: the clock.
-CLOCK = ("tokens_per_second", "mfu", "train_seconds")
+CLOCK = ("tokens_per_second", "mfu", "train_seconds", "rollout_seconds")
 
 
 @pytest.fixture(autouse=True)

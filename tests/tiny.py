@@ -106,6 +106,18 @@ def command_line(**changes: object) -> list[str]:
     ]
 
 
+def flags_of(args: Any) -> list[str]:
+    """The flags that say to a command what differs in its arguments from their defaults."""
+    usual, flags = dataclasses.asdict(type(args)()), list[str]()
+    for name, value in dataclasses.asdict(args).items():
+        if value != usual[name]:
+            flags += [
+                f"--{name.replace('_', '-')}",
+                *map(str, value if isinstance(value, tuple) else [value]),
+            ]
+    return flags
+
+
 def trained_base(folder: Path, **changes: object) -> Path:
     """A base directory below `folder` with the tiny corpus and a finished run of TINY or a variation."""
     with pytest.MonkeyPatch.context() as patch:

@@ -13,7 +13,7 @@ from nanochat.engine import KVCache
 from nanochat.model import sdpa_attention
 from nanochat.model.attention import PACKED, TOKENS_A_CONVERSATION, layout_of
 from nanochat.model.gpt import GPT
-from tests.test_gpt import config_of, random_model
+from tests.test_gpt import config_of, random_model, require_one_graph
 
 BOS = 0
 LENGTH = 300  # of a row; short windows are 128
@@ -135,12 +135,7 @@ def test_the_cache_reads_a_conversation_so():
 def test_it_is_one_graph(recompute):
     model, ids = isolating("bigram"), row_of(conversations((60, 170, 40)))[:, :-1]
     model.recompute = recompute
-    torch._dynamo.reset()  # a process may compile one function for eight models only
-    counter = torch._dynamo.testing.CompileCounter()
-    compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=False)
-    for shift in range(3):
-        torch.testing.assert_close(compiled(ids.roll(shift)), model(ids.roll(shift)))
-    assert counter.frame_count == 1
+    require_one_graph(model, ids)
 
 
 @pytest.mark.parametrize("backend", PACKED)

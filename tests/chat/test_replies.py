@@ -12,11 +12,10 @@ from nanochat.chat.conversation import Message, Part
 from nanochat.chat.replies import ChatSession, ReplyEngine, ToolCall
 from nanochat.chat.tools import calculate
 from nanochat.common.errors import UserError
-from nanochat.common.machine import Precision
-from nanochat.config.model_config import GPTConfig
 from nanochat.engine import Engine, KVCache, Sampling
 from nanochat.model.gpt import GPT
 from nanochat.tokenizer.tokenizer import SPECIALS, Tokenizer
+from tests.test_engine import tiny_gpt
 
 TEXTS = ["What is 347 + 589? 347+589 = 936. error count r in strawberry caf\u00e9 \U0001f40d"] * 4
 
@@ -28,22 +27,9 @@ def tokenizer():
 
 def random_gpt(tokenizer, *, sequence_len=192, favour=(), seed=0):
     """A random model in which nothing is zero, and which likes to say the special tokens in `favour`."""
-    config = GPTConfig(
-        n_layer=3,
-        n_embd=64,
-        n_head=2,
-        n_kv_head=1,
-        head_dim=32,
-        vocab_size=tokenizer.vocab_size,
-        sequence_len=sequence_len,
-        bigram=True,
-    )
-    model = GPT(config, Precision(torch.float32, "sdpa"))
-    generator = torch.Generator().manual_seed(seed)
+    shape = {"sequence_len": sequence_len, "n_layer": 3, "bigram": True, "vocab_size": tokenizer.vocab_size}
+    model = tiny_gpt(**shape, seed=seed)
     with torch.no_grad():
-        model.init_weights(seed)
-        for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
         for name in favour:
             model.head.weight[tokenizer.special_id(name)] *= 2
     return model

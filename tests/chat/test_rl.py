@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import random
-import signal
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +23,12 @@ from nanochat.distributed.world import World
 from nanochat.tokenizer.tokenizer import Tokenizer
 from nanochat.train import run as train_run
 from tests.chat import corpora
+from tests.dist.launch import lines
 from tests.dist.world import run_ranks
 from tests.reliability.figures import MakeFigure
-from tests.reliability.warm import WarmServer
-from tests.test_train import CLOCK, stop_after, weights
-from tests.tiny import read_metrics, tiny_corpus, train_tiny
+from tests.reliability.warm import resume_through_kills
+from tests.test_train import stop_after, weights
+from tests.tiny import flags_of, tiny_corpus, train_tiny
 
 STEPS = 6
 ARGS = RlArgs(
@@ -108,14 +105,8 @@ def reinforce(
     return train_run.run(plan, stage, Precision(precision, "sdpa"), world)
 
 
-def steps_of(run: str) -> list[dict[str, Any]]:
-    lines = read_metrics(files.run_dir(run) / "metrics.jsonl")
-    clock = (*CLOCK, "rollout_seconds")
-    return [{k: v for k, v in line.items() if k not in clock} for line in lines if line["kind"] == "step"]
-
-
 def mean_reward(run: str, steps: slice) -> float:
-    rewards = [line["reward"] for line in steps_of(run)][steps]
+    rewards = [line["reward"] for line in lines(run)][steps]
     return sum(rewards) / len(rewards)
 
 
@@ -124,11 +115,11 @@ def test_rewarded_replies_come_more_often() -> None:
     assert (summary["status"], summary["steps"]) == ("finished", 30)
     before, after = (mean_reward("rl", part) for part in (slice(0, 3), slice(-3, None)))
     assert after > before + 0.15
-    lines = steps_of("rl")
-    assert [line["step"] for line in lines if "kl" in line] == [0, 10, 20]
-    assert lines[0]["kl"] == 0 < lines[20]["kl"]
-    assert lines[0]["entropy"] > 0
-    assert lines[-1]["lr"] == pytest.approx(lines[0]["lr"] / 30)
+    steps = lines("rl")
+    assert [line["step"] for line in steps if "kl" in line] == [0, 10, 20]
+    assert steps[0]["kl"] == 0 < steps[20]["kl"]
+    assert steps[0]["entropy"] > 0
+    assert steps[-1]["lr"] == pytest.approx(steps[0]["lr"] / 30)
     config = json.loads((files.run_dir("rl") / "config.json").read_text())
     assert (config["finetune"]["stage"], config["finetune"]["base"]) == ("rl", "talks")
     assert config["finetune"]["settings"] == {
@@ -166,7 +157,7 @@ def test_it_begins_with_the_weights_of_the_base_alone() -> None:
 
 def test_it_computes_in_bf16_too() -> None:
     reinforce(num_iterations=2, dtype="bfloat16", precision=torch.bfloat16)
-    assert abs(steps_of("rl")[0]["kl"]) < 1e-3
+    assert abs(lines("rl")[0]["kl"]) < 1e-3
 
 
 @pytest.mark.parametrize("at", [1, 5])
@@ -177,7 +168,7 @@ def test_a_stopped_run_resumes_to_the_bit(at: int, monkeypatch: pytest.MonkeyPat
         stop_after(at, patch)
         assert reinforce(run="parts")["status"] == "stopped"
     reinforce(run="parts", resume="auto")
-    assert steps_of("parts") == steps_of("whole")
+    assert lines("parts") == lines("whole")
     assert weights("parts", STEPS) == weights("whole", STEPS)
 
 
@@ -188,7 +179,7 @@ def reinforce_rank(world: World, changes: dict[str, Any]) -> None:
 def test_two_ranks_learn_the_same(tmp_path: Path) -> None:
     reinforce(run="one", num_iterations=3)
     run_ranks(2, tmp_path, reinforce_rank, {"run": "two", "num_iterations": 3, "device_batch_size": 1})
-    for one, two in zip(steps_of("one"), steps_of("two"), strict=True):
+    for one, two in zip(lines("one"), lines("two"), strict=True):
         for name in ("reward", "loss", "grad_norm", "completions/mean_length"):
             assert two[name] == pytest.approx(one[name], rel=1e-4, abs=1e-6), name
 
@@ -257,35 +248,13 @@ def test_another_run_is_refused() -> None:
             reinforce(num_iterations=2, resume="auto", **changes)
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[WarmServer]:
-    with WarmServer() as started:
-        yield started
-
-
 @pytest.mark.slow
-def test_kills_at_random_moments_cost_nothing(server: WarmServer, tmp_path: Path, figure: MakeFigure) -> None:
+def test_kills_at_random_moments_cost_nothing(tmp_path: Path, figure: MakeFigure) -> None:
     """Twenty kills with SIGKILL, wherever they fall, and then the end: the same bits."""
     steps = 40
     reinforce(run="whole", num_iterations=steps, save_every=0)
-    rng, tried = random.Random(0), figure("P4", "kill -9 of chat_rl at a random moment, resumed to the end")
+    tried = figure("P4", "kill -9 of chat_rl at a random moment, resumed to the end")
     asked = dataclasses.replace(ARGS, run="parts", num_iterations=steps, resume="auto")
-    usual = dataclasses.asdict(RlArgs())
-    flags = [
-        f"--{name.replace('_', '-')}={value}"
-        for name, value in dataclasses.asdict(asked).items()
-        if value != usual[name]
-    ]
-    for number in range(20):
-        with tried.trial(number):
-            process = server.start(flags, tmp_path / f"{number}.log", "chat_rl")
-            time.sleep(rng.uniform(0.2, 2.5))
-            code = process.poll()
-            if code is None:
-                os.kill(process.pid, signal.SIGKILL)
-                process.wait()
-            else:
-                assert code == 0, (tmp_path / f"{number}.log").read_text()
-    assert server.start(flags, tmp_path / "end.log", "chat_rl").wait() == 0
+    resume_through_kills(flags_of(asked), tmp_path, "chat_rl", tried)
     assert weights("parts", steps) == weights("whole", steps)
-    assert steps_of("parts") == steps_of("whole")
+    assert lines("parts") == lines("whole")

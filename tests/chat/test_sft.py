@@ -4,11 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import random
-import signal
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +21,12 @@ from nanochat.config.arguments import SftArgs
 from nanochat.distributed.world import World
 from nanochat.train import run as train_run
 from tests.chat import corpora
+from tests.dist.launch import lines
 from tests.dist.world import run_ranks
 from tests.reliability.figures import MakeFigure
-from tests.reliability.warm import WarmServer
-from tests.test_train import CLOCK, stop_after, weights
-from tests.tiny import read_metrics, tiny_corpus, train_tiny
+from tests.reliability.warm import resume_through_kills
+from tests.test_train import stop_after, weights
+from tests.tiny import flags_of, tiny_corpus, train_tiny
 
 STEPS = 8
 ARGS = SftArgs(
@@ -79,19 +75,14 @@ def finetune(world: World | None = None, **changes: Any) -> dict[str, Any]:
     return train_run.run(plan, stage, Precision(torch.float32, "sdpa"), world)
 
 
-def steps_of(run: str) -> list[dict[str, Any]]:
-    lines = read_metrics(files.run_dir(run) / "metrics.jsonl")
-    return [{k: v for k, v in line.items() if k not in CLOCK} for line in lines if line["kind"] == "step"]
-
-
 def test_it_learns_and_is_a_run_like_any_other() -> None:
     summary = finetune(num_iterations=30, eval_every=10)
     assert (summary["status"], summary["steps"]) == ("finished", 30)
-    lines = read_metrics(files.run_dir("sft") / "metrics.jsonl")
-    bpb = [line["val_bpb"] for line in lines if line["kind"] == "eval"]
+    entries = lines("sft", "")
+    bpb = [line["val_bpb"] for line in entries if line["kind"] == "eval"]
     assert len(bpb) == 4
     assert bpb[-1] < bpb[0] - 0.2
-    assert all(line["supervised_tokens"] > 0 for line in lines if line["kind"] == "step")
+    assert all(line["supervised_tokens"] > 0 for line in entries if line["kind"] == "step")
     plan = json.loads((files.run_dir("sft") / "config.json").read_text())
     assert (plan["finetune"]["stage"], plan["finetune"]["base"], plan["finetune"]["base_step"]) == (
         "sft",
@@ -125,10 +116,10 @@ def test_the_horizon_is_an_epoch_and_rates_reach_zero() -> None:
     plan, stage = sft.prepare(dataclasses.replace(ARGS, num_iterations=None), World.single_process())
     assert plan.steps == -(-stage.loader.rows_per_epoch // plan.batch_rows)
     finetune(num_iterations=None, eval_every=0, run="epoch")
-    lines = steps_of("epoch")
-    assert lines[-1]["lr"] == pytest.approx(lines[0]["lr"] * 2 / plan.steps, rel=0.3)
-    assert all(line["lr"] > 0 for line in lines)
-    assert lines[-1]["epoch"] >= 1
+    steps = lines("epoch")
+    assert steps[-1]["lr"] == pytest.approx(steps[0]["lr"] * 2 / plan.steps, rel=0.3)
+    assert all(line["lr"] > 0 for line in steps)
+    assert steps[-1]["epoch"] >= 1
 
 
 @pytest.mark.parametrize("at", [1, 5])
@@ -138,7 +129,7 @@ def test_a_stopped_run_resumes_to_the_bit(at: int, monkeypatch: pytest.MonkeyPat
         stop_after(at, patch)
         assert finetune(run="parts")["status"] == "stopped"
     finetune(run="parts", resume="auto")
-    assert steps_of("parts") == steps_of("whole")
+    assert lines("parts") == lines("whole")
     assert weights("parts", STEPS) == weights("whole", STEPS)
 
 
@@ -178,11 +169,11 @@ def test_the_loss_depends_on_neither_ranks_nor_micro_batches(tmp_path: Path) -> 
         finetune(run=f"rows{rows}", device_batch_size=rows, **flags)
     for ranks in (2, 4):
         run_ranks(ranks, tmp_path, finetune_rank, {"run": f"ranks{ranks}", "device_batch_size": 1, **flags})
-    wanted = [line["loss"] for line in steps_of("one")]
-    norms = [line["grad_norm"] for line in steps_of("one")]
+    wanted = [line["loss"] for line in lines("one")]
+    norms = [line["grad_norm"] for line in lines("one")]
     for run in ("rows1", "rows2", "rows4", "ranks2", "ranks4"):
-        assert [line["loss"] for line in steps_of(run)] == pytest.approx(wanted, abs=1e-6), run
-        assert [line["grad_norm"] for line in steps_of(run)] == pytest.approx(norms, rel=1e-5), run
+        assert [line["loss"] for line in lines(run)] == pytest.approx(wanted, abs=1e-6), run
+        assert [line["grad_norm"] for line in lines(run)] == pytest.approx(norms, rel=1e-5), run
 
 
 @pytest.mark.parametrize(
@@ -200,41 +191,13 @@ def test_what_cannot_be_finetuned_is_refused(changes: dict[str, Any], text: str)
         finetune(**changes)
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[WarmServer]:
-    with WarmServer() as started:
-        yield started
-
-
-def flags_of(**changes: Any) -> list[str]:
-    """The command line of ARGS, with changes."""
-    asked = dataclasses.asdict(dataclasses.replace(ARGS, **changes))
-    usual = dataclasses.asdict(SftArgs())
-    given = {name: value for name, value in asked.items() if value != usual[name]}
-    return [
-        part
-        for name, value in given.items()
-        for part in (f"--{name.replace('_', '-')}", *(value if isinstance(value, tuple) else [str(value)]))
-    ]
-
-
 @pytest.mark.slow
-def test_kills_at_random_moments_cost_nothing(server: WarmServer, tmp_path: Path, figure: MakeFigure) -> None:
+def test_kills_at_random_moments_cost_nothing(tmp_path: Path, figure: MakeFigure) -> None:
     """Twenty kills with SIGKILL, wherever they fall, and then the end: the same bits."""
     steps = 60
     finetune(run="whole", num_iterations=steps, save_every=0, eval_every=20)
-    rng, tried = random.Random(0), figure("P4", "kill -9 of chat_sft at a random moment, resumed to the end")
-    flags = flags_of(run="parts", num_iterations=steps, eval_every=20, resume="auto")
-    for number in range(20):
-        with tried.trial(number):
-            process = server.start(flags, tmp_path / f"{number}.log", "chat_sft")
-            time.sleep(rng.uniform(0.2, 2.5))
-            code = process.poll()
-            if code is None:
-                os.kill(process.pid, signal.SIGKILL)
-                process.wait()
-            else:
-                assert code == 0, (tmp_path / f"{number}.log").read_text()
-    assert server.start(flags, tmp_path / "end.log", "chat_sft").wait() == 0
+    tried = figure("P4", "kill -9 of chat_sft at a random moment, resumed to the end")
+    asked = dataclasses.replace(ARGS, run="parts", num_iterations=steps, eval_every=20, resume="auto")
+    resume_through_kills(flags_of(asked), tmp_path, "chat_sft", tried)
     assert weights("parts", steps) == weights("whole", steps)
-    assert steps_of("parts") == steps_of("whole")
+    assert lines("parts") == lines("whole")

@@ -10,6 +10,8 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import random
+import signal
 import subprocess
 import sys
 import time
@@ -18,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.conftest import REPO
+from tests.reliability.figures import Figure
 
 
 class Warm:
@@ -78,6 +81,30 @@ class WarmServer:
         """Start base_train, or another command; what it prints goes to the log."""
         about = {"flags": flags, "log": str(log), "environment": dict(os.environ), "command": command}
         return Warm(self, self.ask(about))
+
+
+def resume_through_kills(flags: list[str], folder: Path, command: str, tried: Figure) -> None:
+    """Start a command 20 times, each time until a SIGKILL at a random moment, and then once to its end.
+
+    Args:
+        flags: with --resume=auto.
+        folder: for the logs.
+        command: the name of its script.
+        tried: has a trial for each start that is to be killed.
+    """
+    rng = random.Random(0)
+    with WarmServer() as server:
+        for number in range(20):
+            with tried.trial(number):
+                process = server.start(flags, folder / f"{number}.log", command)
+                time.sleep(rng.uniform(0.2, 2.5))
+                code = process.poll()
+                if code is None:
+                    os.kill(process.pid, signal.SIGKILL)
+                    process.wait()
+                else:
+                    assert code == 0, (folder / f"{number}.log").read_text()
+        assert server.start(flags, folder / "end.log", command).wait() == 0
 
 
 def _become(request: dict[str, Any]) -> None:
