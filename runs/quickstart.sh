@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # From nothing to a language model that answers: on any machine, without a GPU, with text that is already there
-# (Python's own sources and help) and conversations that are made on the spot. Ten minutes or so on two cores
+# (Python's own sources and help) and conversations that are made on the spot. Twelve minutes on two cores
 # after the installation.
 #
 #   bash runs/quickstart.sh
@@ -20,7 +20,7 @@ TRAIN=(
   --device-batch-size 16
   --num-iterations 250
   --eval-every 50
-  --eval-tokens 65536
+  --eval-tokens 32768
   --save-every 100
   --sample-every 100
   --keep-tails
@@ -31,8 +31,8 @@ EVAL=(--eval "core,bpb,sample" --eval-bundle mini --eval-tokens 65536)
 # What it learns then: to answer (SFT), and to reach for the calculator where that is right (RL).
 SFT_RUN=$RUN-sft
 RL_RUN=$RUN-rl
-SFT=(--data made --save-every 100)
-RL=(--task bigsum --num-iterations 60 --max-new-tokens 48 --save-every 20)
+SFT=(--data made --eval-tokens 32768 --save-every 100)
+RL=(--task bigsum --num-iterations 40 --max-new-tokens 48 --save-every 20)
 CHAT_EVAL=(--max-new-tokens 64)
 QUESTION="What is 347 + 589?"
 
@@ -52,7 +52,7 @@ fi
 step "report" "$PYTHON" -m scripts.report --run "$RUN"
 
 step "conversations" "$PYTHON" -m scripts.chat_data --corpus made
-ensure_chat_scores "$RUN" made --max-per-task 50 "${CHAT_EVAL[@]}" # what it answers before it has seen a conversation
+ensure_chat_scores "$RUN" made --max-per-task 20 "${CHAT_EVAL[@]}" # what it answers before it has seen a conversation
 step "SFT" "$PYTHON" -m scripts.chat_sft --base "$RUN" --run "$SFT_RUN" "${SFT[@]}" --resume auto
 ensure_chat_scores "$SFT_RUN" made "${CHAT_EVAL[@]}"
 step "RL" "$PYTHON" -m scripts.chat_rl --base "$SFT_RUN" --run "$RL_RUN" "${RL[@]}" --resume auto

@@ -8,18 +8,13 @@ from __future__ import annotations
 import json
 
 from nanochat.common import errors
-from nanochat.common.stop_signals import STOPPED, StoppedEarly, leave, leave_early, stop_signals
+from nanochat.common.stop_signals import heeding_signals
 
 
 @errors.cli
 def main() -> None:
     """Listen, train, and leave with the exit code that says how the run has ended."""
-    with stop_signals(has_work=False):
-        try:
-            status = train_as_asked()
-        except StoppedEarly:
-            leave_early()
-        leave(STOPPED if status == "stopped" else 0)
+    heeding_signals(train_as_asked)
 
 
 def train_as_asked() -> str:

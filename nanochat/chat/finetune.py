@@ -1,12 +1,15 @@
 """Plan of a finetune: that of the base run, with a schedule, a batch and learning rates of its own.
 
-SFT and RL share it. Whatever is not said here is as the base was trained: shape, optimizer, base rates.
+SFT and RL share it, and the way from arguments to a report. Whatever is not said here is as the base was
+trained: shape, optimizer, base rates.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+import json
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from nanochat.checkpoint.state import Base
 from nanochat.common.errors import UserError
@@ -14,6 +17,13 @@ from nanochat.config import plan as planning
 from nanochat.config.arguments import FinetuneFlags, TrainArgs
 from nanochat.config.plan import Finetune, Plan
 from nanochat.config.schedule import Schedule
+from nanochat.distributed import world
+from nanochat.distributed.world import World
+from nanochat.model import attention_backends
+from nanochat.train import run as train_run
+from nanochat.train.stage import Stage
+
+Flags = TypeVar("Flags", bound=FinetuneFlags)
 
 MOMENTUM_START, MOMENTUM_PEAK, MOMENTUM_STEPS = 0.85, 0.95, 300  # of Muon: karpathy/nanochat's SFT
 
@@ -75,6 +85,29 @@ def plan(
         schedule=schedule,
         finetune=Finetune(stage, base.run, base.step, base.sha256, _settings(args)),
     )
+
+
+def run(args: Flags, prepare: Callable[[Flags, World], tuple[Plan, Stage]]) -> str:
+    """Plan a finetune, train it and write its report; with --dry-run, print the plan alone.
+
+    Args:
+        args: of the command.
+        prepare: gives the plan and the stage.
+
+    Returns:
+        The status of the run.
+    """
+    with world.join(args.device_type, args.dist_timeout) as ranks:
+        planned, stage = prepare(args, ranks)
+        if args.dry_run:
+            ranks.print0(json.dumps(planned.to_dict(), indent=2))
+            return "planned"
+        precision, reason = attention_backends.choose_precision(
+            ranks.device, args.dtype, args.attention, False, ranks
+        )
+        for line in (reason, *planning.describe(planned), *planned.notices):
+            ranks.print0(line)
+        return train_run.conclude(train_run.run(planned, stage, precision, ranks), ranks)
 
 
 def _arguments(

@@ -1,8 +1,11 @@
 """Reinforcement learning with verifiable rewards: a chat model learns from its own replies, right or wrong.
 
 One trainer serves pretraining, SFT and RL. Here are the questions, the plan and the stage; the rollouts and
-their weights are `rollouts.py`. Moments of the optimizer begin at zero: those of SFT are of gradients many
-times larger, and their momentum would go on with SFT.
+their weights are `rollouts.py`.
+
+The optimizer is gradient descent with momentum, at one rate for all weights. Muon and Adam make a step as
+long as their rate says, whatever the gradient, so where the rewards say little, weights wander: at depth 4
+that cost other tasks up to 13 points, and plain descent costs them nothing (dev/LOG.md, 2026-12-01).
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ from nanochat.checkpoint.async_saver import Saver
 from nanochat.checkpoint.state import Base, TrainState
 from nanochat.common.errors import UserError
 from nanochat.config.arguments import RlArgs
-from nanochat.config.plan import Plan
+from nanochat.config.plan import GroupPlan, Plan
 from nanochat.data.packing import shuffled
 from nanochat.distributed.world import World
 from nanochat.model.gpt import GPT
@@ -31,9 +34,11 @@ from nanochat.tokenizer.tokenizer import Tokenizer
 from nanochat.train.hooks import Hook, saving
 from nanochat.train.run_log import RunLog
 
-BIGSUM_STEPS = 60
+BIGSUM_STEPS = 40
 # Of a micro-batch, in rows of the whole context: replies are shorter, so that there are more of them.
 ROWS = 4
+# AdamW's denominator is sqrt(v) + eps, and sqrt(v) of these gradients is far below 1: what is left is m.
+DESCENT = GroupPlan("adamw", lr=1.0, beta1=0.9, beta2=0.999, eps=1.0, weight_decay=0.0)
 
 _order = functools.lru_cache(2)(shuffled)
 
@@ -91,13 +96,13 @@ class Rl:
     def make_loader(self, plan: Plan, model: GPT, world: World) -> RolloutLoader:
         """The rollouts of the model from step 0 on; beside it stands the base, to measure the KL from."""
         reference = copy.deepcopy(model)
-        reference.load_state_dict(self.base.weights)
+        self.base.give_weights(reference)
         models, rows = (model, reference), plan.device_batch_size
         return RolloutLoader(*models, self.tokenizer, self.questions.ask, self.args, world, rows)
 
     def begin(self, state: TrainState, world: World) -> None:
         """Take the weights of the base."""
-        state.model.load_state_dict(self.base.weights)
+        self.base.give_weights(state.model)
         world.print0(f"begins with step {self.base.step} of run {self.base.run}: weights alone")
 
     def hooks(self, plan: Plan, saver: Saver, world: World, log: RunLog) -> list[Hook]:
@@ -140,7 +145,8 @@ def prepare(args: RlArgs, world: World) -> tuple[Plan, Rl]:
         batch_tokens=batch_rows * base.model.sequence_len,
         steps=steps,
         warmdown_steps=steps,
-        lr_frac=args.init_lr_frac,
+        lr_frac=1.0,
         document_mask=False,  # a reply has a row of its own
     )
-    return plan, Rl(args, base, questions)
+    groups = dict.fromkeys(plan.groups, dataclasses.replace(DESCENT, lr=args.lr))
+    return dataclasses.replace(plan, groups=groups), Rl(args, base, questions)

@@ -6,19 +6,18 @@ The number of steps is known at once, since every conversation is measured and p
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 from functools import cached_property
 
 from torch import Tensor
 
 from nanochat.chat import corpus, evaluate, finetune, loader
+from nanochat.chat.corpus import Mixture
 from nanochat.chat.loader import ChatLoader
 from nanochat.checkpoint import state as checkpoint_state
 from nanochat.checkpoint.async_saver import Saver
 from nanochat.checkpoint.state import Base, TrainState
 from nanochat.common.stop_signals import requested
-from nanochat.config import plan as planning
 from nanochat.config.arguments import SftArgs
 from nanochat.config.plan import Plan
 from nanochat.distributed.world import World
@@ -35,6 +34,7 @@ class Sft:
 
     args: SftArgs
     base: Base
+    mixture: Mixture
     loader: ChatLoader
 
     @property
@@ -54,7 +54,8 @@ class Sft:
 
     def begin(self, state: TrainState, world: World) -> None:
         """Take the weights and moments of the base."""
-        self.base.warm_start(state)
+        self.base.give_weights(state.model)
+        self.base.give_moments(state)
         world.print0(f"begins with step {self.base.step} of run {self.base.run}: weights and moments")
 
     def hooks(self, plan: Plan, saver: Saver, world: World, log: RunLog) -> list[Hook]:
@@ -80,7 +81,7 @@ class Validation:
         """(inputs, targets) of each source; made once, at the first validation."""
         args = self.stage.args
         by_source = loader.validation(
-            corpus.mixture(args.data),
+            self.stage.mixture,
             self.stage.tokenizer,
             sequence_len=self.plan.model.sequence_len,
             rows=self.plan.device_batch_size,
@@ -96,14 +97,15 @@ class Validation:
             for source, counts in self.stage.loader.counts.items():
                 told = ", ".join(f"{count:,} {name}" for name, count in counts.items())
                 self.log.record("chat_data", 0, f"{source}: {told}", source=source, **counts)
-        if len(self.batches) > 1:
-            for source, batches in self.batches.items():
-                found = bits_per_byte.evaluate(state.model, batches, token_bytes, self.world, requested)
+        whole = bits_per_byte.Sums()
+        for source, batches in self.batches.items():
+            sums = bits_per_byte.add_up(state.model, batches, token_bytes, self.world, requested)
+            whole += sums
+            if len(self.batches) > 1:
+                found = sums.validation()
                 line = f"step {state.step:5d}/{self.plan.steps} | {source}: {found.bpb:.4f} bits per byte"
                 self.log.record("chat_val", state.step, line, source=source, bpb=found.bpb, loss=found.loss)
-        whole = itertools.chain.from_iterable(self.batches.values())
-        found = bits_per_byte.evaluate(state.model, whole, token_bytes, self.world, requested)
-        record_validation(self.plan, state, found, self.log)
+        record_validation(self.plan, state, whole.validation(), self.log)
 
 
 def prepare(args: SftArgs, world: World) -> tuple[Plan, Sft]:
@@ -115,12 +117,11 @@ def prepare(args: SftArgs, world: World) -> tuple[Plan, Sft]:
     """
     finetune.require_base(args, "chat_sft")
     base = checkpoint_state.read_base(args.base, args.base_step)
-    of_base = planning.plan(base.args, base.model.vocab_size, 1)
-    length = base.model.sequence_len
-    batch_tokens = args.total_batch_size or of_base.batch_tokens
+    length, mixture = base.model.sequence_len, corpus.mixture(args.data)
+    batch_tokens = args.total_batch_size or base.batch_tokens
     rows = max(1, batch_tokens // length)
     conversations = ChatLoader(
-        corpus.mixture(args.data),
+        mixture,
         base.tokenizer,
         sequence_len=length,
         rows_per_batch=rows,
@@ -140,4 +141,4 @@ def prepare(args: SftArgs, world: World) -> tuple[Plan, Sft]:
         lr_frac=args.init_lr_frac,
         document_mask=args.document_mask,
     )
-    return plan, Sft(args, base, conversations)
+    return plan, Sft(args, base, mixture, conversations)

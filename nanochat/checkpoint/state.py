@@ -272,8 +272,8 @@ class Base:
         folder: the checkpoint.
         sha256: hex digest of its manifest, which has those of all its files.
         args: the arguments of the run.
+        batch_tokens: of its plan.
         model: the shape of the model.
-        weights: fp32, by name, in host memory.
         tokenizer: of the run.
         finetune: what the run has begun with itself; None for a base model.
     """
@@ -283,19 +283,27 @@ class Base:
     folder: Path
     sha256: str
     args: TrainArgs
+    batch_tokens: int
     model: GPTConfig
-    weights: dict[str, Tensor]
     tokenizer: Tokenizer
     finetune: dict[str, Any] | None
 
-    def warm_start(self, state: TrainState) -> None:
-        """Give a run at step 0 these weights and moments; counters and data stay at their beginning.
+    def give_weights(self, model: GPT) -> None:
+        """Give a model of this shape these weights. They are read here: a run would hold them to its end.
 
         Raises:
             UserError: the checkpoint is of another shape, or damaged.
         """
-        _require_fit(self.weights, state.model, self.folder / MODEL)
-        state.model.load_state_dict(self.weights)
+        weights = checkpoint_format.read_tensors(self.folder / MODEL)
+        _require_fit(weights, model, self.folder / MODEL)
+        model.load_state_dict(weights)
+
+    def give_moments(self, state: TrainState) -> None:
+        """Give a run at step 0 the moments of this one; counters and data stay at their beginning.
+
+        Raises:
+            UserError: they are of another shape, or damaged.
+        """
         _load_moments(state, self.folder)
 
 
@@ -325,8 +333,8 @@ def _read_base(run: str, folder: Path) -> Base:
         folder,
         files.sha256(folder / checkpoint_format.MANIFEST),
         args,
+        plan["batch_tokens"],
         _model_config(plan["model"], weights, folder / STATE),
-        weights,
         _tokenizer_of(run, args, meta),
         plan["finetune"],
     )

@@ -107,6 +107,21 @@ def leave_early() -> NoReturn:
     leave(STOPPED)
 
 
+def heeding_signals(work: Callable[[], str]) -> NoReturn:
+    """Do the work of a command of training, and end the process with the exit code that says how it ended.
+
+    Args:
+        work: from the arguments to the report; returns the status of the run. It imports what it needs
+            itself: signals are heard before libraries are loaded, which takes seconds.
+    """
+    with stop_signals(has_work=False):
+        try:
+            status = work()
+        except StoppedEarly:
+            leave_early()
+        leave(STOPPED if status == "stopped" else 0)
+
+
 def _note(number: int, frame: FrameType | None) -> None:
     _requested.set()
     if _has_work.is_set():

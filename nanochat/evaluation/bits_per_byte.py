@@ -5,8 +5,10 @@ Models of other vocabularies can be compared by it, where nats per token cannot.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
+import operator
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -95,14 +97,44 @@ def batches_of(
     return ValBatches(corpus, tokenizer, sequence_len, rows, world, max_tokens, split, keep_tails)
 
 
-def evaluate(
+@dataclass(frozen=True)
+class Sums:
+    """What validation figures are made of; those of several sources can be added.
+
+    Attributes:
+        spelled_nats: loss of the targets that spell bytes.
+        n_bytes: that they spell.
+        nats: loss of all targets that count.
+        tokens: how many those are.
+    """
+
+    spelled_nats: float = 0.0
+    n_bytes: float = 0.0
+    nats: float = 0.0
+    tokens: float = 0.0
+
+    def __add__(self, other: Sums) -> Sums:
+        """The sums over both."""
+        return Sums(*map(operator.add, dataclasses.astuple(self), dataclasses.astuple(other)))
+
+    def validation(self) -> Validation:
+        """Bits per byte and loss.
+
+        Raises:
+            UserError: no target spells a byte.
+        """
+        _require_bytes(self.n_bytes)
+        return Validation(bits_per_byte(self.spelled_nats, int(self.n_bytes)), self.nats / self.tokens)
+
+
+def add_up(
     model: GPT,
     batches: Batches,
     token_bytes: np.ndarray,
     world: World,
     stop_requested: Callable[[], bool] = lambda: False,
-) -> Validation:
-    """Bits per byte and loss of a model over batches, each rank giving its own.
+) -> Sums:
+    """Losses and bytes of a model over batches, each rank giving its own.
 
     Tokens that spell no bytes (the special ones) count in the loss, and neither in the bits nor in the bytes.
 
@@ -115,7 +147,6 @@ def evaluate(
 
     Raises:
         Stopped: by `stop_requested`.
-        UserError: no batch on any rank has a token that spells a byte.
     """
     # fp32 sums of one batch, added in float64 at the end: no wait for the device, no loss of digits.
     wanted = itertools.takewhile(lambda _: not stop_requested(), batches)
@@ -125,11 +156,26 @@ def evaluate(
     ]
     parts = [torch.stack(part).to("cpu", torch.float64).sum() for part in zip(*sums, strict=True)]
     mine = torch.stack(parts) if parts else torch.zeros(4, dtype=torch.float64)
-    spelled_nats, total_bytes, all_nats, tokens = _summed(mine, world)
+    summed = Sums(*_summed(mine, world))
     if world.any_rank(stop_requested()):
         raise Stopped
-    _require_bytes(total_bytes)
-    return Validation(bits_per_byte(spelled_nats, int(total_bytes)), all_nats / tokens)
+    return summed
+
+
+def evaluate(
+    model: GPT,
+    batches: Batches,
+    token_bytes: np.ndarray,
+    world: World,
+    stop_requested: Callable[[], bool] = lambda: False,
+) -> Validation:
+    """Bits per byte and loss of a model over batches; arguments as in `add_up`.
+
+    Raises:
+        Stopped: by `stop_requested`.
+        UserError: no batch on any rank has a token that spells a byte.
+    """
+    return add_up(model, batches, token_bytes, world, stop_requested).validation()
 
 
 def profile_bpb(
