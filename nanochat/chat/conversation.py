@@ -108,9 +108,9 @@ class _Arguments(TypedDict):
 class _Known(TypedDict, total=False):
     """What a row, a message and a tool call may have, with the same meaning and type in each."""
 
-    id: str | None
+    id: str | int | None
     source: str | None
-    tool_call_id: str | None
+    tool_call_id: str | int | None
     messages: list[Any]
     conversations: list[Any]
 
@@ -235,14 +235,16 @@ class _Reader:
             except ValueError as error:
                 _refuse(self.where, f"{at} is not JSON ({error})")
             _require(arguments, _Arguments, at, self.where)
-            key = call.get("id") or str(index)
+            given = call.get("id")
+            key = str(index if given is None else given)
             if key in self.calls:
                 _refuse(self.where, f"{name}[{index}].id is {shown(key)}, as that of another call")
             self.calls[key] = self._text(arguments["expression"], f"{at}.expression")
 
     def _add_result(self, entry: dict[str, Any], name: str, output: str) -> None:
         _require(entry, _Known, name, self.where)
-        key = entry.get("tool_call_id") or next(iter(self.calls))
+        given = entry.get("tool_call_id")
+        key = next(iter(self.calls)) if given is None else str(given)
         if key not in self.calls:
             at = f"{name}.tool_call_id is {shown(key)}"
             _refuse(self.where, f"{at}, expected the id of a call that has no result yet")

@@ -207,6 +207,16 @@ def test_results_of_parallel_calls_stand_behind_their_calls():
         read(U, asked, first, first)
 
 
+def test_ids_may_be_numbers():
+    asked = {"role": "assistant", "content": "", "tool_calls": [call("1+1", id=1), call("2+2", id=0)]}
+    second, first = (
+        {"role": "tool", "tool_call_id": key, "content": value} for key, value in ((0, "4"), (1, "2"))
+    )
+    outputs = [part.text for part in read(U, asked, second, first)[1].parts]
+    assert outputs == ["2+2", "4", "1+1", "2"]
+    assert conversation.read({"messages": [U, A], "id": 7}, "x") == read(U, A)
+
+
 def test_sharegpt_and_lists_of_texts_are_read():
     lines = [
         {"from": "system", "value": "s"},
@@ -268,7 +278,8 @@ BAD = [
     ({}, "messages is missing"),
     ({"messages": []}, "messages holds no message of the user"),
     ({"messages": {}}, "messages is an object, expected a list"),
-    ({"messages": [U, A], "id": 3}, "id is 3, expected a text or null"),
+    ({"messages": [U, A], "id": [3]}, "id is a list, expected a text or a whole number"),
+    ({"messages": [U, A], "tool_call_id": 1.5}, "tool_call_id is 1.5, expected a text or a whole number"),
     ({"messages": [U, A], "source": []}, "source is a list, expected a text or null"),
     ([U, "yes"], "messages[1] is 'yes', expected an object"),
     ([U], "the last message is the user's, expected a reply"),
@@ -302,7 +313,7 @@ BAD = [
         calling(call("1", name="search")),
         "messages[1].tool_calls[0].function.name is 'search', expected 'calculator'",
     ),
-    (calling(call("1", id=3)), "messages[1].tool_calls[0].id is 3, expected a text or null"),
+    (calling(call("1", id=[])), "messages[1].tool_calls[0].id is a list, expected a text or a whole number"),
     (
         calling(call("1", id="a"), call("1", id="a")),
         "messages[1].tool_calls[1].id is 'a', as that of another call",
@@ -321,7 +332,7 @@ BAD = [
     ([*calling(call("1"))[:2], {"role": "tool", "content": None}], "messages[2].content is null"),
     (
         [*calling(call("1"))[:2], {"role": "tool", "content": "1", "tool_call_id": 7}],
-        "messages[2].tool_call_id is 7",
+        "messages[2].tool_call_id is '7', expected the id of a call that has no result yet",
     ),
     (calling(call("1"))[:2], "messages ends with a tool call"),
     (
