@@ -32,8 +32,8 @@ EVAL=(--eval "core,bpb,sample" --eval-bundle mini --eval-tokens 65536)
 SFT_RUN=$RUN-sft
 RL_RUN=$RUN-rl
 SFT=(--data made --eval-tokens 32768 --save-every 100)
-RL=(--task bigsum --num-iterations 40 --max-new-tokens 48 --save-every 20)
-CHAT_EVAL=(--max-new-tokens 64)
+RL=(--task bigsum --num-iterations 32 --max-new-tokens 48 --save-every 16)
+CHAT_EVAL=(--max-new-tokens 64 --max-per-task 200)
 QUESTION="What is 347 + 589?"
 
 ensure_environment plots
@@ -52,7 +52,7 @@ fi
 step "report" "$PYTHON" -m scripts.report --run "$RUN"
 
 step "conversations" "$PYTHON" -m scripts.chat_data --corpus made
-ensure_chat_scores "$RUN" made --max-per-task 20 "${CHAT_EVAL[@]}" # what it answers before it has seen a conversation
+ensure_chat_scores "$RUN" made "${CHAT_EVAL[@]}" --max-per-task 20 # what it answers before it has seen a conversation
 step "SFT" "$PYTHON" -m scripts.chat_sft --base "$RUN" --run "$SFT_RUN" "${SFT[@]}" --resume auto
 ensure_chat_scores "$SFT_RUN" made "${CHAT_EVAL[@]}"
 step "RL" "$PYTHON" -m scripts.chat_rl --base "$SFT_RUN" --run "$RL_RUN" "${RL[@]}" --resume auto

@@ -35,7 +35,7 @@ Row = dict[str, Any]  # a JSON object: messages, id, source, and what judges it
 # The word list begins with the commonest. The first are what is repeated and counted in, fewer are spelt:
 # spelling is recall, and a word has to be seen often.
 COPIED_WORDS = 1200
-SPELT_WORDS = 500
+SPELT_WORDS = 300
 TEST_PERCENT = 12  # of the items or wordings of a task
 LETTERS = "ABCD"
 ONLY_THE_LETTER = "Respond only with the letter of the correct answer."
@@ -276,16 +276,16 @@ class Task(NamedTuple):
 
 
 TASKS = {
-    "calc": Task(_calc, "number", 12),
-    "unit": Task(_unit, "number", 7),
-    "date": Task(_date, "exact", 11),
-    "identity": Task(_identity, "phrase", 5),
+    "calc": Task(_calc, "number", 9),
+    "unit": Task(_unit, "number", 6),
+    "date": Task(_date, "exact", 9),
+    "identity": Task(_identity, "phrase", 4),
     "count": Task(_count, "number", 9),
     "repeat": Task(_repeat, "exact", 20),
-    "spell": Task(_spell, "exact", 16),
+    "spell": Task(_spell, "exact", 13),
     "spell-new": Task(_spell_new, "exact", 0),
-    "choice": Task(_choice, "letter", 7),
-    "choice-steps": Task(_choice_steps, "exact", 7),
+    "choice": Task(_choice, "letter", 8),
+    "choice-steps": Task(_choice_steps, "exact", 12),
     "choice-mixed": Task(_choice_mixed, "letter", 0),
     "pydoc": Task(_pydoc, "f1", 1),
     "bigsum": Task(_bigsum, "number", 8),

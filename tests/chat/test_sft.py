@@ -161,6 +161,7 @@ def finetune_rank(world: World, changes: dict[str, Any]) -> None:
     finetune(world, **changes)
 
 
+@pytest.mark.slow
 def test_the_loss_depends_on_neither_ranks_nor_micro_batches(tmp_path: Path) -> None:
     """Micro-batches of 1 to 8 rows, and 1, 2 and 4 ranks: the same losses to 1e-6, the same gradients."""
     flags = {"num_iterations": 3, "eval_every": 0}

@@ -334,6 +334,7 @@ class Console:
         self._pid, self._fd = pty.fork()
         if self._pid == 0:
             os.chdir(REPO)
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # who works in the background ignores it
             argv = [
                 sys.executable,
                 "-m",
@@ -418,6 +419,7 @@ def test_ctrl_c_ends_a_reply_and_keys_at_the_prompt_leave(base: Path, keys: str,
     assert "Traceback" not in console.shown
 
 
+@pytest.mark.slow
 def test_one_message_from_a_pipe(base: Path) -> None:
     asked = run_cli(base, "--run=chat", input=f"{SUM}\n")
     assert (asked.returncode, asked.stdout, asked.stderr) == (0, "347 + 589 = 936.\n", "347+589 = 936\n")
