@@ -268,7 +268,7 @@ class ChatDataArgs:
     files: tuple[str, ...] = flag((), "jsonl files of conversations, or folders (corpus local)", path=True)
     val_file: str = flag("", "the file among them that is for validation (corpus local)", path=True)
     name: str = flag("", "name of the corpus folder; by default the corpus's name", names="data")
-    conversations: int = flag(27_000, "training conversations (corpus made)", 1, 10**8)
+    conversations: int = flag(28_000, "training conversations (corpus made)", 1, 10**8)
     seed: int = flag(0, "seed of the conversations (corpus made)", 0)
     skip_bad: bool = flag(False, "leave out conversations that cannot be used, and say how many")
     list: bool = flag(False, "list the chat corpora that are there")
@@ -332,7 +332,7 @@ class RlArgs(FinetuneFlags):
     prompts: int = flag(16, "prompts of a step", 1, 2**20)
     samples: int = flag(8, "replies to each prompt", 2, 2**16)
     max_new_tokens: int = flag(256, "tokens of a reply at most", 1, 2**24)
-    lr: float = flag(0.001, "learning rate of all weights at the first step", 0, 1000)
+    lr: float = flag(0.002, "learning rate of all weights at the first step", 0, 1000)
 
 
 @dataclass(frozen=True)

@@ -252,4 +252,4 @@ def test_half_of_the_big_sums_are_done_without_the_tool_and_right() -> None:
 
 
 BARE = (0.45, 0.55)
-GOLDEN = "64cd2307e1c69086048a8fd278c2652ebad5b9368760a837798bcdb0edb3387f"
+GOLDEN = "e797b3e92ff0d00cb2377e0621763255b74a7ed5b9b1b947f81c5631d6129f87"
