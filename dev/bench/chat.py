@@ -117,7 +117,7 @@ def seed_figures(seed: int, with_rl: bool) -> dict[str, Any]:
         "calc without the tool": rate(answers(sft, "calc", "no-tools", "--no-tools")["calc"]),
     }
     if with_rl:
-        for name, module in (("rl", "scripts.chat_rl"), ("shuffled", "dev.bench.shuffled_rewards")):
+        for name, module in (("rl", "scripts.chat_rl"), ("rl-shuffled", "dev.bench.shuffled_rewards")):
             seconds[name] = trained(module, f"floor{seed}-{name}", "--base", sft, *RL.split(), *at)
             figures[name] = changes(sft, f"floor{seed}-{name}", after_sft)
     return figures | {"seconds": seconds}
@@ -136,7 +136,7 @@ def changes(sft: str, rl: str, before: dict[str, dict[str, bool]]) -> dict[str, 
 
 def control_figures() -> dict[str, Any]:
     """What a base model answers, and one that has learned replies to other questions."""
-    tasks, control = ",".join(FLOORS), "floor0-shuffled"
+    tasks, control = ",".join(FLOORS), "floor0-replies"
     trained("scripts.chat_sft", control, "--base", "floor0", "--data", shuffled_corpus(), *SFT.split())
     runs = {"base model": "floor0", "replies to other questions": control}
     found = {name: answers(run, tasks, "greedy", "--max-per-task", "100") for name, run in runs.items()}
@@ -152,7 +152,7 @@ def misses(figures: dict[str, Any]) -> list[str]:
         if (without := one["calc without the tool"]["rate"]) >= WITHOUT_TOOL:
             wrong.append(f"calc without the tool {without:.3f}")
         for way in ("greedy", "sampled") if "rl" in one else ():
-            real, shuffled = one["rl"][way], one["shuffled"][way]
+            real, shuffled = one["rl"][way], one["rl-shuffled"][way]
             if real["gain"] < RAISED or real["p"] >= MOST_P:
                 wrong.append(f"RL, {way}: {real}")
             if abs(shuffled["gain"]) >= MOVED:

@@ -34,7 +34,7 @@ from nanochat.tokenizer.tokenizer import Tokenizer
 from nanochat.train.hooks import Hook, saving
 from nanochat.train.run_log import RunLog
 
-BIGSUM_STEPS = 32
+BIGSUM_STEPS = 48
 # Of a micro-batch, in rows of the whole context: replies are shorter, so that there are more of them.
 ROWS = 4
 # AdamW's denominator is sqrt(v) + eps, and sqrt(v) of these gradients is far below 1: what is left is m.

@@ -332,7 +332,7 @@ class RlArgs(FinetuneFlags):
     prompts: int = flag(16, "prompts of a step", 1, 2**20)
     samples: int = flag(8, "replies to each prompt", 2, 2**16)
     max_new_tokens: int = flag(256, "tokens of a reply at most", 1, 2**24)
-    lr: float = flag(0.002, "learning rate of all weights at the first step", 0, 1000)
+    lr: float = flag(0.0012, "learning rate of all weights at the first step", 0, 1000)
 
 
 @dataclass(frozen=True)
