@@ -5,7 +5,7 @@ their weights are `rollouts.py`.
 
 The optimizer is gradient descent with momentum, at one rate for all weights. Muon and Adam make a step as
 long as their rate says, whatever the gradient, so where the rewards say little, weights wander: at depth 4
-that cost other tasks up to 13 points, and plain descent costs them nothing (dev/LOG.md, 2026-12-01).
+that cost other tasks up to 13 points, and plain descent costs them 2 at most (dev/LOG.md, 2026-12-01).
 """
 
 from __future__ import annotations
