@@ -198,3 +198,26 @@ def test_whoever_waits_for_a_shard_hears_the_stop(tmp_path: Path) -> None:
         signal.raise_signal(signal.SIGTERM)
         with pytest.raises(signals_module.Stopped):
             pending_download.wait_for(tmp_path / "shard_00001.parquet")
+
+
+def test_an_early_signal_that_other_code_makes_another_error_of_ends_the_run_as_one() -> None:
+    program = """
+import os, signal
+from nanochat.common.stop_signals import heeding_signals
+
+def work():
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+        sum(range(10**8))
+    except KeyboardInterrupt as interrupt:  # as what is written in Rust does
+        raise BaseException("panic") from interrupt
+
+heeding_signals(work)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == STOPPED, done.stderr
+    assert done.stderr.splitlines() == [
+        "warning: stopped by a signal before the first step: there was nothing to save"
+    ]

@@ -117,8 +117,10 @@ def heeding_signals(work: Callable[[], str]) -> NoReturn:
     with stop_signals(has_work=False):
         try:
             status = work()
-        except StoppedEarly:
-            leave_early()
+        except BaseException:  # code that is not ours may make another error of StoppedEarly: Rust panics
+            if requested() and not _has_work.is_set():
+                leave_early()
+            raise
         leave(STOPPED if status == "stopped" else 0)
 
 
