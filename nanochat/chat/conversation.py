@@ -235,21 +235,24 @@ class _Reader:
             except ValueError as error:
                 _refuse(self.where, f"{at} is not JSON ({error})")
             _require(arguments, _Arguments, at, self.where)
-            given = call.get("id")
-            key = str(index if given is None else given)
+            key = _id(call, "id") or str(index)
             if key in self.calls:
                 _refuse(self.where, f"{name}[{index}].id is {shown(key)}, as that of another call")
             self.calls[key] = self._text(arguments["expression"], f"{at}.expression")
 
     def _add_result(self, entry: dict[str, Any], name: str, output: str) -> None:
         _require(entry, _Known, name, self.where)
-        given = entry.get("tool_call_id")
-        key = next(iter(self.calls)) if given is None else str(given)
+        key = _id(entry, "tool_call_id") or next(iter(self.calls))
         if key not in self.calls:
             at = f"{name}.tool_call_id is {shown(key)}"
             _refuse(self.where, f"{at}, expected the id of a call that has no result yet")
         self.turns[-1][1].extend((Part("python", self.calls.pop(key)), Part("python_output", output)))
         self._last = "call" if self.calls else "result"
+
+
+def _id(fields: dict[str, Any], name: str) -> str:
+    """An id as a text, however it is written; empty where there is none."""
+    return "" if fields.get(name) is None else str(fields[name])
 
 
 def _require(value: object, shape: Any, name: str, where: str) -> None:

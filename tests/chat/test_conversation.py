@@ -217,6 +217,12 @@ def test_ids_may_be_numbers():
     assert conversation.read({"messages": [U, A], "id": 7}, "x") == read(U, A)
 
 
+def test_an_empty_id_is_none():
+    asked = {"role": "assistant", "content": "", "tool_calls": [call("1+1", id=""), call("2+2", id="")]}
+    results = ({"role": "tool", "tool_call_id": "", "content": value} for value in "24")
+    assert [part.text for part in read(U, asked, *results)[1].parts] == ["1+1", "2", "2+2", "4"]
+
+
 def test_sharegpt_and_lists_of_texts_are_read():
     lines = [
         {"from": "system", "value": "s"},
