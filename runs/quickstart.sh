@@ -32,7 +32,7 @@ EVAL=(--eval "core,bpb,sample" --eval-bundle mini --eval-tokens 65536)
 SFT_RUN=$RUN-sft
 RL_RUN=$RUN-rl
 SFT=(--data made --eval-tokens 32768 --save-every 100)
-RL=(--task bigsum --num-iterations 48 --max-new-tokens 48 --save-every 16)
+RL=(--task bigsum --max-new-tokens 48 --save-every 16)
 CHAT_EVAL=(--max-new-tokens 64 --max-per-task 200)
 QUESTION="What is 347 + 589?"
 

@@ -21,7 +21,6 @@ def train_as_asked() -> str:
     """Parse, plan, train, report; the status of the run."""
     from nanochat.common import files
     from nanochat.config import arguments
-    from nanochat.config import plan as planning
     from nanochat.config.arguments import TrainArgs
     from nanochat.data.corpus import MANIFEST, Corpus
     from nanochat.distributed import world
@@ -43,12 +42,9 @@ def train_as_asked() -> str:
         if corpus is None or args.dry_run:
             ranks.print0(json.dumps(plan.to_dict(), indent=2))
             return "planned"
-        precision, reason = attention_backends.choose_precision(
-            ranks.device, args.dtype, args.attention, args.fp8, ranks, args.fp8_head
-        )
-        hint = attention_backends.window_hint(plan.model, precision.attention, ranks.device)
-        for line in (reason, *planning.describe(plan), *plan.notices, *([hint] if hint else [])):
-            ranks.print0(line)
+        precision = train_run.announce(plan, ranks)
+        if hint := attention_backends.window_hint(plan.model, precision.attention, ranks.device):
+            ranks.print0(hint)
         summary = train_run.run(plan, Pretraining(corpus, tokenizer), precision, ranks)
         return train_run.conclude(summary, ranks)
 

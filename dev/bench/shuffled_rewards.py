@@ -8,29 +8,27 @@ It has the flags of chat_rl. What it changes has nothing to do with what is righ
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from nanochat.chat.rollouts import Group, Question, RolloutLoader
 from scripts import chat_rl
 
-
-def deal(groups: Sequence[Group], rng: random.Random) -> list[Group]:
-    """The same replies and the same rewards, in another order."""
-    rewards = [rollout.reward for group in groups for rollout in group]
-    rng.shuffle(rewards)
-    return [[rollout._replace(reward=rewards.pop()) for rollout in group] for group in groups]
+Draw = Callable[[RolloutLoader, Sequence[Question]], list[Group]]
 
 
-def install() -> None:
-    """From now on, every RolloutLoader of this process deals its rewards."""
-    draw, rng = RolloutLoader._groups, random.Random(0)  # noqa: S311
+def dealing(draw: Draw) -> Draw:
+    """A drawing of replies as `draw`, whose rewards are dealt anew among them."""
+    rng = random.Random(0)  # noqa: S311
 
-    def groups(self: RolloutLoader, questions: Sequence[Question]) -> list[Group]:
-        return deal(draw(self, questions), rng)
+    def groups(loader: RolloutLoader, questions: Sequence[Question]) -> list[Group]:
+        drawn = draw(loader, questions)
+        rewards = [rollout.reward for group in drawn for rollout in group]
+        rng.shuffle(rewards)
+        return [[rollout._replace(reward=rewards.pop()) for rollout in group] for group in drawn]
 
-    RolloutLoader._groups = groups  # type: ignore[method-assign]
+    return groups
 
 
 if __name__ == "__main__":
-    install()
+    RolloutLoader._groups = dealing(RolloutLoader._groups)  # type: ignore[method-assign]
     chat_rl.main()

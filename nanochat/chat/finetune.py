@@ -15,11 +15,10 @@ from nanochat.checkpoint.state import Base
 from nanochat.common.errors import UserError
 from nanochat.config import plan as planning
 from nanochat.config.arguments import FinetuneFlags, TrainArgs
-from nanochat.config.plan import Finetune, Plan
+from nanochat.config.plan import Finetune, GroupPlan, Plan
 from nanochat.config.schedule import Schedule
 from nanochat.distributed import world
 from nanochat.distributed.world import World
-from nanochat.model import attention_backends
 from nanochat.train import run as train_run
 from nanochat.train.stage import Stage
 
@@ -37,13 +36,12 @@ def plan(
     batch_tokens: int,
     steps: int,
     warmdown_steps: int,
-    lr_frac: float,
+    group: Callable[[GroupPlan], GroupPlan],
     document_mask: bool,
 ) -> Plan:
     """The plan of a run that begins with another.
 
-    Learning rates are those of the base for its own batch, times `lr_frac`. They fall linearly to zero at the
-    end; weight decay is zero.
+    Learning rates fall linearly to zero at the end.
 
     Args:
         stage: "sft" or "rl", also the end of the name of a run without one.
@@ -53,7 +51,7 @@ def plan(
         batch_tokens: tokens of a global batch.
         steps: optimizer steps.
         warmdown_steps: of them, those in which the learning rate falls.
-        lr_frac: factor on the base's learning rates.
+        group: how a kind of parameter is updated, from how the base updates it at its own batch.
         document_mask: attention within conversations.
 
     Raises:
@@ -61,10 +59,6 @@ def plan(
     """
     given = _arguments(stage, args, base, batch_tokens, steps, document_mask)
     own, of_base = (planning.plan(asked, base.model.vocab_size, world_size) for asked in (given, base.args))
-    groups = {
-        kind: dataclasses.replace(group, lr=group.lr * lr_frac, weight_decay=0.0)
-        for kind, group in of_base.groups.items()
-    }
     schedule = Schedule(
         steps=steps,
         warmup_steps=0,
@@ -81,7 +75,7 @@ def plan(
         own,
         model=dataclasses.replace(base.model, document_mask=document_mask),
         batch_rows=batch_tokens // base.model.sequence_len,
-        groups=groups,
+        groups={kind: group(updated) for kind, updated in of_base.groups.items()},
         schedule=schedule,
         finetune=Finetune(stage, base.run, base.step, base.sha256, _settings(args)),
     )
@@ -102,11 +96,7 @@ def run(args: Flags, prepare: Callable[[Flags, World], tuple[Plan, Stage]]) -> s
         if args.dry_run:
             ranks.print0(json.dumps(planned.to_dict(), indent=2))
             return "planned"
-        precision, reason = attention_backends.choose_precision(
-            ranks.device, args.dtype, args.attention, False, ranks
-        )
-        for line in (reason, *planning.describe(planned), *planned.notices):
-            ranks.print0(line)
+        precision = train_run.announce(planned, ranks)
         return train_run.conclude(train_run.run(planned, stage, precision, ranks), ranks)
 
 

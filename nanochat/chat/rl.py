@@ -96,13 +96,13 @@ class Rl:
     def make_loader(self, plan: Plan, model: GPT, world: World) -> RolloutLoader:
         """The rollouts of the model from step 0 on; beside it stands the base, to measure the KL from."""
         reference = copy.deepcopy(model)
-        self.base.give_weights(reference)
+        reference.load_state_dict(self.base.weights)
         models, rows = (model, reference), plan.device_batch_size
         return RolloutLoader(*models, self.tokenizer, self.questions.ask, self.args, world, rows)
 
     def begin(self, state: TrainState, world: World) -> None:
         """Take the weights of the base."""
-        self.base.give_weights(state.model)
+        state.model.load_state_dict(self.base.weights)
         world.print0(f"begins with step {self.base.step} of run {self.base.run}: weights alone")
 
     def hooks(self, plan: Plan, saver: Saver, world: World, log: RunLog) -> list[Hook]:
@@ -145,8 +145,7 @@ def prepare(args: RlArgs, world: World) -> tuple[Plan, Rl]:
         batch_tokens=batch_rows * base.model.sequence_len,
         steps=steps,
         warmdown_steps=steps,
-        lr_frac=1.0,
+        group=lambda _: dataclasses.replace(DESCENT, lr=args.lr),
         document_mask=False,  # a reply has a row of its own
     )
-    groups = dict.fromkeys(plan.groups, dataclasses.replace(DESCENT, lr=args.lr))
-    return dataclasses.replace(plan, groups=groups), Rl(args, base, questions)
+    return plan, Rl(args, base, questions)

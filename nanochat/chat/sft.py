@@ -6,6 +6,7 @@ The number of steps is known at once, since every conversation is measured and p
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -54,8 +55,7 @@ class Sft:
 
     def begin(self, state: TrainState, world: World) -> None:
         """Take the weights and moments of the base."""
-        self.base.give_weights(state.model)
-        self.base.give_moments(state)
+        self.base.warm_start(state)
         world.print0(f"begins with step {self.base.step} of run {self.base.run}: weights and moments")
 
     def hooks(self, plan: Plan, saver: Saver, world: World, log: RunLog) -> list[Hook]:
@@ -138,7 +138,9 @@ def prepare(args: SftArgs, world: World) -> tuple[Plan, Sft]:
         batch_tokens=batch_tokens,
         steps=steps,
         warmdown_steps=round(args.warmdown_ratio * steps),
-        lr_frac=args.init_lr_frac,
+        group=lambda of_base: dataclasses.replace(
+            of_base, lr=of_base.lr * args.init_lr_frac, weight_decay=0.0
+        ),
         document_mask=args.document_mask,
     )
     return plan, Sft(args, base, mixture, conversations)

@@ -274,6 +274,7 @@ class Base:
         args: the arguments of the run.
         batch_tokens: of its plan.
         model: the shape of the model.
+        weights: fp32, by name, in host memory; the folder may be gone before they are needed.
         tokenizer: of the run.
         finetune: what the run has begun with itself; None for a base model.
     """
@@ -285,25 +286,18 @@ class Base:
     args: TrainArgs
     batch_tokens: int
     model: GPTConfig
+    weights: dict[str, Tensor]
     tokenizer: Tokenizer
     finetune: dict[str, Any] | None
 
-    def give_weights(self, model: GPT) -> None:
-        """Give a model of this shape these weights. They are read here: a run would hold them to its end.
+    def warm_start(self, state: TrainState) -> None:
+        """Give a run at step 0 these weights and moments; counters and data stay at their beginning.
 
         Raises:
             UserError: the checkpoint is of another shape, or damaged.
         """
-        weights = checkpoint_format.read_tensors(self.folder / MODEL)
-        _require_fit(weights, model, self.folder / MODEL)
-        model.load_state_dict(weights)
-
-    def give_moments(self, state: TrainState) -> None:
-        """Give a run at step 0 the moments of this one; counters and data stay at their beginning.
-
-        Raises:
-            UserError: they are of another shape, or damaged.
-        """
+        _require_fit(self.weights, state.model, self.folder / MODEL)
+        state.model.load_state_dict(self.weights)
         _load_moments(state, self.folder)
 
 
@@ -335,6 +329,7 @@ def _read_base(run: str, folder: Path) -> Base:
         args,
         plan["batch_tokens"],
         _model_config(plan["model"], weights, folder / STATE),
+        weights,
         _tokenizer_of(run, args, meta),
         plan["finetune"],
     )

@@ -28,6 +28,7 @@ from nanochat.config.schedule import lr_multiplier, muon_momentum, muon_weight_d
 from nanochat.data.train_loader import Batch
 from nanochat.distributed.watchdog import Watchdog
 from nanochat.distributed.world import World
+from nanochat.model import attention_backends
 from nanochat.model.gpt import GPT
 from nanochat.optim.loss_scale import LossScale
 from nanochat.optim.muon_adamw import MuonAdamW
@@ -141,6 +142,21 @@ def train(plan: Plan, state: TrainState, world: World, reporter: StepReporter, h
             step_traced()
     reporter.flush(state)
     return "stopped"
+
+
+def announce(plan: Plan, world: World) -> machine.Precision:
+    """Choose how a run computes, and print that with its plan.
+
+    Raises:
+        UserError: this machine cannot compute as was asked.
+    """
+    args = plan.args
+    precision, reason = attention_backends.choose_precision(
+        world.device, args.dtype, args.attention, args.fp8, world, args.fp8_head
+    )
+    for line in (reason, *planning.describe(plan), *plan.notices):
+        world.print0(line)
+    return precision
 
 
 def run(plan: Plan, stage: Stage, precision: machine.Precision, world: World) -> dict[str, Any]:

@@ -132,8 +132,7 @@ def test_rewarded_replies_come_more_often() -> None:
 @pytest.mark.slow
 def test_shuffled_rewards_teach_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """The control: the same rewards, dealt to other replies of the step."""
-    monkeypatch.setattr(RolloutLoader, "_groups", RolloutLoader._groups)  # put back what is changed
-    shuffled_rewards.install()
+    monkeypatch.setattr(RolloutLoader, "_groups", shuffled_rewards.dealing(RolloutLoader._groups))
     reinforce(**LEARNS)
     before, after = (mean_reward("rl", part) for part in (slice(0, 3), slice(-3, None)))
     assert abs(after - before) < 0.12
