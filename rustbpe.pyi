@@ -1,7 +1,7 @@
-"""Byte-level BPE: a parallel trainer and an encoder whose ids equal tiktoken's."""
+"""Byte-level BPE, whose ids equal tiktoken's; and the step of a model that decodes text on a CPU."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Protocol, TypedDict
+from typing import Any, Protocol, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -137,4 +137,87 @@ class Tokenizer:
 
         Raises:
             ValueError: a token of the ranks that no merge makes.
+        """
+
+class DecodeStep:
+    """The forward pass of one new position a row, on a CPU; `nanochat.model.decode_step` wraps it.
+
+    Sums are fp32, in an order that does not depend on the rows beside one or on the number of threads.
+    """
+
+    def __init__(
+        self,
+        *,
+        precision: str,
+        rounds: bool,
+        layers: list[tuple[Any, ...]],
+        windows: list[int],
+        mix: list[list[float]],
+        head: NDArray[np.float32],
+        vocabulary: int,
+        embeddings: NDArray[np.float32 | np.uint16],
+        heads: int,
+        kv_heads: int,
+        cos: NDArray[np.float32],
+        sin: NDArray[np.float32],
+        smear_gate: NDArray[np.float32],
+        smear_scale: float,
+        backout_scale: float,
+        gate_scale: float,
+        scale: float,
+        softcap: float,
+    ) -> None:
+        """Pack the weights; the tables of embeddings stay where they are, and are read at each step.
+
+        Args:
+            precision: of the packed weights: "fp32", "bf16" or "int8", with a factor for each output.
+            rounds: whether what is read from a table is rounded to bf16.
+            layers: of each layer, in fp32: queries, keys and values below each other (outputs, C),
+                out (C, H * D), up (4 C, C), down (C, 4 C), gate (Hkv, channels) or None, and the table of
+                value embeddings (V, Hkv * D) or None.
+            windows: earlier positions that each layer sees.
+            mix: of each layer the factors of the stream and of its first state.
+            head: (V or more, C).
+            vocabulary: V.
+            embeddings: (V or more, C); a table is fp32, or bf16 as its bits.
+            heads: H.
+            kv_heads: Hkv.
+            cos: (positions, D / 2) of the rotary angles.
+            sin: likewise.
+            smear_gate: of so many channels.
+            smear_scale: its factor.
+            backout_scale: factor of the middle layer's stream.
+            gate_scale: factor of the value gates.
+            scale: of the scores.
+            softcap: of the logits.
+
+        Raises:
+            ValueError: shapes that do not belong together.
+        """
+
+    def step(
+        self,
+        ids: list[int],
+        before: list[int | None],
+        rows: list[int],
+        lengths: list[int],
+        keys: NDArray[np.float32 | np.uint16],
+        values: NDArray[np.float32 | np.uint16],
+        logits: NDArray[np.float32],
+        threads: int,
+    ) -> None:
+        """Store a position in some rows of a cache, and write what comes next into `logits`.
+
+        Args:
+            ids: (n) new tokens.
+            before: (n) the tokens before them, None where there is none.
+            rows: (n) rows of the cache, each once.
+            lengths: (n) positions that they store.
+            keys: (layers, rows, capacity, Hkv * D) fp32, or bf16 as its bits.
+            values: likewise.
+            logits: (n, V).
+            threads: at most; a small step takes fewer.
+
+        Raises:
+            ValueError: an id, a row or a shape that is none of the model's, or a full row.
         """

@@ -1,4 +1,4 @@
-"""Generation: KV cache, sampling, and streaming of text.
+"""Generation: sampling, rules of rows, and streaming of text.
 
 The cache is the only decode state. Its rows have one length, so no padding ever enters it: prompts of other
 lengths form other groups, or, under a `Steering`, the ends of the longer prompts are fed a token at a time in
@@ -25,11 +25,13 @@ from torch.nn.utils.rnn import pad_sequence
 
 from nanochat.common.errors import UserError
 from nanochat.distributed.world import World
+from nanochat.model.decode_step import decode_step
 from nanochat.model.gpt import GPT
+from nanochat.model.kv_cache import KVCache
 from nanochat.tokenizer.tokenizer import Tokenizer
 
 Ending = Literal["stop", "forbidden"]
-Reason = Literal["stop", "forbidden", "length", "context"]
+Reason = Literal["stop", "forbidden", "length", "context", "aborted"]
 Prompts = Sequence[Sequence[int]]  # token ids
 
 CACHE_BYTES = 1 << 30  # of the rows that decode together; more samples follow one another
@@ -45,67 +47,6 @@ SAMPLE_PROMPTS = (
 )
 
 
-class KVCache:
-    """Keys and values of every layer for rows of one length; embeddings and ids, for what mixes two.
-
-    Implements decode_cache.DecodeCache. What lies behind `length` is never read: a smaller length cuts the
-    cache back, and a forward pass that was interrupted leaves nothing in it.
-
-    Attributes:
-        length: positions stored.
-    """
-
-    def __init__(self, model: GPT, rows: int, capacity: int) -> None:
-        """Room for `capacity` positions of `rows` rows in the model's compute dtype, all free."""
-        config, dtype, device = model.config, model.dtype, model.head.weight.device
-        shape = (config.n_layer, rows, capacity, config.n_kv_head, config.head_dim)
-        self.length = 0
-        self._k = torch.empty(shape, dtype=dtype, device=device)
-        self._v = torch.empty(shape, dtype=dtype, device=device)
-        # A place earlier than theirs, since each position reads what precedes it.
-        self._x = torch.zeros(rows, capacity + 1, config.n_embd, dtype=dtype, device=device)
-        self._ids = torch.full((rows, capacity + 1), -1, device=device)
-
-    def shift(self, x: Tensor) -> Tensor:
-        """Return what precedes each of the new positions x (B, T, C), and keep them."""
-        end = self.length + x.size(1)
-        self._x[:, self.length + 1 : end + 1] = x
-        return self._x[:, self.length : end]
-
-    def shift_ids(self, ids: Tensor) -> Tensor:
-        """Return the id before each of the new ones (B, T), -1 before the first, and keep them."""
-        end = self.length + ids.size(1)
-        self._ids[:, self.length + 1 : end + 1] = ids
-        return self._ids[:, self.length : end]
-
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store (B, T, Hkv, D) keys and values behind earlier ones; return all, (B, length + T, Hkv, D)."""
-        end = self.length + k.size(1)
-        assert end <= self._k.size(2), "the cache is full"
-        self._k[layer, :, self.length : end] = k
-        self._v[layer, :, self.length : end] = v
-        return self._k[layer, :, :end], self._v[layer, :, :end]
-
-    def advance(self, count: int) -> None:
-        """Count `count` new positions as stored, once every layer has appended them."""
-        self.length += count
-
-    def take_rows(self, rows: Tensor) -> None:
-        """Let row i be a copy of the former row rows[i]; rows is (B,) int64."""
-        rows = rows.to(self._k.device)
-        self._k, self._v, self._x, self._ids = (
-            self._rows_of(kept, dim, rows)
-            for kept, dim in ((self._k, 1), (self._v, 1), (self._x, 0), (self._ids, 0))
-        )
-
-    def _rows_of(self, kept: Tensor, dim: int, rows: Tensor) -> Tensor:
-        """Those rows, (..., B, capacity, ...); only what is stored is copied."""
-        shape = (*kept.shape[:dim], len(rows), *kept.shape[dim + 1 :])
-        taken, stored = kept.new_empty(shape), min(self.length + 1, shape[dim + 1])
-        taken.narrow(dim + 1, 0, stored).copy_(kept.narrow(dim + 1, 0, stored).index_select(dim, rows))
-        return taken
-
-
 @dataclass(frozen=True)
 class Sampling:
     """How the next token is chosen.
@@ -115,12 +56,14 @@ class Sampling:
         temperature: logits are divided by it; 0 takes the likeliest token.
         top_k: choose among this many likeliest tokens; 0 means all.
         seed: of the samples.
+        top_p: choose among the likeliest tokens of those that together have this probability; 1 means all.
     """
 
     max_tokens: int
     temperature: float = 1.0
     top_k: int = 0
     seed: int = 0
+    top_p: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -131,7 +74,8 @@ class Completion:
         ids: new tokens, without the one that may have ended them.
         sampled: for each of them, whether it was drawn; False where a rule put it in place of a draw.
         reason: "stop" at a BOS or what else ends a text, "forbidden" at a token that may not come, which is
-            the last of the ids, "length" at max_tokens, "context" where the context was full.
+            the last of the ids, "length" at max_tokens, "context" where the context was full, "aborted" where
+            who had asked for it wanted no more.
     """
 
     ids: tuple[int, ...]
@@ -144,9 +88,11 @@ class RowRules(Protocol):
 
     Attributes:
         mode: the row of `Steering.masks` that holds for the next draw.
+        is_text: whether the token taken last is text, and not of a tool call.
     """
 
     mode: int
+    is_text: bool
 
     def take(self, drawn: int) -> tuple[int, bool, Ending | None]:
         """The token that comes; whether it is the drawn one; whether it ends the row, and why."""
@@ -166,13 +112,15 @@ class Steering:
     masks: Tensor | None = None
 
 
-class _EndsAtBos:
-    """Rules of plain text: anything may come, and a BOS ends it."""
+class EndsAtBos:
+    """Rules of plain text (RowRules): anything may come, and a BOS ends it."""
 
     def __init__(self, bos_id: int) -> None:
-        self.mode, self.bos_id = 0, bos_id
+        """Begin a text that ends at this id."""
+        self.mode, self.is_text, self.bos_id = 0, True, bos_id
 
     def take(self, drawn: int) -> tuple[int, bool, Ending | None]:
+        """The drawn token comes."""
         return drawn, True, "stop" if drawn == self.bos_id else None
 
 
@@ -249,8 +197,8 @@ class Engine:
             indices = [chosen[i] for i in indices]
             longest = max(len(prompts[i]) for i in indices)
             capacity = min(config.sequence_len, longest + sampling.max_tokens)
-            position = 2 * config.n_layer * config.n_kv_head * config.head_dim + config.n_embd
-            at_once = max(1, CACHE_BYTES // (capacity * position * self.model.dtype.itemsize))
+            position = 2 * config.n_layer * config.n_kv_head * config.head_dim * self.model.dtype.itemsize
+            at_once = max(1, CACHE_BYTES // (capacity * position))
             together = max(1, at_once // num_samples)
             for first in range(0, len(indices), together):
                 for start in range(0, num_samples, at_once):
@@ -312,14 +260,14 @@ class Engine:
         """
         model, context = self.model, self.model.config.sequence_len
         cache, logits = self._prefill(prompts, rows, sampling, cache)
-        device, read = logits.device, cache.length
+        device, read, compiled = logits.device, cache.length, decode_step(model)
         by_row = []
         for index, sample in rows:
             most = min(sampling.max_tokens, context - len(prompts[index]) + 1)
-            own = _draws(most, sampling.seed, names[index] if names else index, sample)
+            own = row_draws(most, sampling.seed, names[index] if names else index, sample)
             by_row.append(F.pad(own, (len(prompts[index]) - read, 0)))  # none while a prompt is read
         draws = pad_sequence(by_row, batch_first=True).to(device)
-        rules = steering.rules if steering else partial(_EndsAtBos, self.tokenizer.bos_id)
+        rules = steering.rules if steering else partial(EndsAtBos, self.tokenizer.bos_id)
         live = [_Row(i, rules(), list(prompts[index][read:])[::-1]) for i, (index, _) in enumerate(rows)]
         for step in range(draws.size(1)):
             if steering and steering.masks is not None:
@@ -339,7 +287,12 @@ class Engine:
                 kept = torch.tensor(running, device=device)
                 cache.take_rows(kept)
                 tokens, draws, live = tokens[kept], draws[kept], [live[place] for place in running]
-            logits = model.logits(tokens[:, None], cache, last_only=True)[:, 0]
+            if compiled is None:
+                logits = model.logits(tokens[:, None], cache, last_only=True)[:, 0]
+            else:
+                rows_now, lengths_now = range(len(tokens)), [cache.length] * len(tokens)
+                logits = compiled.logits(tokens.tolist(), rows_now, lengths_now, cache)
+                cache.advance(1)
 
     def _prefill(
         self, prompts: Prompts, rows: Sequence[tuple[int, int]], sampling: Sampling, cache: KVCache | None
@@ -395,31 +348,68 @@ def _groups(lengths: Sequence[int], spread: int) -> Iterator[list[int]]:
     yield from groups.values()
 
 
-def _draws(count: int, seed: int, name: object, sample: int) -> Tensor:
-    """The uniform numbers of one row, (count,) fp32: made on the CPU, so that every device has the same."""
+def row_draws(count: int, seed: int, name: object, sample: int) -> Tensor:
+    """The uniform numbers of one row, (count,) fp32: made on the CPU, so that every device has the same.
+
+    Args:
+        count: of the tokens that may be drawn.
+        seed: of the sampling.
+        name: of the prompt.
+        sample: its number among those of the prompt.
+    """
     state = random.Random(f"{seed}/{name}/{sample}").getrandbits(63)  # noqa: S311
     return torch.rand(count, generator=torch.Generator().manual_seed(state))
 
 
-def choose_tokens(logits: Tensor, sampling: Sampling, draws: Tensor) -> Tensor:
+def choose_tokens(logits: Tensor, sampling: Sampling | Sequence[Sampling], draws: Tensor) -> Tensor:
     """Next token of each row, (B,) int64 on the device of the logits.
 
     Args:
         logits: (B, V) fp32.
-        sampling: temperature and top_k.
+        sampling: temperature, top_k and top_p, the same for all rows or one for each. Rows must agree in
+            whether they take the likeliest, have a top_k, have a top_p (`sampling_kind`).
         draws: (B,) fp32, uniform from 0 to 1; not looked at where temperature is 0.
     """
-    if sampling.temperature < torch.finfo(torch.float32).tiny:  # as a divisor it would be zero
+    samplings = [sampling] if isinstance(sampling, Sampling) else sampling
+    is_greedy, has_top_k, has_top_p = sampling_kind(samplings[0], logits.size(-1))
+    if is_greedy:
         return logits.argmax(dim=-1)
-    ids = None
-    if sampling.top_k and sampling.top_k < logits.size(-1):
-        logits, ids = logits.topk(sampling.top_k, dim=-1)
-    shifted = (logits - logits.amax(dim=-1, keepdim=True)) / sampling.temperature
-    cumulative = shifted.softmax(dim=-1).cumsum(dim=-1)
+    ids, top_k = None, [row.top_k for row in samplings]
+    if has_top_k or has_top_p:
+        logits, ids = logits.topk(max(top_k) if has_top_k else logits.size(-1), dim=-1)
+        if has_top_k and min(top_k) < max(top_k):
+            beyond = torch.arange(logits.size(-1), device=logits.device) >= _column(top_k, logits)
+            logits = logits.masked_fill(beyond, -torch.inf)
+    shifted = (logits - logits.amax(dim=-1, keepdim=True)) / _column(
+        [row.temperature for row in samplings], logits
+    )
+    shares = shifted.softmax(dim=-1)
+    cumulative = shares.cumsum(dim=-1)
     # The probabilities sum to 1 up to rounding: a draw is a fraction of that sum.
-    chosen = torch.searchsorted(cumulative, draws[:, None] * cumulative[:, -1:], right=True)
-    chosen = chosen.clamp(max=logits.size(-1) - 1)
+    last = torch.tensor([[logits.size(-1) - 1]], device=logits.device)
+    if has_top_p:
+        fewer = cumulative - shares < _column([row.top_p for row in samplings], logits)
+        last = (fewer.sum(dim=-1, keepdim=True) - 1).clamp(min=0)
+    total = cumulative.gather(-1, last.expand(len(cumulative), 1))
+    chosen = torch.searchsorted(cumulative, draws[:, None] * total, right=True).minimum(last)
     return (chosen if ids is None else ids.gather(-1, chosen))[:, 0]
+
+
+def sampling_kind(sampling: Sampling, vocabulary: int) -> tuple[bool, bool, bool]:
+    """Whether it takes the likeliest token, has a top_k, has a top_p: what rows chosen together agree in.
+
+    One that leaves the whole vocabulary is none.
+    """
+    if sampling.temperature < torch.finfo(torch.float32).tiny:  # as a divisor it would be zero
+        return True, False, False
+    return False, 0 < sampling.top_k < vocabulary, sampling.top_p < 1
+
+
+def _column(values: Sequence[float], logits: Tensor) -> float | Tensor:
+    """The one value of all rows, or (B, 1) with that of each."""
+    if min(values) == max(values):
+        return values[0]
+    return torch.tensor(values, device=logits.device)[:, None]
 
 
 def sample_texts(

@@ -12,7 +12,7 @@ from nanochat.common import errors, machine
 from nanochat.common.errors import UserError
 from nanochat.config import arguments
 from nanochat.config.arguments import ChatCliArgs
-from nanochat.model import attention_backends
+from nanochat.model import attention_backends, decode_step
 
 
 @errors.cli
@@ -27,6 +27,7 @@ def main() -> None:
     model, tokenizer, meta = checkpoint_state.load_model(
         args.run, args.step, device=device, precision=precision
     )
+    decode_step.use_weights(model, args.weights)
     if not meta["plan"].get("finetune"):
         errors.warn(
             f"run {args.run!r} has seen no conversations, so it continues text instead of answering. "

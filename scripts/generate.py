@@ -13,7 +13,7 @@ from nanochat.common.progress import printable
 from nanochat.config import arguments
 from nanochat.config.arguments import GenerateArgs
 from nanochat.engine import Completion, Engine, Sampling
-from nanochat.model import attention_backends
+from nanochat.model import attention_backends, decode_step
 
 
 @errors.cli
@@ -28,6 +28,7 @@ def main() -> None:
     device = machine.detect_device(args.device_type)
     precision, _ = attention_backends.choose_precision(device, args.dtype, args.attention)
     model, tokenizer, _ = checkpoint_state.load_model(args.run, args.step, device=device, precision=precision)
+    decode_step.use_weights(model, args.weights)
     engine = Engine(model, tokenizer)
     prompts = [tokenizer.encode(prompt, bos=True) for prompt in args.prompt]
     if len(prompts) == 1 and args.num_samples == 1:

@@ -15,8 +15,8 @@ from nanochat.engine import (
     KVCache,
     Sampling,
     Steering,
-    _draws,
     choose_tokens,
+    row_draws,
     sample_texts,
 )
 from nanochat.model.gpt import GPT
@@ -301,7 +301,7 @@ def test_a_stream_is_the_generated_text(engine):
 def test_every_row_draws_what_a_generator_of_its_own_gives_one_by_one():
     state = random.Random("7/2/5").getrandbits(63)
     generator = torch.Generator().manual_seed(state)
-    assert _draws(33, 7, 2, 5).tolist() == [torch.rand(1, generator=generator).item() for _ in range(33)]
+    assert row_draws(33, 7, 2, 5).tolist() == [torch.rand(1, generator=generator).item() for _ in range(33)]
 
 
 def test_samples_are_prompts_with_continuations_in_any_context(engine):

@@ -87,16 +87,15 @@ def test_bf16_stays_near_fp32():
 class ListCache:
     """The simplest DecodeCache: everything by torch.cat."""
 
+    lengths = None  # all rows have the same
+
     def __init__(self):
         self.length, self.kept, self.last = 0, {}, None
 
-    def shift(self, x):
-        first = torch.zeros_like(x[:, :1]) if self.last is None else self.last
-        self.last = x[:, -1:]
-        return torch.cat((first, x[:, :-1]), dim=1)
-
     def shift_ids(self, ids):
-        raise AssertionError("this model has no table of pairs")
+        first = torch.full_like(ids[:, :1], -1) if self.last is None else self.last
+        self.last = ids[:, -1:]
+        return torch.cat((first, ids[:, :-1]), dim=1)
 
     def append(self, layer, k, v):
         if layer in self.kept:

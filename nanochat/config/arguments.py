@@ -232,7 +232,16 @@ class CoreDownloadArgs:
 
 
 @dataclass(frozen=True)
-class GenerateArgs(CheckpointFlags, MachineFlags):
+class DecodeFlags(CheckpointFlags, MachineFlags):
+    """Flags of the commands that add text to a prompt."""
+
+    weights: str = flag(
+        "auto", "what matrices are stored in to decode on a CPU; auto: --dtype", choices=("auto", "int8")
+    )
+
+
+@dataclass(frozen=True)
+class GenerateArgs(DecodeFlags):
     """Continue a prompt."""
 
     prompt: tuple[str, ...] = flag((), "texts to continue, in one batch", positional=True)
@@ -332,7 +341,7 @@ class RlArgs(FinetuneFlags):
     prompts: int = flag(16, "prompts of a step", 1, 2**20)
     samples: int = flag(8, "replies to each prompt", 2, 2**16)
     max_new_tokens: int = flag(256, "tokens of a reply at most", 1, 2**24)
-    lr: float = flag(0.0012, "learning rate of all weights at the first step", 0, 1000)
+    lr: float = flag(0.0005, "learning rate of all weights but scalars at the first step", 0, 1000)
 
 
 @dataclass(frozen=True)
@@ -352,7 +361,7 @@ class ChatEvalArgs(CheckpointFlags, MachineFlags):
 
 
 @dataclass(frozen=True)
-class ChatCliArgs(CheckpointFlags, MachineFlags):
+class ChatCliArgs(DecodeFlags):
     """Talk to a chat model in the terminal."""
 
     prompt: str = flag("", "one message: print its reply and leave", short="-p")
@@ -362,6 +371,24 @@ class ChatCliArgs(CheckpointFlags, MachineFlags):
     max_new_tokens: int = flag(256, "tokens of a reply at most", 1, 2**24)
     tools: bool = flag(True, "let replies use the calculator")
     seed: int = flag(0, "seed of the samples", 0)
+
+
+@dataclass(frozen=True)
+class ChatWebArgs(DecodeFlags):
+    """Serve a model: a page to talk to it, and OpenAI's endpoints."""
+
+    host: str = flag("127.0.0.1", "address to listen at; any but this machine's own wants a key")
+    port: int = flag(8000, "port to listen at; 0 takes a free one", 0, 65535)
+    slots: int = flag(16, "replies decoded at once on each device", 1, 1024)
+    max_queue: int = flag(64, "requests that may wait for a slot of a device", 1, 2**20)
+    max_body: int = flag(2**20, "bytes of a request at most", 1, 2**30)
+    max_messages: int = flag(200, "messages of a conversation at most", 1, 2**20)
+    max_seconds: float = flag(300.0, "seconds of a reply at most", above=0)
+    api_key_file: str = flag("", "file with the key that every request has to bring", path=True)
+    key: bool = flag(True, "whether a --host that others can reach wants a key")
+    allow_origin: tuple[str, ...] = flag((), "sites whose pages may use the server: https://example.org")
+    allow_host: tuple[str, ...] = flag((), "names besides localhost under which the server is reached")
+    log_conversations: str = flag("", "file that requests and answers are appended to", path=True)
 
 
 def require_possible(args: TrainArgs) -> None:

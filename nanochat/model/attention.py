@@ -6,7 +6,7 @@ Legend: B rows, Tq query positions, Tk key positions (Tk >= Tq), H query heads, 
 width, Dv that of values (Dv >= D). Query i stands at absolute position p = Tk - Tq + i and sees the keys j
 with p - window <= j <= p, so a window of 0 is the position itself, and Tq < Tk is decoding behind a cache. H
 is a multiple of Hkv; head h reads K/V head h // (H / Hkv). With documents, a query sees the keys of its own
-document only.
+document only. With lengths, a row has as many keys as its length says, and its queries are the last of those.
 
 Backends: "fa3" (FlashAttention 3, Hopper), "fa2" (flash_attn, Ampere and later), "varlen" (PyTorch's flash
 kernel for packed sequences, Ampere and later), "flex" (PyTorch FlexAttention with a block mask, any CUDA
@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanochat.model.sdpa_attention import sdpa
+from nanochat.model.sdpa_attention import row_mask, sdpa, sdpa_of_rows
 
 BACKENDS = ("fa3", "fa2", "varlen", "flex", "sdpa")
 # Those that take the positions of a batch end to end, with the places where sequences begin.
@@ -50,11 +50,15 @@ class Layout:
         boundaries: (K + 1,) int32, for the backends in PACKED: where documents begin in the B x T positions
             laid end to end, then B x T for the rest.
         block_masks: for flex, the mask of each window.
+        lengths: (B,) int64, the keys of each row, behind a cache whose rows differ in that.
+        row_masks: for sdpa, what that and each window make of it; filled by the first layer with the window.
     """
 
     documents: Tensor | None = None
     boundaries: Tensor | None = None
     block_masks: dict[int, Any] = field(default_factory=dict)
+    lengths: Tensor | None = None
+    row_masks: dict[int, Tensor] = field(default_factory=dict)
 
 
 def attention(
@@ -95,12 +99,16 @@ def attention(
         # width D costs as many multiplications, and twice the exponentials.
         scale = q.size(-1) ** -0.5 if scale is None else scale
         q, k = F.pad(q, (0, wider)), F.pad(k, (0, wider))
+    if layout.lengths is not None and backend == "sdpa":
+        if window not in layout.row_masks:
+            layout.row_masks[window] = row_mask(layout.lengths, q.size(1), k.size(1), window, q.dtype)
+        return sdpa_of_rows(q, k, v, layout.row_masks[window], scale)
     if backend == "sdpa":
         return sdpa(q, k, v, window, scale, layout.documents)
     if backend == "varlen":
         return _varlen(q, k, v, window, scale, layout.boundaries)
     assert backend in ("fa3", "fa2"), backend
-    return _flash(backend, q, k, v, window, scale, layout.boundaries)
+    return _flash(backend, q, k, v, window, scale, layout)
 
 
 def _backend_for(backend: str, q: Tensor, k: Tensor, v: Tensor, window: int, layout: Layout) -> str:
@@ -111,6 +119,8 @@ def _backend_for(backend: str, q: Tensor, k: Tensor, v: Tensor, window: int, lay
     that are seen whole have a dense kernel, cuDNN's on Hopper and Blackwell. How it aligns fewer queries than
     keys is not documented.
     """
+    if layout.lengths is not None and backend not in ("fa3", "fa2"):
+        return "sdpa"
     if backend == "flex" and q.device.type != "cpu" and not torch.compiler.is_compiling():
         return "sdpa"
     if backend in PACKED and (v.size(-1) > WIDEST_HEAD or v.size(-1) % 8):
@@ -255,7 +265,7 @@ def _varlen(
 
 
 def _flash(
-    backend: str, q: Tensor, k: Tensor, v: Tensor, window: int, scale: float | None, boundaries: Tensor | None
+    backend: str, q: Tensor, k: Tensor, v: Tensor, window: int, scale: float | None, layout: Layout
 ) -> Tensor:
     """Both packages align the causal mask at the bottom right and take (left, right), -1 for no limit."""
     if backend in downloaded_kernels:
@@ -269,7 +279,12 @@ def _flash(
 
         flash = flash_attn
     left = window if window < k.size(1) - 1 else -1
-    if boundaries is None:
+    boundaries = layout.boundaries
+    if layout.lengths is not None:
+        lengths = layout.lengths.to(torch.int32)
+        seen = {"cache_seqlens": lengths, "causal": True, "window_size": (left, 0)}
+        out = flash.flash_attn_with_kvcache(q, k, v, softmax_scale=scale, **seen)
+    elif boundaries is None:
         out = flash.flash_attn_func(q, k, v, softmax_scale=scale, causal=True, window_size=(left, 0))
     else:
         out = flash.flash_attn_varlen_func(

@@ -1,4 +1,4 @@
-"""Interface of a cache of earlier positions: what the model asks of it; engine.py has its implementation."""
+"""Interface of a cache of earlier positions: what the model asks of it."""
 
 from __future__ import annotations
 
@@ -8,32 +8,28 @@ from torch import Tensor
 
 
 class DecodeCache(Protocol):
-    """Interface of a cache of earlier positions; engine.py has its only implementation.
+    """Interface of a cache of earlier positions; kv_cache has rows of one length, serve.slots others.
 
-    A forward pass over T new positions reads `length`, calls `shift` once, `shift_ids` once where the model
-    has a table of pairs, `append` once a layer in order, and `advance(T)` at its end. All rows have the same
-    length.
+    A forward pass over T new positions reads `length` and `lengths`, calls `shift_ids` once, `append` once a
+    layer in order, and `advance(T)` at its end.
 
     Attributes:
-        length: positions stored by the passes that have ended.
+        length: positions stored by the passes that have ended; of the longest row, where they differ.
+        lengths: (B,) int64, those of each row; None where all have the same.
     """
 
     length: int
-
-    def shift(self, x: Tensor) -> Tensor:
-        """What precedes each position of x: (B, T, C), zeros before the very first one; keeps x[:, -1].
-
-        Args:
-            x: (B, T, C) normed embeddings of the new positions.
-        """
-        ...
+    lengths: Tensor | None
 
     def shift_ids(self, ids: Tensor) -> Tensor:
-        """Likewise of token ids: (B, T) int64, -1 before the very first one."""
+        """The id before each of the new ones (B, T), int64, -1 before the very first; keeps ids[:, -1]."""
         ...
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store (B, T, Hkv, D) keys and values; return all so far, (B, length + T, Hkv, D)."""
+        """Store (B, T, Hkv, D) keys and values; return all so far, (B, length + T, Hkv, D).
+
+        With `lengths` there may be more of them, and what lies behind a row's own is any finite number.
+        """
         ...
 
     def advance(self, count: int) -> None:

@@ -8,7 +8,6 @@ weights are fp32; activations and matrix products have the compute dtype.
 from __future__ import annotations
 
 import hashlib
-import math
 import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,7 +32,6 @@ from nanochat.model.attention import (
 from nanochat.model.decode_cache import DecodeCache
 from nanochat.model.layers import (
     Embedding,
-    Init,
     Linear,
     Spec,
     constant,
@@ -44,6 +42,7 @@ from nanochat.model.layers import (
     ramp,
     rotate,
     uniform,
+    uniform_of_width,
 )
 from nanochat.model.loss import Reduction, softcapped_cross_entropy, token_losses
 from nanochat.model.mlp import mlp
@@ -63,11 +62,13 @@ class Rows:
 
     Attributes:
         tokens: (B, T, C) embeddings.
+        before: (B, T, C) those of the tokens before, behind a cache; zeros before the very first.
         pairs: (B, T, C) embeddings of each token with the one before it, if the model has them.
         values: (B, T, Hkv * D) value embeddings, by layer.
     """
 
     tokens: Tensor
+    before: Tensor | None
     pairs: Tensor | None
     values: dict[int, Tensor]
 
@@ -77,7 +78,7 @@ class Shared:
     """What all layers of a forward pass over T positions share.
 
     Attributes:
-        cos: (T, 1, D/2), of the rotary angles.
+        cos: (T, 1, D/2), of the rotary angles; (B, T, 1, D/2) where rows stand at different positions.
         sin: likewise.
         windows: of attention, one a layer.
         layout: the documents of the rows, for attention.
@@ -130,11 +131,12 @@ class Attention(nn.Module):
         q, k = (norm(rotate(y, shared.cos, shared.sin)) for y in (q, k))
         if shared.cache is not None:
             k, v = shared.cache.append(self.layer, k.reshape(v.shape), v)
+            q = q.to(k.dtype)  # a cache may hold a wider one than the model computes in
             k = torch.unflatten(k.flatten(-2), -1, (-1, self.qk_dim))
         window, layout = shared.windows[self.layer], shared.layout
         attend = partial(attention, window=window, backend=self.backend, scale=self.scale, layout=layout)
         y = attend(q, k, v) if self.differential is None else self.differential(x, q, k, v, attend)
-        return self.out(y.flatten(-2))  # type: ignore[no-any-return]
+        return self.out(y.flatten(-2).to(x.dtype))  # type: ignore[no-any-return]
 
 
 class MLP(nn.Module):
@@ -171,12 +173,6 @@ class Block(nn.Module):
         return x + self.mlp(norm(x))  # type: ignore[no-any-return]
 
 
-def uniform_of_width(width: int, scale: float = 1.0) -> Init:
-    """Uniform with standard deviation scale / sqrt(width)."""
-    bound = scale * math.sqrt(3 / width)
-    return uniform(-bound, bound)
-
-
 def _recomputed(function: Callable[..., Tensor], *args: Any) -> Tensor:
     """function(*args), of which only the arguments are kept for the backward pass."""
     # Nothing in a forward pass is random, so no generator's state is kept either.
@@ -190,6 +186,7 @@ class GPT(nn.Module):
     Attributes:
         recompute: what a backward pass computes again instead of keeping it: "none", "mlp" (of every block)
             or "block" (all but the stream between blocks). May be changed between passes.
+        decode_weights: what a decode step on a CPU stores matrices in: "auto" (the compute dtype) or "int8".
         document_bos: the id with which documents begin, if attention is to stay within them.
         isolates_documents: whether smear and pairs stay within them, too, so that a document is read as if it
             were alone. Pretraining lets both reach from a BOS to the token before it, as nanochat does. With
@@ -210,7 +207,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.dtype = precision.compute_dtype
-        self.recompute = "none"
+        self.recompute, self.decode_weights = "none", "auto"
         self.document_bos, self.isolates_documents = document_bos, False
         self.windows = config.windows
         self.backend = precision.attention
@@ -288,24 +285,25 @@ class GPT(nn.Module):
 
     def _lookup(self, ids: Tensor, cache: DecodeCache | None = None) -> Rows:
         """The rows of the tables; pairs reach over a BOS where smear does."""
+        before = None if cache is None else cache.shift_ids(ids)
+        earlier = None if before is None else self.embed(before.clamp(min=0)) * (before >= 0)[..., None]
         pairs = None
         if self.bigram is not None:
-            before = F.pad(ids[:, :-1], (1, 0), value=-1) if cache is None else cache.shift_ids(ids)
+            before = F.pad(ids[:, :-1], (1, 0), value=-1) if before is None else before
             if (starts := self._isolated_starts(ids, cache)) is not None:
                 before = before.masked_fill(starts, -1)
             pairs = self.bigram(pair_rows(ids, before, self.config.bigram_rows))
         order = order_of(ids)
         values = {int(layer): table(ids, order) for layer, table in self.value_embeds.items()}
-        return Rows(self.embed(ids, order), pairs, values)
+        return Rows(self.embed(ids, order), earlier, pairs, values)
 
     def _blocks_pass(self, ids: Tensor, rows: Rows, cache: DecodeCache | None = None) -> Tensor:
         """Everything between the tables and the head: (B, T, C)."""
-        count, start = ids.size(1), 0 if cache is None else cache.length
-        assert start + count <= self.cos.size(0), "reserve_positions was not called for this length"
-        cos, sin = self.cos[start : start + count], self.sin[start : start + count]
+        count = ids.size(1)
+        cos, sin = self._rotary(count, cache)
         shared = Shared(cos, sin, self.windows, self._layout(ids, cache), cache, rows)
         x = norm(rows.tokens)
-        before = F.pad(x[:, :-1], (0, 0, 1, 0)) if cache is None else cache.shift(x)
+        before = F.pad(x[:, :-1], (0, 0, 1, 0)) if rows.before is None else norm(rows.before)
         gate = torch.sigmoid(self.smear_gate(x[..., : self.config.smear_gate_width]))
         if (starts := self._isolated_starts(ids, cache)) is not None:
             gate = gate.masked_fill(starts[..., None], 0)
@@ -321,6 +319,15 @@ class GPT(nn.Module):
             cache.advance(count)
         return norm(x - self.backout_scale * middle)
 
+    def _rotary(self, count: int, cache: DecodeCache | None) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of `count` new positions, as in `Shared`."""
+        start = 0 if cache is None else cache.length
+        assert start + count <= self.cos.size(0), "reserve_positions was not called for this length"
+        if cache is None or cache.lengths is None:
+            return self.cos[start : start + count], self.sin[start : start + count]
+        positions = cache.lengths[:, None] + torch.arange(count, device=cache.lengths.device)
+        return self.cos[positions], self.sin[positions]
+
     def _isolated_starts(self, ids: Tensor, cache: DecodeCache | None) -> Tensor | None:
         """(B, T) bool: where the token before is none of this document; None where that is not asked."""
         if self.isolates_documents and self.document_bos is not None and cache is None:
@@ -332,6 +339,8 @@ class GPT(nn.Module):
         if self.document_bos is not None and cache is None:
             length = TOKENS_A_CONVERSATION if self.isolates_documents else TOKENS_A_DOCUMENT
             return layout_of(ids == self.document_bos, self.backend, self.windows, length)
+        if cache is not None and cache.lengths is not None:
+            return Layout(lengths=cache.lengths + ids.size(1))
         return Layout(block_masks=self.block_masks if ids.size(1) == self.config.sequence_len else {})
 
     def _layer(self, i: int, x: Tensor, x0: Tensor, shared: Shared) -> Tensor:

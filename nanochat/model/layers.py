@@ -52,6 +52,12 @@ def uniform(low: float, high: float) -> Init:
     return lambda p, generator: p.uniform_(low, high, generator=generator)
 
 
+def uniform_of_width(width: int, scale: float = 1.0) -> Init:
+    """Uniform with standard deviation scale / sqrt(width)."""
+    bound = scale * math.sqrt(3 / width)
+    return uniform(-bound, bound)
+
+
 def normal(std: float) -> Init:
     """Normal around zero."""
     return lambda p, generator: p.normal_(0, std, generator=generator)

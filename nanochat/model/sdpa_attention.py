@@ -174,6 +174,45 @@ def _stacked_chunks(
     return out.transpose(1, 2).reshape(b, h, t + pad, d)[:, :, :t]
 
 
+def row_mask(lengths: Tensor, tq: int, tk: int, window: int, dtype: torch.dtype) -> Tensor:
+    """What is added to the scores of rows that have lengths[b] of tk keys, (B, 1, tq, tk): 0 or -inf.
+
+    Args:
+        lengths: (B,) int64, tq or more; the queries of a row are the last of its positions.
+        tq: queries of a row.
+        tk: keys of every row, of which the first are a row's own.
+        window: as in `attention.attention`.
+        dtype: of the scores.
+    """
+    device = lengths.device
+    position = lengths[:, None] + torch.arange(-tq, 0, device=device)  # (B, tq)
+    behind = position[:, None, :, None] - torch.arange(tk, device=device)
+    return _mask_of((behind >= 0) & (behind <= window), dtype)
+
+
+def sdpa_of_rows(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None) -> Tensor:
+    """Attention of a few new positions behind rows of different lengths, (B, Tq, H, Dv).
+
+    The query heads that read one key head become queries of it: keys and values, of which there is much
+    more, are read where they lie.
+
+    Args:
+        q: (B, Tq, H, D).
+        k: (B, Tk, Hkv, D).
+        v: (B, Tk, Hkv, Dv).
+        mask: (B, 1, Tq, Tk), as `row_mask` makes it.
+        scale: factor on the scores.
+    """
+    tq, heads = q.size(1), k.size(2)
+    groups = q.size(2) // heads
+    q = (
+        q.view(*q.shape[:2], heads, groups, -1).permute(0, 2, 3, 1, 4).flatten(2, 3)
+    )  # (B, Hkv, groups * Tq, D)
+    mask = mask.repeat(1, 1, groups, 1) if groups > 1 else mask
+    out = F.scaled_dot_product_attention(q, k.transpose(1, 2), v.transpose(1, 2), mask, scale=scale)
+    return out.view(*out.shape[:2], groups, tq, -1).permute(0, 3, 1, 2, 4).flatten(2, 3)
+
+
 def _behind_cache(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float | None) -> Tensor:
     """1 < Tq < Tk, shapes (B, H, T, D): several new positions behind a cache, in query chunks."""
     tq, tk = q.size(2), k.size(2)

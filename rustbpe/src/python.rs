@@ -4,6 +4,7 @@
 //! reads or makes objects of Python holds it, and cannot do without: `str` to UTF-8, numbers of a list (decoded as they
 //! are read), and the lists, `bytes` and `str` that are returned. An array is copied first, so that nobody changes it.
 
+mod decode;
 mod texts;
 
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -488,5 +489,5 @@ impl Watch<'_> {
 #[pyo3(name = "rustbpe")]
 mod module {
     #[pymodule_export]
-    use super::Tokenizer;
+    use super::{Tokenizer, decode::DecodeStep};
 }

@@ -15,6 +15,7 @@ from torch._dynamo.utils import counters
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanochat.common.machine import Precision
 from nanochat.config import plan as planning
@@ -23,6 +24,7 @@ from nanochat.engine import KVCache
 from nanochat.model import attention_backends
 from nanochat.model.attention import downloaded_kernels
 from nanochat.model.gpt import GPT
+from nanochat.serve.slots import SlotCache
 
 GPU = torch.device("cuda:0")
 STUBS = Path(__file__).with_name("stubs")
@@ -125,3 +127,30 @@ def scoring(backend: str, documents: bool) -> dict[str, int]:
                 model(ids)
             model(ids[:, tk - tq :], cache)
     return {"shapes": len(set(shapes)), "frames": sum(counters["frames"].values())}
+
+
+class _Operators(TorchDispatchMode):
+    """Counts the operators that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls[str(func)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def serving(backend: str, packages: list[str]) -> dict[str, int]:
+    """Steps of slots of different lengths: frames compiled, and calls of the kernel for such rows."""
+    _packages(packages)
+    with FakeTensorMode(), torch.no_grad():
+        model = _model(backend, 4, window_pattern="SSSL")
+        cache = SlotCache(model, 4, 1024)
+        for slot, length in enumerate((5, 130, 700, 64)):
+            cache.read(slot, [1] * length)
+        with _Operators() as operators:
+            for tokens in ([1, None, 3, 4], [1, 2], [1, 2, 3, 4]):
+                cache.step(tokens)
+    kernel = "pretended_fa3.behind_cache.default"
+    return {"frames": sum(counters["frames"].values()), "calls": operators.calls[kernel]}

@@ -80,3 +80,14 @@ def test_the_starts_of_rows_are_made_once_for_all_layers_and_documents_never_go_
 def test_scoring_and_decoding_of_forty_shapes_compile_nothing(gpu: dict[str, str], documents: bool) -> None:
     answer = pretended.probe(gpu, "attention_probes.scoring", backend="flex", documents=documents)
     assert answer == {"shapes": 40, "frames": 0}
+
+
+@pytest.mark.parametrize(
+    ("backend", "packages", "calls"),
+    [("fa3", ["flash"], 12), pytest.param("fa2", ["flash"], 12, marks=pytest.mark.slow), ("flex", [], 0)],
+)
+def test_steps_of_rows_of_different_lengths_take_the_kernel_for_them_and_compile_nothing(
+    gpu: dict[str, str], backend: str, packages: list[str], calls: int
+) -> None:
+    answer = pretended.probe(gpu, "attention_probes.serving", backend=backend, packages=packages)
+    assert answer == {"frames": 0, "calls": calls}

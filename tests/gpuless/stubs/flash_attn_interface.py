@@ -105,3 +105,31 @@ def flash_attn_varlen_func(
 ) -> Tensor:
     """(tokens, H, D) queries of sequences that begin where cu_seqlens_q says -> (tokens, H, D)."""
     return _Attention.apply(q, k, v, cu_seqlens_q, cu_seqlens_k, window_size[0])  # type: ignore[no-any-return]
+
+
+@torch.library.custom_op("pretended_fa3::behind_cache", mutates_args=())
+def _behind_cache(q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_seqlens: Tensor, left: int) -> Tensor:
+    """Output, which is not computed."""
+    return torch.empty_like(q)
+
+
+@_behind_cache.register_fake
+def _(q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_seqlens: Tensor, left: int) -> Tensor:
+    assert cache_seqlens.dtype == torch.int32
+    assert cache_seqlens.shape == q.shape[:1] == k_cache.shape[:1] == v_cache.shape[:1]
+    assert k_cache.stride(-1) == v_cache.stride(-1) == 1
+    return torch.empty_like(q)
+
+
+def flash_attn_with_kvcache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    *,
+    cache_seqlens: Tensor,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+) -> Tensor:
+    """(B, T, H, D) queries, the last of cache_seqlens (B,) of the (B, K, Hkv, D) keys -> (B, T, H, D)."""
+    return _behind_cache(q, k_cache, v_cache, cache_seqlens, window_size[0])  # type: ignore[no-any-return]
