@@ -2,5 +2,5 @@
 
 Rooms, in reading order: conversation, tools, replies, made, sources, corpus, token_cache, packing, loader,
 finetune, sft, tasks, evaluate, rollouts, rl, sandbox, terminal.
-Doors: corpus, evaluate, finetune, rl, sft, terminal.
+Doors: conversation, corpus, evaluate, finetune, replies, rl, sft, terminal, tools.
 """

@@ -151,7 +151,7 @@ def read_prompt(row: object, where: str) -> Conversation:
         _refuse(where, f"{key} ends with a tool call, expected its result in a message of the role tool")
     if all(role == "system" for role, _ in reader.turns):
         _refuse(where, f"{key} holds no message of the user")
-    return tuple(Message(role, _joined(parts)) for role, parts in reader.turns)
+    return tuple(Message(role, joined(parts)) for role, parts in reader.turns)
 
 
 class _Reader:
@@ -264,15 +264,15 @@ def _refuse(where: str, what: str) -> NoReturn:
     raise UserError(f"{where}: {what}. Correct it, or leave such lines out with chat_data --skip-bad.")
 
 
-def _joined(parts: Iterable[Part]) -> tuple[Part, ...]:
+def joined(parts: Iterable[Part]) -> tuple[Part, ...]:
     """The same parts with texts that follow one another as one, and without empty texts."""
-    joined: list[Part] = []
+    whole: list[Part] = []
     for part in parts:
-        if part.kind == "text" and joined and joined[-1].kind == "text":
-            joined.append(Part("text", joined.pop().text + part.text))
+        if part.kind == "text" and whole and whole[-1].kind == "text":
+            whole.append(Part("text", whole.pop().text + part.text))
         elif part.kind != "text" or part.text:
-            joined.append(part)
-    return tuple(joined)
+            whole.append(part)
+    return tuple(whole)
 
 
 def render(tokenizer: Tokenizer, conversations: Sequence[Conversation]) -> Rendered:
@@ -354,7 +354,7 @@ def parts_of(tokenizer: Tokenizer, ids: Sequence[int]) -> tuple[Part, ...]:
             runs[-1][1].append(token)
         else:
             runs.append((kinds.get(token, "text"), []))
-    return _joined(Part(kind, tokenizer.decode(run)) for kind, run in runs)
+    return joined(Part(kind, tokenizer.decode(run)) for kind, run in runs)
 
 
 def _marks(tokenizer: Tokenizer) -> _Marks:

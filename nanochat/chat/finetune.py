@@ -36,7 +36,7 @@ def plan(
     batch_tokens: int,
     steps: int,
     warmdown_steps: int,
-    group: Callable[[GroupPlan], GroupPlan],
+    group: Callable[[str, GroupPlan], GroupPlan],
     document_mask: bool,
 ) -> Plan:
     """The plan of a run that begins with another.
@@ -75,7 +75,7 @@ def plan(
         own,
         model=dataclasses.replace(base.model, document_mask=document_mask),
         batch_rows=batch_tokens // base.model.sequence_len,
-        groups={kind: group(updated) for kind, updated in of_base.groups.items()},
+        groups={kind: group(kind, updated) for kind, updated in of_base.groups.items()},
         schedule=schedule,
         finetune=Finetune(stage, base.run, base.step, base.sha256, _settings(args)),
     )

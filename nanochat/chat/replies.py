@@ -14,8 +14,9 @@ from nanochat import engine
 from nanochat.chat import conversation
 from nanochat.chat.conversation import Conversation
 from nanochat.chat.tools import DRAWN_SPECIALS, ToolCalls
-from nanochat.engine import Engine, KVCache, Sampling, Steering
+from nanochat.engine import Engine, Sampling, Steering
 from nanochat.model.gpt import GPT
+from nanochat.model.kv_cache import KVCache
 from nanochat.tokenizer.tokenizer import SPECIALS, Tokenizer
 
 Reply = engine.Completion
@@ -65,7 +66,7 @@ class ReplyEngine:
         """
         done: list[list[Reply]] = [[] for _ in prompts]
         rules = partial(ToolCalls, self.tokenizer, tools)
-        steering = Steering(rules, _masks(self.model) if constrained else None)
+        steering = Steering(rules, masks(self.model) if constrained else None)
         replies = Engine(self.model, self.tokenizer).completions(
             prompts, sampling, num_samples, steering=steering, names=names
         )
@@ -105,7 +106,7 @@ class ChatSession:
         self._cache.length = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
         self._ids = list(prompt)
         calls = ToolCalls(tokenizer, tools)
-        steering = Steering(lambda: calls, _masks(self._engine.model))
+        steering = Steering(lambda: calls, masks(self._engine.model))
         text = codecs.getincrementaldecoder("utf-8")("replace")
         made = 0
         for _, step in self._engine.decode([prompt], [(0, 0)], sampling, steering, cache=self._cache):
@@ -120,8 +121,8 @@ class ChatSession:
                 made += 1
 
 
-def _masks(model: GPT) -> torch.Tensor:
+def masks(model: GPT) -> torch.Tensor:
     """What keeps a reply from drawing special tokens that may not come, (modes, 9) fp32."""
     allowed = torch.tensor([[name in drawn for name in SPECIALS] for drawn in DRAWN_SPECIALS])
-    masks = torch.zeros(allowed.shape).masked_fill(~allowed, -torch.inf)
-    return masks.to(model.head.weight.device)
+    forbidden = torch.zeros(allowed.shape).masked_fill(~allowed, -torch.inf)
+    return forbidden.to(model.head.weight.device)

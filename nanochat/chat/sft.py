@@ -138,7 +138,7 @@ def prepare(args: SftArgs, world: World) -> tuple[Plan, Sft]:
         batch_tokens=batch_tokens,
         steps=steps,
         warmdown_steps=round(args.warmdown_ratio * steps),
-        group=lambda of_base: dataclasses.replace(
+        group=lambda _, of_base: dataclasses.replace(
             of_base, lr=of_base.lr * args.init_lr_frac, weight_decay=0.0
         ),
         document_mask=args.document_mask,

@@ -65,7 +65,8 @@ def questions(text: str, max_per_task: int, seed: int) -> dict[str, list[Row]]:
 
 def _items(task: str, most: int, seed: int) -> list[Row]:
     if task == "spellingbee":  # letters counted with the tool, as there; words and wordings are our own
-        return [*made.examples("count", "test", most or MADE_ITEMS, seed + 1)]
+        asked = made.examples("count", "test", most or MADE_ITEMS, seed + 1)
+        return [{**row, "judge": "number", "answer": row["answer"].split()[0]} for row in asked]
     if task in made.TASKS:
         return [*made.examples(task, "test", most or MADE_ITEMS, seed)]
     rows: list[Row] = [*corpus.rows(task, "test")]

@@ -93,7 +93,7 @@ def test_a_wrong_reply_is_wrong(task: str) -> None:
         tasks.right(one, conversation.read(other, "row")[-1].parts)
         for one, other in zip(rows, rows[7:], strict=False)
     ]
-    assert sum(map(bool, shifted)) <= len(shifted) * (0.5 if task.startswith(("choice", "count")) else 0.2)
+    assert sum(map(bool, shifted)) <= len(shifted) * (0.5 if task.startswith("choice") else 0.2)
 
 
 def test_what_the_tool_says_is_what_it_will_force(trained_on: list[dict[str, Any]]) -> None:
@@ -118,7 +118,7 @@ def test_letters_and_words_by_python() -> None:
         _, letter, word = (
             parts(one["messages"][1]["content"])[0][1].removesuffix("").replace(" in ", " ").split()
         )
-        assert int(one["answer"]) == word.count(letter)
+        assert one["answer"] == f"{word.count(letter)} {letter} in {word}."
         assert {letter, word} <= set(re.findall("[a-z]+", one["messages"][0]["content"]))
     for task in ("spell", "spell-new"):
         for one in examples(task, "test", 200, 1):
@@ -242,7 +242,7 @@ def test_a_follow_up_goes_on_from_the_answer(trained_on: list[dict[str, Any]]) -
     assert found > 50
 
 
-def test_half_of_the_big_sums_are_done_without_the_tool_and_right() -> None:
+def test_most_of_the_big_sums_are_done_without_the_tool_and_right() -> None:
     rows = examples("bigsum", "train", 1000, 0)
     bare = [one for one in rows if isinstance(one["messages"][1]["content"], str)]
     assert BARE[0] < len(bare) / len(rows) < BARE[1]
@@ -251,5 +251,5 @@ def test_half_of_the_big_sums_are_done_without_the_tool_and_right() -> None:
         assert a + b == total == int(one["answer"])
 
 
-BARE = (0.45, 0.55)
-GOLDEN = "e797b3e92ff0d00cb2377e0621763255b74a7ed5b9b1b947f81c5631d6129f87"
+BARE = (0.7, 0.8)
+GOLDEN = "1453cbdc4296abf59b5db09641e76abbee4455c2723335a83976b6cd3881dced"

@@ -196,7 +196,7 @@ def test_bigsum_never_asks_twice() -> None:
     plan, stage = rl.prepare(
         dataclasses.replace(ARGS, task="bigsum", num_iterations=None), World.single_process()
     )
-    assert plan.steps == 48
+    assert plan.steps == 64
     asked = stage.questions.ask(0, plan.steps * ARGS.prompts * 2)
     prompts = {one.row["messages"][0]["content"] for one in asked}
     assert len(prompts) == len(asked)
