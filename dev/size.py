@@ -14,6 +14,7 @@ import argparse
 import ast
 import io
 import json
+import re
 import subprocess
 import tarfile
 import tokenize
@@ -42,6 +43,16 @@ def lines_of_code(source: str) -> int:
     return len(code)
 
 
+def lines_of_page(source: str) -> int:
+    r"""Lines of a page, style and script among them, that are neither blank nor comments alone.
+
+    >>> lines_of_page("<!-- What it\n is. -->\n<p>\n\n// why\nsay(1); // one\n")
+    2
+    """
+    kept = re.sub(r"<!--.*?-->", "", source, flags=re.DOTALL)
+    return sum(bool(line.strip()) and not line.strip().startswith("//") for line in kept.splitlines())
+
+
 def _docstrings(tree: ast.Module) -> Iterator[ast.expr]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
@@ -51,13 +62,17 @@ def _docstrings(tree: ast.Module) -> Iterator[ast.expr]:
                 yield value
 
 
+COUNTS = {".py": lines_of_code, ".html": lines_of_page}
+
+
 def sizes() -> dict[str, int]:
-    """Lines of code of every folder of nanochat/, of its own modules, and of scripts/."""
+    """Lines of code of every folder of nanochat/, of its own modules and pages, and of scripts/."""
     found: dict[str, int] = {}
     for top in ("nanochat", "scripts"):
-        for path in sorted((ROOT / top).rglob("*.py")):
-            folder = path.parent.relative_to(ROOT).as_posix()
-            found[folder] = found.get(folder, 0) + lines_of_code(path.read_text("utf-8"))
+        for path in sorted((ROOT / top).rglob("*.*")):
+            if count := COUNTS.get(path.suffix):
+                folder = path.parent.relative_to(ROOT).as_posix()
+                found[folder] = found.get(folder, 0) + count(path.read_text("utf-8"))
     return found
 
 

@@ -36,7 +36,7 @@ RL=(--task bigsum --max-new-tokens 48 --save-every 16)
 CHAT_EVAL=(--max-new-tokens 64 --max-per-task 200)
 QUESTION="What is 347 + 589?"
 
-ensure_environment plots
+ensure_environment plots serve
 BASE=$(base_dir)
 FOLDER=$(run_dir "$RUN")
 need_disk "$BASE" 1 "the quickstart"
@@ -73,8 +73,9 @@ Done in $(minutes). Everything is in $BASE (NANOCHAT_BASE_DIR chooses another pl
   runs/$RL_RUN          after RL: the same
   report.html of each       curves, scores, samples and configuration: open it in a browser
 
-Talk to it:
+Talk to it, in the terminal or in a browser:
   .venv/bin/python -m scripts.chat_cli --run $RL_RUN
+  .venv/bin/python -m scripts.chat_web --run $RL_RUN
 
 What else to type:
   .venv/bin/python -m scripts.generate --run $RUN "def read_file(path):"

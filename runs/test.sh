@@ -29,7 +29,7 @@ check_crate >"$CRATE_LOG" 2>&1 &
 CHECKING=$!
 trap 'kill "$CHECKING" 2>/dev/null || true; rm -f "$CRATE_LOG"' EXIT
 
-ensure_environment plots dev
+ensure_environment plots serve dev
 
 step "lint" "$PYTHON" -m ruff check .
 step "format" "$PYTHON" -m ruff format --check .

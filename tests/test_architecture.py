@@ -38,6 +38,7 @@ ORDER = (
     "report",
     "train",
     "chat",
+    "serve",
 )
 COMMANDS_OF_0_1 = ("dataset", "core_download", "__main__")  # they lead to scripts/
 

@@ -15,6 +15,7 @@ from nanochat.config.arguments import (
     ChatCliArgs,
     ChatDataArgs,
     ChatEvalArgs,
+    ChatWebArgs,
     DatasetArgs,
     EvalArgs,
     ExportArgs,
@@ -84,6 +85,7 @@ CHAT_ARGS = {
     "chat_eval": ChatEvalArgs,
     "chat_rl": RlArgs,
     "chat_sft": SftArgs,
+    "chat_web": ChatWebArgs,
 }
 
 
