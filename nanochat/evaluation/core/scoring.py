@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from nanochat.engine import KVCache
 from nanochat.evaluation.core import batching
 from nanochat.evaluation.core.batching import Ids, PrefixGroup, Span
 from nanochat.model import loss
 from nanochat.model.gpt import GPT
+from nanochat.model.kv_cache import KVCache
 
 # A forward pass costs its tokens and this many more. CPU: 2 ms at depth 4, 20,000 tokens/s. A GPU waits while
 # the launches of a pass are made: at 8 us an operator that is the time of 1,000 tokens at depth 24 and of
