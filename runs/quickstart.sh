@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # From nothing to a language model that answers: on any machine, without a GPU, with text that is already there
-# (Python's own sources and help) and conversations that are made on the spot. Twelve minutes on two cores
-# after the installation.
+# (Python's own sources and help) and conversations that are made on the spot. Eleven to thirteen minutes on
+# two cores after the installation.
 #
 #   bash runs/quickstart.sh
 #

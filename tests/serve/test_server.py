@@ -406,6 +406,7 @@ def test_paths_methods_and_sizes(here: Running) -> None:
 # Load
 
 
+@pytest.mark.slow
 def test_who_comes_when_the_queue_is_full_is_told_at_once(model: GPT, tokenizer: Tokenizer) -> None:
     """With the usual queue of 64, and /health stays quick."""
     with running(model, tokenizer, slots=2) as it, slowed(model, 0.01):
