@@ -25,7 +25,7 @@ if [ "$NPROC" -lt 1 ]; then NPROC=1; fi
 ensure_training plots dev
 
 # The smallest model sees the most tokens: the shards are counted for it, with the largest budget.
-smallest=$(printf '%s\n' $DEPTHS | sort -n | head -n 1)
+smallest=$(printf '%s\n' $DEPTHS | sort -n | sed -n 1p)
 largest=$(printf '%s\n' $BUDGETS | sort -g | tail -n 1)
 prepare_data "$CORPUS" "$NPROC" --depth "$smallest" --target-flops "$largest" "$@" --corpus "$CORPUS"
 
